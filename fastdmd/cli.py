@@ -1,0 +1,103 @@
+"""From the command line to a checked configuration, and from what a user got wrong to one line on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+
+from fastdmd import data
+from fastdmd.checkpoint import ASSETS
+from fastdmd.config import EvaluationConfig
+from fastdmd.quality import Evaluation
+from fastdmd.unet import UNetConfig
+
+Config = TypeVar("Config")
+
+
+@contextlib.contextmanager
+def user_errors(command: str) -> Iterator[None]:
+    """One line and exit code 2 for what a user got wrong. Around set-up only, never around training."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse(config_class: type[Config], command: str, arguments: list[str] | None = None,
+          presets: dict[str, Config] | None = None) -> Config:  # fmt: skip
+    """The preset that `--preset` names (or the first), with every other flag over it."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with user_errors(command):
+        default = None
+        if presets:
+            name = next(iter(presets))
+            for position, argument in enumerate(arguments):
+                if argument == "--preset" and position + 1 < len(arguments):
+                    name = arguments[position + 1]
+                elif argument.startswith("--preset="):
+                    name = argument.removeprefix("--preset=")
+            if name not in presets:
+                raise ValueError(f"expected --preset one of {', '.join(presets)}, got {name}")
+            default = presets[name]
+        return tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes a GPU if there is one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"expected --device auto, cpu or a CUDA device that is there, got {name}: {reason}") from error
+    return device
+
+
+def teacher_path(name: str) -> Path:
+    """The file behind a name: `mnist` is the embedded teacher, anything else a path."""
+    return ASSETS / "teacher.safetensors" if name == "mnist" else Path(name)
+
+
+def make_evaluation(config: EvaluationConfig, network: UNetConfig, dataset: data.Dataset | None,
+                    device: torch.device) -> Evaluation | None:  # fmt: skip
+    """What the final figures are measured with; None where the user wants none."""
+    if config.num_samples == 0:
+        return None
+    evaluation = Evaluation(
+        network.image_shape, network.num_classes, num_samples=config.num_samples, dataset=dataset,
+        feature_network=config.feature_network, reference=config.reference, seed=config.seed, device=device,
+    )  # fmt: skip
+    if evaluation.notice:
+        print(evaluation.notice)
+    return evaluation
+
+
+def load_data(config: EvaluationConfig, network: UNetConfig) -> data.Dataset | None:
+    """The user's images, checked against the network; None where none were named."""
+    if config.data is None:
+        return None
+    return data.load(config.data).require(image_shape=network.image_shape, num_classes=network.num_classes)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def print_resolved(config: Any, network: UNetConfig, num_parameters: int) -> None:
+    """What `--dry-run` shows, as JSON."""
+    resolved = {
+        **to_json(config),
+        "network": {**dataclasses.asdict(network), "num_parameters": num_parameters},
+    }
+    print(json.dumps(resolved, indent=2))

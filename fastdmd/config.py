@@ -1,0 +1,265 @@
+"""What a user can turn: the typed configuration of each command, its checks, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastdmd.unet import UNetConfig
+
+DryRun = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How the samples of a network are measured; part of every command that measures."""
+
+    data: str | None = None
+    """Folder of IDX files, .npz, folder of images, or EDM dataset zip. Default: the embedded MNIST digits."""
+    num_samples: int = 10_000
+    """Images sampled for each figure; 0 measures nothing."""
+    feature_network: str | None = None
+    """TorchScript file or package.module:name for the metrics. Default: the embedded digit classifier."""
+    reference: str | None = None
+    """EDM reference statistics (.npz with mu, sigma). Default: those of the data."""
+    teacher_steps: int = 18
+    """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator takes one step."""
+    seed: int = 0
+    """Every random draw is a function of the seed and the iteration."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+
+    def __post_init__(self):
+        _require(self, 1, "teacher_steps")
+        _require(self, 0, "seed")
+        if self.num_samples != 0 and self.num_samples < 2:
+            _fail(self, "num_samples", ">= 2, or 0 for no metrics")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(EvaluationConfig):
+    """Distil a teacher into a one-step generator with DMD2."""
+
+    preset: Literal["mnist", "mnist-reference"] = "mnist"
+    """Origin of the defaults. `mnist` ends within ten minutes on two cores; `mnist-reference` has the settings of the
+    published re-implementation."""
+    teacher: str = "mnist"
+    """Weight file of the teacher (.safetensors), or `mnist`: the embedded one."""
+    out: Path | None = None
+    """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
+    iterations: int = 1500
+    """Guidance turns; one in dfake_gen_update_ratio of them comes with a generator turn."""
+    batch_size: int = 128
+    """Images per iteration."""
+    dfake_gen_update_ratio: int = 5
+    """Guidance turns per generator turn."""
+    generator_lr: float = 2e-4
+    """Learning rate of the generator's AdamW."""
+    guidance_lr: float = 2e-4
+    """Learning rate of the fake score's AdamW."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant, or to zero along a cosine."""
+    warmup_iterations: int = 100
+    """Iterations over which both learning rates rise."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients of either network are clipped to this global norm."""
+    ema_decay: float = 0.98
+    """Decay of the average of the generator's weights, per generator update. The average is the result."""
+    num_train_timesteps: int = 1000
+    """Number of noise levels in the Karras schedule."""
+    sigma_min: float = 0.002
+    """Least noise level."""
+    sigma_max: float = 80.0
+    """Greatest noise level."""
+    rho: float = 7.0
+    """Exponent of the Karras schedule."""
+    sigma_data: float | None = None
+    """Standard deviation of the data in the fake score's loss weight. Default: the teacher's."""
+    min_step_percent: float = 0.02
+    """Distribution matching draws noise levels from this fraction of the schedule ..."""
+    max_step_percent: float = 0.98
+    """... to this one."""
+    conditioning_sigma: float = 80.0
+    """The noise level that the one-step generator starts from."""
+    log_every: int = 50
+    """Iterations between lines of metrics.jsonl."""
+    snapshots: int = 10
+    """How often, over the run, weights and samples are written."""
+    dry_run: DryRun = False
+    """Print the resolved configuration and stop."""
+
+    @property
+    def step_range(self) -> tuple[int, int]:
+        """First and last index of the schedule that distribution matching draws, both included."""
+        last = self.num_train_timesteps - 1
+        return (
+            min(int(self.min_step_percent * self.num_train_timesteps), last),
+            min(int(self.max_step_percent * self.num_train_timesteps), last),
+        )
+
+    @property
+    def resolved_out(self) -> Path:
+        return self.out or Path("runs") / f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self, 1, "iterations", "batch_size", "dfake_gen_update_ratio", "log_every", "snapshots")
+        _require(self, 0, "warmup_iterations", "weight_decay")
+        _require(self, 2, "num_train_timesteps")
+        _require_positive(self, "generator_lr", "guidance_lr", "max_grad_norm")
+        _require_positive(self, "sigma_min", "rho", "conditioning_sigma")
+        _require_fraction(self, "ema_decay", "beta1", "beta2")
+        if self.sigma_data is not None:
+            _require_positive(self, "sigma_data")
+        if not self.sigma_max > self.sigma_min:
+            _fail(self, "sigma_max", f"> --sigma-min {self.sigma_min}")
+        if not 0 <= self.min_step_percent <= 1:
+            _fail(self, "min_step_percent", "in [0, 1]")
+        if not self.min_step_percent <= self.max_step_percent <= 1:
+            _fail(self, "max_step_percent", f"between --min-step-percent {self.min_step_percent} and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(EvaluationConfig):
+    """Train a teacher with the EDM objective; the defaults are those of the embedded MNIST teacher."""
+
+    out: Path = Path("runs/teacher")
+    """Run folder; must not hold a run yet."""
+    iterations: int = 14_000
+    """Number of optimizer updates."""
+    batch_size: int = 128
+    """Images per update."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW; falls to zero along a cosine."""
+    warmup_iterations: int = 500
+    """Updates over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    ema_decay: float = 0.999
+    """Decay of the average of the weights, per update. The average is the teacher."""
+    sigma_mean: float = -0.8
+    """Mean of ln(sigma) in training."""
+    sigma_std: float = 1.4
+    """Standard deviation of ln(sigma) in training."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data, as the preconditioning assumes it."""
+    patch_size: int = 2
+    """Pixels per side folded into channels before the first convolution."""
+    model_channels: int = 16
+    """Width that the multipliers refer to, and width of the noise embedding."""
+    channel_multipliers: tuple[int, ...] = (2, 3)
+    """Width at each resolution, finest first, in units of model_channels."""
+    num_blocks: int = 1
+    """Residual blocks at each resolution of the encoder."""
+    attention_resolutions: tuple[int, ...] = (7,)
+    """Feature-map sizes with self-attention."""
+    channels_per_head: int = 0
+    """Channels of an attention head; 0 means one head."""
+    dropout: float = 0.0
+    """Dropout probability inside residual blocks."""
+    log_every: int = 100
+    """Iterations between lines of metrics.jsonl."""
+    snapshots: int = 10
+    """How often, over the run, weights and samples are written."""
+    dry_run: DryRun = False
+    """Print the resolved configuration and stop."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self, 1, "iterations", "batch_size", "log_every", "snapshots")
+        _require(self, 0, "warmup_iterations", "weight_decay", "channels_per_head")
+        _require_positive(self, "learning_rate", "max_grad_norm", "sigma_std", "sigma_data")
+        _require_fraction(self, "ema_decay", "dropout")
+
+    def network(self, image_shape: tuple[int, int, int], num_classes: int) -> UNetConfig:
+        """The network for images `(C, H, W)`."""
+        shared = {field.name for field in dataclasses.fields(UNetConfig)} & set(vars(self))
+        architecture = {name: getattr(self, name) for name in shared}
+        return UNetConfig(
+            image_channels=image_shape[0], image_size=image_shape[1], num_classes=num_classes, **architecture
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(EvaluationConfig):
+    """Measure the samples of a generator (one step) or a teacher (Heun) against real images."""
+
+    weights: tyro.conf.Positional[str]
+    """Weight file of a generator or a teacher (.safetensors), or `mnist`: the embedded teacher."""
+    out: Path | None = None
+    """Where to write the figures as JSON, too."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self, 2, "num_samples")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Sample images from a generator (one step) or a teacher (Heun)."""
+
+    weights: tyro.conf.Positional[str]
+    """Weight file of a generator or a teacher (.safetensors), or `mnist`: the embedded teacher."""
+    out: Path = Path("samples.png")
+    """A picture (.png), or images and labels as arrays (.npz)."""
+    num: int = 64
+    """Number of images."""
+    labels: str | None = None
+    """Class labels, separated by commas and repeated as needed. Default: all classes in turn."""
+    seed: int = 0
+    """Seed of the noise."""
+    batch_size: int = 250
+    """Images per forward pass; changes no image beyond rounding."""
+    teacher_steps: int = 18
+    """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator takes one step."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+
+    def __post_init__(self):
+        _require(self, 1, "num", "batch_size", "teacher_steps")
+        _require(self, 0, "seed")
+        if self.out.suffix not in (".png", ".npz"):
+            _fail(self, "out", "ending in .png or .npz")
+
+
+def _fail(config: Any, name: str, expected: str) -> None:
+    raise ValueError(f"expected --{name.replace('_', '-')} {expected}, got {getattr(config, name)}")
+
+
+def _require(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:
+            _fail(config, name, f">= {least}")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < float("inf"):
+            _fail(config, name, "> 0 and finite")
+
+
+def _require_fraction(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            _fail(config, name, "in [0, 1)")
+
+
+TRAIN_PRESETS = {
+    "mnist": TrainConfig(),
+    "mnist-reference": TrainConfig(
+        preset="mnist-reference", iterations=20_000, batch_size=128, dfake_gen_update_ratio=10, generator_lr=2e-4,
+        guidance_lr=2e-4, max_grad_norm=1.0, ema_decay=0.999, warmup_iterations=500,
+    ),
+}  # fmt: skip

@@ -1,0 +1,157 @@
+"""Datasets of uint8 images held whole, and batches of them as functions of (seed, step)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdmd.data_formats import Content, mismatch, open_content
+
+EMBEDDED = Path(__file__).parent / "assets" / "mnist"
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    split: str = "train",
+    device: torch.device | str = "cpu",
+    memory_limit_bytes: int | None = None,
+) -> Dataset:
+    """Reads a dataset whole, and checks it.
+
+    Args:
+        source: one of
+            None: the embedded MNIST test split, 10,000 digits;
+            a folder of IDX files, plain or `.gz`, of images and perhaps labels;
+            a `.npz` with uint8 `images` `[N, H, W, C]`, `[N, C, H, W]` or `[N, H, W]`, and perhaps integer
+            `labels` `[N]`;
+            a folder of images, unlabelled, or labelled by their subfolder's place among the sorted names;
+            a zip of the same. A `dataset.json` as EDM writes it overrules subfolders.
+            Images are square and of one size. Unless all are grey (modes L and 1), all become RGB.
+        split: "train" or "test": the half of an IDX folder to read, where it holds both.
+        device: a CUDA device to move the dataset to, if it fits in half of the free memory there; otherwise,
+            and for any other device, it stays on the host.
+        memory_limit_bytes: images that decode to more than this are mapped from an unnamed temporary file (in
+            TMPDIR) instead of held in memory. Default: half of the memory available.
+
+    Raises FileNotFoundError if `source` does not exist, OSError if the temporary file does not fit its disk,
+    and ValueError with the file, what was expected and what came, if `source` is not such a dataset.
+    """
+    if split not in ("train", "test"):
+        raise mismatch("split 'train' or 'test'", repr(split))
+    limit = _available_memory_bytes() // 2 if memory_limit_bytes is None else memory_limit_bytes
+    with open_content(EMBEDDED if source is None else Path(source), split) as content:
+        images = _collect(content, limit)
+    labels = None if content.labels is None else torch.from_numpy(content.labels.astype(np.int64))
+    device = torch.device(device)
+    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2:
+        images, labels = images.to(device), None if labels is None else labels.to(device)
+    return Dataset(images, labels, "embedded MNIST digits" if source is None else str(source))
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """`round((x + 1) * 127.5)`, clamped to 0..255: float images in [-1, 1] of any shape to uint8."""
+    return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images, and labels if there are any, on the host or on an accelerator. Made by `load`."""
+
+    images: Tensor  # [N, C, H, W] uint8, C in {1, 3}, H == W
+    labels: Tensor | None  # [N] int64, >= 0
+    name: str  # the source, for messages
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return tuple(self.images.shape[1:])
+
+    @functools.cached_property
+    def num_classes(self) -> int:
+        """The largest label plus one; 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
+
+    def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor | None]:
+        """Images `x / 127.5 - 1` `[B, C, H, W]`, float32, and labels `[B]`, int64, or None.
+
+        The images cross to `device` (default: where they are) as uint8 and are normalised there. `indices` is
+        int64 `[B]`, on any device, each in [0, N). Raises ValueError for another shape or dtype.
+        """
+        if indices.ndim != 1 or indices.dtype != torch.int64:
+            raise mismatch("int64 indices of shape (B,)", f"{indices.dtype} of shape {tuple(indices.shape)}")
+        device = self.images.device if device is None else torch.device(device)
+        indices = _move(indices, self.images.device)
+        images = _move(self.images.index_select(0, indices), device).to(torch.float32).div_(127.5).sub_(1)
+        return images, None if self.labels is None else _move(self.labels.index_select(0, indices), device)
+
+    def random_batch(
+        self, batch_size: int, *, seed: int, step: int, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`batch` of indices drawn with replacement: a function of (seed, step), 64 bits each."""
+        # As a key, unlike in numpy's SeedSequence, (2^32, 0) is not (0, 1).
+        generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
+        indices = generator.integers(len(self), size=batch_size)
+        return self.batch(torch.from_numpy(indices), device)
+
+    def require(self, *, image_shape: tuple[int, int, int] | None = None, num_classes: int | None = None) -> Dataset:
+        """This dataset as a network of `image_shape` (C, H, W) and `num_classes` takes it; None accepts any.
+
+        For `num_classes` 0, an unconditional network, the labels are dropped. Raises ValueError if the images
+        differ in shape, or if labels are missing or not all below `num_classes`.
+        """
+        if image_shape is not None and self.image_shape != tuple(image_shape):
+            raise mismatch(f"images of shape {tuple(image_shape)}", f"{self.image_shape} in {self.name}")
+        if num_classes == 0:
+            return dataclasses.replace(self, labels=None)
+        if num_classes is not None and not 0 < self.num_classes <= num_classes:
+            labels = "no labels" if self.labels is None else f"labels up to {self.num_classes - 1}"
+            raise mismatch(f"labels from 0 to {num_classes - 1}", f"{labels} in {self.name}")
+        return self
+
+
+def _collect(content: Content, memory_limit_bytes: int) -> Tensor:
+    size_bytes = math.prod(content.shape)
+    if size_bytes <= memory_limit_bytes:
+        images = np.empty(content.shape, np.uint8)
+    else:
+        folder = tempfile.gettempdir()
+        free_bytes = shutil.disk_usage(folder).free
+        if size_bytes > free_bytes:  # else the first write past the end of the disk is a SIGBUS
+            raise OSError(f"fastdmd.data: expected {size_bytes} bytes free in {folder}, got {free_bytes}")
+        with tempfile.TemporaryFile() as file:  # has no name; lives until its mapping goes
+            images = np.memmap(file, np.uint8, mode="w+", shape=content.shape)
+    num_filled = 0
+    for chunk in content.chunks:
+        images[num_filled : num_filled + len(chunk)] = chunk
+        num_filled += len(chunk)
+    assert num_filled == len(images)
+    return torch.from_numpy(images)
+
+
+def _available_memory_bytes() -> int:
+    """Memory this process can take: as Linux and its control group say; 8 GiB where neither does."""
+    available = 2**33
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # ValueError: no limit reads "max"
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    # A copy to the host must have arrived before it is read; one from the host need not hold up the host.
+    return tensor.to(device, non_blocking=device.type == "cuda")

@@ -1,0 +1,112 @@
+"""EDM diffusion: noise schedules, preconditioning, loss weights, and the Heun sampler for teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # D(x, sigma, class_labels) -> D_x
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """`[B] -> [B, 1, 1, 1]`, to broadcast over `[B, C, H, W]`."""
+    return values[:, None, None, None]
+
+
+def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *, stream: int = 0) -> torch.Generator:
+    """A generator whose draws are a function of (seed, step, stream) alone, on `device`."""
+    state = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)  # manual_seed takes 63 bits on every device
+
+
+def karras_sigmas(
+    num_steps: int = 1000, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device=None
+) -> Tensor:
+    """The Karras noise levels, ascending: index 0 is the least noise.
+
+    `sigma_i = (max^(1/rho) + i / (n - 1) * (min^(1/rho) - max^(1/rho)))^rho` (Karras et al. 2022, eq. 5),
+    flipped. Returns float32 `[num_steps]`. Computed in float32, as EDM-based trainers do, so that the levels are
+    theirs to the last bit; float64 would differ by up to 1.7e-6.
+    """
+    if num_steps < 2:
+        raise ValueError(f"fastdmd.karras_sigmas: expected num_steps >= 2, got {num_steps}")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"fastdmd.karras_sigmas: expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    if not rho > 0:
+        raise ValueError(f"fastdmd.karras_sigmas: expected rho > 0, got {rho}")
+    ramp = torch.linspace(0, 1, num_steps)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return ((high + ramp * (low - high)) ** rho).flip(0).to(device)
+
+
+def preconditioning(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`c_skip, c_out, c_in, c_noise` of EDM, each `[B]` (Karras et al. 2022, table 1).
+
+    `c_skip = sd^2 / (sigma^2 + sd^2)`, `c_out = sigma * sd / sqrt(sigma^2 + sd^2)`,
+    `c_in = 1 / sqrt(sigma^2 + sd^2)`, `c_noise = ln(sigma) / 4`.
+    """
+    variance = sigma**2 + sigma_data**2
+    c_in = variance.rsqrt()
+    return sigma_data**2 / variance, sigma * sigma_data * c_in, c_in, sigma.log() / 4
+
+
+def loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """EDM's weight of the denoising loss, `1 / c_out^2 = sigma^-2 + sd^-2`, `[B]`."""
+    return sigma**-2 + sigma_data**-2
+
+
+def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """Training noise levels `exp(mean + std * normal)` (Karras et al. 2022, table 1)."""
+    return (mean + std * normal).exp()
+
+
+@torch.no_grad()
+def sample_heun(
+    denoiser: Denoiser,
+    noise: Tensor,
+    class_labels: Tensor | None = None,
+    *,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = float("inf"),
+    S_noise: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Heun's second-order sampler (Karras et al. 2022, algorithms 1 and 2): `2 * num_steps - 1` evaluations.
+
+    `noise` is standard normal `[B, C, H, W]`. With `S_churn = 0` the sampler is deterministic; otherwise each
+    step whose level lies in `[S_min, S_max]` first adds noise of standard deviation `S_noise`, drawn from
+    `generator`. Returns `[B, C, H, W]`.
+    """
+    if num_steps < 1:
+        raise ValueError(f"fastdmd.sample_heun: expected num_steps >= 1, got {num_steps}")
+    if num_steps == 1:
+        levels = [sigma_max]
+    else:
+        levels = karras_sigmas(num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).flip(0).tolist()
+    levels.append(0.0)
+    x = noise * levels[0]
+
+    def denoise(x: Tensor, level: float) -> Tensor:
+        return denoiser(x, torch.full(x.shape[:1], level, dtype=x.dtype, device=x.device), class_labels)
+
+    for level, next_level in zip(levels[:-1], levels[1:], strict=True):
+        if S_churn > 0 and S_min <= level <= S_max:
+            raised_level = level * (1 + min(S_churn / num_steps, 2**0.5 - 1))
+            fresh_noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            x = x + (raised_level**2 - level**2) ** 0.5 * S_noise * fresh_noise
+            level = raised_level
+        slope = (x - denoise(x, level)) / level
+        x_next = x + (next_level - level) * slope
+        if next_level > 0:
+            slope_next = (x_next - denoise(x_next, next_level)) / next_level
+            x_next = x + (next_level - level) * 0.5 * (slope + slope_next)
+        x = x_next
+    return x

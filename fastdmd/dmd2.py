@@ -1,0 +1,74 @@
+"""The two losses of DMD2 (Yin et al. 2024): pure functions; all randomness comes in as arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fastdmd import ops
+from fastdmd.diffusion import Denoiser, random_generator
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Everything random in one iteration, a function of (seed, step)."""
+
+    noise: Tensor  # [B, C, H, W], what the generator starts from
+    class_labels: Tensor | None  # int64 [B]
+    dm_sigma: Tensor  # [B], noise levels of the generator turn
+    dm_noise: Tensor  # [B, C, H, W]
+    fake_sigma: Tensor  # [B], noise levels of the guidance turn
+    fake_noise: Tensor  # [B, C, H, W]
+
+
+def draw(shape: tuple[int, ...], num_classes: int, sigmas: Tensor, min_step: int, max_step: int, *,
+         seed: int, step: int) -> Draws:  # fmt: skip
+    """The random inputs of iteration `step`.
+
+    The generator turn takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the
+    guidance turn from all of `sigmas`; labels are uniform over `num_classes` (None if 0).
+    """
+    device = sigmas.device
+    generator = random_generator(seed, step, device)
+
+    def normal() -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    def integers(low: int, high: int) -> Tensor:
+        return torch.randint(low, high, shape[:1], device=device, generator=generator)
+
+    return Draws(
+        noise=normal(),
+        class_labels=integers(0, num_classes) if num_classes else None,
+        dm_sigma=sigmas[integers(min_step, max_step + 1)], dm_noise=normal(),
+        fake_sigma=sigmas[integers(0, len(sigmas))], fake_noise=normal(),
+    )  # fmt: skip
+
+
+def generate(generator: Denoiser, noise: Tensor, class_labels: Tensor | None, *, conditioning_sigma: float) -> Tensor:
+    """One-step generation: `x_gen = D(conditioning_sigma * noise, conditioning_sigma, class_labels)`."""
+    sigma = noise.new_full(noise.shape[:1], conditioning_sigma)
+    return generator(noise * conditioning_sigma, sigma, class_labels)
+
+
+def generator_loss(x_gen: Tensor, teacher: Denoiser, fake_score: Denoiser, class_labels: Tensor | None, *,
+                   sigma: Tensor, noise: Tensor) -> Tensor:  # fmt: skip
+    """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone.
+
+    Noises `x_gen`, lets both networks denoise it, and compares (see `ops.dm_loss`).
+    """
+    with torch.no_grad():
+        x_t = ops.add_noise(x_gen, sigma, noise=noise)
+        D_real = teacher(x_t, sigma, class_labels)
+        D_fake = fake_score(x_t, sigma, class_labels)
+    return ops.dm_loss(x_gen, D_real, D_fake)
+
+
+def guidance_loss(x_gen: Tensor, fake_score: Denoiser, class_labels: Tensor | None, *, sigma: Tensor,
+                  noise: Tensor, sigma_data: float) -> Tensor:  # fmt: skip
+    """The denoising loss `L_fake` of the fake score on generated images, which count as constants."""
+    x_gen = x_gen.detach()
+    D_fake = fake_score(ops.add_noise(x_gen, sigma, noise=noise), sigma, class_labels)
+    return ops.fake_loss(D_fake, x_gen, sigma, sigma_data=sigma_data)

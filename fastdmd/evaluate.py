@@ -1,0 +1,34 @@
+"""`python -m fastdmd.evaluate`: Fréchet distance and class accuracy of a weight file's samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from fastdmd import cli
+from fastdmd.checkpoint import load_network, versions, write_atomically
+from fastdmd.config import EvaluateConfig
+from fastdmd.quality import table
+from fastdmd.sample import sampler_of
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = cli.parse(EvaluateConfig, "fastdmd.evaluate", arguments)
+    with cli.user_errors("fastdmd.evaluate"):
+        device = cli.resolve_device(config.device)
+        network, metadata = load_network(cli.teacher_path(config.weights), device=device)
+        sampler, evaluations = sampler_of(network, metadata, config.teacher_steps)
+        dataset = cli.load_data(config, network.config)
+        if config.out is not None and not config.out.parent.is_dir():
+            raise FileNotFoundError(f"expected --out in an existing folder, got {config.out}")
+        evaluation = cli.make_evaluation(config, network.config, dataset, device)
+    row = evaluation.measure(sampler, evaluations=evaluations, name=metadata["kind"])
+    print(table({metadata["kind"]: row, "floor: real images": evaluation.floor}))
+    if config.out is not None:
+        figures = {metadata["kind"]: dataclasses.asdict(row), "floor": dataclasses.asdict(evaluation.floor)}
+        text = json.dumps({**figures, "seed": config.seed, "versions": versions(device)}, indent=2) + "\n"
+        write_atomically(config.out, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""`python -m fastdmd.pretrain`: trains a teacher with the EDM objective."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastdmd import cli, data, diffusion, ops
+from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
+from fastdmd.config import PretrainConfig
+from fastdmd.optim import AdamWEMA
+from fastdmd.quality import Evaluation, Measurement, table, teacher_sampler
+from fastdmd.trainer import NUM_SAMPLE_COLUMNS, interruptible, sample_inputs
+from fastdmd.unet import UNet
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
+    with cli.user_errors("fastdmd.pretrain"):
+        device = cli.resolve_device(config.device)
+        dataset = data.load(config.data, device=device)
+        torch.manual_seed(config.seed)  # of the initial weights
+        network = UNet(config.network(dataset.image_shape, dataset.num_classes))
+        if config.dry_run:
+            cli.print_resolved(config, network.config, sum(p.numel() for p in network.parameters()))
+            return
+        network = network.to(device=device, memory_format=torch.channels_last)
+        evaluation = cli.make_evaluation(config, network.config, dataset if config.data else None, device)
+        run = RunFolder(config.out, cli.to_json(config))
+    print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {run.path}, on {device}")
+    if not pretrain(config, network, dataset, run, evaluation):
+        sys.exit(130)
+
+
+def edm_loss(network: nn.Module, images: Tensor, class_labels: Tensor | None, *, sigma: Tensor, noise: Tensor,
+             sigma_data: float) -> Tensor:  # fmt: skip
+    """`mean(weight * (D(x + sigma * noise, sigma) - x)^2)`, `weight = sigma^-2 + sd^-2` (Karras et al. 2022, eq. 8)."""
+    D_x = network(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
+    return ops.fake_loss(D_x, images, sigma, sigma_data=sigma_data)
+
+
+def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: RunFolder,
+             evaluation: Evaluation | None) -> bool:  # fmt: skip
+    """Trains, saves, measures. Returns False if Ctrl-C ended it early; what was reached is saved all the same."""
+    device = next(network.parameters()).device
+    optimizer = AdamWEMA(
+        network.train(), learning_rate=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm, warmup_steps=config.warmup_iterations, decay_steps=config.iterations,
+        ema_decay=config.ema_decay,
+    )  # fmt: skip
+    sampler = teacher_sampler(optimizer.ema_network, config.teacher_steps)
+    history = SampleHistory(run.path / "samples.png")
+    sample_noise, sample_labels = sample_inputs(network.config, config.seed, device)
+    snapshot_every = -(-config.iterations // config.snapshots)
+    started = time.perf_counter()
+
+    def snapshot(iteration: int) -> None:
+        save(iteration)
+        history.add(sampler(sample_noise, sample_labels).unflatten(0, (-1, NUM_SAMPLE_COLUMNS)))
+
+    def save(iteration: int, **figures: Any) -> None:
+        save_network(
+            run.path / "teacher.safetensors", optimizer.ema_network, kind="teacher", iterations=iteration,
+            seconds=time.perf_counter() - started, config=dataclasses.asdict(config), versions=versions(device),
+            **figures,
+        )  # fmt: skip
+
+    # Phase 1: train.
+    iteration = 0
+    loss_sum = torch.zeros((), device=device)
+    with (
+        interruptible() as interrupted,
+        tqdm(total=config.iterations, unit="it", dynamic_ncols=True) as progress,
+    ):
+        while iteration < config.iterations and not interrupted():
+            images, class_labels = dataset.random_batch(
+                config.batch_size, seed=config.seed, step=iteration, device=device
+            )
+            generator = diffusion.random_generator(config.seed, iteration, device)
+            normal = torch.randn(len(images), device=device, generator=generator)
+            sigma = diffusion.lognormal_sigma(normal, config.sigma_mean, config.sigma_std)
+            noise = torch.randn(images.shape, device=device, generator=generator)
+            loss = edm_loss(network, images, class_labels, sigma=sigma, noise=noise, sigma_data=config.sigma_data)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.detach()
+            iteration += 1
+            progress.update()
+            if iteration % config.log_every == 0:
+                mean_loss, seconds = loss_sum.item() / config.log_every, time.perf_counter() - started
+                loss_sum.zero_()
+                run.log(iteration=iteration, loss=mean_loss, seconds=seconds)
+                images_per_second = iteration * config.batch_size / seconds
+                progress.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
+            if iteration % snapshot_every == 0 and iteration < config.iterations:
+                snapshot(iteration)
+    snapshot(iteration)
+
+    # Phase 2: measure; the figures go into the weight file.
+    row = Measurement(None, None)
+    is_complete = iteration == config.iterations
+    if is_complete and evaluation is not None:
+        try:
+            row = evaluation.measure(sampler, evaluations=2 * config.teacher_steps - 1, name="teacher")
+        except KeyboardInterrupt:
+            is_complete = False
+    figures = {
+        "teacher": dataclasses.asdict(row),
+        "floor": dataclasses.asdict(evaluation.floor if evaluation else Measurement(None, None)),
+    }
+    save(iteration, quality=figures)
+    summary = {"iterations": iteration, "complete": is_complete, "seconds": time.perf_counter() - started}
+    run.write_json("summary.json", {**figures, **summary, "versions": versions(device)})
+    run.close()
+    if is_complete and evaluation is not None:
+        print(table({"teacher": row, "floor: real images": evaluation.floor}))
+    print(f"{run.path}: teacher.safetensors, samples.png, summary.json")
+    return is_complete
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Samplers measured against real images: Fréchet distance, class accuracy, speed, and the floor beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdmd import data, dmd2, metrics
+from fastdmd.diffusion import Denoiser, random_generator, sample_heun
+
+Sampler = Callable[[Tensor, "Tensor | None"], Tensor]  # standard normal noise [B, C, H, W], labels [B] -> images
+
+SAMPLING_STREAM = 2  # random_generator's stream for evaluation, apart from those of training
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One row of the table; fields that could not be measured are None."""
+
+    frechet_distance: float | None
+    class_accuracy: float | None
+    images_per_second: float | None = None
+    evaluations: int | None = None  # of the network, per image
+    num_images: int = 0
+
+
+def one_step_sampler(generator: Denoiser, conditioning_sigma: float) -> Sampler:
+    @torch.no_grad()
+    def sample(noise: Tensor, class_labels: Tensor | None) -> Tensor:
+        return dmd2.generate(generator, noise, class_labels, conditioning_sigma=conditioning_sigma)
+
+    return sample
+
+
+def teacher_sampler(teacher: Denoiser, num_steps: int = 18, **options: float) -> Sampler:
+    """EDM's deterministic Heun sampler; `2 * num_steps - 1` evaluations."""
+    return lambda noise, class_labels: sample_heun(teacher, noise, class_labels, num_steps=num_steps, **options)
+
+
+def balanced_labels(num_images: int, num_classes: int, device: torch.device | str = "cpu") -> Tensor | None:
+    """`0, 1, ..., num_classes - 1, 0, 1, ...`: as many of each class as can be; None without classes."""
+    return torch.arange(num_images, device=device) % num_classes if num_classes else None
+
+
+class Evaluation:
+    """The feature network, the reference statistics and the floor that one comparison shares.
+
+    Without `dataset`, the reference is the 60,000 MNIST training digits and the floor the 10,000 test digits.
+    With one, the reference is all of its images, and the floor is one random half against the other.
+    `reference` (a path of EDM statistics) replaces the reference. Where the images are not what the embedded
+    digit classifier sees and no `feature_network` is given, only speed is measured, and `notice` says so.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, *, num_samples: int,
+                 dataset: data.Dataset | None = None, feature_network: str | None = None, reference: str | None = None,
+                 seed: int = 0, device: torch.device | str = "cpu"):  # fmt: skip
+        self.image_shape, self.num_classes = image_shape, num_classes
+        self.num_samples, self.seed, self.device = num_samples, seed, torch.device(device)
+        self.notice: str | None = None
+        self.floor = Measurement(None, None)
+        self._feature_network = self._reference = None
+        if feature_network is None and tuple(image_shape) != (1, 28, 28):
+            shape = "×".join(map(str, image_shape))
+            self.notice = (
+                f"no Fréchet distance: the embedded feature network sees 1×28×28 images, these are {shape}; "
+                "--feature-network names another"
+            )
+            return
+        self._feature_network = metrics.load_feature_network(feature_network, device)
+        is_default = dataset is None and feature_network is None
+        dataset = dataset or data.load()
+        if reference is not None:
+            self._reference = metrics.FeatureStatistics.from_npz(reference)
+        elif is_default:
+            self._reference = metrics.reference_statistics()
+        else:
+            self._reference = metrics.feature_statistics(metrics.dataset_batches(dataset), self._feature_network)
+        if is_default or reference is not None:
+            floor_reference, batches = self._reference, metrics.dataset_batches(dataset)
+        else:
+            order = torch.randperm(len(dataset), generator=random_generator(seed, 0, stream=SAMPLING_STREAM))
+            half = min(num_samples, len(dataset) // 2)
+            floor_reference = metrics.feature_statistics(
+                (dataset.batch(indices) for indices in order[half:].split(500)), self._feature_network
+            )
+            batches = (dataset.batch(indices) for indices in order[:half].split(500))
+        floor = metrics.evaluate(batches, self._feature_network, floor_reference)
+        self.floor = Measurement(floor.frechet_distance, floor.class_accuracy, num_images=floor.num_images)
+
+    def measure(self, sampler: Sampler, *, evaluations: int, name: str, batch_size: int = 250) -> Measurement:
+        """Samples `num_samples` images of balanced classes and measures them; the clock runs while sampling only."""
+        sampling_seconds = 0.0
+        labels = balanced_labels(self.num_samples, self.num_classes)
+        starts = range(0, self.num_samples, batch_size)
+
+        def batches():
+            nonlocal sampling_seconds
+            for index, start in enumerate(tqdm(starts, desc=f"sampling {name}", unit="batch", leave=False)):
+                size = min(batch_size, self.num_samples - start)
+                generator = random_generator(self.seed, index, self.device, stream=SAMPLING_STREAM)
+                noise = torch.randn(size, *self.image_shape, device=self.device, generator=generator)
+                class_labels = None if labels is None else labels[start : start + size].to(self.device)
+                started = time.perf_counter()
+                images = sampler(noise, class_labels)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                sampling_seconds += time.perf_counter() - started
+                yield images, class_labels
+
+        if self._feature_network is None:
+            for _ in batches():
+                pass
+            quality = metrics.Quality(None, None, self.num_samples)
+        else:
+            quality = metrics.evaluate(batches(), self._feature_network, self._reference)
+        return Measurement(
+            quality.frechet_distance, quality.class_accuracy, self.num_samples / sampling_seconds, evaluations,
+            quality.num_images,
+        )  # fmt: skip
+
+
+def table(rows: dict[str, Measurement]) -> str:
+    """The rows as aligned text, one line each."""
+
+    def show(value: float | None, pattern: str) -> str:
+        return "-" if value is None or math.isnan(value) else format(value, pattern)
+
+    lines = [f"{'':<24}{'evaluations':>12}{'Fréchet distance':>18}{'class accuracy':>16}{'images/s':>12}"]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:<24}{show(row.evaluations, 'd'):>12}{show(row.frechet_distance, '.3f'):>18}"
+            f"{show(row.class_accuracy, '.2%'):>16}{show(row.images_per_second, '.0f'):>12}"
+        )
+    return "\n".join(lines)

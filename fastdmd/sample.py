@@ -1,0 +1,79 @@
+"""`python -m fastdmd.sample`: images from a generator (one step) or a teacher (Heun), as .png or .npz."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from fastdmd import cli
+from fastdmd.checkpoint import image_grid, load_network, write_atomically
+from fastdmd.config import SampleConfig
+from fastdmd.data import to_uint8
+from fastdmd.diffusion import random_generator
+from fastdmd.quality import SAMPLING_STREAM, Sampler, balanced_labels, one_step_sampler, teacher_sampler
+from fastdmd.unet import UNet
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = cli.parse(SampleConfig, "fastdmd.sample", arguments)
+    with cli.user_errors("fastdmd.sample"):
+        device = cli.resolve_device(config.device)
+        network, metadata = load_network(cli.teacher_path(config.weights), device=device)
+        sampler, _ = sampler_of(network, metadata, config.teacher_steps)
+        labels = parse_labels(config.labels, config.num, network.config.num_classes)
+        if not config.out.parent.is_dir():
+            raise FileNotFoundError(f"expected --out in an existing folder, got {config.out}")
+        images = sample(network, sampler, labels, config, device)
+        write_images(config, images, labels)
+    print(f"{config.out}: {config.num} images")
+
+
+def sampler_of(network: UNet, metadata: dict, num_steps: int) -> tuple[Sampler, int]:
+    """The sampler that a weight file asks for, and its number of evaluations per image."""
+    if metadata.get("kind") == "generator":
+        return one_step_sampler(network, metadata["conditioning_sigma"]), 1
+    return teacher_sampler(network, num_steps), 2 * num_steps - 1
+
+
+def parse_labels(text: str | None, num_images: int, num_classes: int) -> torch.Tensor | None:
+    """`"3,5"` -> 3, 5, 3, 5, ...; without text, all classes in turn. int64 `[num_images]`, None if unconditional."""
+    if text is None:
+        return balanced_labels(num_images, num_classes)
+    if num_classes == 0:
+        raise ValueError(f"expected no --labels for an unconditional network, got {text}")
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) < num_classes for word in words):
+        raise ValueError(f"expected --labels from 0 to {num_classes - 1}, separated by commas, got {text}")
+    labels = torch.tensor([int(word) for word in words])
+    return labels.repeat(-(-num_images // len(labels)))[:num_images]
+
+
+def sample(
+    network: UNet, sampler: Sampler, labels: torch.Tensor | None, config: SampleConfig, device: torch.device
+) -> torch.Tensor:
+    """`[num, C, H, W]` in [-1, 1] on the CPU; the noise is a function of the seed alone, not of the batch size."""
+    generator = random_generator(config.seed, 0, stream=SAMPLING_STREAM)
+    noise = torch.randn(config.num, *network.config.image_shape, generator=generator)
+    batches = []
+    for start in range(0, config.num, config.batch_size):
+        part = slice(start, start + config.batch_size)
+        class_labels = None if labels is None else labels[part].to(device)
+        batches.append(sampler(noise[part].to(device), class_labels).cpu())
+    return torch.cat(batches)
+
+
+def write_images(config: SampleConfig, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+    if config.out.suffix == ".png":
+        picture = image_grid(images, math.ceil(math.sqrt(config.num)))
+        write_atomically(config.out, lambda file: picture.save(file, format="PNG"))
+    else:
+        arrays = {"images": to_uint8(images).permute(0, 2, 3, 1).numpy()}  # [N, H, W, C], as --data reads it
+        if labels is not None:
+            arrays["labels"] = labels.numpy()
+        write_atomically(config.out, lambda file: np.savez(file, **arrays))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""`python -m fastdmd.train`: distils a teacher into a one-step generator."""
+
+from __future__ import annotations
+
+import sys
+
+from fastdmd import cli, trainer
+from fastdmd.checkpoint import RunFolder, load_network
+from fastdmd.config import TRAIN_PRESETS, TrainConfig
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = cli.parse(TrainConfig, "fastdmd.train", arguments, TRAIN_PRESETS)
+    with cli.user_errors("fastdmd.train"):
+        device = cli.resolve_device(config.device)
+        teacher, _ = load_network(cli.teacher_path(config.teacher), device=device)
+        network = teacher.config
+        dataset = cli.load_data(config, network)
+        if config.dry_run:
+            cli.print_resolved(config, network, sum(p.numel() for p in teacher.parameters()))
+            return
+        evaluation = cli.make_evaluation(config, network, dataset, device)
+        run = RunFolder(config.resolved_out, cli.to_json(config))
+    print(f"distilling {config.teacher} into {run.path} on {device}")
+    summary = trainer.distill(config, teacher, run, evaluation)
+    print(f"{run.path}: generator.safetensors, samples.png, summary.json")
+    if not summary["complete"]:
+        print(f"interrupted after {summary['iterations']} of {config.iterations} iterations")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

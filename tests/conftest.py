@@ -1,0 +1,45 @@
+"""What tests share: a small teacher, and where the golden values lie."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdmd.checkpoint import save_network
+from fastdmd.unet import UNet, UNetConfig
+
+SMALL = UNetConfig(
+
+    image_size=28, num_classes=10, patch_size=2, model_channels=8, channel_multipliers=(1, 2), num_blocks=1,
+    attention_resolutions=(7,),
+)  # fmt: skip
+
+
+def make_network(config: UNetConfig = SMALL, seed: int = 0) -> UNet:
+    """A network whose zero-initialised convolutions are random too, so that every part matters."""
+    torch.manual_seed(seed)
+    network = UNet(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def teacher() -> UNet:
+    return make_network()
+
+
+@pytest.fixture
+def teacher_file(tmp_path, teacher) -> Path:
+    path = tmp_path / "teacher.safetensors"
+    save_network(path, teacher, kind="teacher")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden_losses() -> dict[str, torch.Tensor]:
+    """Both turns of DMD2, from an independent implementation."""
+    local = Path(__file__).parent / "data" / "dmd2_losses.npz"
+    return {name: torch.from_numpy(np.asarray(array)) for name, array in np.load(local).items()}

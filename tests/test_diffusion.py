@@ -1,0 +1,111 @@
+"""Schedules, preconditioning, sampling of noise levels, and the Heun sampler on a case with a known answer."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from benchmarks.textbook import karras_schedule
+from fastdmd import diffusion
+
+
+def test_schedule_matches_golden_values(golden_losses):
+    sigmas = diffusion.karras_sigmas(1000)
+    assert torch.equal(sigmas, golden_losses["karras_sigmas"])
+    assert_close(sigmas, karras_schedule(), rtol=2e-6, atol=0)  # float64, rounded
+    for kind in ("dm", "fake"):
+        assert torch.equal(sigmas[golden_losses[f"{kind}_timesteps"]], golden_losses[f"{kind}_sigma"])
+
+
+@pytest.mark.parametrize("options", [{}, {"sigma_min": 0.01, "sigma_max": 5.0, "rho": 3.0}, {"rho": 2.0}])
+@pytest.mark.parametrize("num_steps", [2, 18, 1000])
+def test_schedule_properties(num_steps, options):
+    sigmas = diffusion.karras_sigmas(num_steps, **options)
+    low, high = options.get("sigma_min", 0.002), options.get("sigma_max", 80.0)
+    assert sigmas.dtype == torch.float32 and len(sigmas) == num_steps
+    assert sigmas[[0, -1]].tolist() == pytest.approx([low, high], rel=1e-4)
+    assert (sigmas.diff() > 0).all()
+    steps = (sigmas.double() ** (1 / options.get("rho", 7.0))).diff()  # evenly spaced in sigma^(1/rho)
+    assert_close(steps, steps.mean().expand_as(steps), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 1}, "expected num_steps >= 2, got 1"),
+        ({"sigma_min": 0.0}, "expected 0 < sigma_min < sigma_max, got 0.0 and 80.0"),
+        ({"sigma_max": 0.001}, "expected 0 < sigma_min < sigma_max, got 0.002 and 0.001"),
+        ({"rho": 0.0}, "expected rho > 0, got 0.0"),
+    ],
+)
+def test_schedule_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion.karras_sigmas(**options)
+
+
+def test_preconditioning_identities():
+    sigma, sd = diffusion.karras_sigmas(200).double(), 0.7
+    c_skip, c_out, c_in, c_noise = diffusion.preconditioning(sigma, sd)
+    assert_close(diffusion.loss_weight(sigma, sd) * c_out**2, torch.ones_like(sigma))
+    assert_close(c_in**2 * (sigma**2 + sd**2), torch.ones_like(sigma))  # unit variance of the network's input
+    assert_close(c_skip**2 * sigma**2 + (1 - c_skip) ** 2 * sd**2, c_out**2)  # c_skip minimises c_out
+    assert_close((4 * c_noise).exp(), sigma)
+
+
+def test_lognormal_sigma_has_the_stated_moments():
+    log_sigma = diffusion.lognormal_sigma(torch.randn(200_000, generator=torch.Generator().manual_seed(0))).log()
+    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.01)
+    assert log_sigma.std().item() == pytest.approx(1.2, abs=0.01)
+
+
+def gaussian_denoiser(variance, mean=0.5):
+    """The exact denoiser of data distributed as N(mean, variance)."""
+    calls = []
+
+    def denoise(x, sigma, class_labels):
+        calls.append(sigma[0].item())
+        gain = variance / (variance + diffusion.per_sample(sigma) ** 2)
+        return mean + gain * (x - mean)
+
+    return denoise, calls
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 18])
+def test_heun_counts_its_evaluations(num_steps):
+    denoise, calls = gaussian_denoiser(0.25)
+    diffusion.sample_heun(denoise, torch.randn(2, 1, 4, 4), num_steps=num_steps)
+    assert len(calls) == 2 * num_steps - 1
+    assert [calls[0], min(calls)] == pytest.approx([80.0, 0.002 if num_steps > 1 else 80.0], rel=1e-4)
+
+
+def test_heun_solves_the_gaussian_case_to_second_order():
+    """The probability flow of N(mean, v) is known: x(0) - mean = (x(T) - mean) * sqrt(v / (v + T^2))."""
+    noise = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = 0.5 + (noise * 80 - 0.5) * (0.25 / (0.25 + 80**2)) ** 0.5
+    errors = []
+    for num_steps in (18, 36, 72):
+        sample = diffusion.sample_heun(gaussian_denoiser(0.25)[0], noise, num_steps=num_steps)
+        errors.append((sample - exact).abs().max().item())
+    assert errors[0] < 0.1
+    assert errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3  # halving the step quarters the error
+
+
+def test_stochastic_heun_keeps_the_distribution():
+    noise = torch.randn(20_000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    options = dict(num_steps=40, S_churn=20.0, S_min=0.05, S_max=50.0, S_noise=1.0)
+    denoise = gaussian_denoiser(0.25)[0]
+    sample, again, other = (
+        diffusion.sample_heun(denoise, noise, **options, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(sample, again) and not torch.equal(sample, other)
+    assert not torch.allclose(sample, diffusion.sample_heun(denoise, noise, num_steps=40), atol=0.1)
+    assert sample.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert sample.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_random_generator_is_a_function_of_all_its_arguments():
+    def draw(*arguments, **options):
+        return torch.rand(4, generator=diffusion.random_generator(*arguments, **options)).tolist()
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({tuple(draw(*a)) for a in ((1, 2), (2, 1), (1, 3), (0, 2))} | {tuple(draw(1, 2, stream=1))}) == 5
