@@ -34,7 +34,7 @@ def user_errors(command: str) -> Iterator[None]:
 
 def parse(config_class: type[Config], command: str, arguments: list[str] | None = None,
           presets: dict[str, Config] | None = None) -> Config:  # fmt: skip
-    """The preset that `--preset` names (or the first), with every other flag over it."""
+    """The preset that `--preset` names (or the first), with every other flag over it; checked."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with user_errors(command):
         default = None
@@ -48,7 +48,9 @@ def parse(config_class: type[Config], command: str, arguments: list[str] | None 
             if name not in presets:
                 raise ValueError(f"expected --preset one of {', '.join(presets)}, got {name}")
             default = presets[name]
-        return tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
+        config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
+        config.check()
+        return config
 
 
 def resolve_device(name: str) -> torch.device:

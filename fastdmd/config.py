@@ -33,9 +33,10 @@ class EvaluationConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises ValueError for a value that cannot be, naming the flag, what was expected and what came."""
         _require(self, 1, "teacher_steps")
-        _require(self, 0, "seed")
+        _require_seed(self)
         if self.num_samples != 0 and self.num_samples < 2:
             _fail(self, "num_samples", ">= 2, or 0 for no metrics")
 
@@ -111,8 +112,8 @@ class TrainConfig(EvaluationConfig):
     def resolved_out(self) -> Path:
         return self.out or Path("runs") / f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         _require(self, 1, "iterations", "batch_size", "dfake_gen_update_ratio", "log_every", "snapshots")
         _require(self, 0, "warmup_iterations", "weight_decay")
         _require(self, 2, "num_train_timesteps")
@@ -176,8 +177,8 @@ class PretrainConfig(EvaluationConfig):
     dry_run: DryRun = False
     """Print the resolved configuration and stop."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         _require(self, 1, "iterations", "batch_size", "log_every", "snapshots")
         _require(self, 0, "warmup_iterations", "weight_decay", "channels_per_head")
         _require_positive(self, "learning_rate", "max_grad_norm", "sigma_std", "sigma_data")
@@ -201,8 +202,8 @@ class EvaluateConfig(EvaluationConfig):
     out: Path | None = None
     """Where to write the figures as JSON, too."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         _require(self, 2, "num_samples")
 
 
@@ -227,9 +228,9 @@ class SampleConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
-    def __post_init__(self):
+    def check(self) -> None:
         _require(self, 1, "num", "batch_size", "teacher_steps")
-        _require(self, 0, "seed")
+        _require_seed(self)
         if self.out.suffix not in (".png", ".npz"):
             _fail(self, "out", "ending in .png or .npz")
 
@@ -242,6 +243,11 @@ def _require(config: Any, least: int, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= least:
             _fail(config, name, f">= {least}")
+
+
+def _require_seed(config: Any) -> None:
+    if not 0 <= config.seed < 2**32:
+        _fail(config, "seed", "in [0, 2^32)")
 
 
 def _require_positive(config: Any, *names: str) -> None:

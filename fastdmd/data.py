@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdmd.data_formats import Content, mismatch, open_content
+from fastdmd.diffusion import random_generator
 
 EMBEDDED = Path(__file__).parent / "assets" / "mnist"
 
@@ -100,11 +101,9 @@ class Dataset:
     def random_batch(
         self, batch_size: int, *, seed: int, step: int, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """`batch` of indices drawn with replacement: a function of (seed, step), 64 bits each."""
-        # As a key, unlike in numpy's SeedSequence, (2^32, 0) is not (0, 1).
-        generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
-        indices = generator.integers(len(self), size=batch_size)
-        return self.batch(torch.from_numpy(indices), device)
+        """`batch` of indices drawn with replacement: a function of (seed, step), the same on every device."""
+        generator = random_generator(seed, step, stream=1)
+        return self.batch(torch.randint(len(self), (batch_size,), generator=generator), device)
 
     def require(self, *, image_shape: tuple[int, int, int] | None = None, num_classes: int | None = None) -> Dataset:
         """This dataset as a network of `image_shape` (C, H, W) and `num_classes` takes it; None accepts any.

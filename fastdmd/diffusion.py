@@ -17,7 +17,13 @@ def per_sample(values: Tensor) -> Tensor:
 
 
 def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *, stream: int = 0) -> torch.Generator:
-    """A generator whose draws are a function of (seed, step, stream) alone, on `device`."""
+    """A generator on `device` whose draws are a function of (seed, step, stream), each in [0, 2^32).
+
+    Streams keep apart what must not share numbers: 0 is training, 1 the choice of real images, 2 evaluation,
+    3 the noise behind samples.png.
+    """
+    if not all(0 <= value < 2**32 for value in (seed, step, stream)):  # wider ones would collide in SeedSequence
+        raise ValueError(f"fastdmd.random_generator: expected values in [0, 2^32), got {(seed, step, stream)}")
     state = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)  # manual_seed takes 63 bits on every device
 
