@@ -11,7 +11,7 @@ import tyro
 
 from fastdmd.unet import UNetConfig
 
-DryRun = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,9 @@ class TrainConfig(EvaluationConfig):
     """Iterations between lines of metrics.jsonl."""
     snapshots: int = 10
     """How often, over the run, weights and samples are written."""
-    dry_run: DryRun = False
+    measure_teacher: Switch = False
+    """Measure the teacher even where its weight file records figures measured in the same way."""
+    dry_run: Switch = False
     """Print the resolved configuration and stop."""
 
     @property
@@ -136,7 +138,7 @@ class PretrainConfig(EvaluationConfig):
 
     out: Path = Path("runs/teacher")
     """Run folder; must not hold a run yet."""
-    iterations: int = 14_000
+    iterations: int = 10_000
     """Number of optimizer updates."""
     batch_size: int = 128
     """Images per update."""
@@ -150,7 +152,7 @@ class PretrainConfig(EvaluationConfig):
     """Gradients are clipped to this global norm."""
     ema_decay: float = 0.999
     """Decay of the average of the weights, per update. The average is the teacher."""
-    sigma_mean: float = -0.8
+    sigma_mean: float = -0.5
     """Mean of ln(sigma) in training."""
     sigma_std: float = 1.4
     """Standard deviation of ln(sigma) in training."""
@@ -158,9 +160,9 @@ class PretrainConfig(EvaluationConfig):
     """Standard deviation of the data, as the preconditioning assumes it."""
     patch_size: int = 2
     """Pixels per side folded into channels before the first convolution."""
-    model_channels: int = 16
+    model_channels: int = 32
     """Width that the multipliers refer to, and width of the noise embedding."""
-    channel_multipliers: tuple[int, ...] = (2, 3)
+    channel_multipliers: tuple[int, ...] = (1, 2)
     """Width at each resolution, finest first, in units of model_channels."""
     num_blocks: int = 1
     """Residual blocks at each resolution of the encoder."""
@@ -168,13 +170,15 @@ class PretrainConfig(EvaluationConfig):
     """Feature-map sizes with self-attention."""
     channels_per_head: int = 0
     """Channels of an attention head; 0 means one head."""
+    adaptive_scale: bool = True
+    """Embeddings scale and shift normalised features (ADM); otherwise they are added (DDPM++)."""
     dropout: float = 0.0
     """Dropout probability inside residual blocks."""
     log_every: int = 100
     """Iterations between lines of metrics.jsonl."""
     snapshots: int = 10
     """How often, over the run, weights and samples are written."""
-    dry_run: DryRun = False
+    dry_run: Switch = False
     """Print the resolved configuration and stop."""
 
     def check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class AdamWEMA:
         def learning_rate_factor(update: int) -> float:
             factor = min(1.0, (update + 1) / warmup_steps) if warmup_steps > 0 else 1.0
             if decay_steps is not None:
-                factor *= 0.5 + 0.5 * torch.tensor(min(1.0, update / decay_steps) * torch.pi).cos().item()
+                factor *= 0.5 + 0.5 * math.cos(math.pi * min(1.0, update / decay_steps))
             return factor
 
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adamw, learning_rate_factor)

@@ -102,19 +102,17 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
                 snapshot(iteration)
     snapshot(iteration)
 
-    # Phase 2: measure; the figures go into the weight file.
+    # Phase 2: measure; the weight file records the figures.
     row = Measurement(None, None)
     is_complete = iteration == config.iterations
     if is_complete and evaluation is not None:
         try:
             row = evaluation.measure(sampler, evaluations=2 * config.teacher_steps - 1, name="teacher")
+            save(iteration, record=evaluation.record(row))
         except KeyboardInterrupt:
             is_complete = False
-    figures = {
-        "teacher": dataclasses.asdict(row),
-        "floor": dataclasses.asdict(evaluation.floor if evaluation else Measurement(None, None)),
-    }
-    save(iteration, quality=figures)
+    floor = evaluation.floor if evaluation else Measurement(None, None)
+    figures = {"teacher": dataclasses.asdict(row), "floor": dataclasses.asdict(floor)}
     summary = {"iterations": iteration, "complete": is_complete, "seconds": time.perf_counter() - started}
     run.write_json("summary.json", {**figures, **summary, "versions": versions(device)})
     run.close()

@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(TrainConfig, "fastdmd.train", arguments, TRAIN_PRESETS)
     with cli.user_errors("fastdmd.train"):
         device = cli.resolve_device(config.device)
-        teacher, _ = load_network(cli.teacher_path(config.teacher), device=device)
+        teacher, metadata = load_network(cli.teacher_path(config.teacher), device=device)
         network = teacher.config
         dataset = cli.load_data(config, network)
         if config.dry_run:
@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
         evaluation = cli.make_evaluation(config, network, dataset, device)
         run = RunFolder(config.resolved_out, cli.to_json(config))
     print(f"distilling {config.teacher} into {run.path} on {device}")
-    summary = trainer.distill(config, teacher, run, evaluation)
+    teacher_record = None if config.measure_teacher else metadata.get("record")
+    summary = trainer.distill(config, teacher, run, evaluation, teacher_record)
     print(f"{run.path}: generator.safetensors, samples.png, summary.json")
     if not summary["complete"]:
         print(f"interrupted after {summary['iterations']} of {config.iterations} iterations")

@@ -60,8 +60,13 @@ def make_draws(config: TrainConfig, network: UNetConfig, device: torch.device) -
     return lambda step: dmd2.draw(shape, network.num_classes, sigmas, min_step, max_step, seed=config.seed, step=step)
 
 
-def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Evaluation | None) -> dict:
-    """Trains, saves, measures; returns the summary that it wrote. Ctrl-C ends it with what was reached."""
+def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Evaluation | None,
+            teacher_record: dict | None = None) -> dict:  # fmt: skip
+    """Trains, saves, measures; returns the summary that it wrote. Ctrl-C ends it with what was reached.
+
+    `teacher_record` is what the teacher's file says of its quality (`Evaluation.record`), so that it need not be
+    measured again.
+    """
     started = time.perf_counter()
     device = next(teacher.parameters()).device
     draws = make_draws(config, teacher.config, device)
@@ -100,13 +105,13 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
     is_complete = iteration == config.iterations
     if is_complete and evaluation is not None:
         generator = model.generator_optimizer.ema_network
-        samplers = {
-            "generator": (one_step_sampler(generator, config.conditioning_sigma), 1),
-            "teacher": (teacher_sampler(model.teacher, config.teacher_steps), 2 * config.teacher_steps - 1),
-        }
+        sampler = one_step_sampler(generator, config.conditioning_sigma)
         try:
-            for name, (sampler, evaluations) in samplers.items():
-                rows[name] = evaluation.measure(sampler, evaluations=evaluations, name=name)
+            rows["generator"] = evaluation.measure(sampler, evaluations=1, name="generator")
+            rows["teacher"] = evaluation.measure(
+                teacher_sampler(model.teacher, config.teacher_steps), evaluations=2 * config.teacher_steps - 1,
+                name="teacher", record=teacher_record,
+            )  # fmt: skip
         except KeyboardInterrupt:
             is_complete = False
 
@@ -122,6 +127,10 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
     run.close()
     if is_complete and evaluation is not None:
         print(table({**rows, "floor: real images": evaluation.floor}))
+        if rows["teacher"].recorded:
+            print(
+                "The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them."
+            )
     return summary
 
 

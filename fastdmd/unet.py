@@ -33,6 +33,7 @@ class UNetConfig:
     attention_resolutions: tuple[int, ...] = (16,)
     channels_per_head: int = 0  # 0: a single head, as in DDPM++
     embedding_multiplier: int = 4
+    adaptive_scale: bool = False  # the embedding scales and shifts normalised features (ADM), or is added (DDPM++)
     dropout: float = 0.0
     label_dropout: float = 0.0
     sigma_data: float = 0.5
@@ -105,13 +106,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block: norm, SiLU, conv, add embedding, norm, SiLU, dropout, conv; optional resampling and attention."""
+    """Residual block: norm, SiLU, conv, embedding, norm, SiLU, dropout, conv; optional resampling and attention."""
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, *, resample: str = "",
                  attention: bool = False):  # fmt: skip
         super().__init__()
-        self.out_channels = out_channels
         self.resample = resample
+        self.adaptive_scale = config.adaptive_scale
+        self.embedding_channels = 2 * out_channels if config.adaptive_scale else out_channels
         self.norm0 = _group_norm(in_channels)
         self.conv0 = _conv(in_channels, out_channels)
         self.norm1 = _group_norm(out_channels)
@@ -126,10 +128,15 @@ class Block(nn.Module):
             return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C_in, H, W], [B, C_out]
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C_in, H, W], [B, embedding_channels]
         y = self.conv0(self._resample(F.silu(self.norm0(x))))
-        y = F.silu(self.norm1(y + embedding[:, :, None, None]))
-        y = self.conv1(self.dropout(y))
+        embedding = embedding[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = embedding.chunk(2, dim=1)
+            y = torch.addcmul(shift, self.norm1(y), scale + 1)
+        else:
+            y = self.norm1(y + embedding)
+        y = self.conv1(self.dropout(F.silu(y)))
         x = self._resample(x)
         x = (y + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
         return x if self.attention is None else self.attention(x) * SKIP_SCALE
@@ -191,7 +198,7 @@ class UNet(nn.Module):
         self.norm_out = _group_norm(channels)
         self.conv_out = _conv(channels, folded_channels, init_scale=1e-5)
         # One matrix product makes the embeddings of all blocks.
-        self.block_embeddings = [b.out_channels for b in (*self.encoder, *self.middle, *self.decoder)]
+        self.block_embeddings = [b.embedding_channels for b in (*self.encoder, *self.middle, *self.decoder)]
         self.map_blocks = _linear(embedding_channels, sum(self.block_embeddings))
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -229,7 +236,7 @@ class UNet(nn.Module):
                 keep = torch.rand(label_embedding.shape[0], 1, device=embedding.device) >= self.config.label_dropout
                 label_embedding = label_embedding * keep
             embedding = embedding + label_embedding
-        return self.map_blocks(self.map_noise(embedding))  # [B, sum of block channels]
+        return self.map_blocks(self.map_noise(embedding))  # [B, sum of block_embeddings]
 
     @property
     def _memory_format(self) -> torch.memory_format:

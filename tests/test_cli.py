@@ -165,7 +165,7 @@ def colour_image(path):
     ("options", "message"),
     [
         (["--teacher", "nowhere.safetensors"], "nowhere.safetensors, which does not exist"),
-        (["--data", truncated_idx], r"expected a readable .* train-images-idx3-ubyte.gz"),
+        (["--data", truncated_idx], r"expected a readable IDX file, got .*train-images-idx3-ubyte.gz"),
         (["--data", labels_out_of_range], r"expected labels from 0 to 9, got labels up to 14 in"),
         (["--data", oblong_image], r"expected square .* got .*28x32"),
         (["--data", colour_image], r"expected images of shape \(1, 28, 28\), got \(3, 28, 28\) in"),
@@ -334,9 +334,21 @@ def test_pretrain_learns_and_train_takes_its_teacher(tmp_path):
     assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]
     network, metadata = load_network(out / "teacher.safetensors")
     assert metadata["kind"] == "teacher" and metadata["config"]["learning_rate"] == 5e-3
-    assert metadata["quality"]["teacher"] == json.loads((out / "summary.json").read_text())["teacher"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert metadata["record"]["quality"] == summary["teacher"] and not summary["teacher"]["recorded"]
     assert network.config.model_channels == 8 and network.config.num_classes == 10
-    assert run_train(out / "teacher.safetensors", tmp_path / "run")["complete"]
+
+    # What pretrain recorded is used where the measurement would be the same, and only there.
+    known = run_train(out / "teacher.safetensors", tmp_path / "known", "--num-samples", "20")["teacher"]
+    repeated = run_train(
+        out / "teacher.safetensors", tmp_path / "repeated", "--num-samples", "20", "--measure-teacher"
+    )["teacher"]
+    assert known["recorded"] and not repeated["recorded"]
+    assert known["frechet_distance"] == summary["teacher"]["frechet_distance"]
+    assert repeated["frechet_distance"] == pytest.approx(known["frechet_distance"], rel=1e-5)
+    for changed in (["--num-samples", "30"], ["--seed", "1"], ["--teacher-steps", "3"]):
+        options = ["--num-samples", "20", *changed]
+        assert not run_train(out / "teacher.safetensors", tmp_path / changed[0], *options)["teacher"]["recorded"]
 
 
 def test_commands_work_from_anywhere(tmp_path):

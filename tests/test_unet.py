@@ -17,7 +17,7 @@ VARIANTS = {
     "small": SMALL,
     "rgb, three levels, heads": UNetConfig(
         image_size=16, image_channels=3, model_channels=8, channel_multipliers=(1, 2, 3), num_blocks=2,
-        attention_resolutions=(8, 16), channels_per_head=4,
+        attention_resolutions=(8, 16), channels_per_head=4, adaptive_scale=True,
     ),
     "unconditional, one level": UNetConfig(
         image_size=8, num_classes=0, model_channels=6, channel_multipliers=(1,), num_blocks=1, attention_resolutions=()
