@@ -30,8 +30,8 @@ class TextbookDMD2:
             return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
 
         self.teacher = plain(teacher).eval().requires_grad_(False)
-        self.generator = plain(teacher).train().requires_grad_(True)
-        self.fake_score = plain(teacher).train().requires_grad_(True)
+        self.generator = plain(teacher).eval().requires_grad_(True)
+        self.fake_score = plain(teacher).eval().requires_grad_(True)
         self.ema = plain(teacher).eval().requires_grad_(False)
         options = dict(betas=betas, weight_decay=weight_decay, foreach=True)
         self.generator_optimizer = torch.optim.AdamW(self.generator.parameters(), lr=generator_lr, **options)

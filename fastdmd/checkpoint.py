@@ -65,7 +65,7 @@ def load_network(path: str | Path, *, device: str | torch.device = "cpu") -> tup
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"fastdmd.load_network: expected a safetensors file, got {path}: {error}") from error
-    if not isinstance(metadata, dict) or "network" not in metadata:
+    if not isinstance(metadata, dict) or not {"kind", "network"} <= metadata.keys():
         raise ValueError(f"fastdmd.load_network: expected a file written by fastdmd, got {path} without its metadata")
     known = {field.name for field in dataclasses.fields(UNetConfig)}
     if unknown := set(metadata["network"]) - known:
@@ -87,7 +87,7 @@ def versions(device: torch.device) -> dict[str, str | None]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "fastdmd": __version__, "torch": torch.__version__, "python": platform.python_version(),
-        "cuda": torch.version.cuda, "device": name,
+        "cuda": torch.version.cuda, "device": name, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 

@@ -86,10 +86,12 @@ def make_evaluation(config: EvaluationConfig, network: UNetConfig, dataset: data
 
 
 def load_data(config: EvaluationConfig, network: UNetConfig) -> data.Dataset | None:
-    """The user's images, checked against the network; None where none were named."""
+    """The user's images, checked against the network; None where none were named. They need no labels."""
     if config.data is None:
         return None
-    return data.load(config.data).require(image_shape=network.image_shape, num_classes=network.num_classes)
+    dataset = data.load(config.data)
+    num_classes = None if dataset.labels is None else network.num_classes
+    return dataset.require(image_shape=network.image_shape, num_classes=num_classes)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         evaluation = cli.make_evaluation(config, network.config, dataset if config.data else None, device)
         run = RunFolder(config.out, cli.to_json(config))
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {run.path}, on {device}")
-    if not pretrain(config, network, dataset, run, evaluation):
+    if pretrain(config, network, dataset, run, evaluation)["outcome"] == "interrupted":
         sys.exit(130)
 
 
@@ -46,8 +46,11 @@ def edm_loss(network: nn.Module, images: Tensor, class_labels: Tensor | None, *,
 
 
 def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: RunFolder,
-             evaluation: Evaluation | None) -> bool:  # fmt: skip
-    """Trains, saves, measures. Returns False if Ctrl-C ended it early; what was reached is saved all the same."""
+             evaluation: Evaluation | None) -> dict:  # fmt: skip
+    """Trains, saves, measures; returns the summary that it wrote.
+
+    Its `outcome` is "complete" or "interrupted" (Ctrl-C; what was reached is saved).
+    """
     device = next(network.parameters()).device
     optimizer = AdamWEMA(
         network.train(), learning_rate=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
@@ -104,22 +107,25 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
 
     # Phase 2: measure; the weight file records the figures.
     row = Measurement(None, None)
-    is_complete = iteration == config.iterations
-    if is_complete and evaluation is not None:
+    outcome = "complete" if iteration == config.iterations else "interrupted"
+    if outcome == "complete" and evaluation is not None:
         try:
             row = evaluation.measure(sampler, evaluations=2 * config.teacher_steps - 1, name="teacher")
             save(iteration, record=evaluation.record(row))
         except KeyboardInterrupt:
-            is_complete = False
+            outcome = "interrupted"
     floor = evaluation.floor if evaluation else Measurement(None, None)
     figures = {"teacher": dataclasses.asdict(row), "floor": dataclasses.asdict(floor)}
-    summary = {"iterations": iteration, "complete": is_complete, "seconds": time.perf_counter() - started}
-    run.write_json("summary.json", {**figures, **summary, "versions": versions(device)})
+    summary = {
+        **figures, "iterations": iteration, "outcome": outcome, "seconds": time.perf_counter() - started,
+        "versions": versions(device),
+    }  # fmt: skip
+    run.write_json("summary.json", summary)
     run.close()
-    if is_complete and evaluation is not None:
+    if outcome == "complete" and evaluation is not None:
         print(table({"teacher": row, "floor: real images": evaluation.floor}))
     print(f"{run.path}: teacher.safetensors, samples.png, summary.json")
-    return is_complete
+    return summary
 
 
 if __name__ == "__main__":

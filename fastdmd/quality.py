@@ -57,7 +57,8 @@ class Evaluation:
     """The feature network, the reference statistics and the floor that one comparison shares.
 
     Without `dataset`, the reference is the 60,000 MNIST training digits and the floor the 10,000 test digits.
-    With one, the reference is all of its images, and the floor is one random half against the other.
+    With one, the reference is all of its images, and the floor is a random part of them (at most half) against the
+    rest.
     `reference` (a path of EDM statistics) replaces the reference. Where the images are not what the embedded
     digit classifier sees and no `feature_network` is given, only speed is measured, and `notice` says so.
     """
@@ -79,7 +80,7 @@ class Evaluation:
             return
         self._feature_network = metrics.load_feature_network(feature_network, device)
         is_default = dataset is None and feature_network is None
-        dataset = dataset or data.load()
+        dataset = (dataset or data.load()).require(image_shape=image_shape)
         if reference is not None:
             self._reference = metrics.FeatureStatistics.from_npz(reference)
         elif is_default:
@@ -90,11 +91,9 @@ class Evaluation:
             floor_reference, batches = self._reference, metrics.dataset_batches(dataset)
         else:
             order = torch.randperm(len(dataset), generator=random_generator(seed, 0, stream=SAMPLING_STREAM))
-            half = min(num_samples, len(dataset) // 2)
-            floor_reference = metrics.feature_statistics(
-                (dataset.batch(indices) for indices in order[half:].split(500)), self._feature_network
-            )
-            batches = (dataset.batch(indices) for indices in order[:half].split(500))
+            sample, rest = order.split([num := min(num_samples, len(dataset) // 2), len(dataset) - num])
+            floor_reference = metrics.feature_statistics(map(dataset.batch, rest.split(500)), self._feature_network)
+            batches = map(dataset.batch, sample.split(500))
         floor = metrics.evaluate(batches, self._feature_network, floor_reference)
         self.floor = Measurement(floor.frechet_distance, floor.class_accuracy, num_images=floor.num_images)
 

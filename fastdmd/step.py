@@ -26,7 +26,8 @@ class StepMetrics:
 class DMD2:
     """Teacher, generator and fake score, and the two turns that alternate (Yin et al. 2024, DMD2).
 
-    Generator and fake score start as copies of the teacher. `generator_options` and `guidance_options` go to
+    Generator and fake score start as copies of the teacher, all in eval mode: dropout would be noise that the other
+    networks do not see. `generator_options` and `guidance_options` go to
     `AdamWEMA`. The teacher never requires gradients, and no flag is toggled between turns: each turn
     differentiates only through the network that it trains.
     """
@@ -34,8 +35,8 @@ class DMD2:
     def __init__(self, teacher: nn.Module, *, conditioning_sigma: float, sigma_data: float,
                  dfake_gen_update_ratio: int, generator_options: dict, guidance_options: dict):  # fmt: skip
         self.teacher = teacher.eval().requires_grad_(False)
-        self.generator = copy.deepcopy(teacher).requires_grad_(True).train()
-        self.fake_score = copy.deepcopy(teacher).requires_grad_(True).train()
+        self.generator = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.fake_score = copy.deepcopy(self.teacher).requires_grad_(True)
         self.conditioning_sigma, self.sigma_data = conditioning_sigma, sigma_data
         self.dfake_gen_update_ratio = dfake_gen_update_ratio
         self.generator_optimizer = AdamWEMA(self.generator, **generator_options)

@@ -14,6 +14,8 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.train"):
         device = cli.resolve_device(config.device)
         teacher, metadata = load_network(cli.teacher_path(config.teacher), device=device)
+        if metadata["kind"] != "teacher":
+            raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
         network = teacher.config
         dataset = cli.load_data(config, network)
         if config.dry_run:
@@ -25,8 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
     teacher_record = None if config.measure_teacher else metadata.get("record")
     summary = trainer.distill(config, teacher, run, evaluation, teacher_record)
     print(f"{run.path}: generator.safetensors, samples.png, summary.json")
-    if not summary["complete"]:
-        print(f"interrupted after {summary['iterations']} of {config.iterations} iterations")
+    if summary["outcome"] != "complete":
+        print(f"{summary['outcome']} after {summary['iterations']} of {config.iterations} iterations")
+    if summary["outcome"] == "diverged":
+        sys.exit("fastdmd.train: error: the losses are not finite; the last snapshot is kept; try lower learning rates")
+    if summary["outcome"] == "interrupted":
         sys.exit(130)
 
 

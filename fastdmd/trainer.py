@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -62,10 +64,11 @@ def make_draws(config: TrainConfig, network: UNetConfig, device: torch.device) -
 
 def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Evaluation | None,
             teacher_record: dict | None = None) -> dict:  # fmt: skip
-    """Trains, saves, measures; returns the summary that it wrote. Ctrl-C ends it with what was reached.
+    """Trains, saves, measures; returns the summary that it wrote.
 
-    `teacher_record` is what the teacher's file says of its quality (`Evaluation.record`), so that it need not be
-    measured again.
+    Its `outcome` is "complete", "interrupted" (Ctrl-C; what was reached is saved) or "diverged" (the losses are not
+    finite; the weights and samples of the last snapshot stay). `teacher_record` is what the teacher's file says of its
+    quality (`Evaluation.record`), so that it need not be measured again.
     """
     started = time.perf_counter()
     device = next(teacher.parameters()).device
@@ -82,28 +85,35 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
         history.add(samples.unflatten(0, (-1, NUM_SAMPLE_COLUMNS)))
 
     # Phase 1: train.
-    iteration = 0
+    iteration, outcome = 0, "complete"
     snapshot(iteration)
     meter = Meter(run, config, device)
     with (
         interruptible() as interrupted,
         tqdm(total=config.iterations, unit="it", dynamic_ncols=True) as progress,
     ):
-        while iteration < config.iterations and not interrupted():
+        while iteration < config.iterations:
             meter.add(model.iterate(iteration, draws(iteration)))
             iteration += 1
             progress.update()
-            if iteration % config.log_every == 0 or iteration == config.iterations:
-                progress.set_postfix(meter.flush(iteration))
+            if interrupted():
+                outcome = "interrupted"
+            if iteration % config.log_every == 0 or iteration == config.iterations or outcome == "interrupted":
+                means = meter.flush(iteration)
+                progress.set_postfix({name: f"{value:.4g}" for name, value in means.items() if "norm" not in name})
+                if not all(map(math.isfinite, means.values())):
+                    outcome = "diverged"
+            if outcome != "complete":
+                break
             if iteration % snapshot_every == 0 and iteration < config.iterations:
                 snapshot(iteration)
-    snapshot(iteration)
+    if outcome != "diverged":
+        snapshot(iteration)
     train_seconds = time.perf_counter() - started
 
     # Phase 2: measure, the teacher beside the generator.
     rows = {"teacher": Measurement(None, None), "generator": Measurement(None, None)}
-    is_complete = iteration == config.iterations
-    if is_complete and evaluation is not None:
+    if outcome == "complete" and evaluation is not None:
         generator = model.generator_optimizer.ema_network
         sampler = one_step_sampler(generator, config.conditioning_sigma)
         try:
@@ -113,19 +123,19 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
                 name="teacher", record=teacher_record,
             )  # fmt: skip
         except KeyboardInterrupt:
-            is_complete = False
+            outcome = "interrupted"
 
     # Phase 3: report.
     summary = {
         **{name: dataclasses.asdict(row) for name, row in rows.items()},
         "floor": dataclasses.asdict(evaluation.floor if evaluation else Measurement(None, None)),
-        "iterations": iteration, "complete": is_complete,
+        "iterations": iteration, "outcome": outcome,
         "seconds": time.perf_counter() - started, "train_seconds": train_seconds,
         "versions": versions(device),
     }  # fmt: skip
     run.write_json("summary.json", summary)
     run.close()
-    if is_complete and evaluation is not None:
+    if outcome == "complete" and evaluation is not None:
         print(table({**rows, "floor: real images": evaluation.floor}))
         if rows["teacher"].recorded:
             print(
@@ -150,8 +160,8 @@ class Meter:
             self.sums[0] += torch.stack([metrics.loss_dm, metrics.generator_grad_norm])
             self.counts[0] += 1
 
-    def flush(self, iteration: int) -> dict[str, str]:
-        """Writes the means since the last call to metrics.jsonl; returns what the progress bar shows."""
+    def flush(self, iteration: int) -> dict[str, float]:
+        """Writes the means since the last call to metrics.jsonl, and returns them."""
         (dm_loss, dm_norm), (fake_loss, fake_norm) = self.sums.tolist()
         now = time.perf_counter()
         values = {"images_per_second": self.counts[1] * self.batch_size / (now - self.last)}
@@ -161,8 +171,7 @@ class Meter:
         self.run.log(iteration=iteration, seconds=now - self.started, **values)
         self.sums.zero_()
         self.counts, self.last = [0, 0], now
-        shown = {name: f"{values[name]:.4f}" for name in ("loss_dm", "loss_fake") if name in values}
-        return shown | {"images/s": f"{values['images_per_second']:.0f}"}
+        return values
 
 
 def save_generator(config: TrainConfig, run: RunFolder, generator: UNet, iteration: int) -> None:
@@ -185,6 +194,9 @@ def sample_inputs(network: UNetConfig, seed: int, device: torch.device) -> tuple
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C only makes the yielded function return True; the second one interrupts as usual."""
+    if threading.current_thread() is not threading.main_thread():  # only it can have signal handlers
+        yield lambda: False
+        return
     pressed = False
 
     def press(signal_number, frame) -> None:

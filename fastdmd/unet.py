@@ -35,7 +35,6 @@ class UNetConfig:
     embedding_multiplier: int = 4
     adaptive_scale: bool = False  # the embedding scales and shifts normalised features (ADM), or is added (DDPM++)
     dropout: float = 0.0
-    label_dropout: float = 0.0
     sigma_data: float = 0.5
 
     def __post_init__(self):
@@ -232,9 +231,6 @@ class UNet(nn.Module):
                 label_embedding = self.map_label[class_labels]
             else:
                 label_embedding = class_labels.to(self.map_label.dtype) @ self.map_label
-            if self.training and self.config.label_dropout > 0:
-                keep = torch.rand(label_embedding.shape[0], 1, device=embedding.device) >= self.config.label_dropout
-                label_embedding = label_embedding * keep
             embedding = embedding + label_embedding
         return self.map_blocks(self.map_noise(embedding))  # [B, sum of block_embeddings]
 

@@ -38,7 +38,7 @@ def test_run_folder_holds_what_it_should(teacher_file, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json", "generator.safetensors", "metrics.jsonl", "samples.png", "summary.json",
     ]  # fmt: skip
-    assert summary["complete"] and summary["iterations"] == 4
+    assert summary["outcome"] == "complete" and summary["iterations"] == 4
     assert summary["generator"]["evaluations"] == 1 and summary["teacher"]["evaluations"] == 3
     for row in ("teacher", "generator"):
         assert summary[row]["frechet_distance"] > summary["floor"]["frechet_distance"] > 0
@@ -140,6 +140,21 @@ def test_every_kind_of_data_gives_the_same_figures(name, write, teacher_file, tm
     assert summary["floor"]["num_images"] == 20  # one half against the other
 
 
+def test_data_need_no_labels(teacher_file, tmp_path):
+    images, _ = digits()
+    np.savez(tmp_path / "unlabelled.npz", images=images)
+    summary = run_train(teacher_file, tmp_path / "run", "--data", str(tmp_path / "unlabelled.npz"))
+    assert summary["floor"]["frechet_distance"] > 0 and summary["floor"]["class_accuracy"] is None
+    assert summary["generator"]["class_accuracy"] is not None  # its labels are those it was asked for
+
+
+def test_a_generator_is_no_teacher(tmp_path, capsys):
+    save_network(tmp_path / "g.safetensors", make_network(), kind="generator", conditioning_sigma=80.0)
+    with pytest.raises(SystemExit):
+        run_train(tmp_path / "g.safetensors", tmp_path / "run")
+    assert "expected --teacher to be a teacher, got a generator in" in capsys.readouterr().err
+
+
 def truncated_idx(path):
     write_idx(path)
     file = path / "train-images-idx3-ubyte.gz"
@@ -232,12 +247,22 @@ def test_ctrl_c_saves_what_was_reached(teacher_file, tmp_path):
     output, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
     summary = json.loads((out / "summary.json").read_text())
-    assert not summary["complete"] and 6 <= summary["iterations"] < 1000000
+    assert summary["outcome"] == "interrupted" and 6 <= summary["iterations"] < 1000000
     assert summary["generator"]["frechet_distance"] is None
     assert f"interrupted after {summary['iterations']} of 1000000 iterations" in output
     _, metadata = load_network(out / "generator.safetensors")
     assert metadata["iterations"] == summary["iterations"]
     assert Image.open(out / "samples.png").width > 0
+
+
+def test_divergence_ends_the_run_and_keeps_the_last_snapshot(teacher_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit_:
+        run_train(teacher_file, out, "--generator-lr", "1e30", "--weight-decay", "1e8", "--iterations", "8")
+    assert "the losses are not finite" in exit_.value.code
+    assert json.loads((out / "summary.json").read_text())["outcome"] == "diverged"
+    generator, metadata = load_network(out / "generator.safetensors")
+    assert metadata["iterations"] == 0 and all(p.isfinite().all() for p in generator.parameters())
 
 
 def test_sample_writes_pictures_and_arrays(teacher_file, tmp_path):

@@ -83,14 +83,6 @@ def test_positional_embedding_is_cosines_then_sines():
     assert_close(embedding, expected)
 
 
-def test_label_dropout_hides_labels_only_in_training():
-    network = make_network(dataclasses.replace(SMALL, label_dropout=0.999999))
-    x, sigma, labels = inputs(SMALL)
-    assert not torch.allclose(network(x, sigma, labels), network(x, sigma, labels.roll(1)), atol=1e-3)
-    network.train()
-    assert_close(network(x, sigma, labels), network(x, sigma, labels.roll(1)))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
