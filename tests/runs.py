@@ -1,0 +1,23 @@
+"""Tiny runs of `fastdmd.train`, and what they are fed."""
+
+import json
+
+import numpy as np
+
+from fastdmd import train
+
+QUICK = [
+    "--iterations", "4", "--batch-size", "4", "--dfake-gen-update-ratio", "2", "--warmup-iterations", "0",
+    "--log-every", "2", "--snapshots", "2", "--num-samples", "40", "--teacher-steps", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+def run_train(teacher_file, out, *options):
+    train.main(["--teacher", str(teacher_file), "--out", str(out), *QUICK, *options])
+    return json.loads((out / "summary.json").read_text())
+
+
+def digits(num=40):
+    """Random images `[num, 1, 28, 28]` of three classes, sorted by class."""
+    images = np.random.default_rng(0).integers(0, 256, (num, 1, 28, 28), np.uint8)
+    return images, np.sort(np.arange(num) % 3)
