@@ -52,19 +52,19 @@ class TrainConfig(EvaluationConfig):
     """Weight file of the teacher (.safetensors), or `mnist`: the embedded one."""
     out: Path | None = None
     """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
-    iterations: int = 1500
+    iterations: int = 2000
     """Guidance turns; one in dfake_gen_update_ratio of them comes with a generator turn."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images per iteration."""
     dfake_gen_update_ratio: int = 5
     """Guidance turns per generator turn."""
-    generator_lr: float = 2e-4
+    generator_lr: float = 5e-4
     """Learning rate of the generator's AdamW."""
-    guidance_lr: float = 2e-4
+    guidance_lr: float = 1e-3
     """Learning rate of the fake score's AdamW."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After warm-up: constant, or to zero along a cosine."""
-    warmup_iterations: int = 100
+    warmup_iterations: int = 50
     """Iterations over which both learning rates rise."""
     beta1: float = 0.9
     """Decay of AdamW's first moment."""
@@ -138,6 +138,8 @@ class PretrainConfig(EvaluationConfig):
 
     out: Path = Path("runs/teacher")
     """Run folder; must not hold a run yet."""
+    init: str | None = None
+    """Weight file of a teacher to go on from, or `mnist`: the embedded one. Its architecture overrules these flags."""
     iterations: int = 10_000
     """Number of optimizer updates."""
     batch_size: int = 128

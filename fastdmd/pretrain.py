@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdmd import cli, data, diffusion, ops
-from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
+from fastdmd.checkpoint import RunFolder, SampleHistory, load_network, save_network, versions
 from fastdmd.config import PretrainConfig
 from fastdmd.optim import AdamWEMA
 from fastdmd.quality import Evaluation, Measurement, table, teacher_sampler
@@ -26,7 +26,12 @@ def main(arguments: list[str] | None = None) -> None:
         device = cli.resolve_device(config.device)
         dataset = data.load(config.data, device=device)
         torch.manual_seed(config.seed)  # of the initial weights
-        network = UNet(config.network(dataset.image_shape, dataset.num_classes))
+        if config.init is None:
+            network = UNet(config.network(dataset.image_shape, dataset.num_classes))
+        else:
+            network, _ = load_network(cli.teacher_path(config.init))
+            network.requires_grad_(True)
+            dataset = dataset.require(image_shape=network.config.image_shape, num_classes=network.config.num_classes)
         if config.dry_run:
             cli.print_resolved(config, network.config, sum(p.numel() for p in network.parameters()))
             return
@@ -89,7 +94,9 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
             normal = torch.randn(len(images), device=device, generator=generator)
             sigma = diffusion.lognormal_sigma(normal, config.sigma_mean, config.sigma_std)
             noise = torch.randn(images.shape, device=device, generator=generator)
-            loss = edm_loss(network, images, class_labels, sigma=sigma, noise=noise, sigma_data=config.sigma_data)
+            loss = edm_loss(
+                network, images, class_labels, sigma=sigma, noise=noise, sigma_data=network.config.sigma_data
+            )
             loss.backward()
             optimizer.step()
             loss_sum += loss.detach()
