@@ -14,9 +14,9 @@ lint: .venv/ready
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(VENV) || $(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check torch setuptools
+	PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check torch setuptools cmake
 	PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .[dev]
 	touch $@
 

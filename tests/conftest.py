@@ -43,3 +43,10 @@ def golden_losses() -> dict[str, torch.Tensor]:
     """Both turns of DMD2, from an independent implementation."""
     local = Path(__file__).parent / "data" / "dmd2_losses.npz"
     return {name: torch.from_numpy(np.asarray(array)) for name, array in np.load(local).items()}
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "fastdmd"
 
 # A module may import from its own layer's predecessors, and inside a layer from names further left.
 LAYERS = [
-    "ops", "diffusion", "dmd2", "data_formats", "data", "unet", "optim", "step", "checkpoint", "metrics", "quality",
-    "config", "cli", "trainer", "train", "pretrain", "sample", "evaluate",
+    "_native", "kernels", "ops", "diffusion", "dmd2", "data_formats", "data", "unet", "optim", "step", "checkpoint",
+    "metrics", "quality", "config", "cli", "trainer", "train", "pretrain", "sample", "evaluate",
 ]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_ops_come_alone():
     code = "import sys; from fastdmd import ops; print(' '.join(sorted(sys.modules)))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     mine = {name for name in modules if name.startswith("fastdmd.")}
-    assert mine and all(name.startswith("fastdmd.ops") for name in mine)
+    assert mine and all(name.startswith(("fastdmd.ops", "fastdmd._native")) for name in mine)
     assert not {"PIL", "tyro", "safetensors"} & set(modules)
 
 

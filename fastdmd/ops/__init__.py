@@ -1,12 +1,19 @@
 """The operations of distribution matching distillation, usable alone: `from fastdmd import ops`.
 
-Each file holds one op: the public function, then `reference`, the readable PyTorch that specifies it. Importing
-this package loads torch and nothing else of fastdmd.
+Each file holds one op: the public function, then `reference`, the readable PyTorch that specifies it, then what torch
+must know. `implementations` tells who else computes it. Importing this package loads torch and nothing heavier.
 """
 
+from fastdmd.ops._registry import implementations, names, unavailable
+from fastdmd.ops.adamw_ema import adamw_ema_
 from fastdmd.ops.add_noise import add_noise
 from fastdmd.ops.dm_gradient import dm_gradient
-from fastdmd.ops.dm_loss import dm_loss
-from fastdmd.ops.fake_loss import fake_loss
+from fastdmd.ops.dm_loss import dm_loss, dm_loss_raw
+from fastdmd.ops.fake_loss import fake_loss, fake_loss_raw
+from fastdmd.ops.group_norm_silu import group_norm_silu
+from fastdmd.ops.philox import philox, rng_state
 
-__all__ = ["add_noise", "dm_gradient", "dm_loss", "fake_loss"]
+__all__ = [
+    "adamw_ema_", "add_noise", "dm_gradient", "dm_loss", "dm_loss_raw", "fake_loss", "fake_loss_raw",
+    "group_norm_silu", "implementations", "names", "philox", "rng_state", "unavailable",
+]  # fmt: skip

@@ -1,18 +1,25 @@
-"""Checks that every op shares. They never look at values, so they never wait for a GPU."""
+"""Checks and layouts that every op shares. They never look at values, so they never wait for a GPU."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-def check_images(op: str, **tensors: Tensor) -> None:
-    """All `[B, C, H, W]`, floating point, and alike in shape, dtype and device: the first one sets the standard."""
+
+def check_images(op: str, **tensors: Tensor) -> list[Tensor]:
+    """All `[B, C, H, W]`, floating point, and alike in shape, dtype and device: the first one sets the standard.
+
+    Returns them dense and in one memory order, that of the first (channels_last or contiguous): only what
+    differs is copied.
+    """
     (first_name, first), *others = tensors.items()
     if not isinstance(first, Tensor):
         raise TypeError(f"fastdmd.{op}: expected {first_name} to be a tensor, got {type(first).__name__}")
     if first.dim() != 4:
         raise ValueError(f"fastdmd.{op}: expected {first_name} of shape [B, C, H, W], got {tuple(first.shape)}")
-    if not first.is_floating_point():
+    if first.dtype not in DTYPES:
         raise TypeError(f"fastdmd.{op}: expected {first_name} to be floating point, got {first.dtype}")
     for name, tensor in others:
         if not isinstance(tensor, Tensor):
@@ -23,20 +30,43 @@ def check_images(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"fastdmd.{op}: expected {name} of dtype {first.dtype}, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"fastdmd.{op}: expected {name} on {first.device}, got {tensor.device}")
+    layout = memory_format(first)
+    return [tensor.contiguous(memory_format=layout) for tensor in tensors.values()]
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where `x` is that and nothing else, or contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def check_vector(op: str, name: str, vector: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """`vector` is floating point, of `shape`, on the device of `x`."""
+    if not isinstance(vector, Tensor) or vector.dtype not in DTYPES:
+        got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+        raise TypeError(f"fastdmd.{op}: expected {name} to be a floating point tensor, got {got}")
+    if vector.shape != shape:
+        raise ValueError(f"fastdmd.{op}: expected {name} of shape {tuple(shape)}, got {tuple(vector.shape)}")
+    if vector.device != x.device:
+        raise ValueError(f"fastdmd.{op}: expected {name} on {x.device}, got {vector.device}")
 
 
 def check_sigma(op: str, sigma: Tensor, x: Tensor) -> None:
     """`sigma` is floating point `[B]` on the device of `x` `[B, C, H, W]`."""
-    if not isinstance(sigma, Tensor) or not sigma.is_floating_point():
-        got = sigma.dtype if isinstance(sigma, Tensor) else type(sigma).__name__
-        raise TypeError(f"fastdmd.{op}: expected sigma to be a floating point tensor, got {got}")
-    if sigma.shape != x.shape[:1]:
-        raise ValueError(f"fastdmd.{op}: expected sigma of shape {tuple(x.shape[:1])}, got {tuple(sigma.shape)}")
-    if sigma.device != x.device:
-        raise ValueError(f"fastdmd.{op}: expected sigma on {x.device}, got {sigma.device}")
+    check_vector(op, "sigma", sigma, x, x.shape[:1])
 
 
 def check_positive(op: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"fastdmd.{op}: expected {name} > 0, got {value}")
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What an op computes in: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """`[B]` -> `[B, 1, 1, 1]`, in the wide dtype of `x`."""
+    return values.to(wide_dtype(x))[:, None, None, None]

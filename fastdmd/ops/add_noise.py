@@ -1,27 +1,86 @@
-"""Diffusion noising: an image plus noise at a given level."""
+"""Diffusion noising: an image plus noise at a given level, with the noise given or made in the kernel."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastdmd.ops._validate import check_images, check_sigma
+from fastdmd.ops._registry import define
+from fastdmd.ops._validate import DTYPES, check_images, check_sigma, check_vector, per_sample, wide_dtype
+from fastdmd.ops.philox import CALL, check_rng_state, reference_normals
 
 
-def add_noise(x: Tensor, sigma: Tensor, *, noise: Tensor) -> Tensor:
-    """Noises images to the level `sigma`: `x_t = x + sigma * noise` (Karras et al. 2022, section 2).
+def add_noise(x: Tensor, sigma: Tensor, *, noise: Tensor | None = None, rng_state: Tensor | None = None,
+              scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    """Noises images to the level `sigma`: `x_t = scale * (x + sigma * noise)` (Karras et al. 2022, section 2).
 
     Args:
         x: images `[B, C, H, W]`, floating point.
-        sigma: noise level of each image `[B]`, in units of pixel values.
-        noise: standard normal `[B, C, H, W]`, of the dtype and device of `x`.
+        sigma: noise level of each image `[B]`, in units of pixel values; a constant.
+        noise: standard normal `[B, C, H, W]`, of the dtype and device of `x`; or else
+        rng_state: state of `ops.rng_state`, from which the noise is made on the fly, never touching memory. It is
+            advanced. The noise is a function of seed, call and the element's place in the memory of `x`.
+        scale: factor of each image `[B]`, such as EDM's `c_in`; a constant. Default: 1.
+        dtype: of the result. Default: that of `x`.
 
-    Returns `x_t`, like `x`. Differentiable in `x` and `noise`.
+    Returns `x_t`, laid out like `x`. Differentiable in `x` and `noise`.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
-    check_images("add_noise", x=x, noise=noise)
+    if (noise is None) == (rng_state is None):
+        got = "neither" if noise is None else "both"
+        raise ValueError(f"fastdmd.add_noise: expected either noise or rng_state, got {got}")
+    (x, *given) = check_images("add_noise", x=x, **({} if noise is None else {"noise": noise}))
     check_sigma("add_noise", sigma, x)
-    return reference(x, sigma, noise)
+    if scale is not None:
+        check_vector("add_noise", "scale", scale, x, x.shape[:1])
+    dtype = dtype or x.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"fastdmd.add_noise: expected a floating point dtype, got {dtype}")
+    if given:
+        return _add_noise(x, sigma, given[0], scale, dtype)
+    check_rng_state("add_noise", rng_state, x)
+    if torch.is_grad_enabled() and x.requires_grad:  # torch differentiates no op that also changes an argument
+        noise = _add_noise_rng(torch.zeros_like(x), torch.ones_like(sigma), rng_state, None, x.dtype)
+        return _add_noise(x, sigma, noise, scale, dtype)
+    return _add_noise_rng(x, sigma, rng_state, scale, dtype)
 
 
-def reference(x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    return x + sigma.to(x.dtype)[:, None, None, None] * noise
+def reference(x: Tensor, sigma: Tensor, noise: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x_t = x.to(wide_dtype(x)) + per_sample(sigma, x) * noise.to(wide_dtype(x))
+    return (x_t if scale is None else per_sample(scale, x) * x_t).to(dtype)
+
+
+def reference_rng(x: Tensor, sigma: Tensor, rng_state: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    noise = reference_normals(x, rng_state)
+    rng_state[1] += CALL
+    return reference(x, sigma, noise, scale, dtype)
+
+
+def _fake(x: Tensor, sigma: Tensor, source: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, sigma, source, scale, _ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(sigma, scale)
+
+
+def _backward(ctx, grad: Tensor):
+    sigma, scale = ctx.saved_tensors
+    grad_x = grad if scale is None else per_sample(scale, grad) * grad
+    grad_noise = per_sample(sigma, grad) * grad_x if ctx.needs_input_grad[2] else None
+    return (
+        grad_x.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None,
+        None if grad_noise is None else grad_noise.to(ctx.dtype), None, None,
+    )  # fmt: skip
+
+
+_add_noise = define(
+    "add_noise(Tensor x, Tensor sigma, Tensor noise, Tensor? scale, ScalarType dtype) -> Tensor",
+    module="add_noise", reference=reference, fake=_fake, setup_context=_setup_context, backward=_backward,
+)  # fmt: skip
+_add_noise_rng = define(
+    "add_noise_rng(Tensor x, Tensor sigma, Tensor(a!) rng_state, Tensor? scale, ScalarType dtype) -> Tensor",
+    module="add_noise", reference=reference_rng, fake=_fake,
+)  # fmt: skip

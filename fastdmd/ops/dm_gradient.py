@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdmd.ops._validate import check_images, check_positive
+from fastdmd.ops._registry import define
+from fastdmd.ops._validate import check_images, check_positive, wide_dtype
 
 
 def dm_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -24,16 +25,26 @@ def dm_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, *, eps: float = 1
     Returns `grad`, like `x_gen`, without a graph.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
-    check_images("dm_gradient", x_gen=x_gen, D_real=D_real, D_fake=D_fake)
+    tensors = check_images("dm_gradient", x_gen=x_gen, D_real=D_real, D_fake=D_fake)
     check_positive("dm_gradient", eps=eps)
-    return reference(x_gen, D_real, D_fake, eps)
+    with torch.no_grad():
+        return _dm_gradient(*tensors, eps)
 
 
-@torch.no_grad()
 def reference(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> Tensor:
-    wide = torch.promote_types(x_gen.dtype, torch.float32)
+    return wide_gradient(x_gen, D_real, D_fake, eps).to(x_gen.dtype)
+
+
+def wide_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> Tensor:
+    wide = wide_dtype(x_gen)
     p_real = x_gen.to(wide) - D_real.to(wide)
     p_fake = x_gen.to(wide) - D_fake.to(wide)
     w = p_real.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=eps)
     grad = (p_real - p_fake) / w
-    return torch.where(grad.isfinite(), grad, 0).to(x_gen.dtype)
+    return torch.where(grad.isfinite(), grad, 0)
+
+
+_dm_gradient = define(
+    "dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, float eps) -> Tensor",
+    module="dm_gradient", reference=reference, fake=lambda x_gen, D_real, D_fake, eps: torch.empty_like(x_gen),
+)  # fmt: skip

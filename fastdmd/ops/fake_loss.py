@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fastdmd.ops._validate import check_images, check_positive, check_sigma
+from fastdmd.ops import _loss
+from fastdmd.ops._registry import define
+from fastdmd.ops._validate import check_images, check_positive, check_sigma, per_sample
 
 
 def fake_loss(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
@@ -19,17 +20,59 @@ def fake_loss(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, *, sigma_data: float
         sigma: noise level of each image `[B]`, > 0, in units of pixel values.
         sigma_data: standard deviation of the data, > 0.
 
-    Returns the loss, a scalar of the dtype of `D_fake` (float32 for half precision), differentiable in `D_fake`.
+    Returns the loss, a scalar (float64 for float64, else float32), differentiable in `D_fake`.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
-    check_images("fake_loss", D_fake=D_fake, x_gen=x_gen)
+    D_fake, x_gen = check_images("fake_loss", D_fake=D_fake, x_gen=x_gen)
     check_sigma("fake_loss", sigma, D_fake)
     check_positive("fake_loss", sigma_data=sigma_data)
-    return reference(D_fake, x_gen, sigma, sigma_data)
+    return _fake_loss(D_fake, x_gen, sigma, sigma_data)[0]
 
 
-def reference(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    wide = torch.promote_types(D_fake.dtype, torch.float32)
-    weight = sigma.to(wide) ** -2 + sigma_data**-2
-    error = D_fake.to(wide) - x_gen.detach().to(wide)
-    return (weight[:, None, None, None] * error.square()).mean()
+def fake_loss_raw(F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+    """`fake_loss` from the raw network output: `mean((F_fake - (x_gen - c_skip * x_t) / c_out)^2)`.
+
+    The same number, as `weight * c_out^2 = 1` (Karras et al. 2022, eq. 8), and no weight that explodes at small
+    sigma.
+
+    Args:
+        F_fake: the fake score's raw output `[B, C, H, W]`, floating point.
+        x_gen: the generated images that were noised, like `F_fake`; counts as a constant.
+        x_t: what the fake score denoised, `x_gen + sigma * noise`, like `F_fake`; counts as a constant.
+        sigma: noise level of each image `[B]`, > 0, in units of pixel values.
+        sigma_data: standard deviation of the data, > 0.
+
+    Returns the loss, a scalar (float64 for float64, else float32), differentiable in `F_fake`.
+    Raises TypeError or ValueError, naming what was expected and what came.
+    """
+    F_fake, x_gen, x_t = check_images("fake_loss_raw", F_fake=F_fake, x_gen=x_gen, x_t=x_t)
+    check_sigma("fake_loss_raw", sigma, F_fake)
+    check_positive("fake_loss_raw", sigma_data=sigma_data)
+    return _fake_loss_raw(F_fake, x_gen, x_t, sigma, sigma_data)[0]
+
+
+def reference(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    weight = per_sample(sigma, D_fake) ** -2 + sigma_data**-2
+    error = D_fake.to(weight.dtype) - x_gen.to(weight.dtype)
+    return (weight * error.square()).mean(), (2 * weight * error).to(_loss.gradient_dtype(D_fake))
+
+
+def reference_raw(F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float
+                  ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    c_skip, c_out = _loss.preconditioning(sigma, F_fake, sigma_data)
+    error = F_fake.to(c_out.dtype) - (x_gen.to(c_out.dtype) - c_skip * x_t) / c_out
+    return error.square().mean(), (2 * error).to(_loss.gradient_dtype(F_fake))
+
+
+def _fake(D_fake: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return _loss.fake_loss_and_gradient(D_fake, _loss.gradient_dtype(D_fake))
+
+
+_fake_loss = define(
+    "fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, float sigma_data) -> (Tensor, Tensor)",
+    module="fake_loss", reference=reference, fake=_fake, setup_context=_loss.setup_context, backward=_loss.backward,
+)  # fmt: skip
+_fake_loss_raw = define(
+    "fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, float sigma_data) -> (Tensor, Tensor)",
+    module="fake_loss", reference=reference_raw, fake=_fake, setup_context=_loss.setup_context, backward=_loss.backward,
+)  # fmt: skip

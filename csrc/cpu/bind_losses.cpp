@@ -1,0 +1,186 @@
+// Bindings of philox, noising and losses.
+#include <limits>
+
+#include "bindings.h"
+
+namespace fastdmd {
+namespace {
+
+using torch::stable::parallel_for;
+
+Tensor philox_words(Tensor counter, Tensor key) {
+  Tensor words = torch::stable::empty_like(counter);
+  const auto* from = static_cast<const int64_t*>(counter.const_data_ptr());
+  const auto* with = static_cast<const int64_t*>(key.const_data_ptr());
+  auto* to = static_cast<int64_t*>(words.mutable_data_ptr());
+  parallel_for(0, counter.size(0), GRAIN / 4, [&](int64_t begin, int64_t end) {
+    kernels().philox(from, with, to, begin, end);
+  });
+  return words;
+}
+
+Tensor noised(const Tensor& x, const Tensor& sigma, const void* noise, uint64_t seed, uint64_t call,
+              const std::optional<Tensor>& scale, ScalarType dtype) {
+  Tensor out = empty_like(x, dtype);
+  if (x.numel() == 0) return out;
+  const std::vector<double> sigmas = values(sigma), scales = values(scale);
+  const AddNoise a{dtype_of(x), dtype_of(dtype), x.const_data_ptr(), noise, out.mutable_data_ptr(),
+                   sigmas.data(), pointer(scales), x.numel() / x.size(0), seed, call};
+  parallel_for(0, x.numel(), GRAIN, [&](int64_t begin, int64_t end) { kernels().add_noise(a, begin, end); });
+  return out;
+}
+
+Tensor add_noise(Tensor x, Tensor sigma, Tensor noise, std::optional<Tensor> scale, ScalarType dtype) {
+  return noised(x, sigma, noise.const_data_ptr(), 0, 0, scale, dtype);
+}
+
+Tensor add_noise_rng(Tensor x, Tensor sigma, Tensor rng_state, std::optional<Tensor> scale, ScalarType dtype) {
+  auto* state = static_cast<int64_t*>(rng_state.mutable_data_ptr());
+  const uint64_t seed = uint64_t(state[0]), call = uint64_t(state[1]) >> 32;
+  state[1] += int64_t(1) << 32;
+  return noised(x, sigma, nullptr, seed, call, scale, dtype);
+}
+
+// A sample is worked on in blocks of fixed size; body(sample, begin, end) of each returns a partial sum. Small samples
+// are one block, which finds its second pass in the cache.
+struct Blocks {
+  int64_t num_samples, sample_size, per_sample;
+
+  explicit Blocks(const Tensor& x)
+      : num_samples(x.size(0)),
+        sample_size(num_samples > 0 ? x.numel() / num_samples : 0),
+        per_sample(sample_size > 2 * BLOCK ? (sample_size + BLOCK - 1) / BLOCK : 1) {}
+
+  template <class Body>
+  std::vector<double> sums(Body body) const {
+    std::vector<double> partial(num_samples * per_sample);
+    const int64_t size = per_sample > 1 ? BLOCK : sample_size;
+    const int64_t grain = size > 0 ? (GRAIN + size - 1) / size : 1;
+    parallel_for(0, int64_t(partial.size()), grain, [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t sample = block / per_sample, start = block % per_sample * size;
+        const int64_t stop = start + size < sample_size ? start + size : sample_size;
+        partial[block] = body(sample, sample * sample_size + start, sample * sample_size + stop);
+      }
+    });
+    return partial;
+  }
+};
+
+double gradient(DMLoss a, const Tensor& x_gen, const std::vector<double>& sigma, double sigma_data, double eps) {
+  const Blocks blocks(x_gen);
+  const auto arguments = [&](int64_t sample) {
+    DMLoss of_sample = a;
+    if (a.x_t) {
+      of_sample.c_skip = c_skip(sigma[sample], sigma_data);
+      of_sample.c_out = c_out(sigma[sample], sigma_data);
+    }
+    return of_sample;
+  };
+  const auto clamped = [&](double sum) {
+    const double w = sum / double(blocks.sample_size);
+    return w < eps ? eps : w;  // NaN stays
+  };
+  std::vector<double> weights;
+  if (blocks.per_sample > 1) {
+    const std::vector<double> partial = blocks.sums(
+        [&](int64_t sample, int64_t begin, int64_t end) { return kernels().dm_weight(arguments(sample), begin, end); });
+    for (int64_t sample = 0; sample < blocks.num_samples; ++sample) {
+      double sum = 0;
+      for (int64_t k = 0; k < blocks.per_sample; ++k) sum += partial[sample * blocks.per_sample + k];
+      weights.push_back(clamped(sum));
+    }
+  }
+  return total(blocks.sums([&](int64_t sample, int64_t begin, int64_t end) {
+    const DMLoss of_sample = arguments(sample);
+    const double w =
+        weights.empty() ? clamped(kernels().dm_weight(of_sample, begin, end)) : weights[size_t(sample)];
+    return kernels().dm_gradient(of_sample, begin, end, w);
+  }));
+}
+
+double mean(double sum, const Tensor& x) {
+  return x.numel() > 0 ? sum / double(x.numel()) : std::numeric_limits<double>::quiet_NaN();
+}
+
+Tensor dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
+  Tensor grad = torch::stable::empty_like(x_gen);
+  gradient({dtype_of(x_gen), x_gen.const_data_ptr(), D_real.const_data_ptr(), D_fake.const_data_ptr(), nullptr,
+            grad.mutable_data_ptr(), 0, 0},
+           x_gen, {}, 0, eps);
+  return grad;
+}
+
+std::tuple<Tensor, Tensor> dm_loss(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
+  Tensor grad = torch::stable::empty_like(x_gen);
+  const double sum = gradient({dtype_of(x_gen), x_gen.const_data_ptr(), D_real.const_data_ptr(),
+                               D_fake.const_data_ptr(), nullptr, grad.mutable_data_ptr(), 0, 0},
+                              x_gen, {}, 0, eps);
+  return {scalar(x_gen, wide(x_gen), 0.5 * mean(sum, x_gen)), grad};
+}
+
+std::tuple<Tensor, Tensor> dm_loss_raw(Tensor x_gen, Tensor x_t, Tensor sigma, Tensor F_real, Tensor F_fake,
+                                       double sigma_data, double eps) {
+  Tensor grad = torch::stable::empty_like(x_gen);
+  const double sum = gradient({dtype_of(x_gen), x_gen.const_data_ptr(), F_real.const_data_ptr(),
+                               F_fake.const_data_ptr(), x_t.const_data_ptr(), grad.mutable_data_ptr(), 0, 0},
+                              x_gen, values(sigma), sigma_data, eps);
+  return {scalar(x_gen, wide(x_gen), 0.5 * mean(sum, x_gen)), grad};
+}
+
+std::tuple<Tensor, Tensor> denoising_loss(const Tensor& output, const Tensor& x_gen, const void* x_t,
+                                          const Tensor& sigma, double sigma_data) {
+  const ScalarType grad_dtype =
+      output.scalar_type() == ScalarType::Half ? ScalarType::Float : output.scalar_type();
+  Tensor grad = empty_like(output, grad_dtype);
+  const std::vector<double> sigmas = values(sigma);
+  const FakeLoss a{dtype_of(output), dtype_of(grad_dtype), output.const_data_ptr(), x_gen.const_data_ptr(), x_t,
+                   grad.mutable_data_ptr(), 1, 0, 0};
+  const double sum = total(Blocks(output).sums([&](int64_t sample, int64_t begin, int64_t end) {
+    FakeLoss of_sample = a;
+    if (x_t) {
+      of_sample.c_skip = c_skip(sigmas[sample], sigma_data);
+      of_sample.inverse_c_out = 1 / c_out(sigmas[sample], sigma_data);
+    } else {
+      of_sample.weight = loss_weight(sigmas[sample], sigma_data);
+    }
+    return kernels().fake_loss(of_sample, begin, end);
+  }));
+  return {scalar(output, wide(output), mean(sum, output)), grad};
+}
+
+std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, double sigma_data) {
+  return denoising_loss(D_fake, x_gen, nullptr, sigma, sigma_data);
+}
+
+std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, double sigma_data) {
+  return denoising_loss(F_fake, x_gen, x_t.const_data_ptr(), sigma, sigma_data);
+}
+
+Tensor scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) {
+  Tensor out = empty_like(grad, dtype);
+  if (grad.numel() == 0) return out;
+  const double factor = item(grad_loss) / double(grad.numel());
+  const void* from = grad.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  parallel_for(0, grad.numel(), GRAIN, [&](int64_t begin, int64_t end) {
+    kernels().scale_gradient(from, dtype_of(grad), to, dtype_of(dtype), factor, begin, end);
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastdmd_native, CPU, m) {
+  m.impl("philox", TORCH_BOX(&philox_words));
+  m.impl("add_noise", TORCH_BOX(&add_noise));
+  m.impl("add_noise_rng", TORCH_BOX(&add_noise_rng));
+  m.impl("dm_gradient", TORCH_BOX(&dm_gradient));
+  m.impl("dm_loss", TORCH_BOX(&dm_loss));
+  m.impl("dm_loss_raw", TORCH_BOX(&dm_loss_raw));
+  m.impl("fake_loss", TORCH_BOX(&fake_loss));
+  m.impl("fake_loss_raw", TORCH_BOX(&fake_loss_raw));
+  m.impl("scale_gradient", TORCH_BOX(&scale_gradient));
+}
+
+}  // namespace fastdmd

@@ -1,0 +1,185 @@
+// Bindings of group_norm_silu and adamw_ema_, and the choice of the instruction set.
+#include <cmath>
+
+#include "bindings.h"
+
+namespace fastdmd {
+
+FASTDMD_DECLARE_KERNELS(generic)
+#if defined(__x86_64__)
+FASTDMD_DECLARE_KERNELS(avx2)
+FASTDMD_DECLARE_KERNELS(avx512)
+#endif
+
+namespace {
+
+using torch::stable::parallel_for;
+
+struct Choice {
+  const char* name;
+  const Kernels& kernels;
+};
+
+Choice choose() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return {"avx512", avx512::kernels};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    return {"avx2", avx2::kernels};
+#endif
+  return {"generic", generic::kernels};
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
+}
+
+// Samples times ranges of groups, so that every thread has some; at least 32 channels each, two lines of the cache.
+template <class Body>
+void for_groups(const Tensor& x, int64_t num_groups, Body body) {
+  const int64_t num_samples = x.size(0), group_size = x.size(1) / num_groups;
+  if (x.numel() == 0) return;
+  int64_t slices = 1;
+  while (num_samples * slices < torch::stable::get_num_threads() && num_groups % (2 * slices) == 0 &&
+         num_groups / (2 * slices) * group_size >= 32)
+    slices *= 2;
+  const int64_t task = x.numel() / (num_samples * slices), per_slice = num_groups / slices;
+  parallel_for(0, num_samples * slices, (GRAIN / 4 + task - 1) / task, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(i / slices, i % slices * per_slice, (i % slices + 1) * per_slice);
+  });
+}
+
+int64_t element_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// The arguments of one sample.
+GroupNormSiLU of_sample(GroupNormSiLU a, int64_t sample) {
+  const int64_t offset = sample * a.num_channels * a.num_pixels * element_size(a.dtype);
+  a.x = static_cast<const char*>(a.x) + offset;
+  if (a.grad_y) a.grad_y = static_cast<const char*>(a.grad_y) + offset;
+  a.out = static_cast<char*>(a.out) + offset;
+  a.mean += sample * a.num_groups;
+  a.rstd += sample * a.num_groups;
+  if (a.scale) a.scale += sample * a.num_channels;
+  if (a.shift) a.shift += sample * a.num_channels;
+  if (a.sum_grad) a.sum_grad += sample * a.num_channels;
+  if (a.sum_grad_h) a.sum_grad_h += sample * a.num_channels;
+  return a;
+}
+
+GroupNormSiLU layout(const Tensor& x, int64_t num_groups) {
+  GroupNormSiLU a{};
+  a.dtype = dtype_of(x);
+  a.x = x.const_data_ptr();
+  a.num_channels = x.size(1), a.num_groups = num_groups, a.num_pixels = x.size(2) * x.size(3);
+  const bool contiguous = x.is_contiguous();
+  a.channel_stride = contiguous ? a.num_pixels : 1;
+  a.pixel_stride = contiguous ? 1 : a.num_channels;
+  return a;
+}
+
+Tensor filled(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, const std::vector<double>& values) {
+  Tensor result = torch::stable::new_empty(like, shape, dtype);
+  for (size_t i = 0; i < values.size(); ++i)
+    write(result.mutable_data_ptr(), dtype_of(dtype), int64_t(i), values[i]);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> scale,
+                                                   std::optional<Tensor> shift, int64_t num_groups, double eps) {
+  Tensor y = torch::stable::empty_like(x);
+  const std::vector<double> weights = values(weight), biases = values(bias), scales = values(scale),
+                            shifts = values(shift);
+  std::vector<double> mean(x.size(0) * num_groups), rstd(x.size(0) * num_groups);
+  GroupNormSiLU a = layout(x, num_groups);
+  a.out = y.mutable_data_ptr();
+  a.mean = mean.data(), a.rstd = rstd.data();
+  a.weight = weights.data(), a.bias = biases.data(), a.scale = pointer(scales), a.shift = pointer(shifts);
+  a.eps = eps;
+  for_groups(x, num_groups, [&](int64_t sample, int64_t begin, int64_t end) {
+    kernels().group_norm_silu(of_sample(a, sample), begin, end);
+  });
+  return {y, filled(x, {x.size(0), num_groups}, wide(x), mean), filled(x, {x.size(0), num_groups}, wide(x), rstd)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
+    Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, std::optional<Tensor> scale,
+    std::optional<Tensor> shift, int64_t num_groups) {
+  Tensor grad_x = torch::stable::empty_like(x);
+  const int64_t B = x.size(0), C = x.size(1);
+  std::vector<double> means = values(mean), rstds = values(rstd);
+  const std::vector<double> weights = values(weight), biases = values(bias), scales = values(scale),
+                            shifts = values(shift);
+  std::vector<double> sum_grad(B * C), sum_grad_h(B * C);
+  GroupNormSiLU a = layout(x, num_groups);
+  a.grad_y = grad_y.const_data_ptr();
+  a.out = grad_x.mutable_data_ptr();
+  a.mean = means.data(), a.rstd = rstds.data();
+  a.weight = weights.data(), a.bias = biases.data(), a.scale = pointer(scales), a.shift = pointer(shifts);
+  a.sum_grad = sum_grad.data(), a.sum_grad_h = sum_grad_h.data();
+  for_groups(x, num_groups, [&](int64_t sample, int64_t begin, int64_t end) {
+    kernels().group_norm_silu_backward(of_sample(a, sample), begin, end);
+  });
+
+  std::vector<double> grad_weight(C), grad_bias(C), grad_scale(scale ? B * C : 0);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t c = 0; c < C; ++c) {
+      const int64_t i = b * C + c;
+      const double gain = scale ? 1 + scales[i] : 1;
+      grad_weight[c] += gain * sum_grad_h[i];
+      grad_bias[c] += gain * sum_grad[i];
+      if (scale) grad_scale[i] = weights[c] * sum_grad_h[i] + biases[c] * sum_grad[i];
+    }
+  const std::vector<int64_t> table = scale ? std::vector<int64_t>{B, C} : std::vector<int64_t>{0};
+  if (!scale) sum_grad.clear();
+  return {grad_x, filled(x, {C}, weight.scalar_type(), grad_weight), filled(x, {C}, bias.scalar_type(), grad_bias),
+          filled(x, table, scale ? scale->scalar_type() : wide(x), grad_scale),
+          filled(x, table, shift ? shift->scalar_type() : wide(x), sum_grad)};
+}
+
+Tensor adamw_ema_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor learning_rate,
+                  std::optional<Tensor> ema, std::optional<Tensor> shadow, double beta1, double beta2, double eps,
+                  double weight_decay, double max_grad_norm, double ema_decay, double ema_warmup, bool zero_grad) {
+  const int64_t n = param.numel();
+  const void* gradient = grad.const_data_ptr();
+  std::vector<double> partial((n + BLOCK - 1) / BLOCK);
+  parallel_for(0, int64_t(partial.size()), GRAIN / BLOCK, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block)
+      partial[block] = kernels().sum_of_squares(gradient, dtype_of(grad), block * BLOCK,
+                                                (block + 1) * BLOCK < n ? (block + 1) * BLOCK : n);
+  });
+  Tensor grad_norm = scalar(param, param.scalar_type(), std::sqrt(total(partial)));
+  const double norm = item(grad_norm);
+  auto& count = *static_cast<int64_t*>(step.mutable_data_ptr());
+  const bool moves = std::isfinite(norm);
+  const double t = double(count + 1), lr = item(learning_rate);
+  const double decay = t / (t + ema_warmup) < ema_decay ? t / (t + ema_warmup) : ema_decay;
+  const double clip = std::isinf(max_grad_norm) || max_grad_norm >= norm + 1e-6 ? 1 : max_grad_norm / (norm + 1e-6);
+  if (moves) ++count;
+  const AdamW a{dtype_of(param), dtype_of(grad), shadow ? dtype_of(*shadow) : Dtype::bfloat16,
+                param.mutable_data_ptr(), grad.mutable_data_ptr(), exp_avg.mutable_data_ptr(),
+                exp_avg_sq.mutable_data_ptr(), ema ? ema->mutable_data_ptr() : nullptr,
+                shadow ? shadow->mutable_data_ptr() : nullptr, clip, beta1, beta2, eps, 1 - lr * weight_decay,
+                lr / (1 - std::pow(beta1, t)), 1 / std::sqrt(1 - std::pow(beta2, t)), 1 - decay, moves, zero_grad};
+  parallel_for(0, n, GRAIN, [&](int64_t begin, int64_t end) { kernels().adamw(a, begin, end); });
+  return grad_norm;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return choice().kernels; }
+
+STABLE_TORCH_LIBRARY_IMPL(fastdmd_native, CPU, m) {
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward));
+  m.impl("adamw_ema_", TORCH_BOX(&adamw_ema_));
+}
+
+}  // namespace fastdmd
+
+extern "C" __attribute__((visibility("default"))) const char* fastdmd_build_facts() {
+  static const std::string facts = std::string("compiled by ") + FASTDMD_COMPILER + ", stable ABI of torch " +
+                                   FASTDMD_TORCH_TARGET + ", running " + fastdmd::choice().name;
+  return facts.c_str();
+}

@@ -1,0 +1,216 @@
+// GroupNorm, scale and shift, SiLU, and its backward: one sample, a range of its groups at a time.
+#include <cstdlib>
+
+#include "numeric.h"
+
+namespace fastdmd::FASTDMD_ISA {
+namespace {
+
+template <class W>
+struct Scratch {  // no std::vector: its code would be shared between instruction sets
+  W* data;
+  explicit Scratch(int64_t size) : data(static_cast<W*>(std::malloc(size_t(size > 0 ? size : 1) * sizeof(W)))) {
+    if (!data) std::abort();
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { std::free(data); }
+  W& operator[](int64_t i) const { return data[i]; }
+};
+
+template <class W, int N>
+struct Values {
+  W value[N];
+};
+
+// The slice of a sample that a call works on: channels [first, first + channels), all pixels.
+template <bool ChannelsLast>
+struct Slice {
+  int64_t first, channels, pixels, stride;
+
+  Slice(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end)
+      : first(group_begin * (a.num_channels / a.num_groups)),
+        channels((group_end - group_begin) * (a.num_channels / a.num_groups)),
+        pixels(a.num_pixels),
+        stride(ChannelsLast ? a.pixel_stride : a.channel_stride) {}
+
+  int64_t offset() const { return ChannelsLast ? first : first * stride; }
+
+  // body(channel of the slice, offset in x, place in a dense scratch)
+  template <class Body>
+  FASTDMD_INLINE void each(Body body) const {
+    const int64_t rows = ChannelsLast ? pixels : channels, columns = ChannelsLast ? channels : pixels;
+    for (int64_t row = 0; row < rows; ++row)
+#pragma omp simd
+      for (int64_t column = 0; column < columns; ++column)
+        body(ChannelsLast ? column : row, row * stride + column, row * columns + column);
+  }
+
+  // sums[k * channels + c] = sum over pixels of term(c, offset in x, place in a dense scratch).value[k], k < N
+  template <class W, int N, class Term>
+  FASTDMD_INLINE void sums(double* __restrict sums, Term term) const {
+    constexpr int64_t run = 64;  // terms that float32 adds up before float64 takes over
+    if constexpr (ChannelsLast) {
+      Scratch<W> scratch(N * channels);
+      W* __restrict partial = scratch.data;
+      for (int64_t i = 0; i < N * channels; ++i) sums[i] = 0;
+      for (int64_t start = 0; start < pixels; start += run) {
+        const int64_t stop = start + run < pixels ? start + run : pixels;
+        for (int64_t i = 0; i < N * channels; ++i) partial[i] = 0;
+        for (int64_t p = start; p < stop; ++p)
+#pragma omp simd
+          for (int64_t c = 0; c < channels; ++c) {
+            const Values<W, N> terms = term(c, p * stride + c, p * channels + c);
+            for (int k = 0; k < N; ++k) partial[k * channels + c] += terms.value[k];
+          }
+        for (int64_t i = 0; i < N * channels; ++i) sums[i] += double(partial[i]);
+      }
+    } else {
+      constexpr int64_t lanes = 16;
+      for (int64_t c = 0; c < channels; ++c) {
+        double totals[N] = {};
+        for (int64_t start = 0; start < pixels; start += run * lanes) {
+          const int64_t stop = start + run * lanes < pixels ? start + run * lanes : pixels;
+          W partial[N][lanes] = {};
+          for (int64_t p = start; p < stop; p += lanes) {
+            const int64_t width = p + lanes < stop ? lanes : stop - p;
+#pragma omp simd
+            for (int64_t lane = 0; lane < width; ++lane) {
+              const Values<W, N> terms = term(c, c * stride + p + lane, c * pixels + p + lane);
+              for (int k = 0; k < N; ++k) partial[k][lane] += terms.value[k];
+            }
+          }
+          for (int k = 0; k < N; ++k)
+            for (int64_t lane = 0; lane < lanes; ++lane) totals[k] += double(partial[k][lane]);
+        }
+        for (int k = 0; k < N; ++k) sums[k * channels + c] = totals[k];
+      }
+    }
+  }
+};
+
+// Mean of per-channel sums over each group, spread to the channels.
+template <class W>
+FASTDMD_INLINE void group_means(const double* sums, int64_t channels, int64_t group_size, int64_t pixels, W* spread,
+                                double* means) {
+  for (int64_t c = 0; c < channels; c += group_size) {
+    double total = 0;
+    for (int64_t k = 0; k < group_size; ++k) total += sums[c + k];
+    const double mean = total / (double(group_size) * double(pixels));
+    if (means) means[c / group_size] = mean;
+    for (int64_t k = 0; k < group_size; ++k) spread[c + k] = W(mean);
+  }
+}
+
+// m = gain * (x - mean) + offset, per channel: normalisation, weight, bias, scale and shift. The mean stays apart, or
+// the digits of a small deviation from a large mean would be lost.
+template <class W>
+FASTDMD_INLINE void affine(const GroupNormSiLU& a, int64_t first, int64_t channels, W* mean, W* gain, W* offset) {
+  const int64_t group_size = a.num_channels / a.num_groups;
+  for (int64_t i = 0; i < channels; ++i) {
+    const int64_t c = first + i, g = c / group_size;
+    const double multiplier = a.scale ? 1 + a.scale[c] : 1, addend = a.shift ? a.shift[c] : 0;
+    gain[i] = W(a.rstd[g] * a.weight[c] * multiplier);
+    mean[i] = W(a.mean[g]);
+    offset[i] = W(a.bias[c] * multiplier + addend);
+  }
+}
+
+template <class T, bool ChannelsLast>
+void forward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
+  using W = Wide<T>;
+  const Slice<ChannelsLast> slice(a, group_begin, group_end);
+  const T* __restrict x = static_cast<const T*>(a.x) + slice.offset();
+  T* __restrict y = static_cast<T*>(a.out) + slice.offset();
+  const int64_t group_size = a.num_channels / a.num_groups;
+  Scratch<double> sums(slice.channels);
+  Scratch<W> tables(3 * slice.channels);
+  W *__restrict mean = tables.data, *__restrict gain = mean + slice.channels, *__restrict offset = gain + slice.channels;
+  slice.template sums<W, 1>(sums.data, [=](int64_t, int64_t i, int64_t) { return Values<W, 1>{load(x[i])}; });
+  group_means<W>(sums.data, slice.channels, group_size, slice.pixels, mean, a.mean + group_begin);
+  slice.template sums<W, 1>(sums.data, [=](int64_t c, int64_t i, int64_t) {
+    const W centred = load(x[i]) - mean[c];
+    return Values<W, 1>{centred * centred};
+  });
+  group_means<W>(sums.data, slice.channels, group_size, slice.pixels, gain, a.rstd + group_begin);
+  for (int64_t g = group_begin; g < group_end; ++g) a.rstd[g] = 1 / std::sqrt(a.rstd[g] + a.eps);
+
+  affine(a, slice.first, slice.channels, mean, gain, offset);
+  slice.each([=](int64_t c, int64_t i, int64_t) {
+    const W m = gain[c] * (load(x[i]) - mean[c]) + offset[c];
+    store(y[i], m * sigmoid(m));
+  });
+}
+
+template <class T, bool ChannelsLast>
+void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
+  using W = Wide<T>;
+  const Slice<ChannelsLast> slice(a, group_begin, group_end);
+  const T* __restrict x = static_cast<const T*>(a.x) + slice.offset();
+  const T* __restrict grad_y = static_cast<const T*>(a.grad_y) + slice.offset();
+  T* __restrict grad_x = static_cast<T*>(a.out) + slice.offset();
+  const int64_t n = slice.channels, group_size = a.num_channels / a.num_groups;
+  Scratch<W> tables(5 * n);
+  W *__restrict mean = tables.data, *__restrict gain = mean + n, *__restrict offset = mean + 2 * n,
+    *__restrict by_x = mean + 3 * n, *__restrict constant = mean + 4 * n;
+  affine(a, slice.first, n, mean, gain, offset);
+  W* __restrict rstd = by_x;  // until that is known
+  for (int64_t i = 0; i < n; ++i) rstd[i] = W(a.rstd[(slice.first + i) / group_size]);
+
+  // grad_m = grad_y * silu'(m) goes where grad_x will be, or to a scratch if that is too narrow.
+  constexpr bool in_place = std::is_same_v<T, W>;
+  Scratch<W> scratch(in_place ? 0 : n * slice.pixels);
+  W* __restrict grad_m = in_place ? reinterpret_cast<W*>(grad_x) : scratch.data;
+  Scratch<double> both(2 * n);
+  slice.template sums<W, 2>(both.data, [=](int64_t c, int64_t i, int64_t dense) {
+    const W centred = load(x[i]) - mean[c];
+    const W m = gain[c] * centred + offset[c];
+    const W s = sigmoid(m);
+    const W g = load(grad_y[i]) * (s + m * s * (1 - s));
+    grad_m[in_place ? i : dense] = g;
+    return Values<W, 2>{g, g * (centred * rstd[c])};
+  });
+  const double *sum_grad = both.data, *sum_grad_h = both.data + n;
+  for (int64_t i = 0; i < n; ++i) {
+    a.sum_grad[slice.first + i] = sum_grad[i];
+    a.sum_grad_h[slice.first + i] = sum_grad_h[i];
+  }
+
+  for (int64_t start = 0; start < n; start += group_size) {
+    const int64_t g = (slice.first + start) / group_size;
+    double S1 = 0, S2 = 0;
+    for (int64_t i = start; i < start + group_size; ++i) {
+      const int64_t c = slice.first + i;
+      const double k = a.weight[c] * (a.scale ? 1 + a.scale[c] : 1);
+      S1 += k * sum_grad[i];
+      S2 += k * sum_grad_h[i];
+    }
+    const double size = double(group_size) * double(slice.pixels), r = a.rstd[g];
+    for (int64_t i = start; i < start + group_size; ++i) {
+      by_x[i] = W(-r * r * S2 / size);
+      constant[i] = W(-r * S1 / size);
+    }
+  }
+  slice.each([=](int64_t c, int64_t i, int64_t dense) {
+    store(grad_x[i], (gain[c] * grad_m[in_place ? i : dense] + constant[c]) + by_x[c] * (load(x[i]) - mean[c]));
+  });
+}
+
+}  // namespace
+
+void group_norm_silu(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
+  dispatch(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    a.channel_stride == 1 && a.num_channels > 1 ? forward<T, true>(a, group_begin, group_end)
+                                                : forward<T, false>(a, group_begin, group_end);
+  });
+}
+
+void group_norm_silu_backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
+  dispatch(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    a.channel_stride == 1 && a.num_channels > 1 ? backward<T, true>(a, group_begin, group_end)
+                                                : backward<T, false>(a, group_begin, group_end);
+  });
+}
+
+}  // namespace fastdmd::FASTDMD_ISA

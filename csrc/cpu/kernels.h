@@ -1,0 +1,97 @@
+// What the CPU kernels compute and how they are called. Each .cpp beside this file except bindings.cpp is compiled once
+// per instruction set, in a namespace of that name; bindings.cpp chooses at run time. The kernels know nothing of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdmd {
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+
+// All images are dense and in one memory order: sample b is elements [b * sample_size, (b + 1) * sample_size).
+// `begin` and `end` count elements, so that threads may split the work anywhere.
+
+struct AddNoise {
+  Dtype dtype, out_dtype;
+  const void* x;        // [B * sample_size]
+  const void* noise;    // the same, or null: made from seed and call
+  void* out;            // [B * sample_size], of out_dtype
+  const double* sigma;  // [B]
+  const double* scale;  // [B], or null for 1
+  int64_t sample_size;
+  uint64_t seed, call;
+};
+
+struct DMLoss {
+  Dtype dtype;
+  const void* x_gen;    // [B * sample_size]
+  const void* real;     // D_real, or F_real if x_t is given
+  const void* fake;     // D_fake, or F_fake if x_t is given
+  const void* x_t;      // or null
+  void* grad;           // [B * sample_size]
+  double c_skip, c_out;  // of the sample at hand, if x_t is given
+};
+
+struct FakeLoss {
+  Dtype dtype, grad_dtype;
+  const void* output;  // [B * sample_size]: D_fake, or F_fake if x_t is given
+  const void* x_gen;
+  const void* x_t;     // or null
+  void* grad;          // [B * sample_size], of grad_dtype: 2 * weight * error
+  double weight;       // of the sample at hand: the Karras weight, or 1 if x_t is given
+  double c_skip, inverse_c_out;
+};
+
+// One sample of group_norm_silu. Element (c, p) is at c * channel_stride + p * pixel_stride; one of the two is 1.
+struct GroupNormSiLU {
+  Dtype dtype;
+  const void* x;
+  const void* grad_y;     // backward only
+  void* out;              // y, or grad_x
+  double *mean, *rstd;    // [G]: written by forward, read by backward
+  const double *weight, *bias;  // [C]
+  const double *scale, *shift;  // [C] of this sample, or null
+  double *sum_grad, *sum_grad_h;  // [C], written by backward: A and Q
+  int64_t num_channels, num_groups, num_pixels, channel_stride, pixel_stride;
+  double eps;
+};
+
+struct AdamW {
+  Dtype dtype, grad_dtype, shadow_dtype;
+  void *param, *grad, *exp_avg, *exp_avg_sq;
+  void *ema, *shadow;  // or null
+  double grad_factor, beta1, beta2, eps, decay_factor, step_size, inverse_sqrt_bias2, ema_weight;
+  bool moves, zero_grad;
+};
+
+struct Kernels {
+  void (*philox)(const int64_t* counter, const int64_t* key, int64_t* words, int64_t begin, int64_t end);
+  void (*add_noise)(const AddNoise&, int64_t begin, int64_t end);
+  double (*dm_weight)(const DMLoss&, int64_t begin, int64_t end);            // sum |p_real|
+  double (*dm_gradient)(const DMLoss&, int64_t begin, int64_t end, double w);  // writes grad; sum grad^2
+  double (*fake_loss)(const FakeLoss&, int64_t begin, int64_t end);          // writes grad; sum weight * error^2
+  void (*scale_gradient)(const void* grad, Dtype, void* out, Dtype, double factor, int64_t begin, int64_t end);
+  void (*group_norm_silu)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
+  void (*group_norm_silu_backward)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
+  double (*sum_of_squares)(const void* grad, Dtype, int64_t begin, int64_t end);
+  void (*adamw)(const AdamW&, int64_t begin, int64_t end);
+};
+
+#define FASTDMD_DECLARE_KERNELS(isa)                                                                 \
+  namespace isa {                                                                                    \
+  void philox(const int64_t*, const int64_t*, int64_t*, int64_t, int64_t);                           \
+  void add_noise(const AddNoise&, int64_t, int64_t);                                                 \
+  double dm_weight(const DMLoss&, int64_t, int64_t);                                                 \
+  double dm_gradient(const DMLoss&, int64_t, int64_t, double);                                       \
+  double fake_loss(const FakeLoss&, int64_t, int64_t);                                               \
+  void scale_gradient(const void*, Dtype, void*, Dtype, double, int64_t, int64_t);                   \
+  void group_norm_silu(const GroupNormSiLU&, int64_t, int64_t);                                      \
+  void group_norm_silu_backward(const GroupNormSiLU&, int64_t, int64_t);                             \
+  double sum_of_squares(const void*, Dtype, int64_t, int64_t);                                       \
+  void adamw(const AdamW&, int64_t, int64_t);                                                        \
+  inline constexpr Kernels kernels{philox,         add_noise,       dm_weight,                       \
+                                   dm_gradient,    fake_loss,       scale_gradient,                  \
+                                   group_norm_silu, group_norm_silu_backward, sum_of_squares, adamw}; \
+  }
+
+}  // namespace fastdmd

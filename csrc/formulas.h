@@ -1,0 +1,107 @@
+// Scalar mathematics that host and device share: Philox4x32-10, normals, preconditioning, half precision. One copy.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define FASTDMD_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTDMD_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fastdmd {
+
+// Philox4x32-10 (Salmon et al. 2011): a counter of four words and a key of two give four random words, in place.
+FASTDMD_INLINE void philox(uint32_t& x0, uint32_t& x1, uint32_t& x2, uint32_t& x3, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t(0xD2511F53u) * x0;
+    const uint64_t product1 = uint64_t(0xCD9E8D57u) * x2;
+    x0 = uint32_t(product1 >> 32) ^ x1 ^ key0;
+    x2 = uint32_t(product0 >> 32) ^ x3 ^ key1;
+    x1 = uint32_t(product1);
+    x3 = uint32_t(product0);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+FASTDMD_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+FASTDMD_INLINE float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// ln(u) for u in (0, 1], without a branch: u = 2^e m with m in [sqrt(1/2), sqrt(2)), and a polynomial in m - 1.
+FASTDMD_INLINE float log_unit(float u) {
+  const uint32_t shifted = bits_of(u) - 0x3F3504F3u;  // bits of sqrt(1/2)
+  const float e = float(int32_t(shifted) >> 23);
+  const float f = float_of((shifted & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float z = f * f;
+  return f + (p * f * z - 0.5f * z) + e * 0.693147180559945f;
+}
+
+// sin(pi t) and cos(pi t) for t in [-1, 1], to 2e-7: a quarter turn q and a rest r in [-1/4, 1/4].
+FASTDMD_INLINE void sincospi_unit(float t, float& sine, float& cosine) {
+  const float q = nearbyintf(2.0f * t);
+  const float r = t - 0.5f * q;
+  const int32_t quarter = int32_t(q);
+  const float z = r * r;
+  float s = -0.5992645293f;
+  s = s * z + 2.5501640399f;
+  s = s * z - 5.1677127800f;
+  s = (s * z + 3.1415926536f) * r;
+  float c = 0.2353306303f;
+  c = c * z - 1.3352627689f;
+  c = c * z + 4.0587121264f;
+  c = c * z - 4.9348022005f;
+  c = c * z + 1.0f;
+  const float a = (quarter & 1) ? c : s, b = (quarter & 1) ? s : c;
+  sine = (quarter & 2) ? -a : a;
+  cosine = ((quarter + 1) & 2) ? -b : b;
+}
+
+// Two standard normals from two random words (Box and Muller 1958). Both conversions are of 31 bits and a sign,
+// because unsigned ones cost three instructions more.
+FASTDMD_INLINE void box_muller(uint32_t a, uint32_t b, float& normal0, float& normal1) {
+  const float u = float(int32_t(a >> 1)) * 0x1p-31f + 0x1p-32f;  // (0, 1]
+  const float radius = sqrtf(-2.0f * log_unit(u));
+  float sine, cosine;
+  sincospi_unit(float(int32_t(b)) * 0x1p-31f, sine, cosine);
+  normal0 = radius * cosine;
+  normal1 = radius * sine;
+}
+
+// EDM preconditioning (Karras et al. 2022, table 1).
+template <class T>
+FASTDMD_INLINE T c_skip(T sigma, T sigma_data) {
+  return sigma_data * sigma_data / (sigma * sigma + sigma_data * sigma_data);
+}
+
+template <class T>
+FASTDMD_INLINE T c_out(T sigma, T sigma_data) {
+  return sigma * sigma_data / std::sqrt(sigma * sigma + sigma_data * sigma_data);
+}
+
+template <class T>
+FASTDMD_INLINE T loss_weight(T sigma, T sigma_data) {  // 1 / c_out^2
+  return 1 / (sigma * sigma) + 1 / (sigma_data * sigma_data);
+}
+
+}  // namespace fastdmd

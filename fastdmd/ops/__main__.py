@@ -1,0 +1,26 @@
+"""`python -m fastdmd.ops`: which implementations are active on this machine, and why others are not."""
+
+from __future__ import annotations
+
+import torch
+
+from fastdmd import _native, ops
+
+
+def main() -> None:
+    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        print(f"{device_type}:")
+        for name in ops.names():
+            active, *others = ops.implementations(name, device_type)
+            also = f", also {', '.join(others)}" if others else ""
+            print(f"  {name:<26}{active}{also}")
+        for backend, reason in ops.unavailable(ops.names()[0], device_type).items():
+            print(f"  no {backend}: {reason}")
+        if _native.load("cpu") is None and device_type == "cpu":
+            print(f"  native library: {_native.build_facts()}")
+    if not torch.cuda.is_available():
+        print("cuda: torch finds no GPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Which code computes an op: PyTorch reference, Triton or native library; and how torch learns of it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastdmd import _native
+
+ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+BACKENDS = ("reference", "triton", "native")
+
+_LIBRARY = torch.library.Library("fastdmd", "DEF")
+_OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
+
+
+def define(schema: str, *, module: str, reference: Callable, fake: Callable, backward: Callable | None = None,
+           setup_context: Callable | None = None) -> Any:  # fmt: skip
+    """Registers an op with `torch.library` and returns it.
+
+    `reference` is its default implementation, on every device. CPU and CUDA choose at the first call; `kernels/MODULE`
+    has the Triton function and `csrc/*/MODULE` the native one, all of the op's own name and with the same arguments.
+    """
+    name = schema.split("(")[0]
+    _OPS[name] = (module, reference)
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    for device_type in ORDER:
+        _LIBRARY.impl(name, _chooser(name, device_type), device_type.upper())
+    torch.library.register_fake(f"fastdmd::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"fastdmd::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.fastdmd, name).default
+
+
+def _chooser(name: str, device_type: str) -> Callable:
+    @functools.cache
+    def chosen() -> Callable:
+        return _choose(name, device_type)
+
+    return lambda *arguments: chosen()(*arguments)
+
+
+def _choose(name: str, device_type: str) -> Callable:
+    forced = os.environ.get("FASTDMD_BACKEND")
+    if forced is None:
+        return next(iter(implementations(name, device_type).values()))
+    if forced not in BACKENDS:
+        raise ValueError(f"FASTDMD_BACKEND: expected one of {', '.join(BACKENDS)}, got {forced}")
+    return _implementation(name, forced, device_type)
+
+
+def implementations(name: str, device: torch.device | str = "cpu") -> dict[str, Callable]:
+    """The implementations of an op that this machine has, the preferred one first.
+
+    They are called with the op's arguments, all positional, and without validation: see the schema,
+    `torch.ops.fastdmd.<name>.default`.
+    """
+    found = {}
+    for backend in _order(device):
+        try:
+            found[backend] = _implementation(name, backend, torch.device(device).type)
+        except _native.Unavailable:
+            pass
+    return found
+
+
+def unavailable(name: str, device: torch.device | str = "cpu") -> dict[str, str]:
+    """Why the other implementations are not there."""
+    reasons = {}
+    for backend in BACKENDS:
+        try:
+            _implementation(name, backend, torch.device(device).type)
+        except _native.Unavailable as error:
+            reasons[backend] = str(error)
+    return reasons
+
+
+def names() -> list[str]:
+    return list(_OPS)
+
+
+def _order(device: torch.device | str) -> tuple[str, ...]:
+    """Under its interpreter Triton comes last: it is there to be tested."""
+    device_type = torch.device(device).type
+    order = ORDER.get(device_type, ("reference",))
+    return order if "triton" in order else (*order, "triton")
+
+
+def _implementation(name: str, backend: str, device_type: str) -> Callable:
+    if name not in _OPS:
+        raise ValueError(f"fastdmd.ops: expected an op out of {', '.join(_OPS)}, got {name}")
+    module, reference = _OPS[name]
+    if backend == "reference":
+        return reference
+    if backend == "native":
+        if (reason := _native.load(device_type)) is not None:
+            raise _native.Unavailable(reason)
+        return getattr(torch.ops.fastdmd_native, name).default
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise _native.Unavailable(f"Triton has no {device_type} backend; TRITON_INTERPRET=1 interprets its kernels")
+    if importlib.util.find_spec("triton") is None:
+        raise _native.Unavailable("Triton is not installed")
+    return getattr(importlib.import_module(f"fastdmd.kernels.{module}"), name)

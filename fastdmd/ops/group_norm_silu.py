@@ -1,0 +1,141 @@
+"""GroupNorm, optional scale and shift, and SiLU in one pass: the glue between the convolutions of a UNet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdmd.ops._registry import define
+from fastdmd.ops._validate import check_images, check_positive, check_vector, memory_format, wide_dtype
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 32, scale: Tensor | None = None,
+                    shift: Tensor | None = None, eps: float = 1e-5) -> Tensor:  # fmt: skip
+    """`y = silu(n * (1 + scale) + shift)` with `n = group_norm(x) * weight + bias`.
+
+    GroupNorm is that of Wu & He 2018, scale and shift those of Dhariwal & Nichol 2021.
+
+    Args:
+        x: features `[B, C, H, W]`, floating point, contiguous or channels_last without a copy.
+        weight: `[C]`, floating point.
+        bias: `[C]`, floating point.
+        num_groups: divides C.
+        scale: `[B, C]`, floating point, with `shift`: the adaptive scale of ADM. Default: none.
+        shift: `[B, C]`, floating point.
+        eps: added to the variance.
+
+    Returns `y`, like `x`. Differentiable in `x`, `weight`, `bias`, `scale` and `shift`.
+    Raises TypeError or ValueError, naming what was expected and what came.
+    """
+    (x,) = check_images("group_norm_silu", x=x)
+    check_positive("group_norm_silu", eps=eps)
+    if num_groups < 1 or x.shape[1] % num_groups != 0:
+        raise ValueError(
+            f"fastdmd.group_norm_silu: expected num_groups that divides C = {x.shape[1]}, got {num_groups}"
+        )
+    check_vector("group_norm_silu", "weight", weight, x, x.shape[1:2])
+    check_vector("group_norm_silu", "bias", bias, x, x.shape[1:2])
+    if (scale is None) != (shift is None):
+        got = "shift" if scale is None else "scale"
+        raise ValueError(f"fastdmd.group_norm_silu: expected scale and shift together, got {got} alone")
+    if scale is not None:
+        check_vector("group_norm_silu", "scale", scale, x, x.shape[:2])
+        check_vector("group_norm_silu", "shift", shift, x, x.shape[:2])
+        scale, shift = _unit_stride(scale), _unit_stride(shift)
+    return _group_norm_silu(x, weight.contiguous(), bias.contiguous(), scale, shift, num_groups, eps)[0]
+
+
+def _unit_stride(table: Tensor) -> Tensor:
+    """The chunk of a wider table stays where it is."""
+    return table if table.stride(1) == 1 else table.contiguous()
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
+              eps: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    groups = x.to(wide_dtype(x)).unflatten(1, (num_groups, -1))
+    mean = groups.mean(dim=(2, 3, 4))  # [B, G]
+    rstd = ((groups - mean[:, :, None, None, None]).square().mean(dim=(2, 3, 4)) + eps).rsqrt()
+    n = _normalised(x, mean, rstd) * _per_channel(weight, x) + _per_channel(bias, x)
+    if scale is not None:
+        n = n * (1 + _per_channel(scale, x)) + _per_channel(shift, x)
+    y = n * torch.sigmoid(n)
+    return y.to(x.dtype, memory_format=memory_format(x)), mean, rstd
+
+
+def reference_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+                       scale: Tensor | None, shift: Tensor | None, num_groups: int) -> tuple[Tensor, ...]:  # fmt: skip
+    h, w, b = _normalised(x, mean, rstd), _per_channel(weight, x), _per_channel(bias, x)
+    gain = 1 + _per_channel(scale, x) if scale is not None else torch.ones_like(mean[:, :1, None, None])
+    m = (h * w + b) * gain + (0 if shift is None else _per_channel(shift, x))
+    s = torch.sigmoid(m)
+    grad_m = grad_y.to(m.dtype) * (s + m * s * (1 - s))
+    A, Q = grad_m.sum(dim=(2, 3), keepdim=True), (grad_m * h).sum(dim=(2, 3), keepdim=True)  # [B, C, 1, 1]
+    grad_h = grad_m * w * gain
+
+    def group_mean(values: Tensor) -> Tensor:
+        means = values.unflatten(1, (num_groups, -1)).mean(dim=(2, 3, 4))
+        return _spread(means, x)
+
+    grad_x = _spread(rstd, x) * (grad_h - group_mean(grad_h) - h * group_mean(grad_h * h))
+    grad_weight, grad_bias = (gain * Q).sum(dim=(0, 2, 3)), (gain * A).sum(dim=(0, 2, 3))
+    if scale is None:
+        grad_scale = grad_shift = m.new_empty(0)
+    else:
+        grad_scale, grad_shift = (w * Q + b * A)[:, :, 0, 0].to(scale.dtype), A[:, :, 0, 0].to(shift.dtype)
+    return (
+        grad_x.to(x.dtype, memory_format=memory_format(x)), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype),
+        grad_scale, grad_shift,
+    )  # fmt: skip
+
+
+def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (x.to(mean.dtype) - _spread(mean, x)) * _spread(rstd, x)
+
+
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """`[B, G]` -> `[B, C, 1, 1]`."""
+    return values.repeat_interleave(x.shape[1] // values.shape[1], dim=1)[:, :, None, None]
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """`[C]` or `[B, C]` -> `[1 or B, C, 1, 1]`, wide."""
+    return values.to(wide_dtype(x)).view(-1, x.shape[1])[:, :, None, None]
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
+          eps: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    mean = x.new_empty((x.shape[0], num_groups), dtype=wide_dtype(x))
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+def _fake_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+                   scale: Tensor | None, shift: Tensor | None, num_groups: int) -> tuple[Tensor, ...]:  # fmt: skip
+    tables = [mean.new_empty(0 if t is None else t.shape, dtype=None if t is None else t.dtype) for t in (scale, shift)]
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *tables
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, scale, shift, ctx.num_groups, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+
+
+def _backward(ctx, grad_y: Tensor, *_):
+    x, *saved = ctx.saved_tensors
+    scale = saved[-2]
+    grad_y = grad_y.contiguous(memory_format=memory_format(x))
+    grad_x, grad_weight, grad_bias, *tables = _group_norm_silu_backward(grad_y, x, *saved, ctx.num_groups)
+    return grad_x, grad_weight, grad_bias, *(tables if scale is not None else (None, None)), None, None
+
+
+_group_norm_silu = define(
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    module="group_norm_silu", reference=reference, fake=_fake, setup_context=_setup_context, backward=_backward,
+)  # fmt: skip
+_group_norm_silu_backward = define(
+    "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
+    " Tensor? scale, Tensor? shift, int num_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    module="group_norm_silu", reference=reference_backward, fake=_fake_backward,
+)  # fmt: skip
