@@ -14,6 +14,8 @@ import time
 import torch
 import torch.nn.functional as F
 
+from fastdmd.unet import GroupNormSiLU
+
 
 def karras_schedule(num_steps=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
@@ -22,12 +24,24 @@ def karras_schedule(num_steps=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return torch.flip(sigmas, dims=[0]).float()
 
 
+class EagerGroupNormSiLU(torch.nn.GroupNorm):
+    def forward(self, x, scale=None, shift=None):
+        x = super().forward(x)
+        if scale is not None:
+            x = x * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        return F.silu(x)
+
+
 class TextbookDMD2:
     def __init__(self, teacher, *, generator_lr, guidance_lr, betas=(0.9, 0.999), weight_decay=0.01, max_grad_norm=1.0,
                  warmup_steps=0, guidance_warmup_steps=0, ema_decay=0.98, conditioning_sigma=80.0, sigma_data=0.5,
                  dfake_gen_update_ratio=5):  # fmt: skip
         def plain(network):
-            return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+            network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+            for module in network.modules():
+                if isinstance(module, GroupNormSiLU):
+                    module.__class__ = EagerGroupNormSiLU
+            return network
 
         self.teacher = plain(teacher).eval().requires_grad_(False)
         self.generator = plain(teacher).eval().requires_grad_(True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdmd import diffusion
+from fastdmd import diffusion, ops
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two unit-variance branches at one
 
@@ -79,10 +79,22 @@ def _linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
+class GroupNormSiLU(nn.GroupNorm):
+    """Normalises, scales and shifts per sample if asked to, and applies SiLU, in one pass."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        return ops.group_norm_silu(
+            x, self.weight, self.bias, num_groups=self.num_groups, scale=scale, shift=shift, eps=self.eps
+        )
+
+
+def _num_groups(channels: int) -> int:
     """Up to 32 groups of at least 4 channels; the largest such count that divides `channels`."""
-    num_groups = next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
-    return nn.GroupNorm(num_groups, channels, eps=1e-6)
+    return next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
+
+
+def _norm_silu(channels: int) -> GroupNormSiLU:
+    return GroupNormSiLU(_num_groups(channels), channels, eps=1e-6)
 
 
 class Attention(nn.Module):
@@ -91,7 +103,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, channels_per_head: int):
         super().__init__()
         self.num_heads = 1 if channels_per_head == 0 else max(1, channels // channels_per_head)
-        self.norm = _group_norm(channels)
+        self.norm = nn.GroupNorm(_num_groups(channels), channels, eps=1e-6)
         self.qkv = _conv(channels, 3 * channels, kernel=1)
         self.proj = _conv(channels, channels, kernel=1, init_scale=1e-5)
 
@@ -113,9 +125,9 @@ class Block(nn.Module):
         self.resample = resample
         self.adaptive_scale = config.adaptive_scale
         self.embedding_channels = 2 * out_channels if config.adaptive_scale else out_channels
-        self.norm0 = _group_norm(in_channels)
+        self.norm0 = _norm_silu(in_channels)
         self.conv0 = _conv(in_channels, out_channels)
-        self.norm1 = _group_norm(out_channels)
+        self.norm1 = _norm_silu(out_channels)
         self.dropout = nn.Dropout(config.dropout)
         self.conv1 = _conv(out_channels, out_channels, init_scale=1e-5)
         has_skip = in_channels != out_channels or resample
@@ -128,14 +140,12 @@ class Block(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C_in, H, W], [B, embedding_channels]
-        y = self.conv0(self._resample(F.silu(self.norm0(x))))
-        embedding = embedding[:, :, None, None]
+        y = self.conv0(self._resample(self.norm0(x)))
         if self.adaptive_scale:
-            scale, shift = embedding.chunk(2, dim=1)
-            y = torch.addcmul(shift, self.norm1(y), scale + 1)
+            y = self.norm1(y, *embedding.chunk(2, dim=1))
         else:
-            y = self.norm1(y + embedding)
-        y = self.conv1(self.dropout(F.silu(y)))
+            y = self.norm1(y + embedding[:, :, None, None])
+        y = self.conv1(self.dropout(y))
         x = self._resample(x)
         x = (y + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
         return x if self.attention is None else self.attention(x) * SKIP_SCALE
@@ -194,7 +204,7 @@ class UNet(nn.Module):
                 in_channels = channels + skip_channels.pop()
                 channels = config.model_channels * multiplier
                 self.decoder.append(block(in_channels, channels, attention=attention))
-        self.norm_out = _group_norm(channels)
+        self.norm_out = _norm_silu(channels)
         self.conv_out = _conv(channels, folded_channels, init_scale=1e-5)
         # One matrix product makes the embeddings of all blocks.
         self.block_embeddings = [b.embedding_channels for b in (*self.encoder, *self.middle, *self.decoder)]
@@ -219,7 +229,7 @@ class UNet(nn.Module):
             if block.resample != "up":
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, next(embeddings))
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(self.norm_out(x))
         return F.pixel_shuffle(x, self.config.patch_size)
 
     def _embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
