@@ -103,39 +103,46 @@ double mean(double sum, const Tensor& x) {
   return x.numel() > 0 ? sum / double(x.numel()) : std::numeric_limits<double>::quiet_NaN();
 }
 
+// The gradient of a loss is emitted in float32 where float16 would lose it.
+ScalarType gradient_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
+}
+
+double inverse_numel(const Tensor& x) { return 1 / double(x.numel() > 0 ? x.numel() : 1); }
+
 Tensor dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
   Tensor grad = torch::stable::empty_like(x_gen);
-  gradient({dtype_of(x_gen), x_gen.const_data_ptr(), D_real.const_data_ptr(), D_fake.const_data_ptr(), nullptr,
-            grad.mutable_data_ptr(), 0, 0},
+  gradient({dtype_of(x_gen), dtype_of(x_gen), x_gen.const_data_ptr(), D_real.const_data_ptr(), D_fake.const_data_ptr(),
+            nullptr, grad.mutable_data_ptr(), 1, 0, 0},
            x_gen, {}, 0, eps);
   return grad;
 }
 
-std::tuple<Tensor, Tensor> dm_loss(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
-  Tensor grad = torch::stable::empty_like(x_gen);
-  const double sum = gradient({dtype_of(x_gen), x_gen.const_data_ptr(), D_real.const_data_ptr(),
-                               D_fake.const_data_ptr(), nullptr, grad.mutable_data_ptr(), 0, 0},
-                              x_gen, {}, 0, eps);
+std::tuple<Tensor, Tensor> loss_and_gradient(const Tensor& x_gen, const Tensor& real, const Tensor& fake,
+                                             const void* x_t, const std::vector<double>& sigma, double sigma_data,
+                                             double eps) {
+  Tensor grad = empty_like(x_gen, gradient_dtype(x_gen));
+  const double sum = gradient({dtype_of(x_gen), dtype_of(grad), x_gen.const_data_ptr(), real.const_data_ptr(),
+                               fake.const_data_ptr(), x_t, grad.mutable_data_ptr(), inverse_numel(x_gen), 0, 0},
+                              x_gen, sigma, sigma_data, eps);
   return {scalar(x_gen, wide(x_gen), 0.5 * mean(sum, x_gen)), grad};
+}
+
+std::tuple<Tensor, Tensor> dm_loss(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
+  return loss_and_gradient(x_gen, D_real, D_fake, nullptr, {}, 0, eps);
 }
 
 std::tuple<Tensor, Tensor> dm_loss_raw(Tensor x_gen, Tensor x_t, Tensor sigma, Tensor F_real, Tensor F_fake,
                                        double sigma_data, double eps) {
-  Tensor grad = torch::stable::empty_like(x_gen);
-  const double sum = gradient({dtype_of(x_gen), x_gen.const_data_ptr(), F_real.const_data_ptr(),
-                               F_fake.const_data_ptr(), x_t.const_data_ptr(), grad.mutable_data_ptr(), 0, 0},
-                              x_gen, values(sigma), sigma_data, eps);
-  return {scalar(x_gen, wide(x_gen), 0.5 * mean(sum, x_gen)), grad};
+  return loss_and_gradient(x_gen, F_real, F_fake, x_t.const_data_ptr(), values(sigma), sigma_data, eps);
 }
 
 std::tuple<Tensor, Tensor> denoising_loss(const Tensor& output, const Tensor& x_gen, const void* x_t,
                                           const Tensor& sigma, double sigma_data) {
-  const ScalarType grad_dtype =
-      output.scalar_type() == ScalarType::Half ? ScalarType::Float : output.scalar_type();
-  Tensor grad = empty_like(output, grad_dtype);
+  Tensor grad = empty_like(output, gradient_dtype(output));
   const std::vector<double> sigmas = values(sigma);
-  const FakeLoss a{dtype_of(output), dtype_of(grad_dtype), output.const_data_ptr(), x_gen.const_data_ptr(), x_t,
-                   grad.mutable_data_ptr(), 1, 0, 0};
+  const FakeLoss a{dtype_of(output), dtype_of(grad), output.const_data_ptr(), x_gen.const_data_ptr(), x_t,
+                   grad.mutable_data_ptr(), 2 * inverse_numel(output), 1, 0, 0};
   const double sum = total(Blocks(output).sums([&](int64_t sample, int64_t begin, int64_t end) {
     FakeLoss of_sample = a;
     if (x_t) {
@@ -160,7 +167,7 @@ std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t
 Tensor scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) {
   Tensor out = empty_like(grad, dtype);
   if (grad.numel() == 0) return out;
-  const double factor = item(grad_loss) / double(grad.numel());
+  const double factor = item(grad_loss);
   const void* from = grad.const_data_ptr();
   void* to = out.mutable_data_ptr();
   parallel_for(0, grad.numel(), GRAIN, [&](int64_t begin, int64_t end) {

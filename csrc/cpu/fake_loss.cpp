@@ -11,10 +11,10 @@ double fake_loss_typed(const FakeLoss& a, int64_t begin, int64_t end) {
   const T* __restrict x_gen = static_cast<const T*>(a.x_gen);
   const T* __restrict x_t = static_cast<const T*>(a.x_t);
   G* __restrict grad = static_cast<G*>(a.grad);
-  const W weight = W(a.weight), c_skip = W(a.c_skip), inverse_c_out = W(a.inverse_c_out);
+  const W weight = W(a.weight), factor = W(a.factor), c_skip = W(a.c_skip), inverse_c_out = W(a.inverse_c_out);
   const auto emit = [=](int64_t i, W error) {
     const W weighted = weight * error;
-    store(grad[i], 2 * weighted);
+    store(grad[i], factor * weighted);
     return weighted * error;
   };
   if (!x_t) return sum<W>(begin, end, [=](int64_t i) { return emit(i, load(output[i]) - load(x_gen[i])); });

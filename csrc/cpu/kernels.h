@@ -23,12 +23,13 @@ struct AddNoise {
 };
 
 struct DMLoss {
-  Dtype dtype;
+  Dtype dtype, grad_dtype;
   const void* x_gen;    // [B * sample_size]
   const void* real;     // D_real, or F_real if x_t is given
   const void* fake;     // D_fake, or F_fake if x_t is given
   const void* x_t;      // or null
-  void* grad;           // [B * sample_size]
+  void* grad;           // [B * sample_size], of grad_dtype: factor * grad
+  double factor;
   double c_skip, c_out;  // of the sample at hand, if x_t is given
 };
 
@@ -37,7 +38,8 @@ struct FakeLoss {
   const void* output;  // [B * sample_size]: D_fake, or F_fake if x_t is given
   const void* x_gen;
   const void* x_t;     // or null
-  void* grad;          // [B * sample_size], of grad_dtype: 2 * weight * error
+  void* grad;          // [B * sample_size], of grad_dtype: factor * weight * error
+  double factor;
   double weight;       // of the sample at hand: the Karras weight, or 1 if x_t is given
   double c_skip, inverse_c_out;
 };

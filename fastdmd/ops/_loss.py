@@ -1,4 +1,4 @@
-"""What the losses share: an op returns loss and gradient in one launch, and backward scales that gradient."""
+"""What the losses share: an op returns the loss and its gradient in one launch, and backward scales that gradient."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def gradient_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-def fake_loss_and_gradient(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty((), dtype=wide_dtype(x)), torch.empty_like(x, dtype=dtype)
+def fake(x: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return x.new_empty((), dtype=wide_dtype(x)), torch.empty_like(x, dtype=gradient_dtype(x))
 
 
 def setup_context(ctx, inputs, output) -> None:
@@ -32,13 +32,16 @@ def setup_context(ctx, inputs, output) -> None:
 
 
 def backward(ctx, grad_loss: Tensor, _):
-    """The derivative in the first input: `gradient * grad_loss / numel`. The other inputs are constants."""
+    """The derivative in the first input: `gradient * grad_loss`. The other inputs are constants."""
     (gradient,) = ctx.saved_tensors
+    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and gradient.dtype == ctx.dtype:
+        if grad_loss.item() == 1:  # a CPU waits for nothing to look, and saves a third of the memory traffic
+            return gradient, *[None] * (ctx.num_inputs - 1)
     return _scale_gradient(gradient, grad_loss, ctx.dtype), *[None] * (ctx.num_inputs - 1)
 
 
 def _reference(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    return (grad.to(wide_dtype(grad)) * (grad_loss / max(1, grad.numel()))).to(dtype)
+    return (grad.to(wide_dtype(grad)) * grad_loss).to(dtype)
 
 
 _scale_gradient = define(

@@ -56,7 +56,7 @@ def dm_loss_raw(x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_fak
 
 def reference(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     grad = wide_gradient(x_gen, D_real, D_fake, eps)
-    return 0.5 * grad.square().mean(), grad.to(x_gen.dtype)
+    return 0.5 * grad.square().mean(), (grad / max(1, grad.numel())).to(_loss.gradient_dtype(x_gen))
 
 
 def reference_raw(x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_fake: Tensor, sigma_data: float,
@@ -64,19 +64,17 @@ def reference_raw(x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_f
     c_skip, c_out = _loss.preconditioning(sigma, x_gen, sigma_data)
     D_real, D_fake = c_skip * x_t + c_out * F_real, c_skip * x_t + c_out * F_fake
     loss, grad = reference(x_gen.to(c_out.dtype), D_real, D_fake, eps)
-    return loss, grad.to(x_gen.dtype)
-
-
-def _fake(x_gen: Tensor, *_) -> tuple[Tensor, Tensor]:
-    return _loss.fake_loss_and_gradient(x_gen, x_gen.dtype)
+    return loss, grad.to(_loss.gradient_dtype(x_gen))
 
 
 _dm_loss = define(
     "dm_loss(Tensor x_gen, Tensor D_real, Tensor D_fake, float eps) -> (Tensor, Tensor)",
-    module="dm_loss", reference=reference, fake=_fake, setup_context=_loss.setup_context, backward=_loss.backward,
+    module="dm_loss", reference=reference, fake=_loss.fake,
+    setup_context=_loss.setup_context, backward=_loss.backward,
 )  # fmt: skip
 _dm_loss_raw = define(
     "dm_loss_raw(Tensor x_gen, Tensor x_t, Tensor sigma, Tensor F_real, Tensor F_fake, float sigma_data, float eps)"
     " -> (Tensor, Tensor)",
-    module="dm_loss", reference=reference_raw, fake=_fake, setup_context=_loss.setup_context, backward=_loss.backward,
+    module="dm_loss", reference=reference_raw, fake=_loss.fake,
+    setup_context=_loss.setup_context, backward=_loss.backward,
 )  # fmt: skip

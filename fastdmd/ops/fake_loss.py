@@ -54,25 +54,25 @@ def fake_loss_raw(F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, *, 
 def reference(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     weight = per_sample(sigma, D_fake) ** -2 + sigma_data**-2
     error = D_fake.to(weight.dtype) - x_gen.to(weight.dtype)
-    return (weight * error.square()).mean(), (2 * weight * error).to(_loss.gradient_dtype(D_fake))
+    return (weight * error.square()).mean(), (2 / max(1, error.numel()) * weight * error).to(
+        _loss.gradient_dtype(D_fake)
+    )
 
 
 def reference_raw(F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float
                   ) -> tuple[Tensor, Tensor]:  # fmt: skip
     c_skip, c_out = _loss.preconditioning(sigma, F_fake, sigma_data)
     error = F_fake.to(c_out.dtype) - (x_gen.to(c_out.dtype) - c_skip * x_t) / c_out
-    return error.square().mean(), (2 * error).to(_loss.gradient_dtype(F_fake))
-
-
-def _fake(D_fake: Tensor, *_) -> tuple[Tensor, Tensor]:
-    return _loss.fake_loss_and_gradient(D_fake, _loss.gradient_dtype(D_fake))
+    return error.square().mean(), (2 / max(1, error.numel()) * error).to(_loss.gradient_dtype(F_fake))
 
 
 _fake_loss = define(
     "fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, float sigma_data) -> (Tensor, Tensor)",
-    module="fake_loss", reference=reference, fake=_fake, setup_context=_loss.setup_context, backward=_loss.backward,
+    module="fake_loss", reference=reference, fake=_loss.fake,
+    setup_context=_loss.setup_context, backward=_loss.backward,
 )  # fmt: skip
 _fake_loss_raw = define(
     "fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, float sigma_data) -> (Tensor, Tensor)",
-    module="fake_loss", reference=reference_raw, fake=_fake, setup_context=_loss.setup_context, backward=_loss.backward,
+    module="fake_loss", reference=reference_raw, fake=_loss.fake,
+    setup_context=_loss.setup_context, backward=_loss.backward,
 )  # fmt: skip
