@@ -1,24 +1,30 @@
-# `make train` and `make test` prepare .venv by themselves; a second time they find it ready.
+# Each command prepares .venv by itself; a second time it finds it ready.
 PYTHON ?= python3
 VENV := .venv/bin/python
+PIP := PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test lint clean
+.PHONY: train test lint bench clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
 
-test: .venv/ready lint
+test: .venv/ready-dev lint
 	$(VENV) -m pytest $(ARGS)
 
-lint: .venv/ready
+lint: .venv/ready-dev
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 
-.venv/ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+bench: .venv/ready-dev
+	$(VENV) -m benchmarks.bench_ops $(ARGS)
+
+.venv/ready-dev: EXTRAS := [dev]
+.venv/ready .venv/ready-dev: $(SOURCES)
 	test -x $(VENV) || $(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check torch setuptools cmake
-	PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .[dev]
-	touch $@
+	$(PIP) torch setuptools cmake
+	$(PIP) --no-build-isolation -e .$(EXTRAS)
+	touch .venv/ready $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info fastdmd/*.so

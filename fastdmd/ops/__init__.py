@@ -4,7 +4,7 @@ Each file holds one op: the public function, then `reference`, the readable PyTo
 must know. `implementations` tells who else computes it. Importing this package loads torch and nothing heavier.
 """
 
-from fastdmd.ops._registry import implementations, names, unavailable
+from fastdmd.ops._registry import implementations, names, unavailable, use_backend
 from fastdmd.ops.adamw_ema import adamw_ema_
 from fastdmd.ops.add_noise import add_noise
 from fastdmd.ops.dm_gradient import dm_gradient
@@ -15,5 +15,5 @@ from fastdmd.ops.philox import philox, rng_state
 
 __all__ = [
     "adamw_ema_", "add_noise", "dm_gradient", "dm_loss", "dm_loss_raw", "fake_loss", "fake_loss_raw",
-    "group_norm_silu", "implementations", "names", "philox", "rng_state", "unavailable",
+    "group_norm_silu", "implementations", "names", "philox", "rng_state", "unavailable", "use_backend",
 ]  # fmt: skip

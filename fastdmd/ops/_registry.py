@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ BACKENDS = ("reference", "triton", "native")
 
 _LIBRARY = torch.library.Library("fastdmd", "DEF")
 _OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
+_CHOSEN: dict[tuple[str, str], Callable] = {}  # (name, device type): implementation, filled at the first call
 
 
 def define(schema: str, *, module: str, reference: Callable, fake: Callable, backward: Callable | None = None,
@@ -40,20 +41,39 @@ def define(schema: str, *, module: str, reference: Callable, fake: Callable, bac
 
 
 def _chooser(name: str, device_type: str) -> Callable:
-    @functools.cache
-    def chosen() -> Callable:
-        return _choose(name, device_type)
+    def call(*arguments):
+        chosen = _CHOSEN.get((name, device_type))
+        if chosen is None:
+            chosen = _CHOSEN[name, device_type] = _choose(name, device_type, os.environ.get("FASTDMD_BACKEND"))
+        return chosen(*arguments)
 
-    return lambda *arguments: chosen()(*arguments)
+    return call
 
 
-def _choose(name: str, device_type: str) -> Callable:
-    forced = os.environ.get("FASTDMD_BACKEND")
+def _choose(name: str, device_type: str, forced: str | None) -> Callable:
     if forced is None:
         return next(iter(implementations(name, device_type).values()))
     if forced not in BACKENDS:
-        raise ValueError(f"FASTDMD_BACKEND: expected one of {', '.join(BACKENDS)}, got {forced}")
+        raise ValueError(f"fastdmd.ops: expected a backend out of {', '.join(BACKENDS)}, got {forced}")
     return _implementation(name, forced, device_type)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Inside the block every op on this kind of device is computed by `backend`: reference, triton or native.
+
+    Raises ValueError for another name and RuntimeError, with the reason, where it is not there. The environment
+    variable FASTDMD_BACKEND does the same for a whole process.
+    """
+    device_type = torch.device(device).type
+    chosen = {(name, device_type): _choose(name, device_type, backend) for name in _OPS}
+    before = _CHOSEN.copy()
+    _CHOSEN.update(chosen)
+    try:
+        yield
+    finally:
+        _CHOSEN.clear()
+        _CHOSEN.update(before)
 
 
 def implementations(name: str, device: torch.device | str = "cpu") -> dict[str, Callable]:

@@ -1,0 +1,241 @@
+"""Times every implementation of every op beside eager PyTorch, the compiled eager code and a copy of the same bytes.
+
+    python -m benchmarks.bench_ops [--device cpu] [--json out.json] [-k dm_loss]
+
+One thread on a CPU, minima; each measurement is a pytest-benchmark test, and the JSON is pytest-benchmark's with op,
+variant, dtype, elements, bytes and device of each in `extra_info`, and the commit. The table gives nanoseconds per
+element, percent of the copy bandwidth that was measured in the same run, and the ratio to eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastdmd import ops
+
+DEVICE = os.environ.get("FASTDMD_BENCH_DEVICE", "cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Images of 3 x 64 x 64: 2, 8 and 25 MB of float32 a tensor on a CPU; 64 and 256 MB on a GPU.
+BATCHES = [40, 160, 512] if DEVICE == "cpu" else [1365, 5461]
+NUM_PARAMETERS = 2_000_000  # in 200 tensors
+
+
+class Eager:
+    """What one would write without fastdmd."""
+
+    def add_noise(x, sigma):
+        return x + sigma.to(x.dtype)[:, None, None, None] * torch.randn_like(x)
+
+    def dm_loss(x_gen, D_real, D_fake):
+        with torch.no_grad():
+            p_real, p_fake = x_gen - D_real, x_gen - D_fake
+            grad = torch.nan_to_num((p_real - p_fake) / p_real.abs().mean(dim=(1, 2, 3), keepdim=True))
+        return 0.5 * F.mse_loss(x_gen, (x_gen - grad).detach())
+
+    def fake_loss(D_fake, x_gen, sigma):
+        weight = (sigma**-2 + 4).to(x_gen.dtype)[:, None, None, None]
+        return (weight * (D_fake - x_gen) ** 2).mean()
+
+    def group_norm_silu(x, weight, bias):
+        return F.silu(F.group_norm(x, 16, weight, bias, 1e-5))
+
+
+class Fused:
+    """The same through the public functions."""
+
+    def add_noise(x, sigma, state):
+        return ops.add_noise(x, sigma, rng_state=state)
+
+    dm_loss, fake_loss = ops.dm_loss, ops.fake_loss
+
+    def group_norm_silu(x, weight, bias):
+        return ops.group_norm_silu(x, weight, bias, num_groups=16)
+
+
+# Bytes an element must move, in units of the element size: reads and writes of forward and backward.
+TRAFFIC = {"add_noise": 2, "dm_loss": 4, "fake_loss": 3, "group_norm_silu": 2 + 3, "adamw_ema_": 10}
+
+
+def with_gradient(function, differentiated):
+    """Forward, and backward to the first arguments, as one call; nothing is accumulated."""
+
+    def call(*arguments):
+        result = function(*arguments)
+        grad = None if result.dim() == 0 else torch.ones_like(result)
+        return torch.autograd.grad(result, arguments[:differentiated], grad)
+
+    return call
+
+
+def image_arguments(op, dtype, batch):
+    generator = torch.Generator().manual_seed(0)
+
+    def image(channels=3, size=64):
+        x = torch.randn(batch, channels, size, size, generator=generator)
+        return x.to(DEVICE, dtype)
+
+    sigma = (torch.rand(batch, generator=generator) + 0.1).to(DEVICE)
+    if op == "add_noise":
+        return (image(), sigma), 0
+    if op == "dm_loss":
+        return (image().requires_grad_(), image(), image()), 1
+    if op == "fake_loss":
+        return (image().requires_grad_(), image(), sigma), 1
+    # A feature map of the same size in bytes: 48 channels at 16 x 16.
+    x = image(48, 16).to(memory_format=torch.channels_last).requires_grad_()
+    return (x, *(torch.randn(48).to(DEVICE, dtype).requires_grad_() for _ in range(2))), 3
+
+
+def time_it(benchmark, call, *, elements, element_size, op, variant, dtype):
+    def synchronised():
+        call()
+        if DEVICE != "cpu":
+            torch.cuda.synchronize()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        synchronised()  # compiles, chooses, allocates
+        benchmark.extra_info.update(
+            op=op, variant=variant, dtype=dtype, elements=elements, bytes=TRAFFIC.get(op, 2) * elements * element_size,
+            device=device_name(),
+        )  # fmt: skip
+        benchmark.pedantic(synchronised, rounds=15, iterations=max(1, int(2e6 / elements)), warmup_rounds=2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def device_name():
+    return torch.cuda.get_device_name() if DEVICE != "cpu" else "cpu"
+
+
+def variants(op):
+    return ["eager", "compiled", *ops.implementations(op, DEVICE)]
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("op", "variant"),
+    [
+        (op, variant)
+        for op, registered in [
+            ("copy", None), ("add_noise", "add_noise_rng"), ("dm_loss", "dm_loss"), ("fake_loss", "fake_loss"),
+            ("group_norm_silu", "group_norm_silu"),
+        ]
+        for variant in (variants(registered) if registered else ["copy"])
+    ],
+)  # fmt: skip
+def test_images(benchmark, op, variant, dtype, batch, stack):
+    if op == "copy":
+        x = torch.randn(batch, 3, 64, 64).to(DEVICE, DTYPES[dtype])
+        y = torch.empty_like(x)
+        call, elements = (lambda: y.copy_(x)), x.numel()
+    else:
+        arguments, differentiated = image_arguments(op, DTYPES[dtype], batch)
+        elements = arguments[0].numel()
+        if variant in ("eager", "compiled"):
+            function = getattr(Eager, op)
+        else:
+            stack.enter_context(ops.use_backend(variant, DEVICE))
+            function = getattr(Fused, op)
+            if op == "add_noise":
+                arguments = (*arguments, ops.rng_state(0, device=DEVICE))
+        if variant == "compiled":
+            torch._dynamo.reset()
+            function = torch.compile(function, dynamic=False)
+        if differentiated:
+            function = with_gradient(function, differentiated)
+        call = lambda: function(*arguments)  # noqa: E731
+    size = torch.finfo(DTYPES[dtype]).bits // 8
+    time_it(benchmark, call, elements=elements, element_size=size, op=op, variant=variant, dtype=dtype)
+
+
+@pytest.mark.parametrize("variant", variants("adamw_ema_")[:1] + variants("adamw_ema_")[2:])
+def test_optimizer(benchmark, variant, stack):
+    n, num_tensors = NUM_PARAMETERS, 200
+    if variant == "eager":
+        parameters = [torch.randn(n // num_tensors, device=DEVICE, requires_grad=True) for _ in range(num_tensors)]
+        average = [p.detach().clone() for p in parameters]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        adamw = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+        def call():
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            adamw.step()
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.001)
+    else:
+        stack.enter_context(ops.use_backend(variant, DEVICE))
+        param, grad, ema = (torch.randn(n, device=DEVICE) for _ in range(3))
+        moments = torch.zeros(2, n, device=DEVICE)
+        step, learning_rate = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.tensor(1e-4, device=DEVICE)
+
+        def call():
+            ops.adamw_ema_(param, grad, *moments, step, learning_rate, ema=ema, max_grad_norm=1.0)
+
+    time_it(benchmark, call, elements=n, element_size=4, op="adamw_ema_", variant=variant, dtype="float32")
+
+
+def table(results) -> str:
+    """A line per op, dtype, size and variant."""
+    copy = {}
+    for r in results:
+        if r["op"] == "copy":
+            copy[r["dtype"], r["elements"]] = r["bytes"] / r["seconds"]
+    eager = {(r["op"], r["dtype"], r["elements"]): r["seconds"] for r in results if r["variant"] == "eager"}
+    heads = f"{'variant':<10}{'ns/element':>11}{'GB/s':>8}{'% of copy':>10}{'x eager':>9}"
+    lines = [f"{'op':<18}{'dtype':<10}{'MB':>6}  {heads}"]
+    for r in sorted(results, key=lambda r: (r["op"], r["dtype"], r["elements"], -r["seconds"])):
+        rate = r["bytes"] / r["seconds"]
+        bandwidths = [rate for (dtype, _), rate in copy.items() if dtype == r["dtype"]]
+        bandwidth = copy.get((r["dtype"], r["elements"]), max(bandwidths, default=math.nan))
+        ratio = eager.get((r["op"], r["dtype"], r["elements"]), math.nan) / r["seconds"]
+        megabytes = r["elements"] * (4 if r["dtype"] == "float32" else 2) / 1e6
+        lines.append(
+            f"{r['op']:<18}{r['dtype']:<10}{megabytes:>6.0f}  {r['variant']:<10}"
+            f"{r['seconds'] / r['elements'] * 1e9:>11.2f}{rate / 1e9:>8.1f}{100 * rate / bandwidth:>10.0f}{ratio:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
+class Report:
+    """Prints the table when pytest is done."""
+
+    def pytest_terminal_summary(self, terminalreporter, config):
+        measured = config._benchmarksession.benchmarks
+        results = [{**b.extra_info, "seconds": b.stats.min} for b in measured if b.stats.rounds]
+        terminalreporter.write_line("\n" + table(results))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", help="where pytest-benchmark writes its figures")
+    parser.add_argument("-k", default="", help="only what matches, as in pytest")
+    arguments = parser.parse_args()
+    os.environ["FASTDMD_BENCH_DEVICE"] = arguments.device
+    warnings.simplefilter("ignore")
+    options = [__file__, "-q", "-p", "no:cacheprovider", "--benchmark-quiet", "-k", arguments.k]
+    if arguments.json:
+        options.append(f"--benchmark-json={arguments.json}")
+    sys.exit(pytest.main(options, plugins=[Report()]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""The code of the README runs as written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_there_are_blocks_and_one_compiles():
+    assert len(BLOCKS) == 3 and sum("torch.compile" in block for block in BLOCKS) == 1
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[3][:30])
+def test_block(block):
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(block, str(README), "exec"), names)
+    if "x_gen" in names:
+        grad = names["ops"].dm_gradient(names["x_gen"], names["D_real"], names["D_fake"])
+        torch.testing.assert_close(names["x_gen"].grad, grad / grad.numel())
+        assert all(p.grad.abs().sum() > 0 for p in names["fake_score"].parameters())
+        assert names["state"].tolist() == [0, 2 << 32]
+    elif "residual" in names:
+        assert names["x"].grad.isfinite().all() and names["x"].grad.abs().sum() > 0
+    else:
+        torch.testing.assert_close(names["shadow"], names["param"].bfloat16())
+        assert names["grad_norm"] > 1 and names["grad"].eq(0).all() and names["step"].item() == 1
