@@ -16,7 +16,8 @@ from fastdmd import _native, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 # What an implementation may add to the error that the reference has in the same dtype, relative to the largest value.
-TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# In float64 the reference is its own truth, and torch's group norm loses two digits by folding the mean into an offset.
+TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = [(3, 4, 17, 23), (1, 1, 1, 1), (2, 12, 1, 1), (5, 8, 4, 4), (1, 4, 150, 99), (0, 4, 8, 8)]
 DTYPES = list(TOLERANCES)
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastdmd.ops._registry import define
 from fastdmd.ops._validate import check_images, check_positive, check_vector, memory_format, wide_dtype
@@ -52,44 +53,40 @@ def _unit_stride(table: Tensor) -> Tensor:
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
               eps: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    groups = x.to(wide_dtype(x)).unflatten(1, (num_groups, -1))
-    mean = groups.mean(dim=(2, 3, 4))  # [B, G]
-    rstd = ((groups - mean[:, :, None, None, None]).square().mean(dim=(2, 3, 4)) + eps).rsqrt()
-    n = _normalised(x, mean, rstd) * _per_channel(weight, x) + _per_channel(bias, x)
-    if scale is not None:
-        n = n * (1 + _per_channel(scale, x)) + _per_channel(shift, x)
-    y = n * torch.sigmoid(n)
-    return y.to(x.dtype, memory_format=memory_format(x)), mean, rstd
+    wide = wide_dtype(x)
+    n, mean, rstd = torch.native_group_norm(
+        x.to(wide), weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps
+    )  # fmt: skip
+    m = n if scale is None else n * (1 + _table(scale, x)) + _table(shift, x)
+    return F.silu(m).to(x.dtype, memory_format=memory_format(x)), mean, rstd
 
 
 def reference_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
                        scale: Tensor | None, shift: Tensor | None, num_groups: int) -> tuple[Tensor, ...]:  # fmt: skip
-    h, w, b = _normalised(x, mean, rstd), _per_channel(weight, x), _per_channel(bias, x)
-    gain = 1 + _per_channel(scale, x) if scale is not None else torch.ones_like(mean[:, :1, None, None])
-    m = (h * w + b) * gain + (0 if shift is None else _per_channel(shift, x))
+    wide = mean.dtype
+    h = (x.to(wide) - _spread(mean, x)) * _spread(rstd, x)
+    n = torch.addcmul(_table(bias[None], x), h, _table(weight[None], x))
+    gain = None if scale is None else 1 + _table(scale, x)
+    m = n if scale is None else n * gain + _table(shift, x)
     s = torch.sigmoid(m)
-    grad_m = grad_y.to(m.dtype) * (s + m * s * (1 - s))
-    A, Q = grad_m.sum(dim=(2, 3), keepdim=True), (grad_m * h).sum(dim=(2, 3), keepdim=True)  # [B, C, 1, 1]
-    grad_h = grad_m * w * gain
-
-    def group_mean(values: Tensor) -> Tensor:
-        means = values.unflatten(1, (num_groups, -1)).mean(dim=(2, 3, 4))
-        return _spread(means, x)
-
-    grad_x = _spread(rstd, x) * (grad_h - group_mean(grad_h) - h * group_mean(grad_h * h))
-    grad_weight, grad_bias = (gain * Q).sum(dim=(0, 2, 3)), (gain * A).sum(dim=(0, 2, 3))
+    grad_m = grad_y.to(wide) * (s + m * s * (1 - s))
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
+        grad_m if gain is None else grad_m * gain, x.to(wide), mean, rstd, weight.to(wide), *_sizes(x), num_groups,
+        [True, True, True],
+    )  # fmt: skip
     if scale is None:
         grad_scale = grad_shift = m.new_empty(0)
     else:
-        grad_scale, grad_shift = (w * Q + b * A)[:, :, 0, 0].to(scale.dtype), A[:, :, 0, 0].to(shift.dtype)
+        grad_scale = (grad_m * n).sum(dim=(2, 3)).to(scale.dtype)
+        grad_shift = grad_m.sum(dim=(2, 3)).to(shift.dtype)
     return (
         grad_x.to(x.dtype, memory_format=memory_format(x)), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype),
         grad_scale, grad_shift,
     )  # fmt: skip
 
 
-def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return (x.to(mean.dtype) - _spread(mean, x)) * _spread(rstd, x)
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
 
 
 def _spread(values: Tensor, x: Tensor) -> Tensor:
@@ -97,9 +94,9 @@ def _spread(values: Tensor, x: Tensor) -> Tensor:
     return values.repeat_interleave(x.shape[1] // values.shape[1], dim=1)[:, :, None, None]
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """`[C]` or `[B, C]` -> `[1 or B, C, 1, 1]`, wide."""
-    return values.to(wide_dtype(x)).view(-1, x.shape[1])[:, :, None, None]
+def _table(values: Tensor, x: Tensor) -> Tensor:
+    """`[B or 1, C]` -> `[B or 1, C, 1, 1]`, wide."""
+    return values.to(wide_dtype(x))[:, :, None, None]
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
