@@ -25,11 +25,12 @@ METADATA_KEY = "fastdmd"
 ASSETS = Path(__file__).parent / "assets"
 
 
-def save_network(path: Path, network: UNet, *, kind: str, **information: Any) -> None:
+def save_network(path: Path, network: UNet, *, kind: str, dtype: torch.dtype = torch.float32,
+                 **information: Any) -> None:  # fmt: skip
     """Writes weights and configuration to a safetensors file, in one atomic replacement.
 
-    `kind` is "teacher" or "generator"; `information` is anything JSON can hold and is read back by
-    `load_network`. The file can be read by any safetensors reader.
+    `kind` is "teacher" or "generator"; `dtype` is that of the weights in the file; `information` is anything JSON can
+    hold and is read back by `load_network`. The file can be read by any safetensors reader.
     """
     metadata = {
         "kind": kind,
@@ -37,7 +38,7 @@ def save_network(path: Path, network: UNet, *, kind: str, **information: Any) ->
         "version": __version__,
         **information,
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
     content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata, default=str)})
     write_atomically(path, lambda file: file.write(content))
 

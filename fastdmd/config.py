@@ -134,7 +134,7 @@ class TrainConfig(EvaluationConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(EvaluationConfig):
-    """Train a teacher with the EDM objective; the defaults are those of the embedded MNIST teacher."""
+    """Train a teacher with the EDM objective; the defaults suit small images such as MNIST's."""
 
     out: Path = Path("runs/teacher")
     """Run folder; must not hold a run yet."""
@@ -180,6 +180,8 @@ class PretrainConfig(EvaluationConfig):
     """Iterations between lines of metrics.jsonl."""
     snapshots: int = 10
     """How often, over the run, weights and samples are written."""
+    weights_dtype: Literal["float32", "float16"] = "float32"
+    """Precision of the weights in the file; float16 halves it. What is measured is what the file holds."""
     dry_run: Switch = False
     """Print the resolved configuration and stop."""
 

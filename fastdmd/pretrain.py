@@ -66,6 +66,7 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
     history = SampleHistory(run.path / "samples.png")
     sample_noise, sample_labels = sample_inputs(network.config, config.seed, device)
     snapshot_every = -(-config.iterations // config.snapshots)
+    weights_dtype = getattr(torch, config.weights_dtype)
     started = time.perf_counter()
 
     def snapshot(iteration: int) -> None:
@@ -74,9 +75,9 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
 
     def save(iteration: int, **figures: Any) -> None:
         save_network(
-            run.path / "teacher.safetensors", optimizer.ema_network, kind="teacher", iterations=iteration,
-            seconds=time.perf_counter() - started, config=dataclasses.asdict(config), versions=versions(device),
-            **figures,
+            run.path / "teacher.safetensors", optimizer.ema_network, kind="teacher", dtype=weights_dtype,
+            iterations=iteration, seconds=time.perf_counter() - started, config=dataclasses.asdict(config),
+            versions=versions(device), **figures,
         )  # fmt: skip
 
     # Phase 1: train.
@@ -112,7 +113,10 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
                 snapshot(iteration)
     snapshot(iteration)
 
-    # Phase 2: measure; the weight file records the figures.
+    # Phase 2: measure what the weight file holds; it records the figures.
+    with torch.no_grad():
+        for parameter in optimizer.ema_network.parameters():
+            parameter.copy_(parameter.to(weights_dtype))
     row = Measurement(None, None)
     outcome = "complete" if iteration == config.iterations else "interrupted"
     if outcome == "complete" and evaluation is not None:

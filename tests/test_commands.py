@@ -87,7 +87,8 @@ def test_pretrain_learns_and_train_takes_its_teacher(tmp_path):
     out = tmp_path / "teacher"
     pretrain.main(["--out", str(out), "--iterations", "60", "--batch-size", "8",
                    "--model-channels", "8", "--warmup-iterations", "5", "--learning-rate", "5e-3", "--log-every", "20",
-                   "--snapshots", "1", "--num-samples", "20", "--teacher-steps", "2", "--device", "cpu"])  # fmt: skip
+                   "--snapshots", "1", "--num-samples", "20", "--teacher-steps", "2", "--device", "cpu",
+                   "--weights-dtype", "float16"])  # fmt: skip
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]
     network, metadata = load_network(out / "teacher.safetensors")
@@ -95,6 +96,9 @@ def test_pretrain_learns_and_train_takes_its_teacher(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert metadata["record"]["quality"] == summary["teacher"] and not summary["teacher"]["recorded"]
     assert network.config.model_channels == 8 and network.config.num_classes == 10
+
+    num_parameters = sum(p.numel() for p in network.parameters())
+    assert 2 * num_parameters < (out / "teacher.safetensors").stat().st_size < 3 * num_parameters
 
     # What pretrain recorded is used where the measurement would be the same, and only there.
     known = run_train(out / "teacher.safetensors", tmp_path / "known", "--num-samples", "20")["teacher"]
