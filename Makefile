@@ -4,7 +4,7 @@ VENV := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench gpu clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
@@ -18,6 +18,10 @@ lint: .venv/ready-dev
 
 bench: .venv/ready-dev
 	$(VENV) -m benchmarks.bench_ops $(ARGS)
+
+# Takes the Python that has a CUDA torch, and prepares nothing.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(STAGE)
 
 .venv/ready-dev: EXTRAS := [dev]
 .venv/ready .venv/ready-dev: $(SOURCES)

@@ -2,24 +2,26 @@
 
     python -m benchmarks.bench_ops [--device cpu] [--json out.json] [-k dm_loss]
 
-One thread on a CPU, minima; each measurement is a pytest-benchmark test, and the JSON is pytest-benchmark's with op,
-variant, dtype, elements, bytes and device of each in `extra_info`, and the commit. The table gives nanoseconds per
-element, percent of the copy bandwidth that was measured in the same run, and the ratio to eager.
+One thread on a CPU, minima; each measurement is a pytest-benchmark test. The table gives nanoseconds per element,
+percent of the copy bandwidth that was measured in the same run, and the ratio to eager; the JSON holds the same with
+commit, device and versions.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import sys
-import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.environment import describe
 from fastdmd import ops
 
 DEVICE = os.environ.get("FASTDMD_BENCH_DEVICE", "cpu")
@@ -106,16 +108,11 @@ def time_it(benchmark, call, *, elements, element_size, op, variant, dtype):
     try:
         synchronised()  # compiles, chooses, allocates
         benchmark.extra_info.update(
-            op=op, variant=variant, dtype=dtype, elements=elements, bytes=TRAFFIC.get(op, 2) * elements * element_size,
-            device=device_name(),
+            op=op, variant=variant, dtype=dtype, elements=elements, bytes=TRAFFIC.get(op, 2) * elements * element_size
         )  # fmt: skip
         benchmark.pedantic(synchronised, rounds=15, iterations=max(1, int(2e6 / elements)), warmup_rounds=2)
     finally:
         torch.set_num_threads(threads)
-
-
-def device_name():
-    return torch.cuda.get_device_name() if DEVICE != "cpu" else "cpu"
 
 
 def variants(op):
@@ -215,26 +212,28 @@ def table(results) -> str:
 
 
 class Report:
-    """Prints the table when pytest is done."""
+    """Prints the table when pytest is done, and writes the JSON."""
+
+    def __init__(self, path: str | None):
+        self.path = path
 
     def pytest_terminal_summary(self, terminalreporter, config):
-        measured = config._benchmarksession.benchmarks
-        results = [{**b.extra_info, "seconds": b.stats.min} for b in measured if b.stats.rounds]
+        measured = [b for b in config._benchmarksession.benchmarks if b.stats.rounds]
+        results = [{**b.extra_info, "seconds": b.stats.min, "median_seconds": b.stats.median} for b in measured]
         terminalreporter.write_line("\n" + table(results))
+        if self.path:
+            Path(self.path).write_text(json.dumps({**describe(DEVICE), "threads": 1, "results": results}, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", help="where pytest-benchmark writes its figures")
+    parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("-k", default="", help="only what matches, as in pytest")
     arguments = parser.parse_args()
     os.environ["FASTDMD_BENCH_DEVICE"] = arguments.device
-    warnings.simplefilter("ignore")
-    options = [__file__, "-q", "-p", "no:cacheprovider", "--benchmark-quiet", "-k", arguments.k]
-    if arguments.json:
-        options.append(f"--benchmark-json={arguments.json}")
-    sys.exit(pytest.main(options, plugins=[Report()]))
+    options = [__file__, "-q", "-p", "no:cacheprovider", "-W", "ignore", "--benchmark-quiet", "-k", arguments.k]
+    sys.exit(pytest.main(options, plugins=[Report(arguments.json)]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""What a stored result says of where it comes from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fastdmd import _native
+
+ROOT = Path(__file__).parents[1]
+
+
+def describe(device: str) -> dict:
+    """Commit, device and versions; nothing that names a machine."""
+
+    def output(*command: str) -> str | None:
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    commit, changed = output("git", "rev-parse", "--short", "HEAD"), output("git", "status", "--porcelain")
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    else:
+        name, driver = f"CPU, {torch.backends.cpu.get_cpu_capability()}", None
+    return {
+        "commit": commit and commit + ("+changes" if changed else ""), "device": name, "driver": driver,
+        "torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton"),
+        "native": _native.build_facts() if _native.load("cpu") is None else None,
+    }  # fmt: skip
