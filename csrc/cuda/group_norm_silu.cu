@@ -1,0 +1,205 @@
+// GroupNorm, scale and shift, SiLU, and its backward: the choice of the kernel, and the gradients of the parameters.
+#include "group_norm_silu_channels_last.cuh"
+#include "group_norm_silu_groups.cuh"
+
+namespace fastdmd {
+namespace {
+
+struct ParameterGradients {
+  GroupNorm op;
+  void *grad_weight, *grad_bias;  // [C]
+  void *grad_scale, *grad_shift;  // [B, C], or null
+  Dtype weight_dtype, bias_dtype, scale_dtype, shift_dtype;
+};
+
+// A block per 32 channels: a lane keeps to its channel, a warp walks over samples.
+template <class W>
+__global__ void __launch_bounds__(THREADS) parameter_gradients(ParameterGradients a) {
+  constexpr int num_warps = THREADS / WARP;
+  __shared__ Pair<W> partials[num_warps][WARP];
+  const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
+  const int64_t C = a.op.num_channels, c = int64_t(blockIdx.x) * WARP + lane;
+  Pair<W> total{0, 0};  // of grad_weight and grad_bias
+  if (c < C) {
+    const W weight = a.op.weight.at<W>(c), bias = a.op.bias.at<W>(c);
+    for (int64_t sample = warp; sample < a.op.num_samples; sample += num_warps) {
+      const Pair<W> sums = static_cast<const Pair<W>*>(a.op.sums)[sample * C + c];
+      const W multiplier = a.op.scale.data ? W(1) + a.op.scale.at<W>(sample, c) : W(1);
+      total.first += multiplier * sums.second;
+      total.second += multiplier * sums.first;
+      if (a.grad_scale) write(a.grad_scale, a.scale_dtype, sample * C + c, weight * sums.second + bias * sums.first);
+      if (a.grad_shift) write(a.grad_shift, a.shift_dtype, sample * C + c, sums.first);
+    }
+  }
+  partials[warp][lane] = total;
+  __syncthreads();
+  if (warp != 0 || c >= C) return;
+  for (int other = 1; other < num_warps; ++other) {
+    total.first += partials[other][lane].first;
+    total.second += partials[other][lane].second;
+  }
+  write(a.grad_weight, a.weight_dtype, c, total.first);
+  write(a.grad_bias, a.bias_dtype, c, total.second);
+}
+
+GroupNorm arguments(const char* op, const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor& rstd,
+                    const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+                    const std::optional<Tensor>& shift, int64_t num_groups) {
+  GroupNorm a{};
+  a.x = x.const_data_ptr(), a.out = out.mutable_data_ptr();
+  a.mean = mean.data_ptr(), a.rstd = rstd.data_ptr();
+  a.weight = values_of(weight, op), a.bias = values_of(bias, op);
+  a.scale = values_of(scale, op), a.shift = values_of(shift, op);
+  a.dtype = dtype_of(x, op);
+  a.num_samples = x.size(0), a.num_channels = x.size(1), a.num_groups = num_groups;
+  a.num_pixels = x.size(2) * x.size(3);
+  a.channels_last = a.num_pixels == 1 || !x.is_contiguous();  // of a single pixel both are the same
+  return a;
+}
+
+// How a block's threads and the blocks of a sample share its pixels, or nothing if the layout does not allow it.
+std::optional<ChannelsLast> channels_last(const Device& device, const GroupNorm& op) {
+  const int64_t width = op.dtype == Dtype::float32 ? 4 : 8, columns = op.num_channels / width;
+  if (!op.channels_last || op.dtype == Dtype::float64 || op.num_channels % width != 0 || columns > MAX_COLUMNS ||
+      !aligned({op.x, op.grad_y, op.out}))
+    return std::nullopt;
+  // About 256 threads, in whole warps as far as possible.
+  const auto waste = [&](int64_t rows) {
+    return double(ceil_divide(columns * rows, WARP) * WARP) / double(columns * rows);
+  };
+  int64_t rows = std::max(int64_t(1), 128 / columns);
+  for (int64_t more = rows + 1; more * columns <= 320; ++more)
+    if (waste(more) <= waste(rows)) rows = more;
+  // Some blocks for every multiprocessor, but some pixels for every thread; at most a warp of chunks to merge.
+  const int64_t wanted = ceil_divide(8 * device.num_multiprocessors(), op.num_samples);
+  const int64_t chunks = std::clamp(std::min(wanted, op.num_pixels / (8 * rows)), int64_t(1), int64_t(WARP));
+  const int64_t chunk_pixels = ceil_divide(op.num_pixels, chunks);
+  const int64_t num_chunks = ceil_divide(op.num_pixels, chunk_pixels);
+  if (op.num_samples * num_chunks > INT_MAX || chunk_pixels > INT_MAX) return std::nullopt;
+  return ChannelsLast{op, int(columns), int(rows), int(num_chunks), chunk_pixels, nullptr};
+}
+
+bool contiguous_vectors(const GroupNorm& op) {
+  const int64_t width = op.dtype == Dtype::float32 ? 4 : 8;
+  return !op.channels_last && op.dtype != Dtype::float64 && op.num_pixels % width == 0 &&
+         aligned({op.x, op.grad_y, op.out});
+}
+
+// Both launches for channels_last images; `num_partials` of a chunk are pairs that the first leaves for the second.
+template <class First, class Second>
+void launch_both(const Device& device, const Tensor& x, ChannelsLast a, First first, Second second,
+                 int64_t num_partials, int64_t first_bytes, int64_t second_bytes) {
+  const int64_t blocks = a.op.num_samples * a.num_chunks;
+  const int threads = int(ceil_divide(int64_t(a.columns) * a.rows, WARP) * WARP);
+  const Tensor partials = torch::stable::new_empty(x, {2 * blocks * num_partials}, ScalarType::Float);
+  a.partials = static_cast<Pair<float>*>(partials.mutable_data_ptr());
+  device.launch(first, blocks, threads, a, first_bytes);
+  device.launch(second, blocks, threads, a, second_bytes);
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> scale,
+                                                   std::optional<Tensor> shift, int64_t num_groups, double eps) {
+  Tensor y = torch::stable::empty_like(x);
+  Tensor mean = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_type(x));
+  Tensor rstd = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_type(x));
+  GroupNorm a = arguments("group_norm_silu", x, y, mean, rstd, weight, bias, scale, shift, num_groups);
+  a.eps = eps;
+  if (x.numel() == 0) {  // the mean of nothing
+    torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
+    torch::stable::fill_(rstd, std::numeric_limits<double>::quiet_NaN());
+    return {y, mean, rstd};
+  }
+  const Device device(x);
+  if (const std::optional<ChannelsLast> layout = channels_last(device, a)) {
+    const int64_t row_bytes = a.num_channels * int64_t(sizeof(float));
+    dispatch_vectors(a.dtype, [&](auto type) {
+      using T = decltype(type);
+      launch_both(device, x, *layout, group_norm_moments_vectors<T>, group_norm_apply_vectors<T>, num_groups,
+                  2 * layout->rows * row_bytes, 3 * row_bytes);
+    });
+    return {y, mean, rstd};
+  }
+  const int64_t blocks = std::min(a.num_samples * num_groups, int64_t(INT_MAX));
+  const auto threads = [&](int64_t width) {
+    const int64_t vectors = a.group_size() * a.num_pixels / width;
+    return int(std::min(ceil_divide(vectors, WARP) * WARP, int64_t(THREADS)));
+  };
+  if (contiguous_vectors(a))
+    dispatch_vectors(a.dtype, [&](auto type) {
+      device.launch(group_norm_silu_vectors<decltype(type)>, blocks, threads(16 / sizeof(type)), a);
+    });
+  else
+    dispatch_wide(a.dtype, [&](auto type) {
+      device.launch(group_norm_silu_any<decltype(type)>, blocks, threads(1), a);
+    });
+  return {y, mean, rstd};
+}
+
+void launch_backward(const Device& device, const Tensor& x, const GroupNorm& a) {
+  if (const std::optional<ChannelsLast> layout = channels_last(device, a)) {
+    const int64_t row_bytes = a.num_channels * int64_t(sizeof(float));
+    dispatch_vectors(a.dtype, [&](auto type) {
+      using T = decltype(type);
+      launch_both(device, x, *layout, group_norm_sums_vectors<T>, group_norm_backward_vectors<T>, a.num_channels,
+                  std::max(3, 2 * layout->rows) * row_bytes, 5 * row_bytes);
+    });
+    return;
+  }
+  const int64_t blocks = std::min(a.num_samples * a.num_groups, int64_t(INT_MAX));
+  const int threads = WARP * int(std::min(a.group_size(), int64_t(THREADS / WARP)));
+  if (contiguous_vectors(a))
+    dispatch_vectors(a.dtype, [&](auto type) {
+      device.launch(group_norm_silu_backward_vectors<decltype(type)>, blocks, threads, a);
+    });
+  else
+    dispatch_wide(a.dtype, [&](auto type) {
+      device.launch(group_norm_silu_backward_any<decltype(type)>, blocks, threads, a);
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
+    Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, std::optional<Tensor> scale,
+    std::optional<Tensor> shift, int64_t num_groups) {
+  constexpr const char* op = "group_norm_silu_backward";
+  Tensor grad_x = torch::stable::empty_like(x);
+  const int64_t B = x.size(0), C = x.size(1);
+  Tensor grad_weight = torch::stable::new_empty(x, {C}, weight.scalar_type());
+  Tensor grad_bias = torch::stable::new_empty(x, {C}, bias.scalar_type());
+  const auto table = [&](const std::optional<Tensor>& like) {
+    return like ? torch::stable::new_empty(x, {B, C}, like->scalar_type())
+                : torch::stable::new_empty(x, {int64_t(0)}, wide_type(x));
+  };
+  Tensor grad_scale = table(scale), grad_shift = table(shift);
+  const Tensor sums = torch::stable::new_empty(x, {2 * B * C}, wide_type(x));
+  GroupNorm a = arguments(op, x, grad_x, mean, rstd, weight, bias, scale, shift, num_groups);
+  a.grad_y = grad_y.const_data_ptr();
+  a.sums = sums.mutable_data_ptr();
+  const Device device(x);
+  if (x.numel() > 0)
+    launch_backward(device, x, a);
+  else
+    torch::stable::fill_(sums, 0);
+  const ParameterGradients gradients{a,
+                                     grad_weight.mutable_data_ptr(),
+                                     grad_bias.mutable_data_ptr(),
+                                     scale ? grad_scale.mutable_data_ptr() : nullptr,
+                                     shift ? grad_shift.mutable_data_ptr() : nullptr,
+                                     a.weight.dtype,
+                                     a.bias.dtype,
+                                     a.scale.dtype,
+                                     a.shift.dtype};
+  if (C > 0)
+    dispatch_wide(a.dtype, [&](auto type) {
+      device.launch(parameter_gradients<decltype(type)>, ceil_divide(C, WARP), THREADS, gradients);
+    });
+  return {grad_x, grad_weight, grad_bias, grad_scale, grad_shift};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastdmd_native, CUDA, m) {
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward));
+}
+
+}  // namespace fastdmd
