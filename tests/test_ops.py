@@ -18,6 +18,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 # What an implementation may add to the error that the reference has in the same dtype, relative to the largest value.
 # In float64 the reference is its own truth, and torch's group norm loses two digits by folding the mean into an offset.
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# Triton's interpreter adds up one by one, and cuts to bfloat16 instead of rounding.
+INTERPRETER_SLACK = 8
 SHAPES = [(3, 4, 17, 23), (1, 1, 1, 1), (2, 12, 1, 1), (5, 8, 4, 4), (1, 4, 150, 99), (0, 4, 8, 8)]
 DTYPES = list(TOLERANCES)
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -81,6 +83,10 @@ def ops_wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def slack(implementation, device):
+    return INTERPRETER_SLACK if implementation == "triton" and device == "cpu" else 1
+
+
 def available(name, device):
     return [i for i in ops.implementations(name, device) if i != "reference"]
 
@@ -129,7 +135,8 @@ def test_error_budget(case, dtype, shape, layout, device):
         assert len(results) == len(truth)
         for result, expected, exact in zip(results, same_dtype, truth, strict=True):
             rounding = min(expected.dtype, dtype, key=lambda d: torch.finfo(d).bits)
-            assert_within_budget(result, expected, exact, TOLERANCES[rounding], scale)
+            tolerance = slack(implementation, device) * TOLERANCES[rounding]
+            assert_within_budget(result, expected, exact, tolerance, scale)
 
 
 def adamw_arguments(dtype, grad_dtype, shadow_dtype, device, *, n=70_001, **options):
@@ -177,7 +184,7 @@ def test_adamw_error_budget(dtype, grad_dtype, shadow_dtype, max_grad_norm, devi
         results = run_adamw(found[implementation], tensors, scalars)
         for name, result in results.items():
             if result is not None:
-                tolerance = TOLERANCES.get(result.dtype, 0)
+                tolerance = slack(implementation, device) * TOLERANCES.get(result.dtype, 0)
                 assert_within_budget(result, expected[name], truth[name].double(), tolerance)
 
 
@@ -593,7 +600,7 @@ def test_a_broken_library_warns_with_its_cause_and_the_reference_works(tmp_path,
     _native.load.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="is there but does not load: .*(invalid ELF header|file too short)"):
-            assert list(ops.implementations("dm_loss")) == ["reference"]
+            assert next(iter(ops.implementations("dm_loss"))) == "reference"
         assert "does not load" in ops.unavailable("dm_loss")["native"]
     finally:
         _native.load.cache_clear()

@@ -1,0 +1,87 @@
+"""What the kernels share: the wide dtype, launch sizes, and a sum over the whole grid in the same launch."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_TICKETS = 4096
+
+_tickets: dict[torch.device, tuple[Tensor, itertools.cycle]] = {}
+
+
+def ticket(device: torch.device) -> Tensor:
+    """An int32 zero on the device, where the programs of one launch count themselves; the last one makes it 0 again.
+
+    So no launch has to clear it. Launches take turns through 4096 of them, because some may run at the same time.
+    """
+    if device not in _tickets:
+        _tickets[device] = (
+            torch.zeros(NUM_TICKETS, dtype=torch.int32, device=device),
+            itertools.cycle(range(NUM_TICKETS)),
+        )
+    slots, turns = _tickets[device]
+    return slots[next(turns) :]
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def wide(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def sample_size(x: Tensor) -> int:
+    return x.numel() // x.shape[0] if x.shape[0] else 0
+
+
+@triton.jit
+def arrive(ticket_ptr, num_programs):
+    """True in the program that arrives last, which sees what the others stored before."""
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == num_programs - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
+
+
+@triton.jit
+def total(partial_ptr, num_partials):
+    """Their sum, always in the same order."""
+    BLOCK: tl.constexpr = 1024
+    sums = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, num_partials, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        sums += tl.load(partial_ptr + offsets, offsets < num_partials, 0.0, cache_modifier=".cg").to(tl.float64)
+    return tl.sum(sums)
+
+
+@triton.jit
+def finite_or_zero(x):
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def c_skip(sigma, sigma_data):
+    return sigma_data * sigma_data / (sigma * sigma + sigma_data * sigma_data)
+
+
+@triton.jit
+def c_out(sigma, sigma_data):
+    return sigma * sigma_data / tl.sqrt(sigma * sigma + sigma_data * sigma_data)
+
+
+@triton.jit
+def narrow(x, ptr):
+    """To the element type of `ptr`; to half precision from float32, as float64 knows no way there."""
+    if x.dtype == tl.float64 and ptr.dtype.element_ty != tl.float64:
+        x = x.to(tl.float32)
+    return x.to(ptr.dtype.element_ty)

@@ -1,0 +1,62 @@
+"""out = scale * (x + sigma * noise), with the noise read, or made in registers by Philox."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdmd.kernels._common import narrow, sample_size, wide
+from fastdmd.kernels.philox import normals
+
+QUADS = 512  # of elements, a program
+
+
+@triton.jit
+def add_noise_kernel(x_ptr, noise_ptr, rng_ptr, sigma_ptr, scale_ptr, out_ptr, numel, sample_size, sigma_stride,
+                     scale_stride, num_programs, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr, QUADS: tl.constexpr
+                     ):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    quad = pid * QUADS + tl.arange(0, QUADS)
+    offsets = pid * (4 * QUADS) + tl.arange(0, 4 * QUADS)
+    mask = offsets < numel
+    if noise_ptr is None:
+        # Every program takes a ticket from the low word of the offset; the last one leaves it 0, one call further.
+        call_size = tl.full([], 1, tl.int64) << 32
+        taken = tl.atomic_add(rng_ptr + 1, 1)
+        if taken % call_size == num_programs - 1:
+            tl.atomic_add(rng_ptr + 1, call_size - num_programs)
+        n0, n1, n2, n3 = normals(quad, tl.load(rng_ptr), taken >> 32)
+        noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [4 * QUADS]).to(WIDE)
+    else:
+        noise = tl.load(noise_ptr + offsets, mask, 0.0).to(WIDE)
+    sample = offsets // sample_size
+    sigma = tl.load(sigma_ptr + sample * sigma_stride, mask, 0.0).to(WIDE)
+    x_t = tl.load(x_ptr + offsets, mask, 0.0).to(WIDE) + sigma * noise
+    if HAS_SCALE:
+        x_t *= tl.load(scale_ptr + sample * scale_stride, mask, 0.0).to(WIDE)
+    tl.store(out_ptr + offsets, narrow(x_t, out_ptr), mask)
+
+
+def add_noise(x: Tensor, sigma: Tensor, noise: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return _launch(x, sigma, noise, None, scale, dtype)
+
+
+def add_noise_rng(x: Tensor, sigma: Tensor, rng_state: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if x.numel() == 0:
+        rng_state[1] += 1 << 32
+    return _launch(x, sigma, None, rng_state, scale, dtype)
+
+
+def _launch(x: Tensor, sigma: Tensor, noise: Tensor | None, rng_state: Tensor | None, scale: Tensor | None,
+            dtype: torch.dtype) -> Tensor:  # fmt: skip
+    out = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        num_programs = triton.cdiv(x.numel(), 4 * QUADS)
+        add_noise_kernel[(num_programs,)](
+            x, noise, rng_state, sigma, scale, out, x.numel(), sample_size(x), sigma.stride(0),
+            0 if scale is None else scale.stride(0), num_programs, HAS_SCALE=scale is not None, WIDE=wide(x),
+            QUADS=QUADS,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,141 @@
+"""grad = (p_real - p_fake) / mean|p_real|, non-finite entries 0, and its loss: a program per sample, one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdmd.kernels._common import (
+    arrive,
+    c_out,
+    c_skip,
+    finite_or_zero,
+    gradient_dtype,
+    narrow,
+    sample_size,
+    ticket,
+    total,
+    wide,
+    wide_dtype,
+)  # fmt: skip
+
+KEPT = 16384  # elements of a sample that stay in registers between the two passes; more are read again, from cache
+
+
+@triton.jit
+def real_error(x_gen, real, x_t, skip, out, RAW: tl.constexpr):
+    """p_real = x_gen - D_real."""
+    return x_gen - (skip * x_t + out * real) if RAW else x_gen - real
+
+
+@triton.jit
+def gradient(x_gen, real, fake, out, w, mask, RAW: tl.constexpr):
+    """(p_real - p_fake) / w; the skip terms of raw outputs cancel."""
+    difference = out * (fake - real) if RAW else (x_gen - real) - (x_gen - fake)
+    return tl.where(mask, finite_or_zero(difference / w), 0.0)
+
+
+@triton.jit
+def dm_kernel(x_gen_ptr, real_ptr, fake_ptr, x_t_ptr, sigma_ptr, grad_ptr, partial_ptr, loss_ptr, ticket_ptr,
+              sample_size, num_samples, sigma_stride, SIGMA_DATA: tl.constexpr, EPS: tl.constexpr, RAW: tl.constexpr,
+              LOSS: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    sample = tl.program_id(0).to(tl.int64)
+    start = sample * sample_size
+    x_gen_ptr += start
+    real_ptr += start
+    fake_ptr += start
+    grad_ptr += start
+    skip, out, x_t = 0.0, 1.0, 0.0
+    if RAW:
+        x_t_ptr += start
+        sigma = tl.load(sigma_ptr + sample * sigma_stride).to(WIDE)
+        skip, out = c_skip(sigma, tl.full([], SIGMA_DATA, WIDE)), c_out(sigma, tl.full([], SIGMA_DATA, WIDE))
+    factor = 1.0
+    if LOSS:
+        factor = 1.0 / (num_samples.to(WIDE) * sample_size)
+    eps = tl.full([], EPS, WIDE)
+
+    if KEEP:
+        offsets = tl.arange(0, BLOCK)
+        mask = offsets < sample_size
+        x = tl.load(x_gen_ptr + offsets, mask, 0.0).to(WIDE)
+        real = tl.load(real_ptr + offsets, mask, 0.0).to(WIDE)
+        fake = tl.load(fake_ptr + offsets, mask, 0.0).to(WIDE)
+        if RAW:
+            x_t = tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE)
+        w = tl.sum(tl.abs(real_error(x, real, x_t, skip, out, RAW))) / sample_size
+        w = tl.maximum(w, eps, propagate_nan=tl.PropagateNan.ALL)
+        grad = gradient(x, real, fake, out, w, mask, RAW)
+        tl.store(grad_ptr + offsets, narrow(grad * factor, grad_ptr), mask)
+        square = tl.sum(grad * grad)
+    else:
+        magnitudes = tl.zeros([BLOCK], WIDE)
+        for first in range(0, sample_size, BLOCK):
+            offsets = first + tl.arange(0, BLOCK)
+            mask = offsets < sample_size
+            x = tl.load(x_gen_ptr + offsets, mask, 0.0).to(WIDE)
+            real = tl.load(real_ptr + offsets, mask, 0.0).to(WIDE)
+            if RAW:
+                x_t = tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE)
+            magnitudes += tl.abs(real_error(x, real, x_t, skip, out, RAW))
+        w = tl.maximum(tl.sum(magnitudes) / sample_size, eps, propagate_nan=tl.PropagateNan.ALL)
+        squares = tl.zeros([BLOCK], WIDE)
+        for first in range(0, sample_size, BLOCK):
+            offsets = first + tl.arange(0, BLOCK)
+            mask = offsets < sample_size
+            x = tl.load(x_gen_ptr + offsets, mask, 0.0).to(WIDE)
+            real = tl.load(real_ptr + offsets, mask, 0.0).to(WIDE)
+            fake = tl.load(fake_ptr + offsets, mask, 0.0).to(WIDE)
+            grad = gradient(x, real, fake, out, w, mask, RAW)
+            tl.store(grad_ptr + offsets, narrow(grad * factor, grad_ptr), mask)
+            squares += grad * grad
+        square = tl.sum(squares)
+
+    if LOSS:
+        tl.store(partial_ptr + sample, square)
+        if arrive(ticket_ptr, num_samples):
+            mean = total(partial_ptr, num_samples) / (num_samples.to(tl.float64) * sample_size)
+            tl.store(loss_ptr, (0.5 * mean).to(WIDE))
+
+
+def dm_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> Tensor:
+    grad = torch.empty_like(x_gen)
+    _launch(x_gen, D_real, D_fake, None, None, grad, None, 0.0, eps)
+    return grad
+
+
+def dm_loss(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _with_loss(x_gen, D_real, D_fake, None, None, 0.0, eps)
+
+
+def dm_loss_raw(x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_fake: Tensor, sigma_data: float,
+                eps: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _with_loss(x_gen, F_real, F_fake, x_t, sigma, sigma_data, eps)
+
+
+def _with_loss(x_gen: Tensor, real: Tensor, fake: Tensor, x_t: Tensor | None, sigma: Tensor | None,
+               sigma_data: float, eps: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad = torch.empty_like(x_gen, dtype=gradient_dtype(x_gen))
+    if x_gen.numel() == 0:
+        return x_gen.new_full((), float("nan"), dtype=wide_dtype(x_gen)), grad
+    loss = x_gen.new_empty((), dtype=wide_dtype(x_gen))
+    _launch(x_gen, real, fake, x_t, sigma, grad, loss, sigma_data, eps)
+    return loss, grad
+
+
+def _launch(x_gen: Tensor, real: Tensor, fake: Tensor, x_t: Tensor | None, sigma: Tensor | None, grad: Tensor,
+            loss: Tensor | None, sigma_data: float, eps: float) -> None:  # fmt: skip
+    if x_gen.numel() == 0:
+        return
+    size, num_samples = sample_size(x_gen), x_gen.shape[0]
+    keep = size <= KEPT and x_gen.dtype != torch.float64
+    block = max(16, triton.next_power_of_2(size)) if keep else 4096
+    partials = None if loss is None else x_gen.new_empty(num_samples, dtype=loss.dtype)
+    dm_kernel[(num_samples,)](
+        x_gen, real, fake, x_t, sigma, grad, partials, loss, None if loss is None else ticket(x_gen.device), size,
+        num_samples, 0 if sigma is None else sigma.stride(0), SIGMA_DATA=sigma_data, EPS=eps, RAW=x_t is not None,
+        LOSS=loss is not None, KEEP=keep, WIDE=wide(x_gen), BLOCK=block,
+        num_warps=min(16, max(2, block // 1024)) if keep else 8,
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""The denoising loss of the fake score with its gradient, in one launch; and the scaling that is a loss's backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdmd.kernels._common import (
+    arrive,
+    c_out,
+    c_skip,
+    gradient_dtype,
+    narrow,
+    sample_size,
+    ticket,
+    total,
+    wide,
+    wide_dtype,
+)  # fmt: skip
+
+BLOCK = 2048
+
+
+@triton.jit
+def fake_loss_kernel(output_ptr, x_gen_ptr, x_t_ptr, sigma_ptr, grad_ptr, partial_ptr, loss_ptr, ticket_ptr, numel,
+                     sample_size, sigma_stride, num_programs, SIGMA_DATA: tl.constexpr, RAW: tl.constexpr,
+                     WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    offsets = pid * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    sigma = tl.load(sigma_ptr + (offsets // sample_size) * sigma_stride, mask, 1.0).to(WIDE)
+    sigma_data = tl.full([], SIGMA_DATA, WIDE)
+    target = tl.load(x_gen_ptr + offsets, mask, 0.0).to(WIDE)
+    weight = 1.0 / (sigma * sigma) + 1.0 / (sigma_data * sigma_data)
+    if RAW:
+        x_t = tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE)
+        target = (target - c_skip(sigma, sigma_data) * x_t) / c_out(sigma, sigma_data)
+        weight = tl.full([BLOCK], 1.0, WIDE)
+    error = tl.where(mask, tl.load(output_ptr + offsets, mask, 0.0).to(WIDE) - target, 0.0)
+    weighted = weight * error
+    grad = weighted * (2.0 / numel.to(WIDE))
+    tl.store(grad_ptr + offsets, narrow(grad, grad_ptr), mask)
+    tl.store(partial_ptr + pid, tl.sum(weighted * error))
+    if arrive(ticket_ptr, num_programs):
+        tl.store(loss_ptr, (total(partial_ptr, num_programs) / numel.to(tl.float64)).to(WIDE))
+
+
+@triton.jit
+def scale_gradient_kernel(grad_ptr, grad_loss_ptr, out_ptr, numel, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    grad = tl.load(grad_ptr + offsets, mask, 0.0).to(WIDE) * tl.load(grad_loss_ptr).to(WIDE)
+    tl.store(out_ptr + offsets, narrow(grad, out_ptr), mask)
+
+
+def fake_loss(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    return _launch(D_fake, x_gen, None, sigma, sigma_data)
+
+
+def fake_loss_raw(F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float
+                  ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _launch(F_fake, x_gen, x_t, sigma, sigma_data)
+
+
+def _launch(output: Tensor, x_gen: Tensor, x_t: Tensor | None, sigma: Tensor, sigma_data: float
+            ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad = torch.empty_like(output, dtype=gradient_dtype(output))
+    if output.numel() == 0:
+        return output.new_full((), float("nan"), dtype=wide_dtype(output)), grad
+    loss = output.new_empty((), dtype=wide_dtype(output))
+    num_programs = triton.cdiv(output.numel(), BLOCK)
+    partials = output.new_empty(num_programs, dtype=loss.dtype)
+    fake_loss_kernel[(num_programs,)](
+        output, x_gen, x_t, sigma, grad, partials, loss, ticket(output.device), output.numel(), sample_size(output),
+        sigma.stride(0), num_programs, SIGMA_DATA=sigma_data, RAW=x_t is not None, WIDE=wide(output), BLOCK=BLOCK,
+    )  # fmt: skip
+    return loss, grad
+
+
+def scale_gradient(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(grad, dtype=dtype)
+    if grad.numel():
+        scale_gradient_kernel[(triton.cdiv(grad.numel(), BLOCK),)](
+            grad, grad_loss, out, grad.numel(), WIDE=wide(grad), BLOCK=BLOCK
+        )
+    return out

@@ -1,0 +1,212 @@
+"""GroupNorm, scale and shift, SiLU and its backward: a program per sample and tile of groups, any group size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdmd.kernels._common import narrow, wide, wide_dtype
+
+TILE_CHANNELS = 64  # of a program, at least a group: 128 bytes of bfloat16 in channels_last
+
+
+@triton.jit
+def group_sums(values, group, GROUPS: tl.constexpr):
+    """Per-channel values [C] -> per-group sums [GROUPS], for groups of any size."""
+    return tl.sum(tl.where(group[:, None] == tl.arange(0, GROUPS)[None, :], values[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def spread(values, group, GROUPS: tl.constexpr):
+    """Per-group values [GROUPS] -> per channel [C]."""
+    return tl.sum(tl.where(group[:, None] == tl.arange(0, GROUPS)[None, :], values[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def modulation(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_row, shift_row, channel, mask, WIDE: tl.constexpr):
+    """Weight, bias, 1 + scale and shift of the channels."""
+    weight = tl.load(weight_ptr + channel, mask, 0.0).to(WIDE)
+    bias = tl.load(bias_ptr + channel, mask, 0.0).to(WIDE)
+    gain, shift = tl.full(channel.shape, 1.0, WIDE), tl.zeros(channel.shape, WIDE)
+    if scale_ptr is not None:
+        gain += tl.load(scale_ptr + scale_row + channel, mask, 0.0).to(WIDE)
+        shift += tl.load(shift_ptr + shift_row + channel, mask, 0.0).to(WIDE)
+    return weight, bias, gain, shift
+
+
+@triton.jit
+def forward_kernel(x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, num_channels,
+                   num_groups, group_size, groups_per_tile, tile_channels, num_pixels, scale_stride, shift_stride,
+                   EPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr,
+                   CHANNELS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    sample, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first_group, first_channel = tile * groups_per_tile, tile * tile_channels
+    inside = tl.arange(0, CHANNELS)
+    channel, group = first_channel + inside, inside // group_size
+    channel_mask = (inside < tile_channels) & (channel < num_channels)
+    base = sample * num_channels * num_pixels
+    pixel = tl.arange(0, PIXELS)
+    # [PIXELS, CHANNELS]
+    if CHANNELS_LAST:
+        place = base + pixel[:, None].to(tl.int64) * num_channels + channel[None, :]
+        step = PIXELS * num_channels
+    else:
+        place = base + channel[None, :].to(tl.int64) * num_pixels + pixel[:, None]
+        step = PIXELS
+
+    # Moments around the first pixel of each channel, so that a large mean costs no digits.
+    origin = tl.load(x_ptr + (base + (channel if CHANNELS_LAST else channel.to(tl.int64) * num_pixels)), channel_mask,
+                     0.0).to(WIDE)  # fmt: skip
+    first, second = tl.zeros([PIXELS, CHANNELS], WIDE), tl.zeros([PIXELS, CHANNELS], WIDE)
+    here = place
+    for start in range(0, num_pixels, PIXELS):
+        mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
+        x = tl.load(x_ptr + here, mask, 0.0).to(WIDE)
+        centred = tl.where(mask, x - origin[None, :], 0.0)
+        first += centred
+        second += centred * centred
+        here += step
+    channel_mean = tl.sum(first, axis=0) / num_pixels  # around origin
+    squares = tl.maximum(tl.sum(second, axis=0) - num_pixels * channel_mean * channel_mean, 0.0)
+    channel_mean = tl.where(channel_mask, channel_mean + origin, 0.0)
+    mean = group_sums(channel_mean, group, GROUPS) / group_size
+    apart = tl.where(channel_mask, channel_mean - spread(mean, group, GROUPS), 0.0)
+    variance = group_sums(squares + num_pixels * apart * apart, group, GROUPS) / (group_size * num_pixels)
+    rstd = 1.0 / tl.sqrt(variance + EPS)
+    groups = tl.arange(0, GROUPS)
+    group_mask = (groups < groups_per_tile) & (first_group + groups < num_groups)
+    tl.store(mean_ptr + sample * num_groups + first_group + groups, mean, group_mask)
+    tl.store(rstd_ptr + sample * num_groups + first_group + groups, rstd, group_mask)
+
+    weight, bias, gain, shift = modulation(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample * scale_stride, sample * shift_stride, channel,
+        channel_mask, WIDE,
+    )  # fmt: skip
+    centre, slope = spread(mean, group, GROUPS), spread(rstd, group, GROUPS) * weight * gain
+    offset = bias * gain + shift
+    here = place
+    for start in range(0, num_pixels, PIXELS):
+        mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
+        x = tl.load(x_ptr + here, mask, 0.0).to(WIDE)
+        m = (x - centre[None, :]) * slope[None, :] + offset[None, :]
+        tl.store(y_ptr + here, narrow(m / (1.0 + tl.exp(-m)), y_ptr), mask)
+        here += step
+
+
+@triton.jit
+def silu_backward(grad_y, m):
+    s = 1.0 / (1.0 + tl.exp(-m))
+    return grad_y * (s + m * s * (1.0 - s))
+
+
+@triton.jit
+def backward_kernel(grad_y_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, grad_x_ptr,
+                    grad_gain_ptr, grad_offset_ptr, grad_scale_ptr, grad_shift_ptr, num_channels, num_groups,
+                    group_size, groups_per_tile, tile_channels, num_pixels, scale_stride, shift_stride,
+                    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+                    GROUPS: tl.constexpr):  # fmt: skip
+    sample, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first_group, first_channel = tile * groups_per_tile, tile * tile_channels
+    inside = tl.arange(0, CHANNELS)
+    channel, group = first_channel + inside, inside // group_size
+    channel_mask = (inside < tile_channels) & (channel < num_channels)
+    base = sample * num_channels * num_pixels
+    pixel = tl.arange(0, PIXELS)
+    if CHANNELS_LAST:
+        place = base + pixel[:, None].to(tl.int64) * num_channels + channel[None, :]
+        step = PIXELS * num_channels
+    else:
+        place = base + channel[None, :].to(tl.int64) * num_pixels + pixel[:, None]
+        step = PIXELS
+    weight, bias, gain, shift = modulation(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample * scale_stride, sample * shift_stride, channel,
+        channel_mask, WIDE,
+    )  # fmt: skip
+    of_group = sample * num_groups + first_group + group
+    centre = tl.load(mean_ptr + of_group, channel_mask, 0.0)
+    rstd = tl.load(rstd_ptr + of_group, channel_mask, 0.0)
+    slope, offset = rstd * weight * gain, bias * gain + shift
+
+    sums, sums_h = tl.zeros([PIXELS, CHANNELS], WIDE), tl.zeros([PIXELS, CHANNELS], WIDE)
+    here = place
+    for start in range(0, num_pixels, PIXELS):
+        mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
+        centred = tl.load(x_ptr + here, mask, 0.0).to(WIDE) - centre[None, :]
+        grad_y = tl.load(grad_y_ptr + here, mask, 0.0).to(WIDE)
+        grad_m = tl.where(mask, silu_backward(grad_y, centred * slope[None, :] + offset[None, :]), 0.0)
+        sums += grad_m
+        sums_h += grad_m * (centred * rstd[None, :])
+        here += step
+    A, Q = tl.sum(sums, axis=0), tl.sum(sums_h, axis=0)
+    of_channel = sample * num_channels + channel
+    tl.store(grad_gain_ptr + of_channel, gain * Q, channel_mask)
+    tl.store(grad_offset_ptr + of_channel, gain * A, channel_mask)
+    if scale_ptr is not None:
+        grad_scale = weight * Q + bias * A
+        tl.store(grad_scale_ptr + of_channel, narrow(grad_scale, grad_scale_ptr), channel_mask)
+        tl.store(grad_shift_ptr + of_channel, narrow(A, grad_shift_ptr), channel_mask)
+
+    k = weight * gain
+    size = group_size * num_pixels
+    S1 = spread(group_sums(k * A, group, GROUPS), group, GROUPS) / size
+    S2 = spread(group_sums(k * Q, group, GROUPS), group, GROUPS) / size
+    here = place
+    for start in range(0, num_pixels, PIXELS):
+        mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
+        centred = tl.load(x_ptr + here, mask, 0.0).to(WIDE) - centre[None, :]
+        grad_y = tl.load(grad_y_ptr + here, mask, 0.0).to(WIDE)
+        grad_m = silu_backward(grad_y, centred * slope[None, :] + offset[None, :])
+        grad_x = rstd[None, :] * (k[None, :] * grad_m - S1[None, :] - centred * (rstd * S2)[None, :])
+        tl.store(grad_x_ptr + here, narrow(grad_x, grad_x_ptr), mask)
+        here += step
+
+
+def _tiling(x: Tensor, num_groups: int, elements: int) -> dict:
+    """Whole groups to a program: about TILE_CHANNELS channels, and a multiple of 16 where the groups allow it."""
+    B, C, H, W = x.shape
+    group_size = C // num_groups
+    aligned = 16 // math.gcd(16, group_size)  # groups that make a multiple of 16 channels
+    groups = min(num_groups, max(1, TILE_CHANNELS // (group_size * aligned)) * aligned)
+    channels = triton.next_power_of_2(groups * group_size)
+    pixels = max(1, min(triton.next_power_of_2(H * W), elements // channels))
+    return {
+        "grid": (B, triton.cdiv(num_groups, groups)),
+        "sizes": (C, num_groups, group_size, groups, groups * group_size, H * W),
+        "options": dict(CHANNELS_LAST=not x.is_contiguous(), WIDE=wide(x), PIXELS=pixels, CHANNELS=channels,
+                        GROUPS=triton.next_power_of_2(groups), num_warps=8 if pixels * channels >= 2048 else 4),
+    }  # fmt: skip
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+                    num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y = torch.empty_like(x)
+    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=wide_dtype(x)) for _ in range(2))
+    if x.numel():
+        tiling = _tiling(x, num_groups, elements=4096)
+        forward_kernel[tiling["grid"]](
+            x, weight, bias, scale, shift, y, mean, rstd, *tiling["sizes"], 0 if scale is None else scale.stride(0),
+            0 if shift is None else shift.stride(0), EPS=eps, **tiling["options"],
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def group_norm_silu_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+                             scale: Tensor | None, shift: Tensor | None, num_groups: int
+                             ) -> tuple[Tensor, ...]:  # fmt: skip
+    B, C = x.shape[:2]
+    grad_x = torch.empty_like(x)
+    grad_gain, grad_offset = (x.new_empty((B, C), dtype=mean.dtype) for _ in range(2))
+    tables = [x.new_empty((0,) if t is None else (B, C), dtype=mean.dtype if t is None else t.dtype)
+              for t in (scale, shift)]  # fmt: skip
+    if x.numel():
+        tiling = _tiling(x, num_groups, elements=2048)  # more would spill
+        backward_kernel[tiling["grid"]](
+            grad_y, x, mean, rstd, weight, bias, scale, shift, grad_x, grad_gain, grad_offset, *tables,
+            *tiling["sizes"], 0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
+            **tiling["options"],
+        )  # fmt: skip
+    return grad_x, grad_gain.sum(0).to(weight.dtype), grad_offset.sum(0).to(bias.dtype), *tables

@@ -1,0 +1,67 @@
+"""Philox4x32-10, and the standard normals that add_noise makes from it in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def normals(quad, seed, call):
+    """Four standard normals for each counter `quad` [N] (int64), by Box and Muller."""
+    x0, x1, x2, x3 = tl.philox(
+        seed, quad.to(tl.uint32), (quad >> 32).to(tl.uint32), tl.zeros_like(quad).to(tl.uint32),
+        (tl.zeros_like(quad) + call).to(tl.uint32),
+    )  # fmt: skip
+    n0, n1 = box_muller(x0, x1)
+    n2, n3 = box_muller(x2, x3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def box_muller(a, b):
+    u = (a >> 1).to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
+    radius = tl.sqrt(-2.0 * tl.log(u))
+    cosine, sine = cossinpi(b.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def cossinpi(t):
+    """cos(pi t), sin(pi t) for t in [-1, 1]: the polynomials of csrc/formulas.h; tl.cos would take a stack."""
+    q = tl.floor(2.0 * t + 0.5)
+    r = t - 0.5 * q
+    quarter = q.to(tl.int32)
+    z = r * r
+    s = ((-0.5992645293 * z + 2.5501640399) * z - 5.1677127800) * z + 3.1415926536
+    s *= r
+    c = (((0.2353306303 * z - 1.3352627689) * z + 4.0587121264) * z - 4.9348022005) * z + 1.0
+    swap = (quarter & 1) != 0
+    sine, cosine = tl.where(swap, c, s), tl.where(swap, s, c)
+    return tl.where(((quarter + 1) & 2) != 0, -cosine, cosine), tl.where((quarter & 2) != 0, -sine, sine)
+
+
+@triton.jit
+def philox_kernel(counter_ptr, key_ptr, words_ptr, num_rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < num_rows
+    seed = tl.load(key_ptr) | (tl.load(key_ptr + 1) << 32)
+    c0 = tl.load(counter_ptr + 4 * row, mask, 0).to(tl.uint32)
+    c1 = tl.load(counter_ptr + 4 * row + 1, mask, 0).to(tl.uint32)
+    c2 = tl.load(counter_ptr + 4 * row + 2, mask, 0).to(tl.uint32)
+    c3 = tl.load(counter_ptr + 4 * row + 3, mask, 0).to(tl.uint32)
+    x0, x1, x2, x3 = tl.philox(seed, c0, c1, c2, c3)
+    tl.store(words_ptr + 4 * row, x0.to(tl.int64), mask)
+    tl.store(words_ptr + 4 * row + 1, x1.to(tl.int64), mask)
+    tl.store(words_ptr + 4 * row + 2, x2.to(tl.int64), mask)
+    tl.store(words_ptr + 4 * row + 3, x3.to(tl.int64), mask)
+
+
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    words = torch.empty_like(counter)
+    if counter.shape[0]:
+        block = 256
+        philox_kernel[(triton.cdiv(counter.shape[0], block),)](counter, key, words, counter.shape[0], BLOCK=block)
+    return words
