@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
             cli.print_resolved(config, network.config, sum(p.numel() for p in network.parameters()))
             return
         network = network.to(device=device, memory_format=torch.channels_last)
+        if config.label_emphasis != 1 and network.config.num_classes == 0:
+            raise ValueError(f"expected --label-emphasis 1 without class labels, got {config.label_emphasis}")
         evaluation = cli.make_evaluation(config, network.config, dataset if config.data else None, device)
         run = RunFolder(config.out, cli.to_json(config))
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {run.path}, on {device}")
@@ -113,10 +115,13 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
                 snapshot(iteration)
     snapshot(iteration)
 
-    # Phase 2: measure what the weight file holds; it records the figures.
+    # Phase 2: finish the weights, and measure what the file holds; it records the figures.
     with torch.no_grad():
+        if config.label_emphasis != 1:
+            optimizer.ema_network.emphasize_labels(config.label_emphasis)
         for parameter in optimizer.ema_network.parameters():
             parameter.copy_(parameter.to(weights_dtype))
+    save(iteration)
     row = Measurement(None, None)
     outcome = "complete" if iteration == config.iterations else "interrupted"
     if outcome == "complete" and evaluation is not None:

@@ -1,154 +1,18 @@
-"""The DDPM++ UNet with EDM preconditioning: one network class for teacher, fake score and generator."""
+"""One UNet with EDM preconditioning that is DDPM++, NCSN++ or ADM by configuration: teacher, fake score, generator."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdmd import diffusion, ops
+from fastdmd import diffusion
+from fastdmd.unet_blocks import Block, GroupNormSiLU, ResidualInput, conv, linear, norm_silu
+from fastdmd.unet_config import UNetConfig
 
-SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two unit-variance branches at one
-
-
-@dataclasses.dataclass(frozen=True)
-class UNetConfig:
-    """Everything that determines a network; stored inside every weight file.
-
-    `num_classes = 0` means unconditional. `patch_size > 1` folds each patch of pixels into channels before
-    the first convolution and unfolds it after the last: the UNet then works at `image_size / patch_size`.
-    `attention_resolutions` are feature-map sizes, as the network sees them.
-    """
-
-    image_size: int = 28
-    image_channels: int = 1
-    num_classes: int = 10
-    patch_size: int = 1
-    model_channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    num_blocks: int = 4
-    attention_resolutions: tuple[int, ...] = (16,)
-    channels_per_head: int = 0  # 0: a single head, as in DDPM++
-    embedding_multiplier: int = 4
-    adaptive_scale: bool = False  # the embedding scales and shifts normalised features (ADM), or is added (DDPM++)
-    dropout: float = 0.0
-    sigma_data: float = 0.5
-
-    def __post_init__(self):
-        def expect(condition: bool, expected: str, got) -> None:
-            if not condition:
-                raise ValueError(f"fastdmd.UNetConfig: expected {expected}, got {got}")
-
-        # JSON turns tuples into lists.
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
-        for name in ("image_size", "image_channels", "patch_size", "num_blocks", "embedding_multiplier"):
-            expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
-        expect(self.num_classes >= 0, "num_classes >= 0", self.num_classes)
-        expect(self.model_channels >= 4 and self.model_channels % 2 == 0,
-               "an even model_channels >= 4", self.model_channels)  # fmt: skip
-        expect(len(self.channel_multipliers) >= 1 and min(self.channel_multipliers) >= 1,
-               "at least one channel multiplier, each >= 1", self.channel_multipliers)  # fmt: skip
-        expect(self.sigma_data > 0, "sigma_data > 0", self.sigma_data)
-        factor = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
-        expect(self.image_size % factor == 0,
-               f"image_size divisible by {factor} (patch_size * 2^(levels - 1))", self.image_size)  # fmt: skip
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.image_channels, self.image_size, self.image_size
-
-
-def _conv(in_channels: int, out_channels: int, kernel: int = 3, init_scale: float = 1.0) -> nn.Conv2d:
-    """A same-padded convolution with Xavier-uniform weights times `init_scale` and zero bias."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-    nn.init.xavier_uniform_(conv.weight)
-    with torch.no_grad():
-        conv.weight.mul_(init_scale)
-        conv.bias.zero_()
-    return conv
-
-
-def _linear(in_features: int, out_features: int) -> nn.Linear:
-    linear = nn.Linear(in_features, out_features)
-    nn.init.xavier_uniform_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-class GroupNormSiLU(nn.GroupNorm):
-    """Normalises, scales and shifts per sample if asked to, and applies SiLU, in one pass."""
-
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        return ops.group_norm_silu(
-            x, self.weight, self.bias, num_groups=self.num_groups, scale=scale, shift=shift, eps=self.eps
-        )
-
-
-def _num_groups(channels: int) -> int:
-    """Up to 32 groups of at least 4 channels; the largest such count that divides `channels`."""
-    return next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
-
-
-def _norm_silu(channels: int) -> GroupNormSiLU:
-    return GroupNormSiLU(_num_groups(channels), channels, eps=1e-6)
-
-
-class Attention(nn.Module):
-    """Self-attention over the pixels of a feature map, as a residual branch."""
-
-    def __init__(self, channels: int, channels_per_head: int):
-        super().__init__()
-        self.num_heads = 1 if channels_per_head == 0 else max(1, channels // channels_per_head)
-        self.norm = nn.GroupNorm(_num_groups(channels), channels, eps=1e-6)
-        self.qkv = _conv(channels, 3 * channels, kernel=1)
-        self.proj = _conv(channels, channels, kernel=1, init_scale=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # [B, H, W, 3C]: a view when x is channels_last
-        qkv = qkv.reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(*qkv.unbind(0))  # [B, heads, HW, C/heads]
-        y = y.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
-        return self.proj(y) + x
-
-
-class Block(nn.Module):
-    """Residual block: norm, SiLU, conv, embedding, norm, SiLU, dropout, conv; optional resampling and attention."""
-
-    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, *, resample: str = "",
-                 attention: bool = False):  # fmt: skip
-        super().__init__()
-        self.resample = resample
-        self.adaptive_scale = config.adaptive_scale
-        self.embedding_channels = 2 * out_channels if config.adaptive_scale else out_channels
-        self.norm0 = _norm_silu(in_channels)
-        self.conv0 = _conv(in_channels, out_channels)
-        self.norm1 = _norm_silu(out_channels)
-        self.dropout = nn.Dropout(config.dropout)
-        self.conv1 = _conv(out_channels, out_channels, init_scale=1e-5)
-        has_skip = in_channels != out_channels or resample
-        self.skip = _conv(in_channels, out_channels, kernel=1) if has_skip else None
-        self.attention = Attention(out_channels, config.channels_per_head) if attention else None
-
-    def _resample(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C_in, H, W], [B, embedding_channels]
-        y = self.conv0(self._resample(self.norm0(x)))
-        if self.adaptive_scale:
-            y = self.norm1(y, *embedding.chunk(2, dim=1))
-        else:
-            y = self.norm1(y + embedding[:, :, None, None])
-        y = self.conv1(self.dropout(y))
-        x = self._resample(x)
-        x = (y + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
-        return x if self.attention is None else self.attention(x) * SKIP_SCALE
+__all__ = ["GroupNormSiLU", "UNet", "UNetConfig"]
 
 
 class UNet(nn.Module):
@@ -163,19 +27,27 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         embedding_channels = config.model_channels * config.embedding_multiplier
-        self.map_label = (
-            nn.Parameter(torch.randn(config.num_classes, config.model_channels)) if config.num_classes else None
-        )
+        noise_channels = config.model_channels * config.noise_multiplier
+        self.map_label = self.map_augment = None
+        if config.num_classes:
+            width = embedding_channels if config.adm else noise_channels
+            self.map_label = nn.Linear(config.num_classes, width, bias=not config.adm)
+            nn.init.normal_(self.map_label.weight, std=config.num_classes**-0.5)
+        if config.augment_dim:
+            self.map_augment = nn.Linear(config.augment_dim, noise_channels, bias=False)
+        if config.embedding == "fourier":
+            self.register_buffer("frequencies", 16 * torch.randn(noise_channels // 2))
         self.map_noise = nn.Sequential(
-            _linear(config.model_channels, embedding_channels), nn.SiLU(),
-            _linear(embedding_channels, embedding_channels), nn.SiLU(),
-        )  # fmt: skip
+            linear(noise_channels, embedding_channels), nn.SiLU(), linear(embedding_channels, embedding_channels)
+        )
 
         channels = config.model_channels
         resolution = config.image_size // config.patch_size
         folded_channels = config.image_channels * config.patch_size**2
-        self.conv_in = _conv(folded_channels, channels)
+        self.conv_in = conv(folded_channels, channels)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        self.residual_inputs = nn.ModuleList()
+        residual_channels = folded_channels
         skip_channels = [channels]
 
         def block(in_channels: int, out_channels: int, **options) -> Block:
@@ -187,6 +59,9 @@ class UNet(nn.Module):
                 resolution //= 2
                 self.encoder.append(block(channels, channels, resample="down", attention=False))
                 skip_channels.append(channels)
+                if config.encoder == "residual":
+                    self.residual_inputs.append(ResidualInput(residual_channels, channels, config.resample_filter))
+                    residual_channels = channels
             for _ in range(config.num_blocks):
                 self.encoder.append(block(channels, config.model_channels * multiplier))
                 channels = config.model_channels * multiplier
@@ -200,15 +75,16 @@ class UNet(nn.Module):
                 resolution *= 2
                 self.decoder.append(block(channels, channels, resample="up", attention=False))
             for index in range(config.num_blocks + 1):
-                attention = index == config.num_blocks and resolution in config.attention_resolutions
+                last = index == config.num_blocks or config.adm
+                attention = last and resolution in config.attention_resolutions
                 in_channels = channels + skip_channels.pop()
                 channels = config.model_channels * multiplier
                 self.decoder.append(block(in_channels, channels, attention=attention))
-        self.norm_out = _norm_silu(channels)
-        self.conv_out = _conv(channels, folded_channels, init_scale=1e-5)
+        self.norm_out = norm_silu(channels, config)
+        self.conv_out = conv(channels, folded_channels, init_scale=1e-5)
         # One matrix product makes the embeddings of all blocks.
         self.block_embeddings = [b.embedding_channels for b in (*self.encoder, *self.middle, *self.decoder)]
-        self.map_blocks = _linear(embedding_channels, sum(self.block_embeddings))
+        self.map_blocks = linear(embedding_channels, sum(self.block_embeddings))
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         c_skip, c_out, c_in, c_noise = diffusion.preconditioning(sigma, self.config.sigma_data)
@@ -218,31 +94,61 @@ class UNet(nn.Module):
     def raw(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The network before preconditioning, `F_x`: `[B, C, H, W]`, `[B]`, labels -> `[B, C, H, W]`."""
         embeddings = iter(self._embed(c_noise, class_labels).split(self.block_embeddings, dim=1))
-        x = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=self._memory_format))
-        skips = [x]
+        residual = F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=self._memory_format)
+        x = self.conv_in(residual)
+        skips, residual_inputs = [x], iter(self.residual_inputs)
         for block in self.encoder:
             x = block(x, next(embeddings))
+            if block.resample is not None and self.residual_inputs:
+                x = residual = (x + next(residual_inputs)(residual)) * self.config.skip_scale
             skips.append(x)
         for block in self.middle:
             x = block(x, next(embeddings))
         for block in self.decoder:
-            if block.resample != "up":
+            if block.resample is None:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, next(embeddings))
         x = self.conv_out(self.norm_out(x))
         return F.pixel_shuffle(x, self.config.patch_size)
 
     def _embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
-        embedding = positional_embedding(c_noise, self.config.model_channels)
-        if self.map_label is not None:
-            if class_labels is None:
-                raise ValueError(f"fastdmd.UNet: expected class_labels for {self.config.num_classes} classes, got None")
-            if class_labels.dim() == 1:
-                label_embedding = self.map_label[class_labels]
-            else:
-                label_embedding = class_labels.to(self.map_label.dtype) @ self.map_label
-            embedding = embedding + label_embedding
-        return self.map_blocks(self.map_noise(embedding))  # [B, sum of block_embeddings]
+        """The embeddings of all blocks, `[B, sum of block_embeddings]`."""
+        config = self.config
+        if config.embedding == "fourier":
+            embedding = fourier_embedding(c_noise, self.frequencies)
+        else:
+            width = config.model_channels * config.noise_multiplier
+            embedding = positional_embedding(c_noise, width, ddpmpp=config.embedding == "ddpmpp")
+        embedding = embedding.to(self.map_blocks.weight.dtype)
+        labels = self._embed_labels(class_labels)
+        if labels is not None and not config.adm:
+            embedding = embedding + labels
+        embedding = self.map_noise(embedding)
+        if labels is not None and config.adm:
+            embedding = embedding + labels
+        return self.map_blocks(F.silu(embedding))
+
+    def _embed_labels(self, class_labels: Tensor | None) -> Tensor | None:
+        if self.map_label is None:
+            return None
+        if class_labels is None:
+            raise ValueError(f"fastdmd.UNet: expected class_labels for {self.config.num_classes} classes, got None")
+        table = self.map_label.weight.t()
+        labels = table[class_labels] if class_labels.dim() == 1 else class_labels.to(table.dtype) @ table
+        return labels if self.config.adm else labels * self.config.num_classes**0.5 + self.map_label.bias
+
+    @torch.no_grad()
+    def emphasize_labels(self, factor: float) -> None:
+        """Moves the class embeddings away from their mean, `e_c = mean + factor * (e_c - mean)`, in place.
+
+        Guidance without a second evaluation: classes become more distinct, variety less. Measured on the embedded MNIST
+        teacher: 97.6 % class accuracy and a Fréchet distance of 0.25 at factor 1, 99.2 % and 0.15 at 1.3 (10,000
+        samples); at 1.7 99.7 % and twice the distance (1,500 samples). Raises ValueError for an unconditional network.
+        """
+        if self.map_label is None:
+            raise ValueError("fastdmd.UNet: expected a class-conditional network, got an unconditional one")
+        weight = self.map_label.weight  # [width, num_classes]
+        weight.copy_(weight.mean(dim=1, keepdim=True).lerp(weight, factor))
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -252,8 +158,19 @@ class UNet(nn.Module):
         return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def positional_embedding(c_noise: Tensor, num_channels: int, max_positions: float = 10000) -> Tensor:
-    """Sinusoidal embedding of the noise level, `[B] -> [B, num_channels]` (Vaswani et al. 2017)."""
-    exponent = torch.arange(num_channels // 2, dtype=torch.float32, device=c_noise.device) / (num_channels // 2)
+def positional_embedding(c_noise: Tensor, num_channels: int, *, ddpmpp: bool = False,
+                         max_positions: float = 10000) -> Tensor:  # fmt: skip
+    """Sinusoidal embedding of the noise level, `[B] -> [B, num_channels]` (Vaswani et al. 2017).
+
+    Cosines before sines; with `ddpmpp` sines first, and the last frequency is `1 / max_positions`.
+    """
+    half = num_channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=c_noise.device) / (half - 1 if ddpmpp else half)
     angle = c_noise.float()[:, None] * max_positions**-exponent
+    return torch.cat([angle.sin(), angle.cos()] if ddpmpp else [angle.cos(), angle.sin()], dim=1)
+
+
+def fourier_embedding(c_noise: Tensor, frequencies: Tensor) -> Tensor:
+    """Random Fourier features of the noise level, `[B] -> [B, 2 len(frequencies)]` (Tancik et al. 2020)."""
+    angle = c_noise.float()[:, None] * (2 * math.pi * frequencies)
     return torch.cat([angle.cos(), angle.sin()], dim=1)

@@ -23,6 +23,14 @@ VARIANTS = {
         image_size=8, num_classes=0, model_channels=6, channel_multipliers=(1,), num_blocks=1, attention_resolutions=()
     ),
     "odd resolution": UNetConfig(image_size=10, model_channels=12, channel_multipliers=(1, 1), num_blocks=1),
+    "ncsn++": UNetConfig(
+        image_size=16, model_channels=8, channel_multipliers=(1, 2), num_blocks=1, attention_resolutions=(8,),
+        embedding="fourier", noise_multiplier=2, encoder="residual", resample_filter=(1, 3, 3, 1),
+    ),
+    "adm": UNetConfig(
+        image_size=16, model_channels=16, channel_multipliers=(1, 2), num_blocks=1, attention_resolutions=(8,),
+        adm=True, adaptive_scale=True, channels_per_head=8,
+    ),
 }  # fmt: skip
 
 
@@ -139,3 +147,13 @@ def test_weight_files_that_are_refused(tmp_path, teacher_file):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="expected the tensors of its configuration"):
         load_network(tmp_path / "other.safetensors")
+
+
+def test_emphasized_labels_are_farther_from_their_mean():
+    network = make_network()
+    before = network.map_label.weight.clone()
+    network.emphasize_labels(1.5)
+    mean = before.mean(dim=1, keepdim=True)
+    assert_close(network.map_label.weight - mean, 1.5 * (before - mean))
+    with pytest.raises(ValueError, match="class-conditional network, got an unconditional one"):
+        make_network(VARIANTS["unconditional, one level"]).emphasize_labels(1.5)
