@@ -52,11 +52,11 @@ class TrainConfig(EvaluationConfig):
     """Weight file of the teacher (.safetensors), or `mnist`: the embedded one."""
     out: Path | None = None
     """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
-    iterations: int = 1300
+    iterations: int = 1600
     """Guidance turns; one in dfake_gen_update_ratio of them comes with a generator turn."""
     batch_size: int = 48
     """Images per iteration."""
-    dfake_gen_update_ratio: int = 5
+    dfake_gen_update_ratio: int = 2
     """Guidance turns per generator turn."""
     generator_lr: float = 6e-4
     """Learning rate of the generator's AdamW."""
