@@ -11,21 +11,19 @@ from torch import Tensor
 
 NUM_TICKETS = 4096
 
-_tickets: dict[torch.device, tuple[Tensor, itertools.cycle]] = {}
+_tickets: dict[torch.device, itertools.cycle] = {}
 
 
 def ticket(device: torch.device) -> Tensor:
     """An int32 zero on the device, where the programs of one launch count themselves; the last one makes it 0 again.
 
-    So no launch has to clear it. Launches take turns through 4096 of them, because some may run at the same time.
+    So no launch has to clear it. Launches take turns through 4096 of them, because some may run at the same time. They
+    lie 16 bytes apart: Triton compiles a kernel anew for a pointer that is aligned differently.
     """
     if device not in _tickets:
-        _tickets[device] = (
-            torch.zeros(NUM_TICKETS, dtype=torch.int32, device=device),
-            itertools.cycle(range(NUM_TICKETS)),
-        )
-    slots, turns = _tickets[device]
-    return slots[next(turns) :]
+        slots = torch.zeros(NUM_TICKETS, 4, dtype=torch.int32, device=device)
+        _tickets[device] = itertools.cycle(slots.unbind())
+    return next(_tickets[device])
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -62,6 +60,27 @@ def total(partial_ptr, num_partials):
         offsets = start + tl.arange(0, BLOCK)
         sums += tl.load(partial_ptr + offsets, offsets < num_partials, 0.0, cache_modifier=".cg").to(tl.float64)
     return tl.sum(sums)
+
+
+@triton.jit
+def of_samples(table_ptr, stride, start, numel, sample_size, LARGE: tl.constexpr, WIDE: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
+    """What a table [B] says of BLOCK elements from `start` on: a value, another, and which elements take the first.
+
+    Samples no smaller than a block are LARGE: it meets two of them at most. So the values are scalars, and what follows
+    from them is not computed for every element. Else there is a value per element [BLOCK], given twice.
+    """
+    sample = start // sample_size
+    left = (sample + 1) * sample_size - start
+    inside = tl.arange(0, BLOCK)
+    if LARGE:
+        value = tl.load(table_ptr + sample * stride).to(WIDE)
+        other = tl.load(table_ptr + (sample + 1) * stride, start + left < numel, 1.0).to(WIDE)
+        return value, other, inside < tl.minimum(left, BLOCK).to(tl.int32)
+    else:
+        samples = sample + (inside + (sample_size - left).to(tl.int32)) // sample_size
+        values = tl.load(table_ptr + samples * stride, start + inside < numel, 1.0).to(WIDE)
+        return values, values, inside < BLOCK
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdmd.kernels._common import arrive, narrow, ticket, total, wide
 
+NORM_BLOCK = 8192
 BLOCK = 2048
 NUM_SCALARS = 6  # grad factor, decay factor, step size, 1 / sqrt(bias2), ema weight, moves
 
@@ -49,18 +50,18 @@ def update_kernel(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, sha
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     moves = offsets < tl.where(tl.load(scalars_ptr + 5) > 0, numel, 0)
-    g = tl.load(grad_ptr + offsets, moves, 0.0).to(WIDE) * tl.load(scalars_ptr).to(WIDE)
+    g = tl.load(grad_ptr + offsets, mask, 0.0).to(WIDE) * tl.load(scalars_ptr).to(WIDE)
     one = tl.full([], 1.0, tl.float64)
-    exp_avg = BETA1 * tl.load(exp_avg_ptr + offsets, moves, 0.0) + (one - BETA1).to(WIDE) * g
-    exp_avg_sq = BETA2 * tl.load(exp_avg_sq_ptr + offsets, moves, 0.0) + (one - BETA2).to(WIDE) * g * g
+    exp_avg = BETA1 * tl.load(exp_avg_ptr + offsets, mask, 0.0) + (one - BETA1).to(WIDE) * g
+    exp_avg_sq = BETA2 * tl.load(exp_avg_sq_ptr + offsets, mask, 0.0) + (one - BETA2).to(WIDE) * g * g
     step_size, inverse_sqrt_bias2 = tl.load(scalars_ptr + 2).to(WIDE), tl.load(scalars_ptr + 3).to(WIDE)
-    param = tl.load(param_ptr + offsets, moves, 0.0) * tl.load(scalars_ptr + 1).to(WIDE)
+    param = tl.load(param_ptr + offsets, mask, 0.0) * tl.load(scalars_ptr + 1).to(WIDE)
     param -= step_size * exp_avg / (tl.sqrt(exp_avg_sq) * inverse_sqrt_bias2 + EPS)
     tl.store(exp_avg_ptr + offsets, exp_avg, moves)
     tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, moves)
     tl.store(param_ptr + offsets, param, moves)
     if ema_ptr is not None:
-        ema = tl.load(ema_ptr + offsets, moves, 0.0)
+        ema = tl.load(ema_ptr + offsets, mask, 0.0)
         tl.store(ema_ptr + offsets, ema + tl.load(scalars_ptr + 4).to(WIDE) * (param - ema), moves)
     if shadow_ptr is not None:
         tl.store(shadow_ptr + offsets, narrow(param, shadow_ptr), moves)
@@ -72,16 +73,17 @@ def adamw_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
                ema: Tensor | None, shadow: Tensor | None, beta1: float, beta2: float, eps: float, weight_decay: float,
                max_grad_norm: float, ema_decay: float, ema_warmup: float, zero_grad: bool) -> Tensor:  # fmt: skip
     numel, grad_norm = param.numel(), param.new_empty(())
-    num_programs = max(1, triton.cdiv(numel, BLOCK))
+    num_programs = max(1, triton.cdiv(numel, NORM_BLOCK))
     partials = param.new_empty(num_programs)
     scalars = param.new_empty(NUM_SCALARS, dtype=torch.float64)
     norm_kernel[(num_programs,)](
         grad, partials, grad_norm, scalars, step, learning_rate, ticket(param.device), numel, num_programs,
         BETA1=beta1, BETA2=beta2, WEIGHT_DECAY=weight_decay, MAX_GRAD_NORM=max_grad_norm, EMA_DECAY=ema_decay,
-        EMA_WARMUP=ema_warmup, WIDE=wide(param), BLOCK=BLOCK,
+        EMA_WARMUP=ema_warmup, WIDE=wide(param), BLOCK=NORM_BLOCK, num_warps=8,
     )  # fmt: skip
-    update_kernel[(num_programs,)](
+    block = BLOCK // 2 if param.dtype == torch.float64 else BLOCK  # more would spill
+    update_kernel[(max(1, triton.cdiv(numel, block)),)](
         param, grad, exp_avg, exp_avg_sq, ema, shadow, scalars, numel, BETA1=beta1, BETA2=beta2, EPS=eps,
-        ZERO_GRAD=zero_grad, WIDE=wide(param), BLOCK=BLOCK,
+        ZERO_GRAD=zero_grad, WIDE=wide(param), BLOCK=block,
     )  # fmt: skip
     return grad_norm

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdmd.kernels._common import narrow, sample_size, wide
+from fastdmd.kernels._common import narrow, of_samples, sample_size, wide
 from fastdmd.kernels.philox import normals
 
 QUADS = 512  # of elements, a program
@@ -15,27 +15,31 @@ QUADS = 512  # of elements, a program
 
 @triton.jit
 def add_noise_kernel(x_ptr, noise_ptr, rng_ptr, sigma_ptr, scale_ptr, out_ptr, numel, sample_size, sigma_stride,
-                     scale_stride, num_programs, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr, QUADS: tl.constexpr
+                     scale_stride, num_programs, LARGE: tl.constexpr, WIDE: tl.constexpr, QUADS: tl.constexpr
                      ):  # fmt: skip
+    BLOCK: tl.constexpr = 4 * QUADS
     pid = tl.program_id(0).to(tl.int64)
-    quad = pid * QUADS + tl.arange(0, QUADS)
-    offsets = pid * (4 * QUADS) + tl.arange(0, 4 * QUADS)
+    start = pid * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
     mask = offsets < numel
+    sigma, other, first = of_samples(sigma_ptr, sigma_stride, start, numel, sample_size, LARGE, WIDE, BLOCK)
+    x = tl.load(x_ptr + offsets, mask, 0.0).to(WIDE)
+    sigma = tl.where(first, sigma, other)
     if noise_ptr is None:
         # Every program takes a ticket from the low word of the offset; the last one leaves it 0, one call further.
+        # Relaxed: no program needs to see what another one wrote.
         call_size = tl.full([], 1, tl.int64) << 32
-        taken = tl.atomic_add(rng_ptr + 1, 1)
+        taken = tl.atomic_add(rng_ptr + 1, 1, sem="relaxed")
         if taken % call_size == num_programs - 1:
-            tl.atomic_add(rng_ptr + 1, call_size - num_programs)
-        n0, n1, n2, n3 = normals(quad, tl.load(rng_ptr), taken >> 32)
-        noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [4 * QUADS]).to(WIDE)
+            tl.atomic_add(rng_ptr + 1, call_size - num_programs, sem="relaxed")
+        n0, n1, n2, n3 = normals(pid * QUADS + tl.arange(0, QUADS), tl.load(rng_ptr), taken >> 32)
+        noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK]).to(WIDE)
     else:
         noise = tl.load(noise_ptr + offsets, mask, 0.0).to(WIDE)
-    sample = offsets // sample_size
-    sigma = tl.load(sigma_ptr + sample * sigma_stride, mask, 0.0).to(WIDE)
-    x_t = tl.load(x_ptr + offsets, mask, 0.0).to(WIDE) + sigma * noise
-    if HAS_SCALE:
-        x_t *= tl.load(scale_ptr + sample * scale_stride, mask, 0.0).to(WIDE)
+    x_t = x + sigma * noise
+    if scale_ptr is not None:
+        scale, other, first = of_samples(scale_ptr, scale_stride, start, numel, sample_size, LARGE, WIDE, BLOCK)
+        x_t *= tl.where(first, scale, other)
     tl.store(out_ptr + offsets, narrow(x_t, out_ptr), mask)
 
 
@@ -56,7 +60,7 @@ def _launch(x: Tensor, sigma: Tensor, noise: Tensor | None, rng_state: Tensor | 
         num_programs = triton.cdiv(x.numel(), 4 * QUADS)
         add_noise_kernel[(num_programs,)](
             x, noise, rng_state, sigma, scale, out, x.numel(), sample_size(x), sigma.stride(0),
-            0 if scale is None else scale.stride(0), num_programs, HAS_SCALE=scale is not None, WIDE=wide(x),
+            0 if scale is None else scale.stride(0), num_programs, LARGE=sample_size(x) >= 4 * QUADS, WIDE=wide(x),
             QUADS=QUADS,
         )  # fmt: skip
     return out

@@ -21,52 +21,56 @@ from fastdmd.kernels._common import (
     wide_dtype,
 )  # fmt: skip
 
-KEPT = 16384  # elements of a sample that stay in registers between the two passes; more are read again, from cache
+# Elements of a sample that stay in registers between the two passes: with more, only one program would fit on a
+# multiprocessor of an H100. Larger samples are read again, from cache.
+KEPT = 8192
 
 
 @triton.jit
-def real_error(x_gen, real, x_t, skip, out, RAW: tl.constexpr):
-    """p_real = x_gen - D_real."""
-    return x_gen - (skip * x_t + out * real) if RAW else x_gen - real
+def real_error(x, real_ptr, x_t_ptr, offsets, mask, skip, out, WIDE: tl.constexpr):
+    """p_real = x_gen - D_real, and what the teacher gave."""
+    real = tl.load(real_ptr + offsets, mask, 0.0).to(WIDE)
+    if x_t_ptr is None:
+        return x - real, real
+    else:
+        return x - (skip * tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE) + out * real), real
 
 
 @triton.jit
-def gradient(x_gen, real, fake, out, w, mask, RAW: tl.constexpr):
+def gradient(x, real, fake, out, w, mask, RAW: tl.constexpr):
     """(p_real - p_fake) / w; the skip terms of raw outputs cancel."""
-    difference = out * (fake - real) if RAW else (x_gen - real) - (x_gen - fake)
+    difference = out * (fake - real) if RAW else (x - real) - (x - fake)
     return tl.where(mask, finite_or_zero(difference / w), 0.0)
 
 
 @triton.jit
 def dm_kernel(x_gen_ptr, real_ptr, fake_ptr, x_t_ptr, sigma_ptr, grad_ptr, partial_ptr, loss_ptr, ticket_ptr,
-              sample_size, num_samples, sigma_stride, SIGMA_DATA: tl.constexpr, EPS: tl.constexpr, RAW: tl.constexpr,
-              LOSS: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              sample_size, num_samples, sigma_stride, SIGMA_DATA: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr,
+              WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    RAW: tl.constexpr = x_t_ptr is not None
     sample = tl.program_id(0).to(tl.int64)
     start = sample * sample_size
     x_gen_ptr += start
     real_ptr += start
     fake_ptr += start
     grad_ptr += start
-    skip, out, x_t = 0.0, 1.0, 0.0
+    skip, out = 0.0, 1.0
     if RAW:
         x_t_ptr += start
         sigma = tl.load(sigma_ptr + sample * sigma_stride).to(WIDE)
         skip, out = c_skip(sigma, tl.full([], SIGMA_DATA, WIDE)), c_out(sigma, tl.full([], SIGMA_DATA, WIDE))
     factor = 1.0
-    if LOSS:
-        factor = 1.0 / (num_samples.to(WIDE) * sample_size)
+    if loss_ptr is not None:
+        factor = 1.0 / (tl.cast(num_samples, WIDE) * sample_size)
     eps = tl.full([], EPS, WIDE)
 
     if KEEP:
         offsets = tl.arange(0, BLOCK)
         mask = offsets < sample_size
         x = tl.load(x_gen_ptr + offsets, mask, 0.0).to(WIDE)
-        real = tl.load(real_ptr + offsets, mask, 0.0).to(WIDE)
         fake = tl.load(fake_ptr + offsets, mask, 0.0).to(WIDE)
-        if RAW:
-            x_t = tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE)
-        w = tl.sum(tl.abs(real_error(x, real, x_t, skip, out, RAW))) / sample_size
-        w = tl.maximum(w, eps, propagate_nan=tl.PropagateNan.ALL)
+        p_real, real = real_error(x, real_ptr, x_t_ptr, offsets, mask, skip, out, WIDE)
+        w = tl.maximum(tl.sum(tl.abs(p_real)) / sample_size, eps, propagate_nan=tl.PropagateNan.ALL)
         grad = gradient(x, real, fake, out, w, mask, RAW)
         tl.store(grad_ptr + offsets, narrow(grad * factor, grad_ptr), mask)
         square = tl.sum(grad * grad)
@@ -76,10 +80,7 @@ def dm_kernel(x_gen_ptr, real_ptr, fake_ptr, x_t_ptr, sigma_ptr, grad_ptr, parti
             offsets = first + tl.arange(0, BLOCK)
             mask = offsets < sample_size
             x = tl.load(x_gen_ptr + offsets, mask, 0.0).to(WIDE)
-            real = tl.load(real_ptr + offsets, mask, 0.0).to(WIDE)
-            if RAW:
-                x_t = tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE)
-            magnitudes += tl.abs(real_error(x, real, x_t, skip, out, RAW))
+            magnitudes += tl.abs(real_error(x, real_ptr, x_t_ptr, offsets, mask, skip, out, WIDE)[0])
         w = tl.maximum(tl.sum(magnitudes) / sample_size, eps, propagate_nan=tl.PropagateNan.ALL)
         squares = tl.zeros([BLOCK], WIDE)
         for first in range(0, sample_size, BLOCK):
@@ -93,10 +94,10 @@ def dm_kernel(x_gen_ptr, real_ptr, fake_ptr, x_t_ptr, sigma_ptr, grad_ptr, parti
             squares += grad * grad
         square = tl.sum(squares)
 
-    if LOSS:
+    if loss_ptr is not None:
         tl.store(partial_ptr + sample, square)
         if arrive(ticket_ptr, num_samples):
-            mean = total(partial_ptr, num_samples) / (num_samples.to(tl.float64) * sample_size)
+            mean = total(partial_ptr, num_samples) * factor.to(tl.float64)
             tl.store(loss_ptr, (0.5 * mean).to(WIDE))
 
 
@@ -131,11 +132,15 @@ def _launch(x_gen: Tensor, real: Tensor, fake: Tensor, x_t: Tensor | None, sigma
         return
     size, num_samples = sample_size(x_gen), x_gen.shape[0]
     keep = size <= KEPT and x_gen.dtype != torch.float64
-    block = max(16, triton.next_power_of_2(size)) if keep else 4096
+    if keep:
+        block = max(16, triton.next_power_of_2(size))
+        num_warps = max(2, block // 1024)
+    else:
+        num_warps = 8 if size <= 1 << 16 else 16
+        block = num_warps * (256 if x_gen.dtype == torch.float64 else 512)  # float64 would spill
     partials = None if loss is None else x_gen.new_empty(num_samples, dtype=loss.dtype)
     dm_kernel[(num_samples,)](
         x_gen, real, fake, x_t, sigma, grad, partials, loss, None if loss is None else ticket(x_gen.device), size,
-        num_samples, 0 if sigma is None else sigma.stride(0), SIGMA_DATA=sigma_data, EPS=eps, RAW=x_t is not None,
-        LOSS=loss is not None, KEEP=keep, WIDE=wide(x_gen), BLOCK=block,
-        num_warps=min(16, max(2, block // 1024)) if keep else 8,
+        num_samples, 0 if sigma is None else sigma.stride(0), SIGMA_DATA=sigma_data, EPS=eps, KEEP=keep,
+        WIDE=wide(x_gen), BLOCK=block, num_warps=num_warps,
     )  # fmt: skip

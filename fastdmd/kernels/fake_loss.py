@@ -13,6 +13,7 @@ from fastdmd.kernels._common import (
     c_skip,
     gradient_dtype,
     narrow,
+    of_samples,
     sample_size,
     ticket,
     total,
@@ -20,31 +21,43 @@ from fastdmd.kernels._common import (
     wide_dtype,
 )  # fmt: skip
 
-BLOCK = 2048
+BLOCK = 4096
+NUM_WARPS = 8
 
 
 @triton.jit
 def fake_loss_kernel(output_ptr, x_gen_ptr, x_t_ptr, sigma_ptr, grad_ptr, partial_ptr, loss_ptr, ticket_ptr, numel,
-                     sample_size, sigma_stride, num_programs, SIGMA_DATA: tl.constexpr, RAW: tl.constexpr,
+                     sample_size, sigma_stride, num_programs, SIGMA_DATA: tl.constexpr, LARGE: tl.constexpr,
                      WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    offsets = pid * BLOCK + tl.arange(0, BLOCK)
+    start = pid * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
     mask = offsets < numel
-    sigma = tl.load(sigma_ptr + (offsets // sample_size) * sigma_stride, mask, 1.0).to(WIDE)
-    sigma_data = tl.full([], SIGMA_DATA, WIDE)
+    sigma, other, first = of_samples(sigma_ptr, sigma_stride, start, numel, sample_size, LARGE, WIDE, BLOCK)
+    output = tl.load(output_ptr + offsets, mask, 0.0).to(WIDE)
     target = tl.load(x_gen_ptr + offsets, mask, 0.0).to(WIDE)
-    weight = 1.0 / (sigma * sigma) + 1.0 / (sigma_data * sigma_data)
-    if RAW:
+    sigma_data = tl.full([], SIGMA_DATA, WIDE)
+    if x_t_ptr is not None:
         x_t = tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE)
-        target = (target - c_skip(sigma, sigma_data) * x_t) / c_out(sigma, sigma_data)
-        weight = tl.full([BLOCK], 1.0, WIDE)
-    error = tl.where(mask, tl.load(output_ptr + offsets, mask, 0.0).to(WIDE) - target, 0.0)
-    weighted = weight * error
-    grad = weighted * (2.0 / numel.to(WIDE))
+        skip = tl.where(first, c_skip(sigma, sigma_data), c_skip(other, sigma_data))
+        inverse = tl.where(first, 1.0 / c_out(sigma, sigma_data), 1.0 / c_out(other, sigma_data))
+        error = tl.where(mask, output - (target - skip * x_t) * inverse, 0.0)
+        weighted = error
+    else:
+        weight = tl.where(first, karras_weight(sigma, sigma_data), karras_weight(other, sigma_data))
+        error = output - target
+        weighted = weight * error
+    grad = weighted * (2.0 / tl.cast(numel, WIDE))
     tl.store(grad_ptr + offsets, narrow(grad, grad_ptr), mask)
     tl.store(partial_ptr + pid, tl.sum(weighted * error))
     if arrive(ticket_ptr, num_programs):
-        tl.store(loss_ptr, (total(partial_ptr, num_programs) / numel.to(tl.float64)).to(WIDE))
+        mean = total(partial_ptr, num_programs) * (1.0 / tl.cast(numel, WIDE)).to(tl.float64)
+        tl.store(loss_ptr, mean.to(WIDE))
+
+
+@triton.jit
+def karras_weight(sigma, sigma_data):
+    return 1.0 / (sigma * sigma) + 1.0 / (sigma_data * sigma_data)
 
 
 @triton.jit
@@ -70,11 +83,13 @@ def _launch(output: Tensor, x_gen: Tensor, x_t: Tensor | None, sigma: Tensor, si
     if output.numel() == 0:
         return output.new_full((), float("nan"), dtype=wide_dtype(output)), grad
     loss = output.new_empty((), dtype=wide_dtype(output))
-    num_programs = triton.cdiv(output.numel(), BLOCK)
+    size = sample_size(output)
+    block = BLOCK if size >= BLOCK else BLOCK // 2  # a sigma for every element takes registers
+    num_programs = triton.cdiv(output.numel(), block)
     partials = output.new_empty(num_programs, dtype=loss.dtype)
     fake_loss_kernel[(num_programs,)](
-        output, x_gen, x_t, sigma, grad, partials, loss, ticket(output.device), output.numel(), sample_size(output),
-        sigma.stride(0), num_programs, SIGMA_DATA=sigma_data, RAW=x_t is not None, WIDE=wide(output), BLOCK=BLOCK,
+        output, x_gen, x_t, sigma, grad, partials, loss, ticket(output.device), output.numel(), size, sigma.stride(0),
+        num_programs, SIGMA_DATA=sigma_data, LARGE=size >= block, WIDE=wide(output), BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip
     return loss, grad
 
@@ -83,6 +98,6 @@ def scale_gradient(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tenso
     out = torch.empty_like(grad, dtype=dtype)
     if grad.numel():
         scale_gradient_kernel[(triton.cdiv(grad.numel(), BLOCK),)](
-            grad, grad_loss, out, grad.numel(), WIDE=wide(grad), BLOCK=BLOCK
+            grad, grad_loss, out, grad.numel(), WIDE=wide(grad), BLOCK=BLOCK, num_warps=NUM_WARPS
         )
     return out
