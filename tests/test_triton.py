@@ -81,9 +81,9 @@ def images(dtype, *, count=3, shape=(64, 3, 64, 64), channels_last=False):
     return [torch.empty(shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(count)]
 
 
-def norm_arguments(dtype, channels, adaptive):
-    (x,) = images(dtype, count=1, shape=(4, channels, 32, 32), channels_last=True)
-    tables = torch.empty(4, 2 * channels, dtype=dtype).chunk(2, dim=1) if adaptive else (None, None)
+def norm_arguments(dtype, channels, adaptive, batch):
+    (x,) = images(dtype, count=1, shape=(batch, channels, 32, 32), channels_last=True)
+    tables = torch.empty(batch, 2 * channels, dtype=dtype).chunk(2, dim=1) if adaptive else (None, None)
     return x, torch.empty(channels), torch.empty(channels), *tables, 32
 
 
@@ -101,9 +101,10 @@ def launches(dtype):
     yield "fake_loss", "fake_loss", (x, a, sigma, 0.5)
     yield "fake_loss_raw", "fake_loss", (x, a, b, sigma, 0.5)
     yield "scale_gradient", "fake_loss", (x, torch.empty(()), dtype)
-    for channels in (192, 576):
-        x, *rest = norm_arguments(dtype, channels, adaptive=channels == 192)
-        moments = torch.empty(4, 32), torch.empty(4, 32)
+    # Few samples: two launches; many: one.
+    for channels, batch in ((192, 4), (576, 4), (192, 256), (576, 256)):
+        x, *rest = norm_arguments(dtype, channels, adaptive=channels == 192, batch=batch)
+        moments = torch.empty(batch, 32), torch.empty(batch, 32)
         yield "group_norm_silu", "group_norm_silu", (x, *rest, 1e-5)
         yield "group_norm_silu_backward", "group_norm_silu", (x, x, *moments, *rest)
     flat, step = torch.empty(100_000), torch.empty(1, dtype=torch.int64)
