@@ -231,7 +231,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | Non
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=wide_dtype(x)) for _ in range(2))
     arguments = (x, weight, bias, scale, shift, y, mean, rstd)
-    _launch(forward_kernel, x, arguments, num_groups, scale, shift, elements=4096, EPS=eps)
+    _launch(forward_kernel, x, arguments, num_groups, scale, shift, elements=8192 // x.element_size(), EPS=eps)
     return y, mean, rstd
 
 
