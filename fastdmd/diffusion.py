@@ -64,6 +64,17 @@ def loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
     return sigma**-2 + sigma_data**-2
 
 
+def velocity_preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`c_skip, c_out, c_in, t` of flow matching, each `[B]`: a velocity network as a denoiser of `x + sigma * noise`.
+
+    With `t = sigma / (1 + sigma)` the interpolation `x_t = (1 - t) x + t noise` is `(x + sigma * noise) / (1 + sigma)`,
+    and `x = x_t - t v` for `v = noise - x` (Lipman et al. 2023; Liu et al. 2023): `c_skip = c_in = 1 - t`, `c_out = -t`.
+    """
+    c_in = 1 / (1 + sigma)
+    t = sigma * c_in
+    return c_in, -t, c_in, t
+
+
 def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
     """Training noise levels `exp(mean + std * normal)` (Karras et al. 2022, table 1)."""
     return (mean + std * normal).exp()
