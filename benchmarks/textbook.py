@@ -103,12 +103,13 @@ class TextbookDMD2:
 
 def textbook_like(config, teacher):
     """The textbook loop with the settings of a `TrainConfig` with a constant learning rate."""
+    config = config.for_teacher(teacher)
     return TextbookDMD2(
         teacher, generator_lr=config.generator_lr, guidance_lr=config.guidance_lr, betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, ema_decay=config.ema_decay,
         warmup_steps=-(-config.warmup_iterations // config.dfake_gen_update_ratio),
         guidance_warmup_steps=config.warmup_iterations, conditioning_sigma=config.conditioning_sigma,
-        sigma_data=teacher.config.sigma_data, dfake_gen_update_ratio=config.dfake_gen_update_ratio,
+        sigma_data=config.sigma_data, dfake_gen_update_ratio=config.dfake_gen_update_ratio,
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def main():
     config = TrainConfig(batch_size=arguments.batch_size, lr_schedule="constant")
     device = resolve_device(arguments.device)
     teacher, _ = load_network(teacher_path("mnist"), device=device)
-    draws = trainer.make_draws(config, teacher.config, device)
+    draws = trainer.make_draws(config, teacher, device)
     models = {"textbook": textbook_like(config, teacher), "fastdmd": trainer.build(config, teacher)}
     seconds = {name: [] for name in models}
     ratio = config.dfake_gen_update_ratio

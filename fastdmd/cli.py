@@ -16,6 +16,7 @@ import tyro
 from fastdmd import data
 from fastdmd.checkpoint import ASSETS
 from fastdmd.config import EvaluationConfig
+from fastdmd.diffusion import Denoiser
 from fastdmd.quality import Evaluation
 from fastdmd.unet import UNetConfig
 
@@ -71,7 +72,7 @@ def teacher_path(name: str) -> Path:
     return ASSETS / "teacher.safetensors" if name == "mnist" else Path(name)
 
 
-def make_evaluation(config: EvaluationConfig, network: UNetConfig, dataset: data.Dataset | None,
+def make_evaluation(config: EvaluationConfig, network: Denoiser, dataset: data.Dataset | None,
                     device: torch.device) -> Evaluation | None:  # fmt: skip
     """What the final figures are measured with; None where the user wants none."""
     if config.num_samples == 0:
@@ -85,7 +86,7 @@ def make_evaluation(config: EvaluationConfig, network: UNetConfig, dataset: data
     return evaluation
 
 
-def load_data(config: EvaluationConfig, network: UNetConfig) -> data.Dataset | None:
+def load_data(config: EvaluationConfig, network: Denoiser) -> data.Dataset | None:
     """The user's images, checked against the network; None where none were named. They need no labels."""
     if config.data is None:
         return None

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastdmd.diffusion import Denoiser
 from fastdmd.unet_config import UNetConfig
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -90,8 +91,15 @@ class TrainConfig(EvaluationConfig):
     """Distribution matching draws noise levels from this fraction of the schedule ..."""
     max_step_percent: float = 0.98
     """... to this one."""
-    conditioning_sigma: float = 80.0
-    """The noise level that the one-step generator starts from."""
+    dynamics: Literal["edm", "flow"] | None = None
+    """How noise levels are drawn and weighted: Karras et al.'s way, or flow matching's. Default: the teacher's."""
+    time_mean: float = 0.0
+    """Flow matching: mean of logit(t), from which noise levels are drawn."""
+    time_std: float = 1.0
+    """Flow matching: standard deviation of logit(t)."""
+    conditioning_sigma: float | None = None
+    """The noise level that the one-step generator starts from. Default: 80, or 1e6 in flow matching, where t =
+    sigma / (1 + sigma) is 1 then."""
     log_every: int = 50
     """Iterations between lines of metrics.jsonl."""
     snapshots: int = 10
@@ -114,16 +122,27 @@ class TrainConfig(EvaluationConfig):
     def resolved_out(self) -> Path:
         return self.out or Path("runs") / f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
+    def for_teacher(self, teacher: Denoiser) -> TrainConfig:
+        """With the defaults that depend on the teacher filled in. Raises ValueError for other dynamics than its own."""
+        if self.dynamics not in (None, teacher.dynamics):
+            _fail(self, "dynamics", f"{teacher.dynamics}, as the teacher was trained")
+        conditioning_sigma = self.conditioning_sigma or (1e6 if teacher.dynamics == "flow" else 80.0)
+        sigma_data = self.sigma_data or teacher.sigma_data
+        return dataclasses.replace(
+            self, dynamics=teacher.dynamics, conditioning_sigma=conditioning_sigma, sigma_data=sigma_data
+        )
+
     def check(self) -> None:
         super().check()
         _require(self, 1, "iterations", "batch_size", "dfake_gen_update_ratio", "log_every", "snapshots")
         _require(self, 0, "warmup_iterations", "weight_decay")
         _require(self, 2, "num_train_timesteps")
         _require_positive(self, "generator_lr", "guidance_lr", "max_grad_norm")
-        _require_positive(self, "sigma_min", "rho", "conditioning_sigma")
+        _require_positive(self, "sigma_min", "rho", "time_std")
         _require_fraction(self, "ema_decay", "beta1", "beta2")
-        if self.sigma_data is not None:
-            _require_positive(self, "sigma_data")
+        _require_positive(
+            self, *(name for name in ("sigma_data", "conditioning_sigma") if getattr(self, name) is not None)
+        )
         if not self.sigma_max > self.sigma_min:
             _fail(self, "sigma_max", f"> --sigma-min {self.sigma_min}")
         if not 0 <= self.min_step_percent <= 1:
@@ -134,7 +153,7 @@ class TrainConfig(EvaluationConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(EvaluationConfig):
-    """Train a teacher with the EDM objective. The embedded MNIST teacher has these defaults, --label-emphasis 1.3 and
+    """Train a teacher. The embedded MNIST teacher has these defaults, --label-emphasis 1.3 and
     --weights-dtype float16."""
 
     out: Path = Path("runs/teacher")
@@ -155,8 +174,10 @@ class PretrainConfig(EvaluationConfig):
     """Gradients are clipped to this global norm."""
     ema_decay: float = 0.999
     """Decay of the average of the weights, per update. The average is the teacher."""
+    dynamics: Literal["edm", "flow"] = "edm"
+    """EDM's preconditioning and objective, or flow matching's velocity, noise minus image."""
     sigma_mean: float = -0.2
-    """Mean of ln(sigma) in training."""
+    """Mean of ln(sigma) in training, which is logit(t) in flow matching."""
     sigma_std: float = 1.5
     """Standard deviation of ln(sigma) in training."""
     sigma_data: float = 0.5

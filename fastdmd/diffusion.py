@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # D(x, sigma, class_labels) -> D_x
+
+class Denoiser(Protocol):
+    """What fastdmd asks of a network: `D(x, sigma, class_labels) -> D_x`, the expectation of the clean image.
+
+    `x` is `image + sigma * noise`, `[B, C, H, W]`; `sigma` `[B]`; `class_labels` int64 `[B]` or one-hot
+    `[B, num_classes]`, or None for an unconditional network. The other dynamics are a matter of scale: with
+    `t = sigma / (1 + sigma)`, flow matching's `(1 - t) image + t noise` is `x / (1 + sigma)`.
+    """
+
+    image_shape: tuple[int, int, int]  # C, H, W
+    num_classes: int  # 0: unconditional
+    sigma_data: float  # standard deviation of the data
+    dynamics: str  # how it is trained: "edm" or "flow", see dmd2.denoising_loss
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
 
 
 def per_sample(values: Tensor) -> Tensor:
@@ -68,7 +82,8 @@ def velocity_preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     """`c_skip, c_out, c_in, t` of flow matching, each `[B]`: a velocity network as a denoiser of `x + sigma * noise`.
 
     With `t = sigma / (1 + sigma)` the interpolation `x_t = (1 - t) x + t noise` is `(x + sigma * noise) / (1 + sigma)`,
-    and `x = x_t - t v` for `v = noise - x` (Lipman et al. 2023; Liu et al. 2023): `c_skip = c_in = 1 - t`, `c_out = -t`.
+    and `x = x_t - t v` for `v = noise - x` (Lipman et al. 2023; Liu et al. 2023): `c_skip = c_in = 1 - t` and
+    `c_out = -t`.
     """
     c_in = 1 / (1 + sigma)
     t = sigma * c_in
@@ -76,8 +91,19 @@ def velocity_preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """Training noise levels `exp(mean + std * normal)` (Karras et al. 2022, table 1)."""
+    """Training noise levels `exp(mean + std * normal)` (Karras et al. 2022, table 1).
+
+    They make the `t = sigma / (1 + sigma)` of flow matching logit-normal (Esser et al. 2024).
+    """
     return (mean + std * normal).exp()
+
+
+def lognormal_sigmas(num_steps: int = 1000, *, mean: float = 0.0, std: float = 1.0, device=None) -> Tensor:
+    """Equally probable levels of `lognormal_sigma`, ascending, float32 `[num_steps]`: the medians of its quantiles."""
+    if num_steps < 2:
+        raise ValueError(f"fastdmd.lognormal_sigmas: expected num_steps >= 2, got {num_steps}")
+    quantile = (torch.arange(num_steps, dtype=torch.float64) + 0.5) / num_steps
+    return lognormal_sigma(torch.special.ndtri(quantile), mean, std).float().to(device)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -66,9 +67,16 @@ def generator_loss(x_gen: Tensor, teacher: Denoiser, fake_score: Denoiser, class
     return ops.dm_loss(x_gen, D_real, D_fake)
 
 
-def guidance_loss(x_gen: Tensor, fake_score: Denoiser, class_labels: Tensor | None, *, sigma: Tensor,
-                  noise: Tensor, sigma_data: float) -> Tensor:  # fmt: skip
-    """The denoising loss `L_fake` of the fake score on generated images, which count as constants."""
-    x_gen = x_gen.detach()
-    D_fake = fake_score(ops.add_noise(x_gen, sigma, noise=noise), sigma, class_labels)
-    return ops.fake_loss(D_fake, x_gen, sigma, sigma_data=sigma_data)
+def denoising_loss(images: Tensor, denoiser: Denoiser, class_labels: Tensor | None, *, sigma: Tensor,
+                   noise: Tensor, sigma_data: float) -> Tensor:  # fmt: skip
+    """`mean(weight * (D(images + sigma * noise, sigma, class_labels) - images)^2)`, differentiable in the weights of D.
+
+    It trains teachers and, on generated images, the fake score (`L_fake`). The weight is EDM's, `sigma^-2 + sd^-2`
+    (Karras et al. 2022, eq. 8), or for a velocity network `t^-2` with `t = sigma / (1 + sigma)`, which makes it the
+    loss of flow matching, `mean((v - (noise - images))^2)`. The images count as constants.
+    """
+    images = images.detach()
+    D_x = denoiser(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
+    if denoiser.dynamics == "flow":
+        return ops.fake_loss(D_x, images, sigma / (1 + sigma), sigma_data=math.inf)
+    return ops.fake_loss(D_x, images, sigma, sigma_data=sigma_data)

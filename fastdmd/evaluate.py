@@ -18,10 +18,10 @@ def main(arguments: list[str] | None = None) -> None:
         device = cli.resolve_device(config.device)
         network, metadata = load_network(cli.teacher_path(config.weights), device=device)
         sampler, evaluations = sampler_of(network, metadata, config.teacher_steps)
-        dataset = cli.load_data(config, network.config)
+        dataset = cli.load_data(config, network)
         if config.out is not None and not config.out.parent.is_dir():
             raise FileNotFoundError(f"expected --out in an existing folder, got {config.out}")
-        evaluation = cli.make_evaluation(config, network.config, dataset, device)
+        evaluation = cli.make_evaluation(config, network, dataset, device)
     row = evaluation.measure(sampler, evaluations=evaluations, name=metadata["kind"])
     print(table({metadata["kind"]: row, "floor: real images": evaluation.floor}))
     if config.out is not None:

@@ -1,4 +1,4 @@
-"""`python -m fastdmd.pretrain`: trains a teacher with the EDM objective."""
+"""`python -m fastdmd.pretrain`: trains a teacher, with EDM's objective or that of flow matching."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdmd import cli, data, diffusion, ops
+from fastdmd import cli, data, diffusion, dmd2
 from fastdmd.checkpoint import RunFolder, SampleHistory, load_network, save_network, versions
 from fastdmd.config import PretrainConfig
 from fastdmd.optim import AdamWEMA
@@ -31,25 +30,18 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             network, _ = load_network(cli.teacher_path(config.init))
             network.requires_grad_(True)
-            dataset = dataset.require(image_shape=network.config.image_shape, num_classes=network.config.num_classes)
+            dataset = dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
         if config.dry_run:
             cli.print_resolved(config, network.config, sum(p.numel() for p in network.parameters()))
             return
         network = network.to(device=device, memory_format=torch.channels_last)
-        if config.label_emphasis != 1 and network.config.num_classes == 0:
+        if config.label_emphasis != 1 and network.num_classes == 0:
             raise ValueError(f"expected --label-emphasis 1 without class labels, got {config.label_emphasis}")
-        evaluation = cli.make_evaluation(config, network.config, dataset if config.data else None, device)
+        evaluation = cli.make_evaluation(config, network, dataset if config.data else None, device)
         run = RunFolder(config.out, cli.to_json(config))
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {run.path}, on {device}")
     if pretrain(config, network, dataset, run, evaluation)["outcome"] == "interrupted":
         sys.exit(130)
-
-
-def edm_loss(network: nn.Module, images: Tensor, class_labels: Tensor | None, *, sigma: Tensor, noise: Tensor,
-             sigma_data: float) -> Tensor:  # fmt: skip
-    """`mean(weight * (D(x + sigma * noise, sigma) - x)^2)`, `weight = sigma^-2 + sd^-2` (Karras et al. 2022, eq. 8)."""
-    D_x = network(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
-    return ops.fake_loss(D_x, images, sigma, sigma_data=sigma_data)
 
 
 def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: RunFolder,
@@ -66,7 +58,7 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
     )  # fmt: skip
     sampler = teacher_sampler(optimizer.ema_network, config.teacher_steps)
     history = SampleHistory(run.path / "samples.png")
-    sample_noise, sample_labels = sample_inputs(network.config, config.seed, device)
+    sample_noise, sample_labels = sample_inputs(network, config.seed, device)
     snapshot_every = -(-config.iterations // config.snapshots)
     weights_dtype = getattr(torch, config.weights_dtype)
     started = time.perf_counter()
@@ -97,8 +89,8 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
             normal = torch.randn(len(images), device=device, generator=generator)
             sigma = diffusion.lognormal_sigma(normal, config.sigma_mean, config.sigma_std)
             noise = torch.randn(images.shape, device=device, generator=generator)
-            loss = edm_loss(
-                network, images, class_labels, sigma=sigma, noise=noise, sigma_data=network.config.sigma_data
+            loss = dmd2.denoising_loss(
+                images, network, class_labels, sigma=sigma, noise=noise, sigma_data=network.sigma_data
             )
             loss.backward()
             optimizer.step()

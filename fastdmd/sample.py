@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
         device = cli.resolve_device(config.device)
         network, metadata = load_network(cli.teacher_path(config.weights), device=device)
         sampler, _ = sampler_of(network, metadata, config.teacher_steps)
-        labels = parse_labels(config.labels, config.num, network.config.num_classes)
+        labels = parse_labels(config.labels, config.num, network.num_classes)
         if not config.out.parent.is_dir():
             raise FileNotFoundError(f"expected --out in an existing folder, got {config.out}")
         images = sample(network, sampler, labels, config, device)
@@ -55,7 +55,7 @@ def sample(
 ) -> torch.Tensor:
     """`[num, C, H, W]` in [-1, 1] on the CPU; the noise is a function of the seed alone, not of the batch size."""
     generator = random_generator(config.seed, 0, stream=SAMPLING_STREAM)
-    noise = torch.randn(config.num, *network.config.image_shape, generator=generator)
+    noise = torch.randn(config.num, *network.image_shape, generator=generator)
     batches = []
     for start in range(0, config.num, config.batch_size):
         part = slice(start, start + config.batch_size)

@@ -74,7 +74,7 @@ class DMD2:
 
     def guidance_turn(self, x_gen: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Lets the fake score follow the generator's distribution; returns loss and gradient norm."""
-        loss = dmd2.guidance_loss(
+        loss = dmd2.denoising_loss(
             x_gen, self.fake_score, draws.class_labels, sigma=draws.fake_sigma, noise=draws.fake_noise,
             sigma_data=self.sigma_data,
         )  # fmt: skip

@@ -16,12 +16,12 @@ def main(arguments: list[str] | None = None) -> None:
         teacher, metadata = load_network(cli.teacher_path(config.teacher), device=device)
         if metadata["kind"] != "teacher":
             raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
-        network = teacher.config
-        dataset = cli.load_data(config, network)
+        config = config.for_teacher(teacher)
+        dataset = cli.load_data(config, teacher)
         if config.dry_run:
-            cli.print_resolved(config, network, sum(p.numel() for p in teacher.parameters()))
+            cli.print_resolved(config, teacher.config, sum(p.numel() for p in teacher.parameters()))
             return
-        evaluation = cli.make_evaluation(config, network, dataset, device)
+        evaluation = cli.make_evaluation(config, teacher, dataset, device)
         run = RunFolder(config.resolved_out, cli.to_json(config))
     print(f"distilling {config.teacher} into {run.path} on {device}")
     teacher_record = None if config.measure_teacher else metadata.get("record")

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from fastdmd import diffusion, dmd2
 from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
 from fastdmd.config import TrainConfig
-from fastdmd.diffusion import random_generator
+from fastdmd.diffusion import Denoiser, random_generator
 from fastdmd.quality import SAMPLING_STREAM, Evaluation, Measurement, one_step_sampler, table, teacher_sampler
 from fastdmd.step import DMD2, StepMetrics
-from fastdmd.unet import UNet, UNetConfig
+from fastdmd.unet import UNet
 
 NUM_SAMPLE_ROWS = 10  # of samples.png, at most: one row per class
 NUM_SAMPLE_COLUMNS = 11  # the first repeats its noise through the run
@@ -28,6 +28,7 @@ NUM_SAMPLE_COLUMNS = 11  # the first repeats its noise through the run
 
 def build(config: TrainConfig, teacher: UNet) -> DMD2:
     """The networks and optimizers of one distillation."""
+    config = config.for_teacher(teacher)
     shared = dict(
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
@@ -37,7 +38,7 @@ def build(config: TrainConfig, teacher: UNet) -> DMD2:
     return DMD2(
         teacher,
         conditioning_sigma=config.conditioning_sigma,
-        sigma_data=teacher.config.sigma_data if config.sigma_data is None else config.sigma_data,
+        sigma_data=config.sigma_data,
         dfake_gen_update_ratio=config.dfake_gen_update_ratio,
         generator_options=dict(
             learning_rate=config.generator_lr, ema_decay=config.ema_decay, **shared,
@@ -51,12 +52,17 @@ def build(config: TrainConfig, teacher: UNet) -> DMD2:
     )  # fmt: skip
 
 
-def make_draws(config: TrainConfig, network: UNetConfig, device: torch.device) -> Callable[[int], dmd2.Draws]:
+def make_draws(config: TrainConfig, network: Denoiser, device: torch.device) -> Callable[[int], dmd2.Draws]:
     """The random inputs of every iteration, as a function of its number."""
-    sigmas = diffusion.karras_sigmas(
-        config.num_train_timesteps, sigma_min=config.sigma_min, sigma_max=config.sigma_max, rho=config.rho,
-        device=device,
-    )  # fmt: skip
+    if network.dynamics == "flow":
+        sigmas = diffusion.lognormal_sigmas(
+            config.num_train_timesteps, mean=config.time_mean, std=config.time_std, device=device
+        )
+    else:
+        sigmas = diffusion.karras_sigmas(
+            config.num_train_timesteps, sigma_min=config.sigma_min, sigma_max=config.sigma_max, rho=config.rho,
+            device=device,
+        )  # fmt: skip
     min_step, max_step = config.step_range
     shape = (config.batch_size, *network.image_shape)
     return lambda step: dmd2.draw(shape, network.num_classes, sigmas, min_step, max_step, seed=config.seed, step=step)
@@ -71,11 +77,12 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
     quality (`Evaluation.record`), so that it need not be measured again.
     """
     started = time.perf_counter()
+    config = config.for_teacher(teacher)
     device = next(teacher.parameters()).device
-    draws = make_draws(config, teacher.config, device)
+    draws = make_draws(config, teacher, device)
     model = build(config, teacher)
     history = SampleHistory(run.path / "samples.png")
-    noise, class_labels = sample_inputs(teacher.config, config.seed, device)
+    noise, class_labels = sample_inputs(teacher, config.seed, device)
     snapshot_every = -(-config.iterations // config.snapshots)
 
     def snapshot(iteration: int) -> None:
@@ -181,7 +188,7 @@ def save_generator(config: TrainConfig, run: RunFolder, generator: UNet, iterati
     )  # fmt: skip
 
 
-def sample_inputs(network: UNetConfig, seed: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def sample_inputs(network: Denoiser, seed: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Noise and labels of samples.png: rows of NUM_SAMPLE_COLUMNS images, a class each."""
     num_rows = min(NUM_SAMPLE_ROWS, network.num_classes or NUM_SAMPLE_ROWS)
     generator = random_generator(seed, 0, device, stream=SAMPLING_STREAM + 1)

@@ -1,4 +1,4 @@
-"""One UNet with EDM preconditioning that is DDPM++, NCSN++ or ADM by configuration: teacher, fake score, generator."""
+"""One denoising UNet that is DDPM++, NCSN++ or ADM by configuration: teacher, fake score, generator."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from fastdmd.unet_config import UNetConfig
 
 __all__ = ["GroupNormSiLU", "UNet", "UNetConfig"]
 
+NUM_TIMESTEPS = 1000  # that the time of flow matching, in [0, 1], is scaled to before its embedding
+
 
 class UNet(nn.Module):
-    """EDM-preconditioned denoiser `D(x, sigma, class_labels) -> D_x`.
+    """A denoiser `D(x, sigma, class_labels) -> D_x`; see `diffusion.Denoiser`.
 
-    `D_x = c_skip * x + c_out * F_x(c_in * x, c_noise, class_labels)` (Karras et al. 2022, eq. 7) where `F_x`
-    is a DDPM++ UNet (Song et al. 2021; Karras et al. 2022, table 7). `x` is `[B, C, H, W]`, `sigma` `[B]`,
-    `class_labels` int64 `[B]` or one-hot `[B, num_classes]`, or None for an unconditional network.
+    `D_x = c_skip * x + c_out * F_x(c_in * x, c_noise, class_labels)` (Karras et al. 2022, eq. 7) where `F_x` is a
+    UNet (Song et al. 2021; Dhariwal & Nichol 2021; Karras et al. 2022, table 7) and the coefficients are EDM's, or
+    those that make a velocity of flow matching a denoiser.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
+        self.image_shape, self.num_classes = config.image_shape, config.num_classes
+        self.sigma_data, self.dynamics = config.sigma_data, config.dynamics
         embedding_channels = config.model_channels * config.embedding_multiplier
         noise_channels = config.model_channels * config.noise_multiplier
         self.map_label = self.map_augment = None
@@ -87,7 +91,11 @@ class UNet(nn.Module):
         self.map_blocks = linear(embedding_channels, sum(self.block_embeddings))
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        c_skip, c_out, c_in, c_noise = diffusion.preconditioning(sigma, self.config.sigma_data)
+        if self.dynamics == "flow":
+            c_skip, c_out, c_in, t = diffusion.velocity_preconditioning(sigma)
+            c_noise = NUM_TIMESTEPS * t
+        else:
+            c_skip, c_out, c_in, c_noise = diffusion.preconditioning(sigma, self.sigma_data)
         F_x = self.raw(diffusion.per_sample(c_in) * x, c_noise, class_labels)
         return diffusion.per_sample(c_skip) * x + diffusion.per_sample(c_out) * F_x
 

@@ -7,6 +7,7 @@ import math
 
 EMBEDDINGS = ("positional", "ddpmpp", "fourier")
 ENCODERS = ("standard", "residual")
+DYNAMICS = ("edm", "flow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class UNetConfig:
     augment_dim: int = 0  # of the augmentation labels that the network was trained with; sampling leaves them out
     dropout: float = 0.0
     sigma_data: float = 0.5
+    dynamics: str = "edm"  # what F_x is: EDM's preconditioned output, or a velocity of flow matching
 
     def __post_init__(self):
         def expect(condition: bool, expected: str, got) -> None:
@@ -56,6 +58,7 @@ class UNetConfig:
             expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
         expect(self.embedding in EMBEDDINGS, f"embedding out of {', '.join(EMBEDDINGS)}", self.embedding)
         expect(self.encoder in ENCODERS, f"encoder out of {', '.join(ENCODERS)}", self.encoder)
+        expect(self.dynamics in DYNAMICS, f"dynamics out of {', '.join(DYNAMICS)}", self.dynamics)
         expect(len(self.resample_filter) % 2 == 0 and sum(self.resample_filter) > 0,
                "a resample_filter of even length", self.resample_filter)  # fmt: skip
         expect(self.num_classes >= 0, "num_classes >= 0", self.num_classes)

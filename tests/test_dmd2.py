@@ -41,7 +41,7 @@ def test_guidance_turn_matches_golden_values(golden_losses):
 
 
 def test_losses_of_networks_match_golden_values(golden_losses):
-    """generator_loss and guidance_loss hand the right images, levels and labels to the networks."""
+    """generator_loss and denoising_loss hand the right images, levels and labels to the networks."""
     g = golden_losses
     labels = torch.arange(6)
 
@@ -51,6 +51,7 @@ def test_losses_of_networks_match_golden_values(golden_losses):
             assert torch.equal(sigma, expected_sigma) and torch.equal(class_labels, labels)
             return output
 
+        denoise.dynamics = "edm"
         return denoise
 
     x_gen = g["x_gen"].clone().requires_grad_()
@@ -62,7 +63,7 @@ def test_losses_of_networks_match_golden_values(golden_losses):
     assert relative_error(x_gen.grad, g["grad_x_gen"]) < 1e-6
     x_gen.grad = None
     D_fake = g["fake_D"].clone().requires_grad_()
-    loss = dmd2.guidance_loss(
+    loss = dmd2.denoising_loss(
         x_gen, denoiser(g["fake_noisy"], g["fake_sigma"], D_fake), labels, sigma=g["fake_sigma"],
         noise=g["fake_noise"], sigma_data=0.5,
     )  # fmt: skip
@@ -145,7 +146,7 @@ def test_real_loop_equals_textbook_loop(teacher):
     The weights are compared by how far they moved. AdamW's first updates are sign(gradient) in effect, and a
     gradient whose sign is rounding noise may go either way: hence a relative tolerance on the whole movement.
     """
-    draws = trainer.make_draws(CONFIG, teacher.config, torch.device("cpu"))
+    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))
     ours, textbook = trainer.build(CONFIG, copy.deepcopy(teacher)), textbook_like(CONFIG, teacher)
     for step in range(CONFIG.iterations):
         metrics = ours.iterate(step, draws(step))
@@ -168,7 +169,7 @@ def test_real_loop_equals_textbook_loop(teacher):
 
 def test_guidance_turn_uses_the_generator_before_its_update(teacher):
     """The x_gen of an iteration is made once: its guidance loss does not depend on the generator's learning rate."""
-    draws = trainer.make_draws(CONFIG, teacher.config, torch.device("cpu"))(0)
+    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))(0)
     slow, fast = (
         trainer.build(dataclasses.replace(CONFIG, generator_lr=lr, warmup_iterations=0), copy.deepcopy(teacher))
         for lr in (1e-8, 1e-1)
@@ -178,7 +179,7 @@ def test_guidance_turn_uses_the_generator_before_its_update(teacher):
 
 
 def test_average_moves_only_with_the_generator(teacher):
-    draws = trainer.make_draws(CONFIG, teacher.config, torch.device("cpu"))
+    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))
     model = trainer.build(CONFIG, teacher)
     history = []
     for step in range(4):
@@ -190,7 +191,7 @@ def test_average_moves_only_with_the_generator(teacher):
 
 
 def test_turns_leave_no_gradient_in_other_networks(teacher):
-    draws = trainer.make_draws(CONFIG, teacher.config, torch.device("cpu"))(0)
+    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))(0)
     model: DMD2 = trainer.build(CONFIG, teacher)
     x_gen, _, _ = model.generator_turn(draws)
     assert not x_gen.requires_grad
