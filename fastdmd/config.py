@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastdmd.diffusion import Denoiser
+from fastdmd.precision import resolve_execution, resolve_precision
 from fastdmd.unet_config import UNetConfig
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -100,6 +101,12 @@ class TrainConfig(EvaluationConfig):
     conditioning_sigma: float | None = None
     """The noise level that the one-step generator starts from. Default: 80, or 1e6 in flow matching, where t =
     sigma / (1 + sigma) is 1 then."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """What the networks compute in; weights are kept in float32. auto: bf16 on a GPU, fp32 on a CPU."""
+    execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
+    """How turns run. auto: captured (compiled networks, a CUDA graph per turn) on a GPU, eager on a CPU."""
+    accumulation_steps: int = 1
+    """Parts that a batch is processed in: less memory, the same gradient."""
     log_every: int = 50
     """Iterations between lines of metrics.jsonl."""
     snapshots: int = 10
@@ -123,18 +130,26 @@ class TrainConfig(EvaluationConfig):
         return self.out or Path("runs") / f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     def for_teacher(self, teacher: Denoiser) -> TrainConfig:
-        """With the defaults that depend on the teacher filled in. Raises ValueError for other dynamics than its own."""
+        """With the defaults that depend on the teacher and its device filled in.
+
+        Raises ValueError for other dynamics than its own, and for what the device cannot do.
+        """
         if self.dynamics not in (None, teacher.dynamics):
             _fail(self, "dynamics", f"{teacher.dynamics}, as the teacher was trained")
         conditioning_sigma = self.conditioning_sigma or (1e6 if teacher.dynamics == "flow" else 80.0)
         sigma_data = self.sigma_data or teacher.sigma_data
+        device = next(teacher.parameters()).device
         return dataclasses.replace(
-            self, dynamics=teacher.dynamics, conditioning_sigma=conditioning_sigma, sigma_data=sigma_data
-        )
+            self, dynamics=teacher.dynamics, conditioning_sigma=conditioning_sigma, sigma_data=sigma_data,
+            precision=resolve_precision(self.precision, device), execution=resolve_execution(self.execution, device),
+        )  # fmt: skip
 
     def check(self) -> None:
         super().check()
-        _require(self, 1, "iterations", "batch_size", "dfake_gen_update_ratio", "log_every", "snapshots")
+        _require(self, 1, "iterations", "batch_size", "dfake_gen_update_ratio", "accumulation_steps")
+        _require(self, 1, "log_every", "snapshots")
+        if self.batch_size % self.accumulation_steps:
+            _fail(self, "accumulation_steps", f"that divides --batch-size {self.batch_size}")
         _require(self, 0, "warmup_iterations", "weight_decay")
         _require(self, 2, "num_train_timesteps")
         _require_positive(self, "generator_lr", "guidance_lr", "max_grad_norm")

@@ -18,6 +18,7 @@ from fastdmd import diffusion, dmd2
 from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
 from fastdmd.config import TrainConfig
 from fastdmd.diffusion import Denoiser, random_generator
+from fastdmd.precision import compute_dtype, set_float32_units
 from fastdmd.quality import SAMPLING_STREAM, Evaluation, Measurement, one_step_sampler, table, teacher_sampler
 from fastdmd.step import DMD2, StepMetrics
 from fastdmd.unet import UNet
@@ -40,6 +41,8 @@ def build(config: TrainConfig, teacher: UNet) -> DMD2:
         conditioning_sigma=config.conditioning_sigma,
         sigma_data=config.sigma_data,
         dfake_gen_update_ratio=config.dfake_gen_update_ratio,
+        execution=config.execution, compute_dtype=compute_dtype(config.precision),
+        accumulation_steps=config.accumulation_steps,
         generator_options=dict(
             learning_rate=config.generator_lr, ema_decay=config.ema_decay, **shared,
             warmup_steps=-(-config.warmup_iterations // config.dfake_gen_update_ratio),
@@ -79,6 +82,7 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
     started = time.perf_counter()
     config = config.for_teacher(teacher)
     device = next(teacher.parameters()).device
+    set_float32_units(config.precision)
     draws = make_draws(config, teacher, device)
     model = build(config, teacher)
     history = SampleHistory(run.path / "samples.png")
@@ -100,7 +104,7 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
         tqdm(total=config.iterations, unit="it", dynamic_ncols=True) as progress,
     ):
         while iteration < config.iterations:
-            meter.add(model.iterate(iteration, draws(iteration)))
+            meter.add(model.iterate(iteration, draws))
             iteration += 1
             progress.update()
             if interrupted():
@@ -126,7 +130,7 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
         try:
             rows["generator"] = evaluation.measure(sampler, evaluations=1, name="generator")
             rows["teacher"] = evaluation.measure(
-                teacher_sampler(model.teacher, config.teacher_steps), evaluations=2 * config.teacher_steps - 1,
+                teacher_sampler(teacher, config.teacher_steps), evaluations=2 * config.teacher_steps - 1,
                 name="teacher", record=teacher_record,
             )  # fmt: skip
         except KeyboardInterrupt:

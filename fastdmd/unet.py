@@ -102,6 +102,7 @@ class UNet(nn.Module):
     def raw(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The network before preconditioning, `F_x`: `[B, C, H, W]`, `[B]`, labels -> `[B, C, H, W]`."""
         embeddings = iter(self._embed(c_noise, class_labels).split(self.block_embeddings, dim=1))
+        x = x.to(self.conv_in.weight.dtype)  # the weights decide the precision of the network
         residual = F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=self._memory_format)
         x = self.conv_in(residual)
         skips, residual_inputs = [x], iter(self.residual_inputs)

@@ -149,7 +149,7 @@ def test_real_loop_equals_textbook_loop(teacher):
     draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))
     ours, textbook = trainer.build(CONFIG, copy.deepcopy(teacher)), textbook_like(CONFIG, teacher)
     for step in range(CONFIG.iterations):
-        metrics = ours.iterate(step, draws(step))
+        metrics = ours.iterate(step, draws)
         loss_dm, loss_fake = textbook.iterate(step, draws(step))
         assert metrics.loss_fake.item() == pytest.approx(loss_fake.item(), rel=1e-4)
         assert (metrics.loss_dm is None) == (loss_dm is None) == (step % 3 != 0)
@@ -169,7 +169,7 @@ def test_real_loop_equals_textbook_loop(teacher):
 
 def test_guidance_turn_uses_the_generator_before_its_update(teacher):
     """The x_gen of an iteration is made once: its guidance loss does not depend on the generator's learning rate."""
-    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))(0)
+    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))
     slow, fast = (
         trainer.build(dataclasses.replace(CONFIG, generator_lr=lr, warmup_iterations=0), copy.deepcopy(teacher))
         for lr in (1e-8, 1e-1)
@@ -183,7 +183,7 @@ def test_average_moves_only_with_the_generator(teacher):
     model = trainer.build(CONFIG, teacher)
     history = []
     for step in range(4):
-        model.iterate(step, draws(step))
+        model.iterate(step, draws)
         history.append(weights(model.generator_optimizer.ema_network))
     assert torch.equal(history[0], history[1]) and torch.equal(history[1], history[2])
     assert not torch.equal(history[2], history[3])
@@ -193,11 +193,11 @@ def test_average_moves_only_with_the_generator(teacher):
 def test_turns_leave_no_gradient_in_other_networks(teacher):
     draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))(0)
     model: DMD2 = trainer.build(CONFIG, teacher)
-    x_gen, _, _ = model.generator_turn(draws)
-    assert not x_gen.requires_grad
+    model._load(draws)
+    model._run_generator_turn()
     assert all(p.grad is None for p in model.teacher.parameters())
     assert all(p.grad.eq(0).all() for p in model.fake_score.parameters())
-    model.guidance_turn(x_gen, draws)
+    model._run_guidance_turn()
     assert all(p.grad is None for p in model.teacher.parameters())
     assert all(p.grad.eq(0).all() for p in model.generator.parameters())
 
