@@ -72,7 +72,8 @@ class DMD2:
             self._executable, (self.generator, self.teacher, self.fake_score)
         )
         self._inputs: Draws | None = None
-        self._drawn: dict[int, Draws] = {}  # ahead of time
+        self._source: Callable[[int], Draws] | None = None
+        self._drawn: dict[int, Draws] = {}  # from the source, ahead of time
 
     def iterate(self, step: int, draws: Callable[[int], Draws]) -> StepMetrics:
         """Iteration `step`: a generator turn where the ratio says so, and a guidance turn.
@@ -80,6 +81,9 @@ class DMD2:
         One x_gen serves both turns, so the guidance turn sees the generator as it was before its update. `draws` gives
         the random inputs of an iteration; those of later ones may be asked for ahead of time.
         """
+        if draws is not self._source:
+            self._source, self._chunk_start = draws, None
+            self._drawn.clear()
         self._load(self._drawn.pop(step, None) or draws(step))
         moves = step % self.dfake_gen_update_ratio == 0
         if moves:
