@@ -101,15 +101,15 @@ class TextbookDMD2:
         self.num_updates[which] += 1
 
 
-def textbook_like(config, teacher):
+def textbook_like(config, teacher, loop=TextbookDMD2, **options):
     """The textbook loop with the settings of a `TrainConfig` with a constant learning rate."""
     config = config.for_teacher(teacher)
-    return TextbookDMD2(
+    return loop(
         teacher, generator_lr=config.generator_lr, guidance_lr=config.guidance_lr, betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, ema_decay=config.ema_decay,
         warmup_steps=-(-config.warmup_iterations // config.dfake_gen_update_ratio),
         guidance_warmup_steps=config.warmup_iterations, conditioning_sigma=config.conditioning_sigma,
-        sigma_data=config.sigma_data, dfake_gen_update_ratio=config.dfake_gen_update_ratio,
+        sigma_data=config.sigma_data, dfake_gen_update_ratio=config.dfake_gen_update_ratio, **options,
     )  # fmt: skip
 
 
