@@ -105,6 +105,8 @@ class TrainConfig(EvaluationConfig):
     """What the networks compute in; weights are kept in float32. auto: bf16 on a GPU, fp32 on a CPU."""
     execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
     """How turns run. auto: captured (compiled networks, a CUDA graph per turn) on a GPU, eager on a CPU."""
+    compile: Switch = False
+    """Short for --execution compiled."""
     accumulation_steps: int = 1
     """Parts that a batch is processed in: less memory, the same gradient."""
     log_every: int = 50
@@ -141,7 +143,8 @@ class TrainConfig(EvaluationConfig):
         device = next(teacher.parameters()).device
         return dataclasses.replace(
             self, dynamics=teacher.dynamics, conditioning_sigma=conditioning_sigma, sigma_data=sigma_data,
-            precision=resolve_precision(self.precision, device), execution=resolve_execution(self.execution, device),
+            precision=resolve_precision(self.precision, device),
+            execution="compiled" if self.compile else resolve_execution(self.execution, device),
         )  # fmt: skip
 
     def check(self) -> None:
@@ -152,6 +155,8 @@ class TrainConfig(EvaluationConfig):
             _fail(self, "accumulation_steps", f"that divides --batch-size {self.batch_size}")
         _require(self, 0, "warmup_iterations", "weight_decay")
         _require(self, 2, "num_train_timesteps")
+        if self.compile and self.execution not in ("auto", "compiled"):
+            _fail(self, "execution", "compiled with --compile")
         _require_positive(self, "generator_lr", "guidance_lr", "max_grad_norm")
         _require_positive(self, "sigma_min", "rho", "time_std")
         _require_fraction(self, "ema_decay", "beta1", "beta2")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
@@ -24,6 +27,12 @@ def resolve_execution(name: str, device: torch.device) -> str:
     if name == "captured" and device.type != "cuda":
         raise ValueError(f"expected --execution eager or compiled on {device}, got captured")
     return name
+
+
+def keep_compiled_code() -> None:
+    """Lets compiled networks outlive the machine's temporary folder, so that the next run starts sooner."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastdmd" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def compute_dtype(precision: str) -> torch.dtype | None:

@@ -18,7 +18,7 @@ from fastdmd import diffusion, dmd2
 from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
 from fastdmd.config import TrainConfig
 from fastdmd.diffusion import Denoiser, random_generator
-from fastdmd.precision import compute_dtype, set_float32_units
+from fastdmd.precision import compute_dtype, keep_compiled_code, set_float32_units
 from fastdmd.quality import SAMPLING_STREAM, Evaluation, Measurement, one_step_sampler, table, teacher_sampler
 from fastdmd.step import DMD2, StepMetrics
 from fastdmd.unet import UNet
@@ -83,6 +83,7 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
     config = config.for_teacher(teacher)
     device = next(teacher.parameters()).device
     set_float32_units(config.precision)
+    keep_compiled_code()
     draws = make_draws(config, teacher, device)
     model = build(config, teacher)
     history = SampleHistory(run.path / "samples.png")
@@ -96,7 +97,7 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
         history.add(samples.unflatten(0, (-1, NUM_SAMPLE_COLUMNS)))
 
     # Phase 1: train.
-    iteration, outcome = 0, "complete"
+    iteration, outcome, first_seconds = 0, "complete", None
     snapshot(iteration)
     meter = Meter(run, config, device)
     with (
@@ -107,6 +108,10 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
             meter.add(model.iterate(iteration, draws))
             iteration += 1
             progress.update()
+            if iteration == 1:
+                meter.sums.tolist()  # waits for the device
+                first_seconds = time.perf_counter() - started
+                progress.write(f"first iteration done after {first_seconds:.1f} s")
             if interrupted():
                 outcome = "interrupted"
             if iteration % config.log_every == 0 or iteration == config.iterations or outcome == "interrupted":
@@ -141,7 +146,7 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
         **{name: dataclasses.asdict(row) for name, row in rows.items()},
         "floor": dataclasses.asdict(evaluation.floor if evaluation else Measurement(None, None)),
         "iterations": iteration, "outcome": outcome,
-        "seconds": time.perf_counter() - started, "train_seconds": train_seconds,
+        "seconds": time.perf_counter() - started, "train_seconds": train_seconds, "first_iteration_seconds": first_seconds,
         "versions": versions(device),
     }  # fmt: skip
     run.write_json("summary.json", summary)
