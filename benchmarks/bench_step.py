@@ -44,6 +44,11 @@ NETWORKS = {
     ),
 }  # fmt: skip
 
+SUITE = [
+    {"preset": "mnist", "batch_size": 128, "ratio": 10}, {"preset": "cifar10-cond", "batch_size": 16, "ratio": 5},
+    {"preset": "cifar10-cond", "batch_size": 64, "ratio": 5}, {"preset": "imagenet64", "batch_size": 40, "ratio": 5},
+]  # fmt: skip
+
 
 class Loop:
     """One of the opponents, a cycle at a time."""
@@ -206,7 +211,7 @@ def benchmark(arguments) -> dict:
 
     return {
         **describe(device.type), "threads": torch.get_num_threads(),
-        "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "memory_of")},
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "memory_of", "suite")},
         "execution": loops["fastdmd"].model.execution, "compute_dtype": str(precision),
         "images_per_second": {name: images / statistics.median(loop.seconds) for name, loop in loops.items()},
         "ratio_to_textbook": ratio("textbook"), "ratio_to_compiled": ratio("compiled"),
@@ -243,6 +248,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="the fair compiled loop too (minutes on a CPU)")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each loop in a process of its own")
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--suite", action="store_true", help="the settings of the GPU targets, one after the other")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -253,10 +259,17 @@ def main() -> None:
         else:
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    result = benchmark(arguments)
-    print(table(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    settings = [vars(arguments)]
+    if arguments.suite:
+        settings = [{**vars(arguments), "compiled": True, "memory": True, **changes} for changes in SUITE]
+    results = []
+    for setting in settings:
+        results.append(benchmark(argparse.Namespace(**setting)))
+        print({name: setting[name] for name in ("preset", "batch_size", "ratio", "precision")})
+        print(table(results[-1]), flush=True)
+        if arguments.json:  # after each: what a time limit leaves is whole
+            content = results if arguments.suite else results[0]
+            arguments.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What only a GPU can show, one stage of under nine minutes at a time: `make gpu STAGE=tests|ops|train`.
+"""What only a GPU can show, one stage of under nine minutes at a time: `make gpu STAGE=tests|ops|step|train`.
 
-    python -m benchmarks.gpu [tests|ops|train]
+    python -m benchmarks.gpu [tests|ops|step|train]
 
 Needs Python, torch, nvcc and pytest (pytest-benchmark for `ops`, the package's dependencies for `train`). Builds the
 native libraries in place and writes `benchmarks/results/<device>-<stage>.json`.
@@ -25,6 +25,7 @@ from benchmarks.environment import ROOT, describe
 STAGES = {
     "tests": ["-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "tests"],
     "ops": ["-m", "benchmarks.bench_ops", "--device", "cuda", "--json", "{json}"],
+    "step": ["-m", "benchmarks.bench_step", "--device", "cuda", "--suite", "--json", "{json}"],
     "train": ["-m", "fastdmd.train", "--device", "cuda", "--out", "{folder}/run"],
 }
 SECONDS = 530  # of a stage

@@ -146,7 +146,8 @@ def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Eval
         **{name: dataclasses.asdict(row) for name, row in rows.items()},
         "floor": dataclasses.asdict(evaluation.floor if evaluation else Measurement(None, None)),
         "iterations": iteration, "outcome": outcome,
-        "seconds": time.perf_counter() - started, "train_seconds": train_seconds, "first_iteration_seconds": first_seconds,
+        "seconds": time.perf_counter() - started, "train_seconds": train_seconds,
+        "first_iteration_seconds": first_seconds,
         "versions": versions(device),
     }  # fmt: skip
     run.write_json("summary.json", summary)
