@@ -7,21 +7,26 @@
 
 #ifdef __CUDACC__
 #define FASTDMD_INLINE __host__ __device__ __forceinline__
+#define FASTDMD_UNROLL _Pragma("unroll")
 #else
 #define FASTDMD_INLINE inline __attribute__((always_inline))
+#define FASTDMD_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace fastdmd {
 
 // Philox4x32-10 (Salmon et al. 2011): a counter of four words and a key of two give four random words, in place.
-FASTDMD_INLINE void philox(uint32_t& x0, uint32_t& x1, uint32_t& x2, uint32_t& x3, uint32_t key0, uint32_t key1) {
+// `Word` is uint32_t, or a type with its operators for many counters at once.
+template <class Word>
+FASTDMD_INLINE void philox(Word& x0, Word& x1, Word& x2, Word& x3, uint32_t key0, uint32_t key1) {
+  FASTDMD_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t(0xD2511F53u) * x0;
-    const uint64_t product1 = uint64_t(0xCD9E8D57u) * x2;
-    x0 = uint32_t(product1 >> 32) ^ x1 ^ key0;
-    x2 = uint32_t(product0 >> 32) ^ x3 ^ key1;
-    x1 = uint32_t(product1);
-    x3 = uint32_t(product0);
+    const auto product0 = uint64_t(0xD2511F53u) * x0;
+    const auto product1 = uint64_t(0xCD9E8D57u) * x2;
+    x0 = Word(product1 >> 32) ^ x1 ^ key0;
+    x2 = Word(product0 >> 32) ^ x3 ^ key1;
+    x1 = Word(product1);
+    x3 = Word(product0);
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
@@ -59,9 +64,9 @@ FASTDMD_INLINE float log_unit(float u) {
 
 // sin(pi t) and cos(pi t) for t in [-1, 1], to 2e-7: a quarter turn q and a rest r in [-1/4, 1/4].
 FASTDMD_INLINE void sincospi_unit(float t, float& sine, float& cosine) {
-  const float q = nearbyintf(2.0f * t);
-  const float r = t - 0.5f * q;
-  const int32_t quarter = int32_t(q);
+  const float shifted = 2.0f * t + 0x1.8p23f;  // the addition rounds 2 t to q, and the lowest bits hold it
+  const float r = t - 0.5f * (shifted - 0x1.8p23f);
+  const uint32_t quarter = bits_of(shifted);
   const float z = r * r;
   float s = -0.5992645293f;
   s = s * z + 2.5501640399f;
@@ -73,8 +78,8 @@ FASTDMD_INLINE void sincospi_unit(float t, float& sine, float& cosine) {
   c = c * z - 4.9348022005f;
   c = c * z + 1.0f;
   const float a = (quarter & 1) ? c : s, b = (quarter & 1) ? s : c;
-  sine = (quarter & 2) ? -a : a;
-  cosine = ((quarter + 1) & 2) ? -b : b;
+  sine = float_of(bits_of(a) ^ (quarter << 30 & 0x80000000u));
+  cosine = float_of(bits_of(b) ^ ((quarter + 1) << 30 & 0x80000000u));
 }
 
 // Two standard normals from two random words (Box and Muller 1958). Both conversions are of 31 bits and a sign,

@@ -1,31 +1,28 @@
 // out = scale * (x + sigma * noise), with the noise read, or made here and never written to memory.
 #include "numeric.h"
+#include "words.h"
 
 namespace fastdmd::FASTDMD_ISA {
 namespace {
 
-constexpr int LANES = 32;         // counters in flight: two AVX-512 vectors, four of AVX2
-constexpr int CHUNK = 4 * LANES;  // elements that they make
+constexpr int CHUNK = 4 * Words::size;  // elements whose noise is made at a time
 
 // Normals of elements [first, first + CHUNK), first a multiple of 4.
 FASTDMD_INLINE void make_normals(float* __restrict normals, uint64_t first, uint64_t seed, uint64_t call) {
-  alignas(64) uint32_t words[4][LANES];
-  alignas(64) float by_word[4][LANES];
+  alignas(64) uint64_t counter[2][Words::size];
 #pragma omp simd
-  for (int lane = 0; lane < LANES; ++lane) {
-    const uint64_t counter = first / 4 + lane;
-    uint32_t x0 = uint32_t(counter), x1 = uint32_t(counter >> 32), x2 = 0, x3 = uint32_t(call);
-    fastdmd::philox(x0, x1, x2, x3, uint32_t(seed), uint32_t(seed >> 32));
-    words[0][lane] = x0, words[1][lane] = x1, words[2][lane] = x2, words[3][lane] = x3;
+  for (int lane = 0; lane < Words::size; ++lane) {
+    counter[0][lane] = first / 4 + lane;
+    counter[1][lane] = (first / 4 + lane) >> 32;
   }
+  Words x0 = Words::load(counter[0]), x1 = Words::load(counter[1]), x2{}, x3 = x2 ^ uint32_t(call);
+  fastdmd::philox(x0, x1, x2, x3, uint32_t(seed), uint32_t(seed >> 32));
+  alignas(64) uint32_t a[2 * Words::size], b[2 * Words::size];
+  interleave(x0, x2, a);
+  interleave(x1, x3, b);
 #pragma omp simd
-  for (int lane = 0; lane < LANES; ++lane) {
-    box_muller(words[0][lane], words[1][lane], by_word[0][lane], by_word[1][lane]);
-    box_muller(words[2][lane], words[3][lane], by_word[2][lane], by_word[3][lane]);
-  }
-#pragma omp simd
-  for (int lane = 0; lane < LANES; ++lane)
-    for (int k = 0; k < 4; ++k) normals[4 * lane + k] = by_word[k][lane];
+  for (int pair = 0; pair < 2 * Words::size; ++pair)
+    box_muller(a[pair], b[pair], normals[2 * pair], normals[2 * pair + 1]);
 }
 
 template <class T, class Out, class Noise>

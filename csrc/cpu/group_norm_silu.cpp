@@ -106,12 +106,15 @@ FASTDMD_INLINE void group_means(const double* sums, int64_t channels, int64_t gr
 template <class W>
 FASTDMD_INLINE void affine(const GroupNormSiLU& a, int64_t first, int64_t channels, W* mean, W* gain, W* offset) {
   const int64_t group_size = a.num_channels / a.num_groups;
-  for (int64_t i = 0; i < channels; ++i) {
-    const int64_t c = first + i, g = c / group_size;
-    const double multiplier = a.scale ? 1 + a.scale[c] : 1, addend = a.shift ? a.shift[c] : 0;
-    gain[i] = W(a.rstd[g] * a.weight[c] * multiplier);
-    mean[i] = W(a.mean[g]);
-    offset[i] = W(a.bias[c] * multiplier + addend);
+  for (int64_t start = 0; start < channels; start += group_size) {
+    const int64_t g = (first + start) / group_size;
+    for (int64_t i = start; i < start + group_size; ++i) {
+      const int64_t c = first + i;
+      const double multiplier = a.scale ? 1 + a.scale[c] : 1, addend = a.shift ? a.shift[c] : 0;
+      gain[i] = W(a.rstd[g] * a.weight[c] * multiplier);
+      mean[i] = W(a.mean[g]);
+      offset[i] = W(a.bias[c] * multiplier + addend);
+    }
   }
 }
 
@@ -153,8 +156,6 @@ void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   W *__restrict mean = tables.data, *__restrict gain = mean + n, *__restrict offset = mean + 2 * n,
     *__restrict by_x = mean + 3 * n, *__restrict constant = mean + 4 * n;
   affine(a, slice.first, n, mean, gain, offset);
-  W* __restrict rstd = by_x;  // until that is known
-  for (int64_t i = 0; i < n; ++i) rstd[i] = W(a.rstd[(slice.first + i) / group_size]);
 
   // grad_m = grad_y * silu'(m) goes where grad_x will be, or to a scratch if that is too narrow.
   constexpr bool in_place = std::is_same_v<T, W>;
@@ -167,24 +168,20 @@ void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
     const W s = sigmoid(m);
     const W g = load(grad_y[i]) * (s + m * s * (1 - s));
     grad_m[in_place ? i : dense] = g;
-    return Values<W, 2>{g, g * (centred * rstd[c])};
+    return Values<W, 2>{g, g * centred};
   });
-  const double *sum_grad = both.data, *sum_grad_h = both.data + n;
-  for (int64_t i = 0; i < n; ++i) {
-    a.sum_grad[slice.first + i] = sum_grad[i];
-    a.sum_grad_h[slice.first + i] = sum_grad_h[i];
-  }
 
   for (int64_t start = 0; start < n; start += group_size) {
-    const int64_t g = (slice.first + start) / group_size;
+    const double size = double(group_size) * double(slice.pixels), r = a.rstd[(slice.first + start) / group_size];
     double S1 = 0, S2 = 0;
     for (int64_t i = start; i < start + group_size; ++i) {
       const int64_t c = slice.first + i;
+      a.sum_grad[c] = both[i];
+      a.sum_grad_h[c] = r * both[n + i];
       const double k = a.weight[c] * (a.scale ? 1 + a.scale[c] : 1);
-      S1 += k * sum_grad[i];
-      S2 += k * sum_grad_h[i];
+      S1 += k * a.sum_grad[c];
+      S2 += k * a.sum_grad_h[c];
     }
-    const double size = double(group_size) * double(slice.pixels), r = a.rstd[g];
     for (int64_t i = start; i < start + group_size; ++i) {
       by_x[i] = W(-r * r * S2 / size);
       constant[i] = W(-r * S1 / size);

@@ -47,12 +47,15 @@ FASTDMD_INLINE void store(Float16& out, float x) {
   out.bits = uint16_t((magnitude >= 0x477FF000u ? special : finite) | (bits >> 16 & 0x8000u));
 }
 
-// e^x to 1e-7 relative; 0 and inf beyond the range, NaN for NaN.
+// e^x to 1e-7 relative, of the nearest x in [-87.3, 87.3], whose power is a normal float; NaN counts as a limit.
 FASTDMD_INLINE float exponential(float x) {
-  const float low = -87.3f, high = 88.7f;
-  float t = x < low ? low : x;
-  t = t > high ? high : t;
-  const float n = nearbyintf(t * 1.44269504f);
+  // Compared as integers: after two comparisons of floats GCC 12 needs 1.5 times as long for group_norm_silu with
+  // AVX-512, 2.6 times with AVX2.
+  const uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu, sign = bits_of(x) & 0x80000000u, limit = bits_of(87.3f);
+  const float t = float_of((magnitude < limit ? magnitude : limit) | sign);
+  // 1.5 * 2^23 is so large that the addition rounds to a whole number n, and 127 puts the exponent of 2^n in its bits.
+  const float shifted = t * 1.44269504f + (0x1.8p23f + 127.0f);
+  const float n = shifted - (0x1.8p23f + 127.0f);
   const float r = (t - n * 0.693145752f) - n * 1.42860677e-6f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -61,14 +64,12 @@ FASTDMD_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // In two factors: n may be 128, whose power of two is no float.
-  const int32_t half = int32_t(n) >> 1, rest = int32_t(n) - half;
-  return p * float_of(uint32_t(half + 127) << 23) * float_of(uint32_t(rest + 127) << 23);
+  return p * float_of(bits_of(shifted) << 23);
 }
 FASTDMD_INLINE double exponential(double x) { return std::exp(x); }
 
 template <class W>
-FASTDMD_INLINE W sigmoid(W x) {
+FASTDMD_INLINE W sigmoid(W x) {  // what it is multiplied by carries a NaN on
   return W(1) / (W(1) + exponential(-x));
 }
 
