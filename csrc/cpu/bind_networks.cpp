@@ -81,8 +81,11 @@ GroupNormSiLU layout(const Tensor& x, int64_t num_groups) {
 
 Tensor filled(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, const std::vector<double>& values) {
   Tensor result = torch::stable::new_empty(like, shape, dtype);
-  for (size_t i = 0; i < values.size(); ++i)
-    write(result.mutable_data_ptr(), dtype_of(dtype), int64_t(i), values[i]);
+  dispatch(dtype_of(dtype), [&](auto type) {
+    using T = decltype(type);
+    auto* data = static_cast<T*>(result.mutable_data_ptr());
+    for (size_t i = 0; i < values.size(); ++i) store(data[i], Wide<T>(values[i]));
+  });
   return result;
 }
 

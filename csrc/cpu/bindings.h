@@ -67,11 +67,12 @@ inline std::vector<double> values(const Tensor& tensor) {
   const int64_t columns = tensor.size(tensor.dim() - 1), column_stride = tensor.stride(tensor.dim() - 1);
   const int64_t rows = tensor.dim() == 2 ? tensor.size(0) : 1, row_stride = tensor.dim() == 2 ? tensor.stride(0) : 0;
   std::vector<double> result(rows * columns);
-  const Dtype dtype = dtype_of(tensor);
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t column = 0; column < columns; ++column)
-      result[row * columns + column] =
-          read(tensor.const_data_ptr(), dtype, row * row_stride + column * column_stride);
+  dispatch(dtype_of(tensor), [&](auto type) {
+    const auto* data = static_cast<const decltype(type)*>(tensor.const_data_ptr());
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < columns; ++column)
+        result[row * columns + column] = double(load(data[row * row_stride + column * column_stride]));
+  });
   return result;
 }
 inline std::vector<double> values(const std::optional<Tensor>& tensor) {
