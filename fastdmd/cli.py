@@ -99,10 +99,7 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def print_resolved(config: Any, network: UNetConfig, num_parameters: int) -> None:
+def print_resolved(config: Any, network: UNetConfig, **parts: dict) -> None:
     """What `--dry-run` shows, as JSON."""
-    resolved = {
-        **to_json(config),
-        "network": {**dataclasses.asdict(network), "num_parameters": num_parameters},
-    }
+    resolved = {**to_json(config), "network": dataclasses.asdict(network), **parts}
     print(json.dumps(resolved, indent=2))

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from fastdmd.diffusion import Denoiser
@@ -47,10 +48,12 @@ class EvaluationConfig:
 class TrainConfig(EvaluationConfig):
     """Distil a teacher into a one-step generator with DMD2."""
 
-    preset: Literal["mnist", "mnist-reference"] = "mnist"
+    preset: Literal[
+        "mnist", "mnist-reference", "cifar10-cond", "cifar10-uncond", "imagenet64", "afhqv2-64", "ffhq-64"
+    ] = "mnist"
     """Origin of the defaults. `mnist` ends within ten minutes on two cores; `mnist-reference` has the settings of the
-    published re-implementation."""
-    teacher: str = "mnist"
+    published re-implementation; the others are for EDM's published teachers."""
+    teacher: str | None = "mnist"
     """Weight file of the teacher (.safetensors), or `mnist`: the embedded one."""
     out: Path | None = None
     """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
@@ -131,8 +134,8 @@ class TrainConfig(EvaluationConfig):
     def resolved_out(self) -> Path:
         return self.out or Path("runs") / f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
-    def for_teacher(self, teacher: Denoiser) -> TrainConfig:
-        """With the defaults that depend on the teacher and its device filled in.
+    def for_teacher(self, teacher: Denoiser, device: torch.device | None = None) -> TrainConfig:
+        """With the defaults that depend on the teacher and the device, by default its own, filled in.
 
         Raises ValueError for other dynamics than its own, and for what the device cannot do.
         """
@@ -140,7 +143,7 @@ class TrainConfig(EvaluationConfig):
             _fail(self, "dynamics", f"{teacher.dynamics}, as the teacher was trained")
         conditioning_sigma = self.conditioning_sigma or (1e6 if teacher.dynamics == "flow" else 80.0)
         sigma_data = self.sigma_data or teacher.sigma_data
-        device = next(teacher.parameters()).device
+        device = device or next(teacher.parameters()).device
         return dataclasses.replace(
             self, dynamics=teacher.dynamics, conditioning_sigma=conditioning_sigma, sigma_data=sigma_data,
             precision=resolve_precision(self.precision, device),
@@ -312,12 +315,3 @@ def _require_fraction(config: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) < 1:
             _fail(config, name, "in [0, 1)")
-
-
-TRAIN_PRESETS = {
-    "mnist": TrainConfig(),
-    "mnist-reference": TrainConfig(
-        preset="mnist-reference", iterations=20_000, batch_size=128, dfake_gen_update_ratio=10, generator_lr=2e-4,
-        guidance_lr=2e-4, max_grad_norm=1.0, ema_decay=0.999, warmup_iterations=500, lr_schedule="constant",
-    ),
-}  # fmt: skip

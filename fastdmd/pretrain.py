@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
             network.requires_grad_(True)
             dataset = dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
         if config.dry_run:
-            cli.print_resolved(config, network.config, sum(p.numel() for p in network.parameters()))
+            cli.print_resolved(
+                config, network.config, budget={"num_parameters": sum(p.numel() for p in network.parameters())}
+            )
             return
         network = network.to(device=device, memory_format=torch.channels_last)
         if config.label_emphasis != 1 and network.num_classes == 0:

@@ -121,9 +121,10 @@ class Evaluation:
             *_, sampling_seconds = self._sample(sampler, num_images, name)
             known = Measurement(**record["quality"])
             return dataclasses.replace(known, images_per_second=num_images / sampling_seconds, recorded=True)
-        quality, sampling_seconds = self._sample(sampler, self.num_samples, name)
+        num_images = self.num_samples if self._feature_network is not None else min(SPEED_IMAGES, self.num_samples)
+        quality, sampling_seconds = self._sample(sampler, num_images, name)
         return Measurement(
-            quality.frechet_distance, quality.class_accuracy, self.num_samples / sampling_seconds, evaluations,
+            quality.frechet_distance, quality.class_accuracy, num_images / sampling_seconds, evaluations,
             quality.num_images,
         )  # fmt: skip
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
+import torch
+from torch import nn
+
 from fastdmd import cli, trainer
+from fastdmd.budget import Budget, estimate
 from fastdmd.checkpoint import RunFolder, load_network
-from fastdmd.config import TRAIN_PRESETS, TrainConfig
+from fastdmd.config import TrainConfig
+from fastdmd.presets import PRESETS
+from fastdmd.unet import UNet
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = cli.parse(TrainConfig, "fastdmd.train", arguments, TRAIN_PRESETS)
+    presets = {name: preset.config for name, preset in PRESETS.items()}
+    config = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
     with cli.user_errors("fastdmd.train"):
         device = cli.resolve_device(config.device)
-        teacher, metadata = load_network(cli.teacher_path(config.teacher), device=device)
-        if metadata["kind"] != "teacher":
-            raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
-        config = config.for_teacher(teacher)
+        teacher, metadata = load_teacher(config, device)
+        config = config.for_teacher(teacher, device)
         dataset = cli.load_data(config, teacher)
+        budget = budget_of(config, teacher, device)
         if config.dry_run:
-            cli.print_resolved(config, teacher.config, sum(p.numel() for p in teacher.parameters()))
+            cli.print_resolved(config, teacher.config, budget=budget.report())
             return
+        if (advice := budget.advice()) is not None:
+            if budget.state_bytes > budget.available_bytes:
+                raise ValueError(advice)
+            print(f"{advice} (an estimate)")
         evaluation = cli.make_evaluation(config, teacher, dataset, device)
         run = RunFolder(config.resolved_out, cli.to_json(config))
     print(f"distilling {config.teacher} into {run.path} on {device}")
@@ -33,6 +44,32 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("fastdmd.train: error: the losses are not finite; the last snapshot is kept; try lower learning rates")
     if summary["outcome"] == "interrupted":
         sys.exit(130)
+
+
+def load_teacher(config: TrainConfig, device: torch.device) -> tuple[nn.Module, dict]:
+    """The teacher and its file's metadata; for a dry run without one, the shapes of the preset's network."""
+    preset = PRESETS[config.preset]
+    if config.teacher is None:
+        if not config.dry_run:
+            raise ValueError(f"expected --teacher, for --preset {config.preset} {preset.teacher_file}, got none")
+        with torch.device("meta"):
+            return UNet(preset.network).to(memory_format=torch.channels_last), {}
+    teacher, metadata = load_network(cli.teacher_path(config.teacher), device=device)
+    if metadata["kind"] != "teacher":
+        raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
+    if preset.network is not None:
+        expected, got = (
+            f"{'x'.join(map(str, network.image_shape))} images of {network.num_classes or 'no'} classes"
+            for network in (preset.network, teacher)
+        )
+        if expected != got:
+            raise ValueError(f"expected a teacher for {expected} with --preset {config.preset}, got one for {got}")
+    return teacher, metadata
+
+
+def budget_of(config: TrainConfig, teacher: nn.Module, device: torch.device) -> Budget:
+    eager = dataclasses.replace(config, execution="eager", compile=False)  # what meta tensors can do
+    return estimate(teacher, lambda network: trainer.build(eager, network), config.batch_size, device)
 
 
 if __name__ == "__main__":
