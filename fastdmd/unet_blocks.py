@@ -33,9 +33,10 @@ class Resample(nn.Module):
     def __init__(self, direction: str, taps: tuple[int, ...]):
         super().__init__()
         self.direction, self.padding = direction, (len(taps) - 1) // 2
+        is_average = len(taps) == 2 and taps[0] == taps[1]
         taps = torch.tensor(taps, dtype=torch.float32)
         kernel = torch.outer(taps, taps) / taps.sum() ** 2 * (4 if direction == "up" else 1)
-        self.register_buffer("kernel", None if len(taps) == 2 and taps[0] == taps[1] else kernel, persistent=False)
+        self.register_buffer("kernel", None if is_average else kernel, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
