@@ -56,7 +56,7 @@ def read(file: BinaryIO, builders: Builders, *, max_operations: int,
 def shown(value: Any) -> str:
     """A few characters, on one line, for an error message about anything that a pickle can hold."""
     if value is not None and type(value) not in (bool, int, float, str):
-        return f"a {type(value).__name__}"
+        return f"some {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
