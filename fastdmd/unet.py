@@ -22,7 +22,8 @@ class UNet(nn.Module):
 
     `D_x = c_skip * x + c_out * F_x(c_in * x, c_noise, class_labels)` (Karras et al. 2022, eq. 7) where `F_x` is a
     UNet (Song et al. 2021; Dhariwal & Nichol 2021; Karras et al. 2022, table 7) and the coefficients are EDM's, or
-    those that make a velocity of flow matching a denoiser.
+    those that make a velocity of flow matching a denoiser. One-hot labels of all zeros mean no class; `augment_labels`
+    `[B, augment_dim]` tell how `x` was augmented, None that it was not (ibid., appendix F.2).
     """
 
     def __init__(self, config: UNetConfig):
@@ -90,18 +91,20 @@ class UNet(nn.Module):
         self.block_embeddings = [b.embedding_channels for b in (*self.encoder, *self.middle, *self.decoder)]
         self.map_blocks = linear(embedding_channels, sum(self.block_embeddings))
 
-    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None,
+                augment_labels: Tensor | None = None) -> Tensor:  # fmt: skip
         if self.dynamics == "flow":
             c_skip, c_out, c_in, t = diffusion.velocity_preconditioning(sigma)
             c_noise = NUM_TIMESTEPS * t
         else:
             c_skip, c_out, c_in, c_noise = diffusion.preconditioning(sigma, self.sigma_data)
-        F_x = self.raw(diffusion.per_sample(c_in) * x, c_noise, class_labels)
+        F_x = self.raw(diffusion.per_sample(c_in) * x, c_noise, class_labels, augment_labels)
         return diffusion.per_sample(c_skip) * x + diffusion.per_sample(c_out) * F_x
 
-    def raw(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def raw(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None,
+            augment_labels: Tensor | None = None) -> Tensor:  # fmt: skip
         """The network before preconditioning, `F_x`: `[B, C, H, W]`, `[B]`, labels -> `[B, C, H, W]`."""
-        embeddings = iter(self._embed(c_noise, class_labels).split(self.block_embeddings, dim=1))
+        embeddings = iter(self._embed(c_noise, class_labels, augment_labels).split(self.block_embeddings, dim=1))
         x = x.to(self.conv_in.weight.dtype)  # the weights decide the precision of the network
         residual = F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=self._memory_format)
         x = self.conv_in(residual)
@@ -120,7 +123,7 @@ class UNet(nn.Module):
         x = self.conv_out(self.norm_out(x))
         return F.pixel_shuffle(x, self.config.patch_size)
 
-    def _embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """The embeddings of all blocks, `[B, sum of block_embeddings]`."""
         config = self.config
         if config.embedding == "fourier":
@@ -129,6 +132,10 @@ class UNet(nn.Module):
             width = config.model_channels * config.noise_multiplier
             embedding = positional_embedding(c_noise, width, ddpmpp=config.embedding == "ddpmpp")
         embedding = embedding.to(self.map_blocks.weight.dtype)
+        if augment_labels is not None:
+            if self.map_augment is None:
+                raise ValueError("fastdmd.UNet: expected augment_labels None for augment_dim 0, got some")
+            embedding = embedding + self.map_augment(augment_labels.to(embedding.dtype))
         labels = self._embed_labels(class_labels)
         if labels is not None and not config.adm:
             embedding = embedding + labels
@@ -180,6 +187,6 @@ def positional_embedding(c_noise: Tensor, num_channels: int, *, ddpmpp: bool = F
 
 
 def fourier_embedding(c_noise: Tensor, frequencies: Tensor) -> Tensor:
-    """Random Fourier features of the noise level, `[B] -> [B, 2 len(frequencies)]` (Tancik et al. 2020)."""
+    """Random Fourier features of the noise level, sines first, `[B] -> [B, 2 len(frequencies)]` (Song et al. 2021)."""
     angle = c_noise.float()[:, None] * (2 * math.pi * frequencies)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
