@@ -35,7 +35,7 @@ LIBRARIES = {  # what cuDNN, cuBLAS and flash attention compute
     aten.addmm: "matrix product", aten.bmm: "matrix product", aten._scaled_dot_product_flash_attention: "attention",
     aten._scaled_dot_product_flash_attention_backward: "attention backward",
 }  # fmt: skip
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
 
 def install() -> None:
@@ -184,7 +184,11 @@ def size_bytes(x: torch.Tensor) -> int:
 
 
 def layout(x: torch.Tensor) -> str:
-    """Of a feature map: channels_last, contiguous, both, or neither."""
-    names = {"channels_last": x.is_contiguous(memory_format=torch.channels_last), "contiguous": x.is_contiguous()}
-    found = [name for name, holds in names.items() if holds]
-    return found[0] if len(found) == 1 else "both" if found else "neither"
+    """Of a feature map or a slice of one: channels_last, contiguous, either, or other."""
+    dense = {"channels_last": (0, 2, 3, 1), "contiguous": (0, 1, 2, 3)}
+    fitting = []
+    for name, order in dense.items():
+        strides = [x.stride(dim) for dim in order if x.shape[dim] > 1]
+        if strides == sorted(strides, reverse=True) and strides[-1:] in ([], [1]):
+            fitting.append(name)
+    return fitting[0] if len(fitting) == 1 else "either" if fitting else "other"
