@@ -112,15 +112,19 @@ class Launch:
 class Record(TorchDispatchMode):
     """The launches inside the block, in order. What runs inside must have run before: it is not to be compiled here."""
 
-    current: "Record | None" = None
+    active: "list[Record]" = []
+
+    def __init__(self):
+        super().__init__()
+        self.launches: list[Launch] = []
+        ticket(torch.device("cuda", 0))  # allocated once in a process
 
     def __enter__(self):
-        ticket(torch.device("cuda", 0))  # allocated once in a process
-        self.launches, self._outer, Record.current = [], Record.current, self
+        Record.active.append(self)
         return super().__enter__()
 
     def __exit__(self, *error):
-        Record.current = self._outer
+        Record.active.pop()
         return super().__exit__(*error)
 
     @classmethod
@@ -129,16 +133,22 @@ class Record(TorchDispatchMode):
 
     @classmethod
     def add(cls, kind: str, name: str, inputs, outputs, num_bytes: int | None = None, **more) -> None:
-        if cls.current is not None:
+        if cls.active:
             inputs, outputs = tensors(inputs), tensors(outputs)
             num_bytes = sum(map(size_bytes, inputs + outputs)) if num_bytes is None else num_bytes
-            cls.current.launches.append(Launch(kind, name, inputs, outputs, num_bytes, **more))
+            cls.active[-1].launches.append(Launch(kind, name, inputs, outputs, num_bytes, **more))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
-        if func.is_view or name in FREE:
+        if name in FREE:
+            return func(*args, **kwargs)
+        with self:  # `to` is a view by its schema, and a copy once it is taken apart
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        if func.is_view:
             return result
         written = [
             x for argument, x in zip(func._schema.arguments, args, strict=False)
