@@ -20,14 +20,14 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from tests import fake_cuda  # torch only after its load
+from tests import fake_cuda  # its load comes before torch is imported
 
 KIND = "estimate from generated code, nothing was run on a GPU"
 BYTES_PER_S, FLOPS_PER_S = 3.35e12, 989e12  # the data sheet's, H100 SXM, dense bfloat16
 LAUNCHES = ("convolution", "convolution backward", "matrix product", "attention", "attention backward",
             "generated pointwise", "generated reduction", "fastdmd op", "eager")  # fmt: skip
 LIBRARY = LAUNCHES[:5]
-ARITHMETIC = r"tmp\d+ = (-|tmp\d+ [-+*/]|libdevice|tl_math|triton_helpers|tl\.s)"
+ARITHMETIC = r"tmp\d+ = (-|\(?tmp\d+ [-+*/]|libdevice|tl_math|triton_helpers|tl\.s)"
 
 PRESETS = {  # batch, network
     "mnist": (48, None),  # the embedded teacher's
@@ -55,6 +55,7 @@ def record_turns(config, batch_size: int) -> dict[str, list]:
     with torch.device("meta"):
         teacher = UNet(config).to(memory_format=torch.channels_last)
     with FakeTensorMode():
+
         def images():
             return torch.empty(batch_size, *config.image_shape, device="cuda")
 
@@ -98,7 +99,7 @@ def summarize(launches: list) -> dict:
         "lower_bound_ms": {
             "memory": round(memory_ms, 3), "compute": round(compute_ms, 3), "sum": round(memory_ms + compute_ms, 3)
         },
-        "fastdmd_ops": dict(Counter(f"{x.name}, {x.num_launches} launches" for x in launches if x.kind == "fastdmd op")),
+        "fastdmd_ops": dict(Counter(f"{x.name}: {x.num_launches}" for x in launches if x.kind == "fastdmd op")),
         "eager": dict(Counter(launch.name for launch in launches if launch.kind == "eager")),
         "convolutions_not_channels_last": convolutions_not_channels_last(launches),
         "layout_changes": layout_changes(launches),

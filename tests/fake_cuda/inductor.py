@@ -5,6 +5,7 @@ for what it decides by timing kernels: convolutions and matrix products stay wit
 """
 
 import dataclasses
+import math
 import re
 import types
 
@@ -35,7 +36,7 @@ LIBRARIES = {  # what cuDNN, cuBLAS and flash attention compute
     aten.addmm: "matrix product", aten.bmm: "matrix product", aten._scaled_dot_product_flash_attention: "attention",
     aten._scaled_dot_product_flash_attention_backward: "attention backward",
 }  # fmt: skip
-FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}  # launch nothing
 
 
 def install() -> None:
@@ -164,7 +165,10 @@ class Record(TorchDispatchMode):
             inputs = [x for x in tensors(args) if all(x is not y for y in tensors(result))]
             Record.add(kind, name, inputs, result, flops=flops, num_launches=num_launches)
         else:
-            Record.add("eager", name, (args, kwargs), result if written == [] else [])
+            overwritten = written if name in ("copy_", "fill_", "zero_") else []
+            Record.add(
+                "eager", name, [x for x in tensors((args, kwargs)) if all(x is not y for y in overwritten)], result
+            )
         return result
 
 
@@ -190,7 +194,7 @@ def tensors(tree) -> list[torch.Tensor]:
 
 def size_bytes(x: torch.Tensor) -> int:
     """Of the distinct elements: an expanded dimension has one."""
-    return x.element_size() * torch.Size(n if stride else 1 for n, stride in zip(x.shape, x.stride())).numel()
+    return x.element_size() * math.prod(x.shape[dim] for dim in range(x.dim()) if x.stride(dim) > 0)
 
 
 def layout(x: torch.Tensor) -> str:
