@@ -40,10 +40,25 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
-            return F.avg_pool2d(x, 2) if self.direction == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+            return F.avg_pool2d(x, 2) if self.direction == "down" else Repeat.apply(x)
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, *self.kernel.shape)
         convolve = F.conv2d if self.direction == "down" else F.conv_transpose2d
         return convolve(x, kernel, stride=2, padding=self.padding, groups=x.shape[1])
+
+
+class Repeat(torch.autograd.Function):
+    """Doubles a feature map by repetition; its gradient is a sum over 2x2 pixels.
+
+    torch.compile makes of F.interpolate's own gradient atomic additions into float32 zeros, in another layout.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return F.avg_pool2d(grad, 2, divisor_override=1)
 
 
 class ResidualInput(nn.Module):

@@ -1,0 +1,63 @@
+"""The code that torch.compile generates for an H100 keeps feature maps in channels_last, forward and backward."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to make a fake CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton to generate code"),
+]
+
+COMPILED = """
+import json, os, sys
+from pathlib import Path
+from tests import fake_cuda
+fake_cuda.load(Path(sys.argv[1]))
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from benchmarks import inspect_step
+from fastdmd.unet import UNet, UNetConfig
+from tests.fake_cuda import inductor
+
+inductor.install()
+config = UNetConfig(image_size=16, image_channels=3, num_classes=10, model_channels=16, channel_multipliers=(1, 2),
+                    num_blocks=1, attention_resolutions=(8,), adm=True, adaptive_scale=True, channels_per_head=16)
+with torch.device("meta"):
+    network = UNet(config).to(torch.bfloat16, memory_format=torch.channels_last)
+with FakeTensorMode():
+    compiled = torch.compile(fake_cuda.fake(network), fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+    x, sigma = torch.empty(4, 3, 16, 16, device="cuda"), torch.empty(4, device="cuda")
+    class_labels = torch.empty(4, dtype=torch.int64, device="cuda")
+    compiled(x, sigma, class_labels).sum().backward()
+    network.zero_grad()
+    with inductor.Record() as record:
+        compiled(x, sigma, class_labels).sum().backward()
+summary = inspect_step.summarize(record.launches)
+summary["weights"] = [[*p.shape] for p in network.parameters() if p.dim() == 4]
+print(json.dumps(summary), flush=True)
+os._exit(0)  # the engine's thread for the fake device cannot be joined
+"""
+
+
+def test_compiled_network_keeps_channels_last(tmp_path):
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED, str(tmp_path)], capture_output=True,
+                            text=True, cwd=Path(__file__).parents[1], env=environment)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads(result.stdout.splitlines()[-1])
+    num_square = sum(shape[2:] == [3, 3] for shape in summary["weights"])  # 1x1 convolutions become matrix products
+    calls = {kind: row["calls"] for kind, row in summary["kinds"].items()}
+    assert calls["convolution"] == num_square and calls["convolution backward"] >= num_square
+    assert calls["attention"] == calls["attention backward"] > 0
+    assert summary["convolutions_not_channels_last"] == []
+    # Of the blocks with attention (8x8) one norm is torch's own, which wants NCHW; the others keep their layout.
+    for row in summary["layout_changes"]:
+        assert not any(re.search(r"\[4, \d\d+, 16, 16\]", x) for x in row["inputs"] + row["outputs"]), row
+    assert all("[10, " in row["outputs"][-1] for row in summary["atomics"])  # the gradient of the label table alone
