@@ -11,6 +11,7 @@ import tyro
 
 from fastdmd.diffusion import Denoiser
 from fastdmd.precision import resolve_execution, resolve_precision
+from fastdmd.teachers import NO_OPTIONS, TeacherOptions
 from fastdmd.unet_config import UNetConfig
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -51,7 +52,9 @@ class TrainConfig(EvaluationConfig):
     """Origin of the defaults. `mnist` ends within ten minutes on two cores; `mnist-reference` has the settings of the
     published re-implementation."""
     teacher: str = "mnist"
-    """Weight file of the teacher (.safetensors), or `mnist`: the embedded one."""
+    """Weight file (.safetensors, or .pkl of EDM), folder of diffusers, package.module:name, or `mnist`: the embedded
+    one."""
+    adapter: tyro.conf.OmitArgPrefixes[TeacherOptions] = NO_OPTIONS
     out: Path | None = None
     """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
     iterations: int = 1600
@@ -250,7 +253,8 @@ class EvaluateConfig(EvaluationConfig):
     """Measure the samples of a generator (one step) or a teacher (Heun) against real images."""
 
     weights: tyro.conf.Positional[str]
-    """Weight file of a generator or a teacher (.safetensors), or `mnist`: the embedded teacher."""
+    """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
+    adapter: tyro.conf.OmitArgPrefixes[TeacherOptions] = NO_OPTIONS
     out: Path | None = None
     """Where to write the figures as JSON, too."""
 
@@ -264,7 +268,8 @@ class SampleConfig:
     """Sample images from a generator (one step) or a teacher (Heun)."""
 
     weights: tyro.conf.Positional[str]
-    """Weight file of a generator or a teacher (.safetensors), or `mnist`: the embedded teacher."""
+    """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
+    adapter: tyro.conf.OmitArgPrefixes[TeacherOptions] = NO_OPTIONS
     out: Path = Path("samples.png")
     """A picture (.png), or images and labels as arrays (.npz)."""
     num: int = 64

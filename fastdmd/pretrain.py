@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastdmd import cli, data, diffusion, dmd2
-from fastdmd.checkpoint import RunFolder, SampleHistory, load_network, save_network, versions
+from fastdmd import cli, data, diffusion, dmd2, teachers
+from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
 from fastdmd.config import PretrainConfig
 from fastdmd.optim import AdamWEMA
 from fastdmd.quality import Evaluation, Measurement, table, teacher_sampler
@@ -28,11 +28,13 @@ def main(arguments: list[str] | None = None) -> None:
         if config.init is None:
             network = UNet(config.network(dataset.image_shape, dataset.num_classes))
         else:
-            network, _ = load_network(cli.teacher_path(config.init))
+            network = teachers.load(config.init)
+            if not isinstance(network, UNet):
+                raise ValueError(f"expected --init to be a network of fastdmd, got a {type(network).__name__}")
             network.requires_grad_(True)
             dataset = dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
         if config.dry_run:
-            cli.print_resolved(config, network.config, sum(p.numel() for p in network.parameters()))
+            cli.print_resolved(config, network)
             return
         network = network.to(device=device, memory_format=torch.channels_last)
         if config.label_emphasis != 1 and network.num_classes == 0:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from fastdmd import cli, trainer
-from fastdmd.checkpoint import RunFolder, load_network
+from fastdmd import cli, teachers, trainer
+from fastdmd.checkpoint import RunFolder
 from fastdmd.config import TRAIN_PRESETS, TrainConfig
 
 
@@ -13,13 +13,13 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(TrainConfig, "fastdmd.train", arguments, TRAIN_PRESETS)
     with cli.user_errors("fastdmd.train"):
         device = cli.resolve_device(config.device)
-        teacher, metadata = load_network(cli.teacher_path(config.teacher), device=device)
+        teacher, metadata = teachers.read(config.teacher, config.adapter, device)
         if metadata["kind"] != "teacher":
             raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
         config = config.for_teacher(teacher)
         dataset = cli.load_data(config, teacher)
         if config.dry_run:
-            cli.print_resolved(config, teacher.config, sum(p.numel() for p in teacher.parameters()))
+            cli.print_resolved(config, teacher)
             return
         evaluation = cli.make_evaluation(config, teacher, dataset, device)
         run = RunFolder(config.resolved_out, cli.to_json(config))

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "fastdmd"
 # A module may import from its own layer's predecessors, and inside a layer from names further left.
 LAYERS = [
     "_native", "kernels", "ops", "diffusion", "dmd2", "data_formats", "data", "unet_config", "unet_blocks", "unet",
-    "optim", "step", "precision", "checkpoint", "metrics", "quality", "config", "cli", "trainer", "train", "pretrain",
-    "sample", "evaluate",
+    "optim", "step", "precision", "imports", "adapters", "diffusers_unet", "checkpoint", "teachers", "metrics",
+    "quality", "config", "cli", "trainer", "train", "pretrain", "sample", "evaluate",
 ]  # fmt: skip
 
 
