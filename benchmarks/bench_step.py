@@ -27,9 +27,8 @@ from benchmarks.environment import ROOT, describe
 from benchmarks.fair import FairDMD2
 from benchmarks.floor import Floor, Recorder
 from benchmarks.textbook import textbook_like
-from fastdmd import trainer
-from fastdmd.checkpoint import load_network
-from fastdmd.cli import resolve_device, teacher_path
+from fastdmd import teachers, trainer
+from fastdmd.cli import resolve_device
 from fastdmd.config import TrainConfig
 from fastdmd.unet import UNet, UNetConfig
 
@@ -72,7 +71,7 @@ class Loop:
 
 
 def make_teacher(preset: str, device: torch.device) -> UNet:
-    config = NETWORKS.get(preset) or load_network(teacher_path("mnist"))[0].config
+    config = NETWORKS.get(preset) or teachers.load("mnist").config
     torch.manual_seed(0)
     network = UNet(config)
     with torch.no_grad():

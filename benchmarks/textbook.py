@@ -84,8 +84,13 @@ class TextbookDMD2:
         x_gen = x_gen.detach()
         x_t = x_gen + draws.fake_sigma.view(-1, 1, 1, 1) * draws.fake_noise
         pred_fake = self.fake_score(x_t, draws.fake_sigma, draws.class_labels)
-        weight = 1 / draws.fake_sigma**2 + 1 / self.sigma_data**2
-        loss_fake = torch.mean(weight.view(-1, 1, 1, 1) * (pred_fake - x_gen) ** 2)
+        if self.fake_score.dynamics == "flow":
+            time = (draws.fake_sigma / (1 + draws.fake_sigma)).view(-1, 1, 1, 1)
+            x_time = (1 - time) * x_gen + time * draws.fake_noise
+            loss_fake = F.mse_loss((x_time - pred_fake) / time, draws.fake_noise - x_gen)
+        else:
+            weight = 1 / draws.fake_sigma**2 + 1 / self.sigma_data**2
+            loss_fake = torch.mean(weight.view(-1, 1, 1, 1) * (pred_fake - x_gen) ** 2)
         loss_fake.backward()
         self._update(1, self.fake_score, self.guidance_optimizer)
         return loss_dm, loss_fake
@@ -114,9 +119,8 @@ def textbook_like(config, teacher, loop=TextbookDMD2, **options):
 
 
 def main():
-    from fastdmd import trainer
-    from fastdmd.checkpoint import load_network
-    from fastdmd.cli import resolve_device, teacher_path
+    from fastdmd import teachers, trainer
+    from fastdmd.cli import resolve_device
     from fastdmd.config import TrainConfig
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -128,7 +132,7 @@ def main():
     arguments = parser.parse_args()
     config = TrainConfig(batch_size=arguments.batch_size, lr_schedule="constant")
     device = resolve_device(arguments.device)
-    teacher, _ = load_network(teacher_path("mnist"), device=device)
+    teacher = teachers.load("mnist", device=device)
     draws = trainer.make_draws(config, teacher, device)
     models = {"textbook": textbook_like(config, teacher), "fastdmd": trainer.build(config, teacher)}
     seconds = {name: [] for name in models}

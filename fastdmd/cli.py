@@ -7,18 +7,17 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import tyro
 
 from fastdmd import data
-from fastdmd.checkpoint import ASSETS
+from fastdmd.adapters import Adapted
 from fastdmd.config import EvaluationConfig
 from fastdmd.diffusion import Denoiser
 from fastdmd.quality import Evaluation
-from fastdmd.unet import UNetConfig
+from fastdmd.unet import UNet
 
 Config = TypeVar("Config")
 
@@ -67,11 +66,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def teacher_path(name: str) -> Path:
-    """The file behind a name: `mnist` is the embedded teacher, anything else a path."""
-    return ASSETS / "teacher.safetensors" if name == "mnist" else Path(name)
-
-
 def make_evaluation(config: EvaluationConfig, network: Denoiser, dataset: data.Dataset | None,
                     device: torch.device) -> Evaluation | None:  # fmt: skip
     """What the final figures are measured with; None where the user wants none."""
@@ -99,7 +93,13 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def print_resolved(config: Any, network: UNetConfig, **parts: dict) -> None:
+def print_resolved(config: Any, network: UNet | Adapted, **parts: Any) -> None:
     """What `--dry-run` shows, as JSON."""
-    resolved = {**to_json(config), "network": dataclasses.asdict(network), **parts}
+    if isinstance(network, UNet):
+        description = dataclasses.asdict(network.config)
+    else:
+        description = {"class": type(network.network).__name__, **network.describe()}
+        description["options"].pop("alphas_cumprod", None)  # a thousand numbers
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    resolved = {**to_json(config), "network": {**description, "num_parameters": num_parameters}, **parts}
     print(json.dumps(resolved, indent=2))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+DDPM_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # first and last
+DDPM_SCHEDULES = (*DDPM_BETAS, "cosine", "squaredcos_cap_v2")
 
 
 class Denoiser(Protocol):
@@ -71,6 +75,37 @@ def preconditioning(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Ten
     variance = sigma**2 + sigma_data**2
     c_in = variance.rsqrt()
     return sigma_data**2 / variance, sigma * sigma_data * c_in, c_in, sigma.log() / 4
+
+
+def ddpm_alphas_cumprod(
+    schedule: str = "linear", num_steps: int = 1000, *, beta_start: float | None = None, beta_end: float | None = None
+) -> Tensor:
+    """`abar_t = prod(1 - beta_s, s <= t)` of a DDPM, descending, float64 `[num_steps]`; `sigma_t^2 = 1 / abar_t - 1`.
+
+    `linear`: beta from 1e-4 to 0.02 (Ho et al. 2020); `scaled_linear`: the square of a line, from 0.00085 to 0.012
+    (Rombach et al. 2022); `cosine`, also called `squaredcos_cap_v2`: `abar_t = cos^2((t / T + 0.008) / 1.008 * pi / 2)`
+    with beta at most 0.999 (Nichol & Dhariwal 2021).
+    """
+    if num_steps < 2:
+        raise ValueError(f"fastdmd.ddpm_alphas_cumprod: expected num_steps >= 2, got {num_steps}")
+    if schedule in ("cosine", "squaredcos_cap_v2"):
+        time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+        abar = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+        betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+    elif schedule in DDPM_BETAS:
+        start, end = (given or default for given, default in zip((beta_start, beta_end), DDPM_BETAS[schedule],
+                                                                 strict=True))  # fmt: skip
+        if not 0 < start < end < 1:
+            raise ValueError(
+                f"fastdmd.ddpm_alphas_cumprod: expected 0 < beta_start < beta_end < 1, got {start} and {end}"
+            )
+        power = 2 if schedule == "scaled_linear" else 1
+        betas = torch.linspace(start ** (1 / power), end ** (1 / power), num_steps, dtype=torch.float64) ** power
+    else:
+        raise ValueError(
+            f"fastdmd.ddpm_alphas_cumprod: expected schedule out of {', '.join(DDPM_SCHEDULES)}, got {schedule}"
+        )
+    return (1 - betas).cumprod(0)
 
 
 def loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:

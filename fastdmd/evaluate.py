@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from fastdmd import cli
-from fastdmd.checkpoint import load_network, versions, write_atomically
+from fastdmd import cli, teachers
+from fastdmd.checkpoint import versions, write_atomically
 from fastdmd.config import EvaluateConfig
 from fastdmd.quality import table
 from fastdmd.sample import sampler_of
@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(EvaluateConfig, "fastdmd.evaluate", arguments)
     with cli.user_errors("fastdmd.evaluate"):
         device = cli.resolve_device(config.device)
-        network, metadata = load_network(cli.teacher_path(config.weights), device=device)
+        network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler, evaluations = sampler_of(network, metadata, config.teacher_steps)
         dataset = cli.load_data(config, network)
         if config.out is not None and not config.out.parent.is_dir():

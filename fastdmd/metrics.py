@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastdmd.data import Dataset, to_uint8
+from fastdmd.imports import import_network
 
 ASSETS = Path(__file__).parent / "assets"
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor | None]]  # images [B, C, H, W] in [-1, 1], labels [B]
@@ -226,8 +226,10 @@ def load_feature_network(
     elif Path(source).suffix in (".pt", ".ts"):
         with open(source, "rb") as file:
             module = torch.jit.load(file, map_location="cpu")
+    elif not all(str(source).partition(":")):
+        raise _error("load_feature_network", "a .pt or .ts file or 'package.module:name'", repr(source))
     else:
-        module = _import_module(str(source))
+        module = import_network(str(source), "metrics.load_feature_network")
     module = module.eval().to(device)
 
     @torch.no_grad()
@@ -267,20 +269,6 @@ def dataset_batches(
 
 def _error(function: str, expected: str, got: object, *, kind: type[Exception] = ValueError) -> Exception:
     return kind(f"fastdmd.metrics.{function}: expected {expected}, got {got}")
-
-
-def _import_module(source: str) -> torch.nn.Module:
-    package, _, name = source.partition(":")
-    if not package or not name:
-        raise _error("load_feature_network", "a .pt or .ts file or 'package.module:name'", repr(source))
-    try:
-        found = getattr(importlib.import_module(package), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise _error("load_feature_network", f"{source} to be importable", error) from error
-    module = found if isinstance(found, torch.nn.Module) or not callable(found) else found()
-    if not isinstance(module, torch.nn.Module):
-        raise _error("load_feature_network", f"{source} to be a Module", type(module), kind=TypeError)
-    return module
 
 
 def _feature_batches(batches: Batches, feature_network: FeatureNetwork) -> Iterator[tuple]:

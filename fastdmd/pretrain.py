@@ -5,18 +5,93 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from fastdmd import cli, data, diffusion, dmd2
-from fastdmd.checkpoint import RunFolder, SampleHistory, load_network, save_network, versions
-from fastdmd.config import PretrainConfig
+from fastdmd import cli, data, diffusion, dmd2, teachers
+from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
+from fastdmd.config import EvaluationConfig, Switch, require, require_fraction, require_positive
 from fastdmd.optim import AdamWEMA
 from fastdmd.quality import Evaluation, Measurement, table, teacher_sampler
 from fastdmd.trainer import NUM_SAMPLE_COLUMNS, interruptible, sample_inputs
-from fastdmd.unet import UNet
+from fastdmd.unet import UNet, UNetConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(EvaluationConfig):
+    """Train a teacher. The embedded MNIST teacher has these defaults, --label-emphasis 1.3 and
+    --weights-dtype float16."""
+
+    out: Path = Path("runs/teacher")
+    """Run folder; must not hold a run yet."""
+    init: str | None = None
+    """Weight file of a teacher to go on from, or `mnist`: the embedded one. Its architecture overrules these flags."""
+    iterations: int = 11_500
+    """Number of optimizer updates."""
+    batch_size: int = 128
+    """Images per update."""
+    learning_rate: float = 1.5e-3
+    """Peak learning rate of AdamW; falls to zero along a cosine."""
+    warmup_iterations: int = 300
+    """Updates over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    ema_decay: float = 0.999
+    """Decay of the average of the weights, per update. The average is the teacher."""
+    dynamics: Literal["edm", "flow"] = "edm"
+    """EDM's preconditioning and objective, or flow matching's velocity, noise minus image."""
+    sigma_mean: float = -0.2
+    """Mean of ln(sigma) in training, which is logit(t) in flow matching."""
+    sigma_std: float = 1.5
+    """Standard deviation of ln(sigma) in training."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data, as the preconditioning assumes it."""
+    patch_size: int = 2
+    """Pixels per side folded into channels before the first convolution."""
+    model_channels: int = 48
+    """Width that the multipliers refer to, and width of the noise embedding."""
+    channel_multipliers: tuple[int, ...] = (1, 2)
+    """Width at each resolution, finest first, in units of model_channels."""
+    num_blocks: int = 1
+    """Residual blocks at each resolution of the encoder."""
+    attention_resolutions: tuple[int, ...] = (7,)
+    """Feature-map sizes with self-attention."""
+    channels_per_head: int = 0
+    """Channels of an attention head; 0 means one head."""
+    adaptive_scale: bool = True
+    """Embeddings scale and shift normalised features (ADM); otherwise they are added (DDPM++)."""
+    dropout: float = 0.0
+    """Dropout probability inside residual blocks."""
+    log_every: int = 100
+    """Iterations between lines of metrics.jsonl."""
+    snapshots: int = 10
+    """How often, over the run, weights and samples are written."""
+    label_emphasis: float = 1.0
+    """After training, class embeddings move this much farther from their mean: classes more distinct, variety less."""
+    weights_dtype: Literal["float32", "float16"] = "float32"
+    """Precision of the weights in the file; float16 halves it. What is measured is what the file holds."""
+    dry_run: Switch = False
+    """Print the resolved configuration and stop."""
+
+    def check(self) -> None:
+        super().check()
+        require(self, 1, "iterations", "batch_size", "log_every", "snapshots")
+        require(self, 0, "warmup_iterations", "weight_decay", "channels_per_head")
+        require_positive(self, "learning_rate", "max_grad_norm", "sigma_std", "sigma_data", "label_emphasis")
+        require_fraction(self, "ema_decay", "dropout")
+
+    def network(self, image_shape: tuple[int, int, int], num_classes: int) -> UNetConfig:
+        """The network for images `(C, H, W)`."""
+        shared = {field.name for field in dataclasses.fields(UNetConfig)} & set(vars(self))
+        architecture = {name: getattr(self, name) for name in shared}
+        return UNetConfig(
+            image_channels=image_shape[0], image_size=image_shape[1], num_classes=num_classes, **architecture
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,13 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
         if config.init is None:
             network = UNet(config.network(dataset.image_shape, dataset.num_classes))
         else:
-            network, _ = load_network(cli.teacher_path(config.init))
+            network = teachers.load(config.init)
+            if not isinstance(network, UNet):
+                raise ValueError(f"expected --init to be a network of fastdmd, got a {type(network).__name__}")
             network.requires_grad_(True)
             dataset = dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
         if config.dry_run:
-            cli.print_resolved(
-                config, network.config, budget={"num_parameters": sum(p.numel() for p in network.parameters())}
-            )
+            cli.print_resolved(config, network)
             return
         network = network.to(device=device, memory_format=torch.channels_last)
         if config.label_emphasis != 1 and network.num_classes == 0:

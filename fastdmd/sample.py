@@ -7,20 +7,19 @@ import math
 import numpy as np
 import torch
 
-from fastdmd import cli
-from fastdmd.checkpoint import image_grid, load_network, write_atomically
+from fastdmd import cli, teachers
+from fastdmd.checkpoint import image_grid, write_atomically
 from fastdmd.config import SampleConfig
 from fastdmd.data import to_uint8
-from fastdmd.diffusion import random_generator
+from fastdmd.diffusion import Denoiser, random_generator
 from fastdmd.quality import SAMPLING_STREAM, Sampler, balanced_labels, one_step_sampler, teacher_sampler
-from fastdmd.unet import UNet
 
 
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(SampleConfig, "fastdmd.sample", arguments)
     with cli.user_errors("fastdmd.sample"):
         device = cli.resolve_device(config.device)
-        network, metadata = load_network(cli.teacher_path(config.weights), device=device)
+        network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler, _ = sampler_of(network, metadata, config.teacher_steps)
         labels = parse_labels(config.labels, config.num, network.num_classes)
         if not config.out.parent.is_dir():
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{config.out}: {config.num} images")
 
 
-def sampler_of(network: UNet, metadata: dict, num_steps: int) -> tuple[Sampler, int]:
+def sampler_of(network: Denoiser, metadata: dict, num_steps: int) -> tuple[Sampler, int]:
     """The sampler that a weight file asks for, and its number of evaluations per image."""
     if metadata.get("kind") == "generator":
         return one_step_sampler(network, metadata["conditioning_sigma"]), 1
@@ -51,7 +50,7 @@ def parse_labels(text: str | None, num_images: int, num_classes: int) -> torch.T
 
 
 def sample(
-    network: UNet, sampler: Sampler, labels: torch.Tensor | None, config: SampleConfig, device: torch.device
+    network: Denoiser, sampler: Sampler, labels: torch.Tensor | None, config: SampleConfig, device: torch.device
 ) -> torch.Tensor:
     """`[num, C, H, W]` in [-1, 1] on the CPU; the noise is a function of the seed alone, not of the batch size."""
     generator = random_generator(config.seed, 0, stream=SAMPLING_STREAM)

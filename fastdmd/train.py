@@ -8,9 +8,9 @@ import sys
 import torch
 from torch import nn
 
-from fastdmd import cli, trainer
+from fastdmd import cli, teachers, trainer
 from fastdmd.budget import Budget, estimate
-from fastdmd.checkpoint import RunFolder, load_network
+from fastdmd.checkpoint import RunFolder
 from fastdmd.config import TrainConfig
 from fastdmd.presets import PRESETS
 from fastdmd.unet import UNet
@@ -26,9 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
         dataset = cli.load_data(config, teacher)
         budget = budget_of(config, teacher, device)
         if config.dry_run:
-            cli.print_resolved(config, teacher.config, budget=budget.report())
+            cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return
-        if (advice := budget.advice()) is not None:
+        if budget is not None and (advice := budget.advice()) is not None:
             if budget.state_bytes > budget.available_bytes:
                 raise ValueError(advice)
             print(f"{advice} (an estimate)")
@@ -54,7 +54,7 @@ def load_teacher(config: TrainConfig, device: torch.device) -> tuple[nn.Module, 
             raise ValueError(f"expected --teacher, for --preset {config.preset} {preset.teacher_file}, got none")
         with torch.device("meta"):
             return UNet(preset.network).to(memory_format=torch.channels_last), {}
-    teacher, metadata = load_network(cli.teacher_path(config.teacher), device=device)
+    teacher, metadata = teachers.read(config.teacher, config.adapter, device)
     if metadata["kind"] != "teacher":
         raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
     if preset.network is not None:
@@ -67,9 +67,15 @@ def load_teacher(config: TrainConfig, device: torch.device) -> tuple[nn.Module, 
     return teacher, metadata
 
 
-def budget_of(config: TrainConfig, teacher: nn.Module, device: torch.device) -> Budget:
+def budget_of(config: TrainConfig, teacher: nn.Module, device: torch.device) -> Budget | None:
+    """None where the teacher is somebody's module that does not run on meta tensors."""
     eager = dataclasses.replace(config, execution="eager", compile=False)  # what meta tensors can do
-    return estimate(teacher, lambda network: trainer.build(eager, network), config.batch_size, device)
+    try:
+        return estimate(teacher, lambda network: trainer.build(eager, network), config.batch_size, device)
+    except Exception:
+        if isinstance(teacher, UNet):
+            raise
+        return None
 
 
 if __name__ == "__main__":

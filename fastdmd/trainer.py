@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdmd import diffusion, dmd2
+from fastdmd.adapters import Adapted
 from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
 from fastdmd.config import TrainConfig
 from fastdmd.diffusion import Denoiser, random_generator
@@ -27,7 +28,7 @@ NUM_SAMPLE_ROWS = 10  # of samples.png, at most: one row per class
 NUM_SAMPLE_COLUMNS = 11  # the first repeats its noise through the run
 
 
-def build(config: TrainConfig, teacher: UNet) -> DMD2:
+def build(config: TrainConfig, teacher: UNet | Adapted) -> DMD2:
     """The networks and optimizers of one distillation."""
     config = config.for_teacher(teacher)
     shared = dict(
@@ -71,7 +72,7 @@ def make_draws(config: TrainConfig, network: Denoiser, device: torch.device) -> 
     return lambda step: dmd2.draw(shape, network.num_classes, sigmas, min_step, max_step, seed=config.seed, step=step)
 
 
-def distill(config: TrainConfig, teacher: UNet, run: RunFolder, evaluation: Evaluation | None,
+def distill(config: TrainConfig, teacher: UNet | Adapted, run: RunFolder, evaluation: Evaluation | None,
             teacher_record: dict | None = None) -> dict:  # fmt: skip
     """Trains, saves, measures; returns the summary that it wrote.
 
@@ -191,7 +192,7 @@ class Meter:
         return values
 
 
-def save_generator(config: TrainConfig, run: RunFolder, generator: UNet, iteration: int) -> None:
+def save_generator(config: TrainConfig, run: RunFolder, generator: UNet | Adapted, iteration: int) -> None:
     save_network(
         run.path / "generator.safetensors", generator, kind="generator", conditioning_sigma=config.conditioning_sigma,
         iterations=iteration, config=dataclasses.asdict(config),

@@ -21,3 +21,6 @@ def digits(num=40):
     """Random images `[num, 1, 28, 28]` of three classes, sorted by class."""
     images = np.random.default_rng(0).integers(0, 256, (num, 1, 28, 28), np.uint8)
     return images, np.sort(np.arange(num) % 3)
+
+
+INFORMED = {"image_shape": (1, 8, 8), "num_classes": 3, "labels": "one_hot", "sigma_data": 0.5}
