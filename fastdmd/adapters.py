@@ -31,7 +31,7 @@ class AdapterOptions:
     """Channels, height, width. Default: the network's image_shape, or img_channels and img_resolution."""
     num_classes: int | None = None
     """0: no labels. Default: the network's num_classes or label_dim."""
-    labels: Literal["int", "one_hot", "none"] | None = None
+    labels: Annotated[Literal["int", "one_hot", "none"] | None, tyro.conf.arg(name="label-format")] = None
     """How it takes labels. Default: int, or one_hot where it has a label_dim."""
     sigma_data: Annotated[float | None, tyro.conf.arg(name="teacher-sigma-data")] = None
     """Standard deviation of its data. Default: the network's sigma_data; without that 0.5, but for edm."""
@@ -196,7 +196,9 @@ class Adapted(nn.Module):
 
 def flag(name: str) -> str:
     """The flag of an option."""
-    names = {"sigma_data": "teacher_sigma_data", "num_train_timesteps": "schedule_timesteps"}
+    names = {
+        "sigma_data": "teacher_sigma_data", "num_train_timesteps": "schedule_timesteps", "labels": "label_format"
+    }  # fmt: skip
     return f"--{names.get(name, name).replace('_', '-')}"
 
 
@@ -219,7 +221,7 @@ def _shape_and_labels(options: AdapterOptions, network: nn.Module) -> dict[str, 
     if num_classes is None:
         raise _missing("num-classes", "num_classes", network)
     if num_classes < 0 or (num_classes > 0) != (labels != "none") and labels is not None:
-        raise _error("--num-classes > 0 with --labels int or one_hot, 0 with none", f"{num_classes} and {labels}")
+        raise _error("--num-classes > 0 with --label-format int or one_hot, 0 with none", f"{num_classes} and {labels}")
     if labels is None:
         labels = "none" if num_classes == 0 else "one_hot" if hasattr(network, "label_dim") else "int"
     return {"image_shape": tuple(shape), "num_classes": num_classes, "labels": labels}
