@@ -65,7 +65,7 @@ def _operations(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     try:
         for opcode, argument, _ in pickletools.genops(file):
             yield opcode.name, argument
-    except ValueError as error:
+    except (ValueError, Warning) as error:  # a warning, under `python -W error`, of a bad escape in a name
         reason = str(error).splitlines()[0][:120]
         raise Refused(f"a broken pickle: {reason.encode('ascii', 'backslashreplace').decode()}") from error
 

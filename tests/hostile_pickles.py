@@ -146,7 +146,8 @@ REFUSED = {
     "number as a module": (lambda: with_module(3), "3 as the member a"),
     "tensor as a module": (lambda: with_module(torch.zeros(1)), "some Tensor as the member a"),
     "module as a tensor": (
-        lambda: dumps({"ema": module("EDMPrecond", {"a": module("Layer")}, _init_kwargs={})}), "some Inert as the member a"
+        lambda: dumps({"ema": module("EDMPrecond", {"a": module("Layer")}, _init_kwargs={})}),
+        "some Inert as the member a",
     ),
     "dotted name": (lambda: with_module(module("Layer", {"a.b": torch.zeros(1)})), "the name 'a.b' in _parameters"),
     "long name": (lambda: with_module(module("Layer", {"a" * 101: torch.zeros(1)})), "the name 'aaaaaaaaa"),
@@ -155,7 +156,8 @@ REFUSED = {
         lambda: with_module(Call("torch.nn.modules.container", "ModuleDict")), "a ModuleDict without a state"
     ),
     "same name twice": (
-        lambda: with_module(module("Layer", {"a": torch.zeros(1)}, {"a": torch.zeros(1)})), "some Tensor as the member a.a"
+        lambda: with_module(module("Layer", {"a": torch.zeros(1)}, {"a": torch.zeros(1)})),
+        "some Tensor as the member a.a",
     ),
     # Tensors.
     "10 GB shape": (lambda: with_tensor(size=(BIG,), stride=(0,)), "a tensor that reaches beyond its storage"),
@@ -236,7 +238,7 @@ REFUSED = {
     "state for a global": (
         lambda: assemble(LOAD, b"N}", text("__defaults__"), b")s\x86b"), "a pickle that fills or calls some Global"
     ),
-    "state for a dictionary": (lambda: assemble(b"}", b"}", text("a"), b"Nsb"), "a pickle that fills or calls some dict"),
+    "state for a dictionary": (lambda: assemble(b"}}", text("a"), b"Nsb"), "a pickle that fills or calls some dict"),
     "state for a tensor": (
         lambda: dumps(tensor())[:-1] + b"}" + text("data") + b"Nsb.", "a pickle that fills or calls some Tensor"
     ),
