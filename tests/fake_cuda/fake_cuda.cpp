@@ -29,7 +29,7 @@ struct Hooks : at::CUDAHooksInterface {
   bool supportsDepthwiseConvolutionWithCuDNN() const override { return true; }
   bool supportsBFloat16ConvolutionWithCuDNNv8() const override { return true; }
   long versionCuDNN() const override { return 91900; }
-  long versionRuntimeCuDNN() const override { return 91900; }
+  long versionRuntimeCuDNN() const { return 91900; }  // not in every torch
 };
 
 using Optional = const std::optional<at::Tensor>&;
