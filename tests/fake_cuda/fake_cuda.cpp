@@ -1,7 +1,7 @@
 // A CUDA device that does nothing: lets autograd run on fake CUDA tensors where torch has no CUDA.
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/transformers/attention.h>
-#include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {
@@ -29,7 +29,7 @@ struct Hooks : at::CUDAHooksInterface {
   bool supportsDepthwiseConvolutionWithCuDNN() const override { return true; }
   bool supportsBFloat16ConvolutionWithCuDNNv8() const override { return true; }
   long versionCuDNN() const override { return 91900; }
-  long versionRuntimeCuDNN() const override { return 91900; }
+  long versionRuntimeCuDNN() const { return 91900; }  // not in every torch
 };
 
 using Optional = const std::optional<at::Tensor>&;
@@ -39,7 +39,7 @@ int64_t attention(const at::Tensor& query, const at::Tensor&, const at::Tensor&,
                   std::optional<double>, bool) {
   const bool half = query.scalar_type() == at::kBFloat16 || query.scalar_type() == at::kHalf;
   const bool flash = half && !mask && query.sym_size(3) <= 256;
-  return static_cast<int64_t>(flash ? sdp::SDPBackend::flash_attention : sdp::SDPBackend::math);
+  return static_cast<int64_t>(flash ? at::SDPBackend::flash_attention : at::SDPBackend::math);
 }
 
 [[maybe_unused]] const bool registered = (at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(attention), true);
