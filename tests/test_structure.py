@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "fastdmd"
 LAYERS = [
     "_native", "kernels", "ops", "diffusion", "dmd2", "data_formats", "data", "unet_config", "unet_blocks", "unet",
     "optim", "step", "precision", "checkpoint", "metrics", "quality", "config", "cli", "trainer", "train", "pretrain",
-    "sample", "evaluate",
+    "sample", "evaluate", "export",
 ]  # fmt: skip
 
 
