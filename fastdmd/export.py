@@ -47,10 +47,6 @@ class ExportConfig:
     """The file is not kept if its images, in [-1, 1], differ by more from those of the same (rounded) weights."""
 
     def check(self) -> None:
-        if self.out.suffix not in WRITERS:
-            raise ValueError(f"expected --out ending in {', '.join(WRITERS)}, got {self.out}")
-        if self.out.suffix != ".safetensors" and self.weights_dtype != "float32":
-            raise ValueError(f"expected --weights-dtype float32 for {self.out.suffix}, got {self.weights_dtype}")
         if self.out.resolve() == self.weights.resolve():
             raise ValueError(f"expected --out other than the weights themselves, got {self.out}")
         if not 0 < self.tolerance < float("inf"):
@@ -81,12 +77,16 @@ def export_generator(network: UNet, path: Path, *, conditioning_sigma: float,
     classes, `class_labels` (int64 `[B]`), for any B, and return images in [-1, 1], as `dmd2.generate` does. They hold
     plain PyTorch and ONNX operations alone.
 
-    Returns the greatest absolute difference between images of the file and of `network`. Raises ValueError if images
-    differ by more than `tolerance` from those of the weights rounded to `weights_dtype`, OSError if the file cannot
-    be written, ValueError without the packages of ONNX, too; whatever was at `path` is then still there.
+    Returns the greatest absolute difference between images of the file and of `network`. Raises OSError if the file
+    cannot be written, ValueError for a format that cannot be, without the packages of ONNX, or if images differ by more
+    than `tolerance` from those of the weights rounded to `weights_dtype`; whatever was at `path` is then still there.
     """
     if path.suffix not in WRITERS:
         raise ValueError(f"fastdmd.export_generator: expected a file ending in {', '.join(WRITERS)}, got {path}")
+    if path.suffix != ".safetensors" and weights_dtype != torch.float32:
+        raise ValueError(
+            f"fastdmd.export_generator: expected weights_dtype float32 for {path.suffix}, got {weights_dtype}"
+        )
     if path.is_dir() or not path.parent.is_dir():
         raise FileNotFoundError(f"fastdmd.export_generator: expected a file in an existing folder, got {path}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
@@ -155,9 +155,13 @@ class OneStep(nn.Module):
 def trace(network: UNet, conditioning_sigma: float) -> ExportedProgram:
     """The program `noise, class_labels -> images`, for any batch size; unconditional ones have no `class_labels`."""
     inputs = tuple(value for value in make_inputs(network, TRACED_BATCH) if value is not None)
-    batch = Dim("batch")
-    dynamic_shapes = {name: {0: batch} for name, _ in zip(("noise", "class_labels"), inputs, strict=False)}
-    return torch.export.export(OneStep(network, conditioning_sigma).eval(), inputs, dynamic_shapes=dynamic_shapes)
+    module = OneStep(network, conditioning_sigma).eval()
+    return torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes(network))
+
+
+def dynamic_shapes(network: UNet) -> dict[str, dict[int, Dim]]:
+    names = ("noise", "class_labels") if network.num_classes else ("noise",)
+    return dict.fromkeys(names, {0: Dim("batch")})
 
 
 def write_weights(network: UNet, path: Path, conditioning_sigma: float, weights_dtype: torch.dtype) -> Sampler:
@@ -186,8 +190,9 @@ def write_onnx(network: UNet, path: Path, conditioning_sigma: float, _: torch.dt
 
     with quiet():
         program = torch.onnx.export(
-            trace(network, conditioning_sigma), dynamo=True, verbose=False, output_names=["images"]
-        )
+            trace(network, conditioning_sigma), dynamo=True, verbose=False, output_names=["images"],
+            dynamic_shapes=dynamic_shapes(network),
+        )  # fmt: skip
         program.model.metadata_props.update(program_metadata(network, conditioning_sigma))
         program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

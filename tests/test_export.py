@@ -18,76 +18,103 @@ from fastdmd.checkpoint import load_network, save_network
 from fastdmd.unet import UNetConfig
 
 SIGMA = 40.0
-TINY = dict(image_size=8, model_channels=8, channel_multipliers=(1,), num_blocks=1, attention_resolutions=())
+TINY = dict(model_channels=8, num_blocks=1, attention_resolutions=())  # the middle attends all the same
 VARIANTS = {
-    "conditional": UNetConfig(**TINY, num_classes=10, patch_size=2),
-    "unconditional": UNetConfig(**TINY, num_classes=0, image_channels=3),
-    "adm": UNetConfig(
-        **TINY | dict(channel_multipliers=(1, 2)), num_classes=4, adm=True, adaptive_scale=True, channels_per_head=4
+    "ddpm++, conditional": UNetConfig(
+        **TINY, image_size=16, patch_size=2, num_classes=10, channel_multipliers=(1, 2), embedding="ddpmpp"
     ),
-    "ncsn++": UNetConfig(
-        **TINY | dict(channel_multipliers=(1, 2)), num_classes=0, embedding="fourier", noise_multiplier=2,
-        encoder="residual", resample_filter=(1, 3, 3, 1),
+    "ncsn++, unconditional": UNetConfig(
+        **TINY, image_size=8, image_channels=3, num_classes=0, channel_multipliers=(1, 2), embedding="fourier",
+        noise_multiplier=2, encoder="residual", resample_filter=(1, 3, 3, 1),
+    ),
+    "adm": UNetConfig(
+        **TINY, image_size=8, num_classes=4, channel_multipliers=(2,), adm=True, adaptive_scale=True,
+        channels_per_head=4,
     ),
 }  # fmt: skip
+SMALLEST = UNetConfig(**TINY, image_size=8, num_classes=3, channel_multipliers=(1,))
 
-RUN_PROGRAM = """
-import json, sys
+# Each reads lines `program inputs outputs`; an import of fastdmd fails.
+RUN_PROGRAMS = """
+import sys
 import numpy as np, torch
-sys.modules["fastdmd"] = None  # an import of it fails
-extra_files = {"fastdmd.json": ""}
-program = torch.export.load(sys.argv[1], extra_files=extra_files)
-inputs = [torch.from_numpy(array) for array in np.load(sys.argv[2]).values()]
-images = program.module()(*inputs).detach().numpy()
-foreign = [str(node.target) for node in program.graph.nodes if "fastdmd" in str(node.target)]
-np.savez(sys.argv[3], images=images, metadata=extra_files["fastdmd.json"], foreign=foreign)
+sys.modules["fastdmd"] = None
+for line in sys.stdin:
+    exported, given, made = line.split()
+    extra_files = {"fastdmd.json": ""}
+    program = torch.export.load(exported, extra_files=extra_files)
+    images = program.module()(*(torch.from_numpy(array) for array in np.load(given).values())).detach().numpy()
+    foreign = [str(node.target) for node in program.graph.nodes if "fastdmd" in str(node.target)]
+    np.savez(made, images=images, metadata=extra_files["fastdmd.json"], foreign=foreign)
 """
 RUN_ONNX = """
 import json, sys
 import numpy as np, onnxruntime
 sys.modules["fastdmd"] = sys.modules["torch"] = None
-session = onnxruntime.InferenceSession(sys.argv[1])
-images = session.run(["images"], dict(np.load(sys.argv[2])))[0]
-shapes = [str(value.shape) for value in (*session.get_inputs(), *session.get_outputs())]
-metadata = json.dumps(session.get_modelmeta().custom_metadata_map)
-np.savez(sys.argv[3], images=images, metadata=metadata, shapes=shapes)
+for line in sys.stdin:
+    exported, given, made = line.split()
+    session = onnxruntime.InferenceSession(exported)
+    images = session.run(["images"], dict(np.load(given)))[0]
+    shapes = [str(value.shape) for value in (*session.get_inputs(), *session.get_outputs())]
+    np.savez(made, images=images, metadata=json.dumps(session.get_modelmeta().custom_metadata_map), shapes=shapes)
 """
 
 
-@pytest.fixture(params=VARIANTS)
-def generator_file(request, tmp_path) -> Path:
-    return write_generator(tmp_path, VARIANTS[request.param])
-
-
-def write_generator(folder: Path, config: UNetConfig = VARIANTS["conditional"]) -> Path:
+def write_generator(folder: Path, config: UNetConfig = SMALLEST) -> Path:
     path = folder / "generator.safetensors"
     save_network(path, make_network(config), kind="generator", conditioning_sigma=SIGMA, iterations=7, record=[1, 2])
     return path
 
 
-def expected_images(generator_file, batch_size):
-    """Inputs as arrays by name, and what `dmd2.generate` makes of them."""
-    generator, _ = load_network(generator_file)
-    noise = torch.randn(batch_size, *generator.image_shape, generator=torch.Generator().manual_seed(1))
-    labels = torch.arange(batch_size) % generator.num_classes if generator.num_classes else None
-    images = dmd2.generate(generator, noise, labels, conditioning_sigma=SIGMA)
-    arrays = {"noise": noise.numpy()} | ({} if labels is None else {"class_labels": labels.numpy()})
-    return arrays, images
+@pytest.fixture(scope="module")
+def generator_files(tmp_path_factory) -> list[Path]:
+    return [write_generator(tmp_path_factory.mktemp("variant"), config) for config in VARIANTS.values()]
 
 
-def run_elsewhere(code, exported, arrays):
-    """Runs a program in a new process that cannot import fastdmd."""
-    given, made = exported.parent / "inputs.npz", exported.parent / "outputs.npz"
-    np.savez(given, **arrays)
-    subprocess.run([sys.executable, "-c", code, exported, given, made], check=True, cwd=exported.parent)
-    return np.load(made)
+@pytest.fixture(scope="module", autouse=True)
+def trace_once():
+    """Both programs of a network come from one trace, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        traced, trace = {}, export.trace
+
+        def cached(network, conditioning_sigma):
+            if network.config not in traced:
+                traced[network.config] = trace(network, conditioning_sigma)
+            return traced[network.config]
+
+        patch.setattr(export, "trace", cached)
+        yield
 
 
-def check_metadata(text, generator_file):
-    config = load_network(generator_file)[0].config
-    metadata = {name: json.loads(value) for name, value in json.loads(text).items() if name != "fastdmd_version"}
-    image_shape = [config.image_channels, config.image_size, config.image_size]
-    assert metadata == dict(conditioning_sigma=SIGMA, image_shape=image_shape, num_classes=config.num_classes)
+def export_and_run_elsewhere(generator_files, suffix, code):
+    """Exports each generator and runs what was written, in a process without fastdmd, at a batch size of its own.
+
+    Yields the generator, what the process made, and what `dmd2.generate` makes of the same inputs.
+    """
+    lines, expected = [], []
+    for path in generator_files:
+        exported, given, made = path.with_suffix(suffix), path.with_name("inputs.npz"), path.with_name("outputs.npz")
+        export.main([str(path), "--out", str(exported)])
+        generator, _ = load_network(path)
+        noise = torch.randn(3, *generator.image_shape, generator=torch.Generator().manual_seed(1))
+        labels = torch.tensor([2, 0, 1]) if generator.num_classes else None
+        np.savez(given, noise=noise, **({} if labels is None else {"class_labels": labels}))
+        images = dmd2.generate(generator, noise, labels, conditioning_sigma=SIGMA)
+        assert images.std() > 0.1
+        lines.append(f"{exported} {given} {made}\n")
+        expected.append((generator, made, images))
+    folder = generator_files[0].parent
+    subprocess.run([sys.executable, "-c", code], input="".join(lines), text=True, check=True, cwd=folder)
+    return [(generator, np.load(made), images) for generator, made, images in expected]
+
+
+def check_result(generator, result, images):
+    assert_close(torch.from_numpy(result["images"]), images, atol=1e-5, rtol=0)
+    metadata = {name: json.loads(value) for name, value in json.loads(str(result["metadata"])).items()
+                if name != "fastdmd_version"}  # fmt: skip
+    assert metadata == {
+        "conditioning_sigma": SIGMA, "image_shape": list(generator.image_shape), "num_classes": generator.num_classes
+    }  # fmt: skip
 
 
 def fails(arguments, capsys) -> str:
@@ -98,27 +125,21 @@ def fails(arguments, capsys) -> str:
     return error
 
 
-def test_program_runs_without_fastdmd(generator_file, tmp_path, capsys):
-    exported = tmp_path / "generator.pt2"
-    export.main([str(generator_file), "--out", str(exported)])
-    assert re.search(r"generator.pt2: 0\.\d\d MB, .* by at most \d\.\de-0[678]\n", capsys.readouterr().out)
-    arrays, images = expected_images(generator_file, 3)
-    result = run_elsewhere(RUN_PROGRAM, exported, arrays)
-    assert_close(torch.from_numpy(result["images"]), images, atol=1e-5, rtol=0)
-    assert images.std() > 0.1 and result["foreign"].size == 0
-    check_metadata(str(result["metadata"]), generator_file)
+def test_programs_run_without_fastdmd(generator_files, capsys):
+    for generator, result, images in export_and_run_elsewhere(generator_files, ".pt2", RUN_PROGRAMS):
+        check_result(generator, result, images)
+        assert result["foreign"].size == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(VARIANTS)
+    assert all(re.search(r"generator.pt2: \d\.\d\d MB, .* by at most \d\.\de-0[678]$", line) for line in lines), lines
 
 
-def test_onnx_runs_with_onnxruntime_alone(generator_file, tmp_path):
+def test_onnx_runs_with_onnxruntime_alone(generator_files):
     for package in export.ONNX_PACKAGES:
         pytest.importorskip(package)
-    exported = tmp_path / "generator.onnx"
-    export.main([str(generator_file), "--out", str(exported)])
-    arrays, images = expected_images(generator_file, 3)
-    result = run_elsewhere(RUN_ONNX, exported, arrays)
-    assert_close(torch.from_numpy(result["images"]), images, atol=1e-5, rtol=0)
-    assert all(shape.startswith("['batch'") for shape in result["shapes"]), result["shapes"]
-    check_metadata(str(result["metadata"]), generator_file)
+    for generator, result, images in export_and_run_elsewhere(generator_files, ".onnx", RUN_ONNX):
+        check_result(generator, result, images)
+        assert all(shape.startswith("['batch'") for shape in result["shapes"]), result["shapes"]
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
@@ -138,7 +159,7 @@ def test_weights_come_alone(name, tmp_path):
 
 
 def test_network_is_left_as_it_was(tmp_path):
-    network = make_network(VARIANTS["conditional"])
+    network = make_network(SMALLEST)
     before = [type(module) for module in network.modules()]
     export.OneStep(network, SIGMA)
     assert [type(module) for module in network.modules()] == before
@@ -172,10 +193,10 @@ def test_tolerance_can_be_set(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "a.pth"], "expected --out ending in .safetensors, .pt2, .onnx, got a.pth"),
+        (["--out", "a.pth"], "expected a file ending in .safetensors, .pt2, .onnx, got a.pth"),
         (["--out", "no/folder/a.pt2"], "expected a file in an existing folder, got no/folder/a.pt2"),
         (["--out", "generator.safetensors"], "expected --out other than the weights themselves"),
-        (["--out", "a.pt2", "--weights-dtype", "float16"], "expected --weights-dtype float32 for .pt2, got float16"),
+        (["--out", "a.pt2", "--weights-dtype", "float16"], "expected weights_dtype float32 for .pt2, got torch.float16"),
         (["--out", "a.pt2", "--tolerance", "0"], "expected --tolerance > 0 and finite, got 0"),
     ],
 )  # fmt: skip
@@ -189,7 +210,7 @@ def test_mistakes_get_one_line(options, message, tmp_path, capsys, monkeypatch):
 def test_only_generators_are_exported(teacher_file, tmp_path, capsys):
     error = fails([teacher_file, "--out", tmp_path / "a.pt2"], capsys)
     assert f"expected a one-step generator, got {teacher_file}, a teacher" in error
-    save_network(teacher_file, make_network(VARIANTS["conditional"]), kind="generator")
+    save_network(teacher_file, make_network(SMALLEST), kind="generator")
     assert "without" in fails([teacher_file, "--out", tmp_path / "a.pt2"], capsys)
     assert "does not exist" in fails(["nowhere.safetensors", "--out", tmp_path / "a.pt2"], capsys)
     assert os.listdir(tmp_path) == [teacher_file.name]
