@@ -89,6 +89,7 @@ def export_generator(network: UNet, path: Path, *, conditioning_sigma: float,
         )
     if path.is_dir() or not path.parent.is_dir():
         raise FileNotFoundError(f"fastdmd.export_generator: expected a file in an existing folder, got {path}")
+    network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         written = Path(folder) / path.name
         sampler = WRITERS[path.suffix](network, written, conditioning_sigma, weights_dtype)
@@ -142,7 +143,7 @@ class OneStep(nn.Module):
 
     def __init__(self, network: UNet, conditioning_sigma: float):
         super().__init__()
-        self.network = copy.deepcopy(network).to("cpu", memory_format=torch.contiguous_format)
+        self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
         self.conditioning_sigma = conditioning_sigma
         for module in self.network.modules():
             if isinstance(module, GroupNormSiLU):
