@@ -14,7 +14,7 @@ LAYERS = [
     "_native", "kernels", "ops", "diffusion", "dmd2", "data_formats", "data", "unet_config", "unet_blocks", "unet",
     "inert_pickle", "pickles", "edm", "optim", "step", "precision", "imports", "adapters", "diffusers_unet",
     "checkpoint", "teachers", "metrics", "quality", "config", "presets", "cli", "trainer", "budget", "train",
-    "pretrain", "sample", "evaluate",
+    "pretrain", "sample", "evaluate", "export",
 ]  # fmt: skip
 
 

@@ -1,0 +1,228 @@
+"""`python -m fastdmd.export`: a one-step generator as a file that runs without fastdmd, or as bare weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
+
+from fastdmd import __version__, cli, dmd2
+from fastdmd.checkpoint import METADATA_KEY, load_network, save_network
+from fastdmd.diffusion import random_generator
+from fastdmd.quality import Sampler, balanced_labels, one_step_sampler
+from fastdmd.unet import GroupNormSiLU, UNet
+
+PROGRAM_METADATA = METADATA_KEY + ".json"  # the extra file of a .pt2 that holds what ONNX has in metadata_props
+TRACED_BATCH, CHECKED_BATCHES = 2, (1, 5)
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+ONNX_BYTES = 1_500_000_000  # protobuf ends at 2 GiB; beyond this PyTorch writes the weights to a second file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Export a one-step generator, sampling included, and check what was written against it."""
+
+    weights: tyro.conf.Positional[Path]
+    """Weight file of a generator (.safetensors)."""
+    out: Path
+    """A torch.export program (.pt2), an ONNX file (.onnx), or weights and configuration alone (.safetensors)."""
+    weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the weights in a .safetensors file; programs are float32."""
+    tolerance: float = 1e-3
+    """The file is not kept if its images, in [-1, 1], differ by more from those of the same (rounded) weights."""
+
+    def check(self) -> None:
+        if self.out.resolve() == self.weights.resolve():
+            raise ValueError(f"expected --out other than the weights themselves, got {self.out}")
+        if not 0 < self.tolerance < float("inf"):
+            raise ValueError(f"expected --tolerance > 0 and finite, got {self.tolerance}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = cli.parse(ExportConfig, "fastdmd.export", arguments)
+    with cli.user_errors("fastdmd.export"):
+        network, metadata = load_network(config.weights)
+        if metadata["kind"] != "generator":
+            raise ValueError(f"expected a one-step generator, got {config.weights}, a {metadata['kind']}")
+        if "conditioning_sigma" not in metadata:
+            raise ValueError(f"expected a generator with its conditioning_sigma, got {config.weights} without")
+        difference = export_generator(
+            network, config.out, conditioning_sigma=metadata["conditioning_sigma"],
+            weights_dtype=getattr(torch, config.weights_dtype), tolerance=config.tolerance,
+        )  # fmt: skip
+    megabytes = config.out.stat().st_size / 1e6
+    print(f"{config.out}: {megabytes:.2f} MB, images differ from those of {config.weights} by at most {difference:.1e}")
+
+
+def export_generator(network: UNet, path: Path, *, conditioning_sigma: float,
+                     weights_dtype: torch.dtype = torch.float32, tolerance: float = 1e-3) -> float:  # fmt: skip
+    """Writes the generator in the format of the suffix, atomically, once what was written has been checked.
+
+    Programs (`.pt2`, `.onnx`) take standard normal `noise` `[B, C, H, W]` in float32 and, if the network knows
+    classes, `class_labels` (int64 `[B]`), for any B, and return images in [-1, 1], as `dmd2.generate` does. They hold
+    plain PyTorch and ONNX operations alone.
+
+    Returns the greatest absolute difference between images of the file and of `network`. Raises OSError if the file
+    cannot be written, ValueError for a format that cannot be, without the packages of ONNX, or if images differ by more
+    than `tolerance` from those of the weights rounded to `weights_dtype`; whatever was at `path` is then still there.
+    """
+    if path.suffix not in WRITERS:
+        raise ValueError(f"fastdmd.export_generator: expected a file ending in {', '.join(WRITERS)}, got {path}")
+    if path.suffix != ".safetensors" and weights_dtype != torch.float32:
+        raise ValueError(
+            f"fastdmd.export_generator: expected weights_dtype float32 for {path.suffix}, got {weights_dtype}"
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(f"fastdmd.export_generator: expected a file in an existing folder, got {path}")
+    network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        sampler = WRITERS[path.suffix](network, written, conditioning_sigma, weights_dtype)
+        rounded = copy.deepcopy(network).to(weights_dtype).float()
+        error = greatest_difference(network, sampler, one_step_sampler(rounded, conditioning_sigma))
+        if not error <= tolerance:  # not a number, too
+            raise ValueError(
+                f"fastdmd.export_generator: expected images within {tolerance:g} of the generator's, "
+                f"got a difference of {error:.1e} from {path.suffix}; nothing was written to {path}"
+            )
+        os.replace(written, path)
+    return greatest_difference(network, sampler, one_step_sampler(network, conditioning_sigma))
+
+
+def greatest_difference(network: UNet, sampler: Sampler, expected: Sampler) -> float:
+    """Between the images of two samplers, at two batch sizes, neither of them the traced one."""
+    differences = []
+    for batch_size in CHECKED_BATCHES:
+        inputs = make_inputs(network, batch_size)
+        differences.append((sampler(*inputs) - expected(*inputs)).abs().max())
+    return torch.stack(differences).max().item()
+
+
+def make_inputs(network: UNet, batch_size: int) -> tuple[Tensor, Tensor | None]:
+    noise = torch.randn(batch_size, *network.image_shape, generator=random_generator(0, batch_size))
+    return noise, balanced_labels(batch_size, network.num_classes)
+
+
+def program_metadata(network: UNet, conditioning_sigma: float) -> dict[str, str]:
+    """What a reader of a program may want to know, as text."""
+    return {
+        "fastdmd_version": __version__,
+        "conditioning_sigma": json.dumps(conditioning_sigma),
+        "image_shape": json.dumps(network.image_shape),  # [C, H, W]
+        "num_classes": json.dumps(network.num_classes),
+    }
+
+
+class PlainGroupNormSiLU(nn.GroupNorm):
+    """`GroupNormSiLU` of operations that every reader of a program knows."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        x = super().forward(x)
+        if scale is not None:
+            x = x * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        return F.silu(x)
+
+
+class OneStep(nn.Module):
+    """`dmd2.generate` as a module of plain PyTorch, on a copy of the network."""
+
+    def __init__(self, network: UNet, conditioning_sigma: float):
+        super().__init__()
+        self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+        self.conditioning_sigma = conditioning_sigma
+        for module in self.network.modules():
+            if isinstance(module, GroupNormSiLU):
+                module.__class__ = PlainGroupNormSiLU
+
+    def forward(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return dmd2.generate(self.network, noise, class_labels, conditioning_sigma=self.conditioning_sigma)
+
+
+def trace(network: UNet, conditioning_sigma: float) -> ExportedProgram:
+    """The program `noise, class_labels -> images`, for any batch size; unconditional ones have no `class_labels`."""
+    inputs = tuple(value for value in make_inputs(network, TRACED_BATCH) if value is not None)
+    module = OneStep(network, conditioning_sigma).eval()
+    return torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes(network))
+
+
+def dynamic_shapes(network: UNet) -> dict[str, dict[int, Dim]]:
+    names = ("noise", "class_labels") if network.num_classes else ("noise",)
+    return dict.fromkeys(names, {0: Dim("batch")})
+
+
+def write_weights(network: UNet, path: Path, conditioning_sigma: float, weights_dtype: torch.dtype) -> Sampler:
+    """Weights and configuration alone: what training noted about itself stays behind."""
+    save_network(path, network, kind="generator", dtype=weights_dtype, conditioning_sigma=conditioning_sigma)
+    loaded, metadata = load_network(path)
+    return one_step_sampler(loaded, metadata["conditioning_sigma"])
+
+
+def write_program(network: UNet, path: Path, conditioning_sigma: float, _: torch.dtype) -> Sampler:
+    metadata = json.dumps(program_metadata(network, conditioning_sigma))
+    with quiet():
+        torch.export.save(trace(network, conditioning_sigma), path, extra_files={PROGRAM_METADATA: metadata})
+        program = torch.export.load(path).module()
+    return torch.no_grad()(lambda *inputs: program(*(value for value in inputs if value is not None)))
+
+
+def write_onnx(network: UNet, path: Path, conditioning_sigma: float, _: torch.dtype) -> Sampler:
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'.onnx needs {", ".join(missing)}: pip install "fastdmd[export]"')
+    num_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
+    if num_bytes > ONNX_BYTES:
+        raise ValueError(f"expected at most {ONNX_BYTES / 1e9} GB of weights for .onnx, got {num_bytes / 1e9:.1f} GB")
+    import onnxruntime  # an extra
+
+    with quiet():
+        program = torch.onnx.export(
+            trace(network, conditioning_sigma), dynamo=True, verbose=False, output_names=["images"],
+            dynamic_shapes=dynamic_shapes(network),
+        )  # fmt: skip
+        program.model.metadata_props.update(program_metadata(network, conditioning_sigma))
+        program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def sampler(*inputs: Tensor | None) -> Tensor:
+        arrays = {name: value.numpy() for name, value in zip(names, inputs, strict=False)}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    return sampler
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without PyTorch's remarks on its own internals and on packages that nobody asked for."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+Writer = Callable[[UNet, Path, float, torch.dtype], Sampler]
+WRITERS: dict[str, Writer] = {".safetensors": write_weights, ".pt2": write_program, ".onnx": write_onnx}
+
+
+if __name__ == "__main__":
+    main()
