@@ -50,8 +50,8 @@ def load(source: str | Path | nn.Module | Callable[[], nn.Module], *, device: st
 
     `source`: `mnist`, the embedded one; a `.safetensors` file that fastdmd wrote; a `.pkl` of EDM; a folder of
     diffusers (`UNet2DModel`); `package.module:name`, or what that names: a module, or a class or function that makes
-    one without arguments, which is taken over, not copied. `options` are those of `TeacherOptions`; `network` may also be a module
-    or what makes one. A network that is not fastdmd's runs once, see `verify`.
+    one without arguments. A module is taken over, not copied. `options` are those of `TeacherOptions`, where `network`
+    may also be a module or what makes one. A network that is not fastdmd's runs once, see `verify`.
 
     Raises ValueError, TypeError or OSError, one line long, with what was expected and what came.
     """
