@@ -7,16 +7,19 @@ import subprocess
 import sys
 import warnings
 
+import edm_pickles
 import foreign
 import numpy as np
 import pytest
 import torch
 from conftest import make_network
+from edm_reference import random_state
 from runs import QUICK
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
+from examples import foreign_unet
 from fastdmd import diffusion, evaluate, pretrain, sample, teachers, train
 from fastdmd.adapters import Adapted
 from fastdmd.checkpoint import load_network, save_network
@@ -132,6 +135,7 @@ def test_code_in_the_working_directory_is_found(tmp_path):
     network = json.loads(result.stdout)["network"]
     assert network["class"] == "Mine" and network["num_parameters"] == 12 and network["source"] == "my_code:Mine"
     assert network["options"]["image_shape"] == [3, 8, 8] and network["options"]["noise_schedule"] == "linear"
+    assert json.loads(result.stdout)["adapter"]["num_classes"] == 0
 
 
 @pytest.mark.parametrize(
@@ -263,6 +267,34 @@ def test_sources_that_are_ours_come_as_they_are(tmp_path, teacher_file):
     save_network(tmp_path / "g.safetensors", network, kind="generator", conditioning_sigma=80.0)
     with pytest.raises(ValueError, match="expected a teacher, got a generator in .*g.safetensors"):
         teachers.load(tmp_path / "g.safetensors")
+
+
+def test_pickles_of_edm_are_distilled_as_ours(tmp_path, capsys):
+    config = {
+        "model_type": "SongUNet", "img_resolution": 8, "img_channels": 3, "label_dim": 2, "model_channels": 8,
+        "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [],
+    }  # fmt: skip
+    state = random_state(config)
+    path = tmp_path / "network.pkl"
+    path.write_bytes(edm_pickles.dumps(edm_pickles.published(config, state)))
+    teacher = teachers.load(path)
+    assert_close(teacher.state_dict(), teachers.from_edm(config, state).state_dict())
+    generator, _ = load_network(distill(tmp_path / "run", "--teacher", str(path), "--num-samples", "0"))
+    assert generator.config == teacher.config
+    capsys.readouterr()
+    options = ["--teacher", str(path), "--teacher-sigma-data", "1"]
+    refuses(train, options, "expected no --teacher-sigma-data with .*network.pkl, which brings its own", capsys)
+
+
+def test_the_example_runs(tmp_path):
+    """A distillation through the library: the generator is no longer the teacher, and what was saved."""
+    teacher, generator, images = foreign_unet.main(tmp_path / "g.safetensors", training=3, iterations=4, batch_size=4)
+    assert images.shape == (10, 1, 28, 28) and images.isfinite().all()
+    assert not torch.equal(generator.network.leave.weight, teacher.network.leave.weight)
+    assert torch.equal(load_file(tmp_path / "g.safetensors")["leave.weight"], generator.network.leave.weight)
+    assert (
+        load_network(tmp_path / "g.safetensors", network="examples.foreign_unet:ForeignUNet")[1]["kind"] == "generator"
+    )
 
 
 # Networks of diffusers.
