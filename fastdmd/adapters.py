@@ -16,6 +16,7 @@ from fastdmd.diffusion import per_sample
 
 Parameterization = Literal["x0", "edm", "epsilon", "v", "flow"]
 NoiseSchedule = Literal["linear", "scaled_linear", "cosine", "squaredcos_cap_v2"]
+FLAGS = {"sigma_data": "teacher-sigma-data", "labels": "teacher-labels", "num_train_timesteps": "schedule-timesteps"}
 SCHEDULE_OPTIONS = ("noise_schedule", "num_train_timesteps", "beta_start", "beta_end", "alphas_cumprod", "timesteps")
 FLOW_OPTIONS = ("velocity", "time_scale", "time_direction")
 LEAST_ALPHAS_CUMPROD = 2.0**-24  # a schedule that ends in pure noise has 0 there, an infinite sigma
@@ -31,13 +32,13 @@ class AdapterOptions:
     """Channels, height, width. Default: the network's image_shape, or img_channels and img_resolution."""
     num_classes: int | None = None
     """0: no labels. Default: the network's num_classes or label_dim."""
-    labels: Annotated[Literal["int", "one_hot", "none"] | None, tyro.conf.arg(name="label-format")] = None
+    labels: Annotated[Literal["int", "one_hot", "none"] | None, tyro.conf.arg(name=FLAGS["labels"])] = None
     """How it takes labels. Default: int, or one_hot where it has a label_dim."""
-    sigma_data: Annotated[float | None, tyro.conf.arg(name="teacher-sigma-data")] = None
+    sigma_data: Annotated[float | None, tyro.conf.arg(name=FLAGS["sigma_data"])] = None
     """Standard deviation of its data. Default: the network's sigma_data; without that 0.5, but for edm."""
     noise_schedule: NoiseSchedule | None = None
     """DDPM's, from sigma to timestep. Default for epsilon and v: linear. With x0, the network takes timesteps, too."""
-    num_train_timesteps: Annotated[int | None, tyro.conf.arg(name="schedule-timesteps")] = None
+    num_train_timesteps: Annotated[int | None, tyro.conf.arg(name=FLAGS["num_train_timesteps"])] = None
     """Timesteps of the noise schedule. Default: 1000."""
     beta_start: float | None = None
     """First beta. Default: 1e-4, or 0.00085 for scaled_linear."""
@@ -196,10 +197,8 @@ class Adapted(nn.Module):
 
 def flag(name: str) -> str:
     """The flag of an option."""
-    names = {
-        "sigma_data": "teacher_sigma_data", "num_train_timesteps": "schedule_timesteps", "labels": "label_format"
-    }  # fmt: skip
-    return f"--{names.get(name, name).replace('_', '-')}"
+    name = FLAGS.get(name, name)
+    return f"--{name.replace('_', '-')}"
 
 
 def _shape_and_labels(options: AdapterOptions, network: nn.Module) -> dict[str, Any]:
@@ -221,7 +220,9 @@ def _shape_and_labels(options: AdapterOptions, network: nn.Module) -> dict[str, 
     if num_classes is None:
         raise _missing("num-classes", "num_classes", network)
     if num_classes < 0 or (num_classes > 0) != (labels != "none") and labels is not None:
-        raise _error("--num-classes > 0 with --label-format int or one_hot, 0 with none", f"{num_classes} and {labels}")
+        raise _error(
+            "--num-classes > 0 with --teacher-labels int or one_hot, 0 with none", f"{num_classes} and {labels}"
+        )
     if labels is None:
         labels = "none" if num_classes == 0 else "one_hot" if hasattr(network, "label_dim") else "int"
     return {"image_shape": tuple(shape), "num_classes": num_classes, "labels": labels}

@@ -148,7 +148,7 @@ def _load_state(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 400)  # it names every tensor
         raise ValueError(
-            f"fastdmd.load_network: expected the tensors of its configuration in {path}, got {reason}"
+            f"fastdmd.load_network: expected the tensors of {type(network).__name__} in {path}, got {reason}"
         ) from error
 
 

@@ -25,13 +25,19 @@ def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     config = json.loads((folder / "config.json").read_text())
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"fastdmd.teachers: expected a UNet2DModel, got {config.get('_class_name')} in {folder}")
-    network = library.UNet2DModel.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-    )
+    options = _of_network(config)
     scheduler = path / "scheduler" / "scheduler_config.json"
-    options = _of_scheduler(json.loads(scheduler.read_text()), path) if scheduler.is_file() else {}
-    arguments = {name: value for name, value in network.config.items() if not name.startswith("_")}
-    return network, arguments, {**_of_network(arguments), **options}
+    if scheduler.is_file():
+        options |= _of_scheduler(json.loads(scheduler.read_text()), path)
+    try:
+        network = library.UNet2DModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+    except RuntimeError as error:  # tensors of other shapes
+        raise ValueError(
+            f"fastdmd.teachers: expected the tensors of its config.json in {folder}, got {error}"
+        ) from error
+    return network, {name: value for name, value in network.config.items() if not name.startswith("_")}, options
 
 
 def build(arguments: Mapping[str, Any]) -> nn.Module:
@@ -49,16 +55,16 @@ def _library():
     return diffusers
 
 
-def _of_network(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    if arguments["time_embedding_type"] == "fourier":  # divides its output by sigma, and takes x as it is
+def _of_network(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("time_embedding_type") == "fourier":  # divides its output by sigma, and takes x as it is
         raise ValueError("fastdmd.teachers: expected time_embedding_type positional or learned, got fourier")
-    if arguments["class_embed_type"] is not None:
-        raise ValueError(f"fastdmd.teachers: expected class_embed_type None, got {arguments['class_embed_type']}")
-    size, num_classes = arguments["sample_size"], arguments["num_class_embeds"] or 0
+    if config.get("class_embed_type") is not None:
+        raise ValueError(f"fastdmd.teachers: expected class_embed_type None, got {config['class_embed_type']}")
+    size, num_classes = config.get("sample_size"), config.get("num_class_embeds") or 0
     options = {"num_classes": num_classes, "labels": "int" if num_classes else "none"}
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
-        options["image_shape"] = (arguments["in_channels"], height, width)
+        options["image_shape"] = (config.get("in_channels", 3), height, width)
     return options
 
 

@@ -11,15 +11,18 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from fastdmd import diffusers_unet
+from fastdmd import diffusers_unet, edm
 from fastdmd.adapters import Adapted, AdapterOptions, flag
 from fastdmd.checkpoint import ASSETS, load_network, load_weights
 from fastdmd.diffusion import per_sample, preconditioning
+from fastdmd.edm import from_edm
 from fastdmd.imports import import_network, make_network
 from fastdmd.unet import UNet
+
+__all__ = ["NO_OPTIONS", "TeacherOptions", "from_edm", "load", "read", "verify"]
 
 ACCEPTED = "mnist, a .safetensors file that fastdmd wrote, a .pkl of EDM, a folder of diffusers, or package.module:name"
 VERIFIED_SIGMAS = (0.002, 0.5, 5.0)
@@ -50,8 +53,8 @@ def load(source: str | Path | nn.Module | Callable[[], nn.Module], *, device: st
 
     `source`: `mnist`, the embedded one; a `.safetensors` file that fastdmd wrote; a `.pkl` of EDM; a folder of
     diffusers (`UNet2DModel`); `package.module:name`, or what that names: a module, or a class or function that makes
-    one without arguments, which is taken over, not copied. `options` are those of `TeacherOptions`; `network` may also be a module
-    or what makes one. A network that is not fastdmd's runs once, see `verify`.
+    one without arguments. A module is taken over, not copied. `options` are those of `TeacherOptions`, where `network`
+    may also be a module or what makes one. A network that is not fastdmd's runs once, see `verify`.
 
     Raises ValueError, TypeError or OSError, one line long, with what was expected and what came.
     """
@@ -77,8 +80,6 @@ def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: Teac
         path = ASSETS / "teacher.safetensors" if source == "mnist" else source
         return load_network(path, device=device, network=code)
     if kind == "pickle":
-        from fastdmd import edm
-
         network = edm.load(source)
     elif kind == "folder":
         module, arguments, found = diffusers_unet.load_folder(Path(source))
@@ -89,13 +90,6 @@ def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: Teac
     if isinstance(network, Adapted):
         verify(network)
     return network, {"kind": "teacher"}
-
-
-def from_edm(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNet:
-    """A network of EDM from the arguments of its constructor and its tensors, see `edm.from_edm`."""
-    from fastdmd import edm
-
-    return edm.from_edm(config, state_dict)
 
 
 @torch.no_grad()

@@ -27,6 +27,15 @@ def make_network(config: UNetConfig = SMALL, seed: int = 0) -> UNet:
 
 
 @pytest.fixture
+def one_thread():
+    """For networks so small that two threads would mostly wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
 def teacher() -> UNet:
     return make_network()
 
