@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from fastdmd import diffusion
 from fastdmd.checkpoint import load_network, save_network
 from fastdmd.unet import UNet, UNetConfig, positional_embedding
+from fastdmd.unet_blocks import Repeat
 
 VARIANTS = {
     "small": SMALL,
@@ -50,6 +51,15 @@ def test_forward_is_preconditioning_around_the_raw_network(config):
     expected = c_skip * x + c_out * network.raw(c_in * x, c_noise.flatten(), labels)
     assert_close(network(x, sigma, labels), expected)
     assert network(x, sigma, labels).std() > 0.1
+
+
+def test_repetition_and_its_gradients():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 3, 8, 10, dtype=torch.float64)
+    expected = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+    assert torch.equal(Repeat.apply(x), expected)
+    assert_close(torch.autograd.grad(Repeat.apply(x), x, grad), torch.autograd.grad(expected, x, grad))
+    assert torch.autograd.gradgradcheck(Repeat.apply, x)
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
