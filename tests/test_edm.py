@@ -9,6 +9,7 @@ import torch
 from edm_reference import Weights, denoise, random_state
 from torch.testing import assert_close
 
+from fastdmd.checkpoint import load_network, save_network
 from fastdmd.edm import config_from_edm, edm_parts, from_edm
 from fastdmd.unet import UNet
 
@@ -38,6 +39,15 @@ PUBLISHED = {
         "model_channels": 192, "channel_mult": [1, 2, 3, 4], "dropout": 0.1,
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small gain nothing from a second thread, and on a busy machine wait for it."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def small(name):
@@ -280,8 +290,6 @@ def test_tensors_that_are_refused(change, message):
 
 
 def test_a_network_of_edm_survives_a_weight_file(tmp_path):
-    from fastdmd.checkpoint import load_network, save_network
-
     config = small("cifar10-32x32-cond-ve")
     network = from_edm(config, random_state(config))
     save_network(tmp_path / "teacher.safetensors", network, kind="teacher")
