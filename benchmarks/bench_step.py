@@ -30,18 +30,8 @@ from benchmarks.textbook import textbook_like
 from fastdmd import teachers, trainer
 from fastdmd.cli import resolve_device
 from fastdmd.config import TrainConfig
-from fastdmd.unet import UNet, UNetConfig
-
-NETWORKS = {
-    "cifar10-cond": UNetConfig(
-        image_size=32, image_channels=3, num_classes=10, model_channels=128, channel_multipliers=(2, 2, 2),
-        num_blocks=4, attention_resolutions=(16,), embedding="ddpmpp", augment_dim=9,
-    ),
-    "imagenet64": UNetConfig(
-        image_size=64, image_channels=3, num_classes=1000, model_channels=192, channel_multipliers=(1, 2, 3, 4),
-        num_blocks=3, attention_resolutions=(32, 16, 8), channels_per_head=64, adaptive_scale=True, adm=True,
-    ),
-}  # fmt: skip
+from fastdmd.presets import PRESETS
+from fastdmd.unet import UNet
 
 SUITE = [
     {"preset": "mnist", "batch_size": 128, "ratio": 10}, {"preset": "cifar10-cond", "batch_size": 16, "ratio": 5},
@@ -71,7 +61,7 @@ class Loop:
 
 
 def make_teacher(preset: str, device: torch.device) -> UNet:
-    config = NETWORKS.get(preset) or teachers.load("mnist").config
+    config = PRESETS[preset].network or teachers.load("mnist").config
     torch.manual_seed(0)
     network = UNet(config)
     with torch.no_grad():
@@ -237,7 +227,7 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="mnist", choices=["mnist", *NETWORKS])
+    parser.add_argument("--preset", default="mnist", choices=["mnist", "cifar10-cond", "imagenet64"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--ratio", type=int, default=10, help="guidance turns per generator turn")

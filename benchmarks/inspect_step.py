@@ -31,17 +31,7 @@ LAUNCHES = ("convolution", "convolution backward", "matrix product", "attention"
 LIBRARY = LAUNCHES[:5]
 ARITHMETIC = r"tmp\d+ = (-|\(?tmp\d+ [-+*/]|libdevice|tl_math|triton_helpers|tl\.s)"
 
-PRESETS = {  # batch, network
-    "mnist": (48, None),  # the embedded teacher's
-    "cifar10-cond": (64, dict(
-        image_size=32, image_channels=3, num_classes=10, model_channels=128, channel_multipliers=(2, 2, 2),
-        num_blocks=4, attention_resolutions=(16,), embedding="ddpmpp", augment_dim=9,
-    )),
-    "imagenet64": (40, dict(
-        image_size=64, image_channels=3, num_classes=1000, model_channels=192, channel_multipliers=(1, 2, 3, 4),
-        num_blocks=3, attention_resolutions=(32, 16, 8), adm=True, adaptive_scale=True, channels_per_head=64,
-    )),
-}  # fmt: skip
+BATCHES = {"mnist": 48, "cifar10-cond": 64, "imagenet64": 40}
 
 
 def record_turns(config, batch_size: int) -> dict[str, list]:
@@ -187,23 +177,21 @@ def report(turn: str, summary: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=list(PRESETS), default="mnist")
+    parser.add_argument("--preset", choices=list(BATCHES), default="mnist")
     parser.add_argument("--batch-size", type=int, help="default: 48, 64 and 40 images")
     parser.add_argument("--json", type=Path, help="file to write everything to")
     arguments = parser.parse_args()
-    batch_size, network = PRESETS[arguments.preset]
-    batch_size = arguments.batch_size or batch_size
+    batch_size = arguments.batch_size or BATCHES[arguments.preset]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         fake_cuda.load(Path(folder))
         from benchmarks.environment import describe
-        from fastdmd.checkpoint import load_network
-        from fastdmd.cli import teacher_path
-        from fastdmd.unet import UNetConfig
+        from fastdmd import teachers
+        from fastdmd.presets import PRESETS
         from tests.fake_cuda import inductor
 
         environment = {key: value for key, value in describe("cpu").items() if key in ("commit", "torch", "triton")}
-        config = load_network(teacher_path("mnist"))[0].config if network is None else UNetConfig(**network)
+        config = PRESETS[arguments.preset].network or teachers.load("mnist").config
         inductor.install()
         turns = {name: summarize(launches) for name, launches in record_turns(config, batch_size).items()}
     print("\n\n".join(report(name, summary) for name, summary in turns.items()))

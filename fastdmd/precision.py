@@ -42,6 +42,4 @@ def compute_dtype(precision: str) -> torch.dtype | None:
 
 def set_float32_units(precision: str) -> None:
     """Lets float32 convolutions and matrix products run on TF32 units, or forbids it; process-wide."""
-    mode = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = mode
-    torch.backends.cudnn.conv.fp32_precision = mode
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
