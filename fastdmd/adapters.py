@@ -101,7 +101,8 @@ class Adapted(nn.Module):
 
     The network is taken over, not copied. What it trains, it trains; parameters that it holds fixed beside others
     that it trains (`requires_grad=False`) become buffers, which no optimizer moves. Buffers of a trained copy are
-    the teacher's: all copies are in eval mode, in which running statistics stay as they are.
+    the teacher's: all copies are in eval mode, in which running statistics stay as they are. `sigma_max` is the
+    greatest level of its noise schedule, above which nobody has trained it.
 
     `origin` says how a weight file's reader can make the network again: `{"source": "package.module:name"}`, or
     `{"diffusers": config}`.
@@ -123,7 +124,11 @@ class Adapted(nn.Module):
             if parameter.stride() != torch.empty_like(parameter).stride():
                 parameter.data = parameter.data.clone()
         self.network = network
-        self.register_buffer("ln_sigmas", _ln_sigmas(self.options), persistent=False)  # [num_train_timesteps]
+        ln_sigmas = _ln_sigmas(self.options)
+        self.sigma_max = math.inf if ln_sigmas is None else ln_sigmas[-1].exp().item()
+        if ln_sigmas is not None:
+            ln_sigmas = ln_sigmas.to(next(network.parameters()).device)
+        self.register_buffer("ln_sigmas", ln_sigmas, persistent=False)  # [num_train_timesteps]
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         c_skip, c_out, c_in, level = self.coefficients(sigma)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -88,7 +89,7 @@ class TrainConfig(EvaluationConfig):
     sigma_min: float = 0.002
     """Least noise level."""
     sigma_max: float = 80.0
-    """Greatest noise level."""
+    """Greatest noise level; at most that of the teacher's noise schedule, if it has one."""
     rho: float = 7.0
     """Exponent of the Karras schedule."""
     sigma_data: float | None = None
@@ -104,8 +105,8 @@ class TrainConfig(EvaluationConfig):
     time_std: float = 1.0
     """Flow matching: standard deviation of logit(t)."""
     conditioning_sigma: float | None = None
-    """The noise level that the one-step generator starts from. Default: 80, or 1e6 in flow matching, where t =
-    sigma / (1 + sigma) is 1 then."""
+    """The noise level that the one-step generator starts from. Default: 80, or the end of the teacher's noise schedule
+    if that is less; 1e6 in flow matching, where t = sigma / (1 + sigma) is 1 then."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """What the networks compute in; weights are kept in float32. auto: bf16 on a GPU, fp32 on a CPU."""
     execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
@@ -143,11 +144,13 @@ class TrainConfig(EvaluationConfig):
         """
         if self.dynamics not in (None, teacher.dynamics):
             fail(self, "dynamics", f"{teacher.dynamics}, as the teacher was trained")
-        conditioning_sigma = self.conditioning_sigma or (1e6 if teacher.dynamics == "flow" else 80.0)
+        limit = getattr(teacher, "sigma_max", math.inf)
+        conditioning_sigma = self.conditioning_sigma or (1e6 if teacher.dynamics == "flow" else min(80.0, limit))
         sigma_data = self.sigma_data or teacher.sigma_data
         device = device or next(teacher.parameters()).device
         return dataclasses.replace(
             self, dynamics=teacher.dynamics, conditioning_sigma=conditioning_sigma, sigma_data=sigma_data,
+            sigma_max=min(self.sigma_max, limit),
             precision=resolve_precision(self.precision, device),
             execution="compiled" if self.compile else resolve_execution(self.execution, device),
         )  # fmt: skip

@@ -44,7 +44,8 @@ def one_step_sampler(generator: Denoiser, conditioning_sigma: float) -> Sampler:
 
 
 def teacher_sampler(teacher: Denoiser, num_steps: int = 18, **options: float) -> Sampler:
-    """EDM's deterministic Heun sampler; `2 * num_steps - 1` evaluations."""
+    """EDM's deterministic Heun sampler; `2 * num_steps - 1` evaluations, none above the teacher's noise schedule."""
+    options = {"sigma_max": min(80.0, getattr(teacher, "sigma_max", math.inf)), **options}
     return lambda noise, class_labels: sample_heun(teacher, noise, class_labels, num_steps=num_steps, **options)
 
 

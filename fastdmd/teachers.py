@@ -78,7 +78,10 @@ def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: Teac
         raise ValueError(f"fastdmd.teachers: expected no {_flags(given)} with {source}, which brings its own")
     if kind == "file":
         path = ASSETS / "teacher.safetensors" if source == "mnist" else source
-        return load_network(path, device=device, network=code)
+        network, metadata = load_network(path, device=device, network=code)
+        if isinstance(network, Adapted) and metadata["kind"] == "teacher":
+            verify(network)
+        return network, metadata
     if kind == "pickle":
         network = edm.load(source)
     elif kind == "folder":
@@ -112,9 +115,9 @@ def verify(denoiser: Adapted) -> None:
     name = type(denoiser.network).__name__
     try:
         D_x = denoiser(*passed)
-    except ValueError:
-        raise
     except Exception as error:  # whatever code of the user's own may raise
+        if str(error).startswith("fastdmd."):
+            raise
         shapes = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in passed)
         got = f"{type(error).__name__}: {error}"
         raise ValueError(f"fastdmd.teachers: expected {name} to denoise {shapes}, got {got}") from error
@@ -155,12 +158,12 @@ def _kind(source: Any) -> str:
 
 def _from_code(source: str | nn.Module | Callable[[], nn.Module], weights: Path | None,
                options: Mapping[str, Any]) -> nn.Module:  # fmt: skip
-    named = isinstance(source, str)
-    network = import_network(source, "teachers") if named else make_network(source, "teachers", "the source")
+    named = isinstance(source, (str, Path))
+    network = import_network(str(source), "teachers") if named else make_network(source, "teachers", "the source")
     if weights is not None:
         load_weights(network, Path(weights))
     if not isinstance(network, (UNet, Adapted)):
-        return Adapted(network.float(), origin={"source": source} if named else None, **options)
+        return Adapted(network.float(), origin={"source": str(source)} if named else None, **options)
     if options:
         raise ValueError(
             f"fastdmd.teachers: expected no {_flags(options)} with a {type(network).__name__}, which brings its own"

@@ -58,6 +58,7 @@ def build(config: TrainConfig, teacher: UNet | Adapted) -> DMD2:
 
 def make_draws(config: TrainConfig, network: Denoiser, device: torch.device) -> Callable[[int], dmd2.Draws]:
     """The random inputs of every iteration, as a function of its number."""
+    config = config.for_teacher(network, device)
     if network.dynamics == "flow":
         sigmas = diffusion.lognormal_sigmas(
             config.num_train_timesteps, mean=config.time_mean, std=config.time_std, device=device

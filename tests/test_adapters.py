@@ -15,6 +15,7 @@ from benchmarks.textbook import textbook_like
 from fastdmd import diffusion, trainer
 from fastdmd.adapters import Adapted, AdapterOptions
 from fastdmd.config import TrainConfig
+from fastdmd.quality import teacher_sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PARAMETERIZATIONS = ("x0", "edm", "epsilon", "v", "flow")
@@ -182,6 +183,21 @@ def test_real_loop_equals_textbook_loop(parameterization):
         assert moved.norm() > 0
         assert ((weights(mine) - start - moved).norm() / moved.norm()).item() < 2e-3
     assert torch.equal(weights(ours.teacher), start)
+
+
+def test_no_level_lies_above_the_noise_schedule(monkeypatch):
+    """Training, the generator's input and the teacher's sampler stop where nobody has trained the network."""
+    for schedule, expected in (("scaled_linear", 14.6), ("linear", 80.0), (None, 80.0)):
+        kind = "x0" if schedule is None else "epsilon"
+        teacher, seen = tiny(kind, noise_schedule=schedule), []
+        config = CONFIG.for_teacher(teacher)
+        assert [config.sigma_max, config.conditioning_sigma] == pytest.approx([expected] * 2, rel=2e-3)
+        draws = trainer.make_draws(dataclasses.replace(CONFIG, batch_size=2000), teacher, torch.device("cpu"))(0)
+        assert draws.fake_sigma.max().item() == pytest.approx(expected, rel=0.05)
+        monkeypatch.setattr(teacher, "forward", lambda x, sigma, labels, seen=seen: seen.append(sigma.max()) or x)
+        teacher_sampler(teacher, 2)(torch.zeros(1, 1, 8, 8), None)
+        assert max(seen).item() == pytest.approx(expected, rel=2e-3)
+    assert CONFIG.for_teacher(tiny("flow")).conditioning_sigma == 1e6
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)

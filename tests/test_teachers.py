@@ -213,6 +213,8 @@ class Misbehaving(nn.Conv2d):
         (lambda y, x, sigma: y + x.add_(1), "expected Misbehaving to leave its input as it is, got another x"),
         (lambda y, x, sigma: y + sigma.mul_(2).sum(), "to leave its input as it is, got another sigma"),
         (lambda y, x, sigma: {}["a"], "expected Misbehaving to denoise .* got KeyError: 'a'"),
+        (lambda y, x, sigma: int("one"), "expected Misbehaving to denoise .* got ValueError: invalid literal"),
+        (lambda y, x, sigma: y[:1], r"to give a floating point tensor of shape \(3, 1, 8, 8\), got \(1, 1, 8, 8\)"),
     ],
 )
 def test_the_trial_run_finds_what_a_network_does_wrong(spoil, message):
