@@ -46,7 +46,7 @@ def colour_image(path):
         (["--generator-lr", "nan"], "expected --generator-lr > 0 and finite, got nan"),
         (["--max-step-percent", "0.01"], "expected --max-step-percent between --min-step-percent 0.02 and 1, got 0.01"),
         (["--seed", "-1"], r"expected --seed in \[0, 2\^32\), got -1"),
-        (["--preset", "imaginary"], "expected --preset one of mnist, mnist-reference, got imaginary"),
+        (["--preset", "imaginary"], "expected --preset one of mnist, mnist-reference, cifar10-cond, .*, got imaginary"),
         (["--device", "cuda:77"], "expected --device auto, cpu or a CUDA device that is there, got cuda:77"),
         (["--device", "teapot"], "expected --device auto, cpu or a CUDA device that is there, got teapot"),
         (["--out", lambda path: path.write_text("a file")], "expected a folder for --out, got the file"),
