@@ -13,6 +13,7 @@ from fastdmd import dmd2
 from fastdmd.diffusion import Denoiser
 from fastdmd.dmd2 import Draws
 from fastdmd.optim import AdamWEMA
+from fastdmd.unet import UNet
 
 EXECUTIONS = ("eager", "compiled", "captured")
 NUM_WARMUP_CALLS = 2  # of a captured turn: they validate, compile and allocate; the next one captures
@@ -225,7 +226,8 @@ class DMD2:
         if self.execution == "eager":
             return network
         mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else None
-        return torch.compile(network, fullgraph=True, dynamic=False, mode=mode)
+        fullgraph = isinstance(network, UNet)  # what others wrote may break the graph, ours must not
+        return torch.compile(network, fullgraph=fullgraph, dynamic=False, mode=mode)
 
     def _denoise_beside(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         """The teacher, on the side stream if there is one; `_denoise_and_join` waits for it."""

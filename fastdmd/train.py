@@ -72,7 +72,7 @@ def budget_of(config: TrainConfig, teacher: nn.Module, device: torch.device) -> 
     eager = dataclasses.replace(config, execution="eager", compile=False)  # what meta tensors can do
     try:
         return estimate(teacher, lambda network: trainer.build(eager, network), config.batch_size, device)
-    except Exception:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
         if isinstance(teacher, UNet):
             raise
         return None
