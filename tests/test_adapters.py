@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from runs import INFORMED
+from tiny_runs import INFORMED
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_network
 from PIL import Image
-from runs import run_train
+from tiny_runs import run_train
 
 from fastdmd import evaluate, pretrain, sample, train
 from fastdmd.checkpoint import load_network, save_network

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import write_idx
 from PIL import Image
-from runs import QUICK, digits, run_train
+from tiny_runs import QUICK, digits, run_train
 
 from fastdmd import train
 

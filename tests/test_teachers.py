@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import make_network
 from edm_reference import random_state
-from runs import QUICK
 from safetensors.torch import load_file, save_file
+from tiny_runs import QUICK
 from torch import nn
 from torch.testing import assert_close
 

@@ -14,8 +14,8 @@ import torch
 from conftest import SMALL, make_network
 from datasets import class_files, edm_files, write_folder, write_idx, write_npz, write_zip
 from PIL import Image
-from runs import QUICK, digits, run_train
 from safetensors.torch import load_file
+from tiny_runs import QUICK, digits, run_train
 
 from fastdmd.checkpoint import load_network, save_network
 
