@@ -4,7 +4,8 @@
 
 One network, one batch, one run, alternating: fastdmd, the textbook loop, with --compiled the fair compiled loop, and
 the convolutions and matrix products of fastdmd's cycle alone (the floor). Medians; ratios are medians of the rounds'
-ratios. Weights and data are random, so that it runs anywhere.
+ratios. Weights and data are random, so that it runs anywhere. On a CPU each has a process of its own, so that what one
+asks of threads and memory (`fastdmd.machine`) is no other's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.environment import ROOT, describe
+from benchmarks.environment import describe
 from benchmarks.fair import FairDMD2
 from benchmarks.floor import Floor, Recorder
 from benchmarks.textbook import textbook_like
-from fastdmd import teachers, trainer
+from fastdmd import machine, teachers, trainer
 from fastdmd.cli import resolve_device
 from fastdmd.config import TrainConfig
 from fastdmd.presets import PRESETS
@@ -40,11 +40,25 @@ SUITE = [
 
 
 class Loop:
-    """One of the opponents, a cycle at a time."""
+    """One of the opponents, a cycle at a time: "textbook", "compiled", or "fastdmd", in its own way of execution."""
 
-    def __init__(self, name: str, model, draws, ratio: int, device: torch.device):
-        self.name, self.model, self.draws, self.ratio, self.device = name, model, draws, ratio, device
-        self.step, self.seconds = 0, []
+    def __init__(self, name: str, arguments: argparse.Namespace, execution: str | None = None):
+        self.device = device = resolve_device(arguments.device)
+        teacher = make_teacher(arguments.preset, device)
+        self.config = config = TrainConfig(
+            batch_size=arguments.batch_size, dfake_gen_update_ratio=arguments.ratio, lr_schedule="constant",
+            precision=arguments.precision, execution=execution or arguments.execution, generator_lr=1e-5,
+            guidance_lr=1e-5,
+        ).for_teacher(teacher)  # fmt: skip
+        self.name, self.ratio, self.step = name, arguments.ratio, 0
+        self.draws = trainer.make_draws(config, teacher, device)
+        if name == "fastdmd":
+            machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
+            self.model = trainer.build(config, teacher)
+        elif name == "textbook":
+            self.model = textbook_like(config, teacher)
+        else:
+            self.model = textbook_like(config, teacher, FairDMD2, bfloat16=config.precision == "bf16")
 
     def cycle(self) -> float:
         self.synchronize()
@@ -59,6 +73,108 @@ class Loop:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def peak_bytes(self) -> int:
+        """Of this process: resident on a CPU, allocated on a GPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class FloorLoop:
+    """The heavy calls of an eager cycle of fastdmd, alone."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        loop = Loop("fastdmd", arguments, execution="eager")
+        loop.cycle()
+        with Recorder() as recorder:
+            loop.cycle()
+        with FlopCounterMode(display=False) as flops:
+            loop.cycle()
+        self.floor, self.num_flops = Floor(recorder.calls), flops.get_total_flops()
+        self.matmul_peak = matmul_peak(loop.device, loop.model.generator_optimizer.parameters[0].dtype)
+
+    def cycle(self) -> float:
+        return self.floor.seconds()
+
+    def facts(self) -> dict:
+        layouts = {str(name): count for name, count in self.floor.layouts.items()}
+        return {"flops": self.num_flops, "matmul_peak": self.matmul_peak, "layouts": layouts}
+
+
+class FastLoop(Loop):
+    """Ours, which also tells about itself."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__("fastdmd", arguments)
+        self.arguments = arguments
+
+    def facts(self) -> dict:
+        return {
+            "execution": self.model.execution, "threads": torch.get_num_threads(),
+            "compute_dtype": str(self.model.generator_optimizer.parameters[0].dtype),
+            "launches_per_turn": self.launches_per_turn(), "seconds_by_part": self.parts(),
+        }  # fmt: skip
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of an eager cycle by part; the medians of three cycles."""
+        loop = self if self.model.execution == "eager" else Loop("fastdmd", self.arguments, execution="eager")
+        loop.cycle()
+        rounds = []
+        for _ in range(3):
+            with clocks(loop) as seconds:
+                total = loop.cycle()
+            rounds.append({**seconds, "rest": total - sum(seconds.values())})
+        return {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
+
+    def launches_per_turn(self) -> dict[str, int] | None:
+        """Kernels of each turn, as it is executed; None on a CPU, which launches none."""
+        if self.device.type != "cuda":
+            return None
+        counts = {}
+        for turn in ("_generator_turn", "_guidance_turn"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                getattr(self.model, turn)()
+                self.synchronize()
+            counts[turn.strip("_")] = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+        return counts
+
+
+def make(name: str, arguments: argparse.Namespace) -> Loop | FloorLoop:
+    if name == "floor":
+        return FloorLoop(arguments)
+    return FastLoop(arguments) if name == "fastdmd" else Loop(name, arguments)
+
+
+class Remote:
+    """A loop in a process of its own, with the same methods."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, name, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._connection.recv()  # until it is there, or it would disturb the making of the next
+
+    def __getattr__(self, method: str):
+        def call():
+            self._connection.send(method)
+            return self._connection.recv()
+
+        return call
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join()
+
+
+def serve(connection, name: str, arguments: argparse.Namespace) -> None:
+    loop = make(name, arguments)
+    connection.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.send(getattr(loop, connection.recv())())
+
 
 def make_teacher(preset: str, device: torch.device) -> UNet:
     config = PRESETS[preset].network or teachers.load("mnist").config
@@ -68,22 +184,6 @@ def make_teacher(preset: str, device: torch.device) -> UNet:
         for parameter in network.parameters():  # what starts at zero would make some work trivial
             parameter.add_(0.02 * torch.randn_like(parameter))
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def make_loop(name: str, arguments, device: torch.device) -> Loop:
-    teacher = make_teacher(arguments.preset, device)
-    config = TrainConfig(
-        batch_size=arguments.batch_size, dfake_gen_update_ratio=arguments.ratio, lr_schedule="constant",
-        precision=arguments.precision, execution=arguments.execution, generator_lr=1e-5, guidance_lr=1e-5,
-    ).for_teacher(teacher)  # fmt: skip
-    draws = trainer.make_draws(config, teacher, device)
-    if name == "fastdmd":
-        model = trainer.build(config, teacher)
-    elif name == "textbook":
-        model = textbook_like(config, teacher)
-    else:
-        model = textbook_like(config, teacher, FairDMD2, bfloat16=config.precision == "bf16")
-    return Loop(name, model, draws, arguments.ratio, device)
 
 
 @contextlib.contextmanager
@@ -117,42 +217,6 @@ def clocks(loop: Loop):
         setattr(owner, attribute, function)
 
 
-def parts_of(arguments, device: torch.device) -> dict[str, float]:
-    """Shares of an eager cycle by part; the median of three cycles each."""
-    loop = make_loop("fastdmd", argparse.Namespace(**{**vars(arguments), "execution": "eager"}), device)
-    loop.cycle()
-    rounds = []
-    for _ in range(3):
-        with clocks(loop) as seconds:
-            total = loop.cycle()
-        rounds.append({**seconds, "rest": total - sum(seconds.values())})
-    return {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
-
-
-def peak_bytes(name: str, arguments) -> int:
-    """Peak memory of one cycle of a loop, in a process of its own: resident on a CPU, allocated on a GPU."""
-    command = [sys.executable, "-m", "benchmarks.bench_step", "--memory-of", name]
-    for flag in ("preset", "device", "batch_size", "ratio", "precision", "execution"):
-        command += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
-    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def launches_per_turn(arguments, device: torch.device) -> dict[str, int] | None:
-    """Kernels of each turn, eager or compiled as the run is; None on a CPU, which launches none."""
-    if device.type != "cuda":
-        return None
-    loop = make_loop("fastdmd", arguments, device)
-    for _ in range(3):
-        loop.cycle()
-    counts = {}
-    for turn in ("_generator_turn", "_guidance_turn"):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            getattr(loop.model, turn)()
-            loop.synchronize()
-        counts[turn.strip("_")] = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-    return counts
-
-
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the yardstick of utilisation."""
     n = 8192 if device.type == "cuda" else 2048
@@ -169,48 +233,48 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(times)
 
 
-def benchmark(arguments) -> dict:
+def peak_bytes(name: str, arguments: argparse.Namespace) -> int:
+    """Of one cycle in a process of its own."""
+    loop = Remote(name, arguments)
+    loop.cycle()
+    peak = loop.peak_bytes()
+    loop.close()
+    return peak
+
+
+def benchmark(arguments: argparse.Namespace) -> dict:
     device = resolve_device(arguments.device)
     names = ["textbook", *(["compiled"] if arguments.compiled else []), "fastdmd"]
     memory = {name: peak_bytes(name, arguments) for name in names} if arguments.memory else {}
-    loops = {name: make_loop(name, arguments, device) for name in names}
-    counting = make_loop("fastdmd", argparse.Namespace(**{**vars(arguments), "execution": "eager"}), device)
-    counting.cycle()
-    with Recorder() as recorder:
-        counting.cycle()
-    with FlopCounterMode(display=False) as flops:
-        counting.cycle()
-    floor, floor_seconds = Floor(recorder.calls), []
+    loops = {name: (Remote if device.type == "cpu" else make)(name, arguments) for name in [*names, "floor"]}
     for loop in loops.values():
         for _ in range(2 if device.type == "cpu" else 4):  # compiles, captures, warms caches
             loop.cycle()
+    seconds = {name: [] for name in loops}
     for _ in range(arguments.rounds):
+        for name, loop in loops.items():
+            time.sleep(0.1)  # until the threads of the one before no longer wait for work
+            seconds[name].append(loop.cycle())
+    facts, floor = loops["fastdmd"].facts(), loops["floor"].facts()
+    if device.type == "cpu":
         for loop in loops.values():
-            loop.seconds.append(loop.cycle())
-        floor_seconds.append(floor.seconds())
+            loop.close()
 
-    ours = loops["fastdmd"].seconds
-    images = arguments.ratio * arguments.batch_size
-    precision = loops["fastdmd"].model.generator_optimizer.parameters[0].dtype
-
-    def ratio(name):
-        if name not in loops:
+    def ratio(one: str, other: str) -> float | None:
+        if one not in seconds:
             return None
-        return statistics.median(a / b for a, b in zip(loops[name].seconds, ours, strict=True))
+        return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
+    images = arguments.ratio * arguments.batch_size
     return {
-        **describe(device.type), "threads": torch.get_num_threads(),
-        "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "memory_of", "suite")},
-        "execution": loops["fastdmd"].model.execution, "compute_dtype": str(precision),
-        "images_per_second": {name: images / statistics.median(loop.seconds) for name, loop in loops.items()},
-        "ratio_to_textbook": ratio("textbook"), "ratio_to_compiled": ratio("compiled"),
-        "time_over_floor": statistics.median(a / b for a, b in zip(ours, floor_seconds, strict=True)),
-        "seconds_per_cycle": {**{n: loop.seconds for n, loop in loops.items()}, "floor": floor_seconds},
-        "floor_layouts": {str(name): count for name, count in floor.layouts.items()},
-        "flops_per_cycle": flops.get_total_flops(),
-        "utilisation": flops.get_total_flops() / statistics.median(ours) / matmul_peak(device, precision),
-        "launches_per_turn": launches_per_turn(arguments, device),
-        "peak_bytes": memory, "seconds_by_part": parts_of(arguments, device),
+        **describe(device.type),
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "suite")},
+        "images_per_second": {name: images / statistics.median(seconds[name]) for name in names},
+        "ratio_to_textbook": ratio("textbook", "fastdmd"), "ratio_to_compiled": ratio("compiled", "fastdmd"),
+        "time_over_floor": ratio("fastdmd", "floor"), "seconds_per_cycle": seconds,
+        "floor_layouts": floor["layouts"], "flops_per_cycle": floor["flops"],
+        "utilisation": floor["flops"] / statistics.median(seconds["fastdmd"]) / floor["matmul_peak"],
+        "peak_bytes": memory, **facts,
     }  # fmt: skip
 
 
@@ -238,16 +302,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory too, each loop in a process of its own")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--suite", action="store_true", help="the settings of the GPU targets, one after the other")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory_of:
-        device = resolve_device(arguments.device)
-        make_loop(arguments.memory_of, arguments, device).cycle()
-        if device.type == "cuda":
-            print(torch.cuda.max_memory_allocated(device))
-        else:
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return
     settings = [vars(arguments)]
     if arguments.suite:
         settings = [{**vars(arguments), "compiled": True, "memory": True, **changes} for changes in SUITE]

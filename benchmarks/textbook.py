@@ -14,7 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from fastdmd.unet import GroupNormSiLU
+from fastdmd.unet_blocks import GroupNorm, GroupNormSiLU
 
 
 def karras_schedule(num_steps=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -39,8 +39,8 @@ class TextbookDMD2:
         def plain(network):
             network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
             for module in network.modules():
-                if isinstance(module, GroupNormSiLU):
-                    module.__class__ = EagerGroupNormSiLU
+                if isinstance(module, (GroupNormSiLU, GroupNorm)):
+                    module.__class__ = EagerGroupNormSiLU if isinstance(module, GroupNormSiLU) else torch.nn.GroupNorm
             return network
 
         self.teacher = plain(teacher).eval().requires_grad_(False)

@@ -15,11 +15,11 @@ STABLE_TORCH_LIBRARY(fastdmd_native, m) {
   m.def("fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, float sigma_data) -> (Tensor, Tensor)");
   m.def("scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) -> Tensor");
   m.def(
-      "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps)"
-      " -> (Tensor, Tensor, Tensor)");
+      "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps,"
+      " bool silu) -> (Tensor, Tensor, Tensor)");
   m.def(
       "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
-      " Tensor? scale, Tensor? shift, int num_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? scale, Tensor? shift, int num_groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "adamw_ema_(Tensor(a!) param, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step,"
       " Tensor learning_rate, Tensor(f!)? ema, Tensor(g!)? shadow, float beta1, float beta2, float eps,"

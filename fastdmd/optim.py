@@ -63,7 +63,8 @@ class AdamWEMA:
             for parameter, view in zip(self.parameters, _views(self._shadow, self.parameters), strict=True):
                 parameter.data = view
         self._grad = torch.zeros_like(self._param if self._shadow is None else self._shadow)
-        for parameter, view in zip(self.parameters, _views(self._grad, self.parameters), strict=True):
+        self._grads = _views(self._grad, self.parameters)
+        for parameter, view in zip(self.parameters, self._grads, strict=True):
             parameter.grad = view
 
         self._groups, start = [], 0
@@ -78,6 +79,23 @@ class AdamWEMA:
         if self.decay_steps is not None:
             factor *= 0.5 + 0.5 * math.cos(math.pi * min(1.0, update / self.decay_steps))
         return self.peak_learning_rate * factor
+
+    def backward(self, loss: Tensor, *, accumulate: bool = False) -> None:
+        """`loss.backward()` for the parameters alone, a few launches instead of one addition per parameter.
+
+        Overwrites the gradients, or adds to them with `accumulate`. A parameter that the loss does not depend on has a
+        gradient of zero.
+        """
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        alike, others = [], []  # tensors of one layout go together
+        for view, gradient in zip(self._grads, gradients, strict=True):
+            if gradient is None:
+                others.append((view, torch.zeros((), dtype=view.dtype, device=view.device)))
+            else:
+                (alike if gradient.stride() == view.stride() else others).append((view, gradient))
+        for pairs in (alike, *([pair] for pair in others)):
+            views, gradients = zip(*pairs, strict=True)
+            (torch._foreach_add_ if accumulate else torch._foreach_copy_)(views, gradients)
 
     def step(self) -> Tensor:
         """Returns the gradient norm before clipping, a 0-dim tensor on the device."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
@@ -29,17 +26,6 @@ def resolve_execution(name: str, device: torch.device) -> str:
     return name
 
 
-def keep_compiled_code() -> None:
-    """Lets compiled networks outlive the machine's temporary folder, so that the next run starts sooner."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastdmd" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-
-
 def compute_dtype(precision: str) -> torch.dtype | None:
     """Of the networks; None leaves them as they are. Weights, moments and averages are float32 in any case."""
     return torch.bfloat16 if precision == "bf16" else None
-
-
-def set_float32_units(precision: str) -> None:
-    """Lets float32 convolutions and matrix products run on TF32 units, or forbids it; process-wide."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -169,7 +169,7 @@ def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: 
             loss = dmd2.denoising_loss(
                 images, network, class_labels, sigma=sigma, noise=noise, sigma_data=network.sigma_data
             )
-            loss.backward()
+            optimizer.backward(loss)
             optimizer.step()
             loss_sum += loss.detach()
             iteration += 1

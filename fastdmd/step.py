@@ -111,7 +111,7 @@ class DMD2:
                 x_gen, self._denoise_beside, self._denoise_and_join, part.class_labels, sigma=part.dm_sigma,
                 noise=part.dm_noise,
             )  # fmt: skip
-            self._backward(loss, part, row=0)
+            self._backward(loss, part, self.generator_optimizer, row=0)
             part.x_gen.copy_(x_gen.detach())
         self._latest[0, 1] = self.generator_optimizer.update()
 
@@ -122,7 +122,7 @@ class DMD2:
                 part.x_gen, self._fake_score, part.class_labels, sigma=part.fake_sigma, noise=part.fake_noise,
                 sigma_data=self.sigma_data,
             )  # fmt: skip
-            self._backward(loss, part, row=1)
+            self._backward(loss, part, self.guidance_optimizer, row=1)
         self._latest[1, 1] = self.guidance_optimizer.update()
 
     def _run_generation(self) -> None:
@@ -137,10 +137,11 @@ class DMD2:
     def _generate(self, noise: Tensor, class_labels: Tensor | None) -> Tensor:
         return dmd2.generate(self._generator, noise, class_labels, conditioning_sigma=self.conditioning_sigma)
 
-    def _backward(self, loss: Tensor, part: _Part, row: int) -> None:
+    def _backward(self, loss: Tensor, part: _Part, optimizer: AdamWEMA, row: int) -> None:
         loss = loss / self.accumulation_steps if self.accumulation_steps > 1 else loss
-        loss.backward()
-        if part is self._parts[0]:
+        first = part is self._parts[0]
+        optimizer.backward(loss, accumulate=not first)
+        if first:
             self._latest[row, 0] = loss.detach()
         else:
             self._latest[row, 0] += loss.detach()

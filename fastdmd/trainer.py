@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdmd import diffusion, dmd2
+from fastdmd import diffusion, dmd2, machine
 from fastdmd.adapters import Adapted
 from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
 from fastdmd.config import TrainConfig
 from fastdmd.diffusion import Denoiser, random_generator
-from fastdmd.precision import compute_dtype, keep_compiled_code, set_float32_units
+from fastdmd.precision import compute_dtype
 from fastdmd.quality import SAMPLING_STREAM, Evaluation, Measurement, one_step_sampler, table, teacher_sampler
 from fastdmd.step import DMD2, StepMetrics
 from fastdmd.unet import UNet
@@ -84,8 +84,7 @@ def distill(config: TrainConfig, teacher: UNet | Adapted, run: RunFolder, evalua
     started = time.perf_counter()
     config = config.for_teacher(teacher)
     device = next(teacher.parameters()).device
-    set_float32_units(config.precision)
-    keep_compiled_code()
+    machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
     draws = make_draws(config, teacher, device)
     model = build(config, teacher)
     history = SampleHistory(run.path / "samples.png")

@@ -60,7 +60,6 @@ def test_compiled_network_keeps_channels_last(tmp_path):
     assert calls["convolution"] == num_square and calls["convolution backward"] >= num_square
     assert calls["attention"] == calls["attention backward"] > 0
     assert summary["convolutions_not_channels_last"] == []
-    # Of the blocks with attention (8x8) one norm is torch's own, which wants NCHW; the others keep their layout.
     for row in summary["layout_changes"]:
-        assert not any(re.search(r"\[4, \d\d+, 16, 16\]", x) for x in row["inputs"] + row["outputs"]), row
+        assert not any(re.search(r"\[4, \d\d+, (16, 16|8, 8)\]", x) for x in row["inputs"] + row["outputs"]), row
     assert all("[10, " in row["outputs"][-1] for row in summary["atomics"])  # the gradient of the label table alone

@@ -56,11 +56,11 @@ class Inputs:
         tables = self.vector(B, 2 * C).chunk(2, dim=1) if adaptive else (None, None)
         return self.image() + 2, self.vector(C), self.vector(C), *tables, math.gcd(C, 4)
 
-    def group_norm_backward(self, adaptive):
+    def group_norm_backward(self, adaptive, silu=True):
         *arguments, num_groups = self.group_norm(adaptive)
-        _, mean, rstd = ops.implementations("group_norm_silu")["reference"](*arguments, num_groups, 1e-5)
+        _, mean, rstd = ops.implementations("group_norm_silu")["reference"](*arguments, num_groups, 1e-5, silu)
         x, *parameters = arguments
-        return self.image(), x, mean, rstd, *parameters, num_groups
+        return self.image(), x, mean, rstd, *parameters, num_groups, silu
 
 
 CASES = {
@@ -72,10 +72,12 @@ CASES = {
     "fake_loss": lambda i: (i.image(), i.image(), i.level(), 0.7),
     "fake_loss_raw": lambda i: (i.image(), i.image(), i.image(), i.level(), 0.7),
     "scale_gradient": lambda i: (i.image(), i.vector(1, dtype=torch.float32)[0].to(ops_wide(i.dtype)), i.dtype),
-    "group_norm_silu": lambda i: (*i.group_norm(adaptive=False), 1e-5),
-    "group_norm_silu adaptive": lambda i: (*i.group_norm(adaptive=True), 1e-5),
+    "group_norm_silu": lambda i: (*i.group_norm(adaptive=False), 1e-5, True),
+    "group_norm_silu adaptive": lambda i: (*i.group_norm(adaptive=True), 1e-5, True),
+    "group_norm_silu without SiLU": lambda i: (*i.group_norm(adaptive=True), 1e-5, False),
     "group_norm_silu_backward": lambda i: i.group_norm_backward(adaptive=False),
     "group_norm_silu_backward adaptive": lambda i: i.group_norm_backward(adaptive=True),
+    "group_norm_silu_backward without SiLU": lambda i: i.group_norm_backward(adaptive=True, silu=False),
 }
 
 
@@ -305,7 +307,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     def all_results():
         noised = ops.add_noise(images[0], level, rng_state=ops.rng_state(1))
         losses = torch.ops.fastdmd.dm_loss(*images, 1e-6), torch.ops.fastdmd.fake_loss(*images[:2], level, 0.5)
-        norm = torch.ops.fastdmd.group_norm_silu(*Inputs((2, 64, 40, 40)).group_norm(adaptive=True), 1e-5)
+        norm = torch.ops.fastdmd.group_norm_silu(*Inputs((2, 64, 40, 40)).group_norm(adaptive=True), 1e-5, True)
         return [noised, *losses[0], *losses[1], *norm]
 
     try:
@@ -362,7 +364,7 @@ def test_special_values(device):
     x = torch.tensor([-1e4, -90.0, 90.0, 1e4, math.nan], device=device).view(5, 1, 1, 1)
     for implementation in ops.implementations("group_norm_silu", device).values():
         y, _, _ = implementation(torch.zeros_like(x), torch.ones(1, device=device), torch.zeros(1, device=device),
-                                 torch.zeros(5, 1, device=device), x.view(5, 1), 1, 1e-5)  # fmt: skip
+                                 torch.zeros(5, 1, device=device), x.view(5, 1), 1, 1e-5, True)  # fmt: skip
         assert_close(y, torch.nn.functional.silu(x), equal_nan=True)
 
 
@@ -395,8 +397,8 @@ def test_tables_far_apart_in_memory():
     table[0], table[1] = 1.0, 3.0
     x, weight = torch.randn(2, 4, 3, 3), torch.ones(4)
     for implementation in ops.implementations("group_norm_silu").values():
-        far = implementation(x, weight, weight, table, table, 2, 1e-5)
-        near = implementation(x, weight, weight, table.clone(), table.clone(), 2, 1e-5)
+        far = implementation(x, weight, weight, table, table, 2, 1e-5, True)
+        near = implementation(x, weight, weight, table.clone(), table.clone(), 2, 1e-5, True)
         assert_close(far[0], near[0], rtol=0, atol=0)
 
 
@@ -417,6 +419,7 @@ def test_gradcheck():
     assert check(lambda F: ops.fake_loss_raw(F, x.detach(), noise.detach(), sigma), (output,))
     weight, bias, table = (random(*shape, seed=5).requires_grad_() for shape in ((4,), (4,), (2, 8)))
     assert check(lambda x, w, b: ops.group_norm_silu(x, w, b, num_groups=2), (x, weight, bias))
+    assert check(lambda x, w, b: ops.group_norm(x, w, b, num_groups=2), (x, weight, bias))
 
     def adaptive(x, w, b, table):
         scale, shift = table.chunk(2, dim=1)
@@ -552,6 +555,8 @@ W = torch.ones(3)
          "fastdmd.add_noise: expected x of shape [B, C, H, W], got (3, 32, 32)"),
         (lambda: ops.group_norm_silu(X, W, W), ValueError,
          "fastdmd.group_norm_silu: expected num_groups that divides C = 3, got 32"),
+        (lambda: ops.group_norm(X, W, W[:2], num_groups=1), ValueError,
+         "fastdmd.group_norm: expected bias of shape (3,), got (2,)"),
         (lambda: ops.group_norm_silu(X, W[:2], W, num_groups=1), ValueError,
          "fastdmd.group_norm_silu: expected weight of shape (3,), got (2,)"),
         (lambda: ops.group_norm_silu(X, W, W, num_groups=1, scale=torch.ones(4, 3)), ValueError,

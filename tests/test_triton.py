@@ -49,9 +49,9 @@ x, weight, bias = 1000 + torch.randn(2, 6, 67, 71), torch.randn(6), torch.randn(
 group_norm_silu.TILE_CHANNELS = 2
 results = []
 for group_norm_silu.NUM_PROGRAMS in (1, 512):
-    outputs = group_norm_silu.group_norm_silu(x, weight, bias, None, None, 3, 1e-5)
+    outputs = group_norm_silu.group_norm_silu(x, weight, bias, None, None, 3, 1e-5, True)
     results.append([*outputs, *group_norm_silu.group_norm_silu_backward(x.sin(), x, *outputs[1:], weight, bias, None,
-                                                                        None, 3)[:3]])
+                                                                        None, 3, True)[:3]])
 assert not torch.equal(results[0][2], results[1][2])  # rounded differently, so added up differently
 for one, many, tolerance in zip(*results, (5e-6, 2e-7, 5e-6, 5e-6, 5e-6, 5e-6)):
     assert (many - one).abs().max() <= tolerance * one.abs().max()
@@ -105,8 +105,8 @@ def launches(dtype):
     for channels, batch in ((192, 4), (576, 4), (192, 256), (576, 256)):
         x, *rest = norm_arguments(dtype, channels, adaptive=channels == 192, batch=batch)
         moments = torch.empty(batch, 32), torch.empty(batch, 32)
-        yield "group_norm_silu", "group_norm_silu", (x, *rest, 1e-5)
-        yield "group_norm_silu_backward", "group_norm_silu", (x, x, *moments, *rest)
+        yield "group_norm_silu", "group_norm_silu", (x, *rest, 1e-5, True)
+        yield "group_norm_silu_backward", "group_norm_silu", (x, x, *moments, *rest, True)
     flat, step = torch.empty(100_000), torch.empty(1, dtype=torch.int64)
     numbers = (0.9, 0.999, 1e-8, 0.01, 1.0, 0.999, 10.0, True)
     shadow = torch.empty(100_000, dtype=torch.bfloat16)
@@ -136,9 +136,9 @@ def edges():
         yield "fake_loss_raw", "fake_loss", (x, a, b, sigma, 0.5)
         yield "scale_gradient", "fake_loss", (x, torch.empty((), dtype=wide), torch.float16)
         parameters = (vector, vector, None, None, 1)
-        yield "group_norm_silu", "group_norm_silu", (x, *parameters, 1e-5)
+        yield "group_norm_silu", "group_norm_silu", (x, *parameters, 1e-5, False)
         moments = moments.to(wide)
-        yield "group_norm_silu_backward", "group_norm_silu", (x, x, moments, moments, *parameters)
+        yield "group_norm_silu_backward", "group_norm_silu", (x, x, moments, moments, *parameters, False)
     numbers = (0.9, 0.999, 1e-8, 0.0, math.inf, 0.999, 0.0, False)
     for flat, shadow in ((torch.empty(1), None), (torch.empty(4099, dtype=torch.float64), torch.float16)):
         step, rate = torch.empty(1, dtype=torch.int64), torch.empty(())

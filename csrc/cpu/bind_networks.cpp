@@ -90,7 +90,8 @@ Tensor filled(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> scale,
-                                                   std::optional<Tensor> shift, int64_t num_groups, double eps) {
+                                                   std::optional<Tensor> shift, int64_t num_groups, double eps,
+                                                   bool silu) {
   Tensor y = torch::stable::empty_like(x);
   const std::vector<double> weights = values(weight), biases = values(bias), scales = values(scale),
                             shifts = values(shift);
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
   a.out = y.mutable_data_ptr();
   a.mean = mean.data(), a.rstd = rstd.data();
   a.weight = weights.data(), a.bias = biases.data(), a.scale = pointer(scales), a.shift = pointer(shifts);
-  a.eps = eps;
+  a.eps = eps, a.silu = silu;
   for_groups(x, num_groups, [&](int64_t sample, int64_t begin, int64_t end) {
     kernels().group_norm_silu(of_sample(a, sample), begin, end);
   });
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
     Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, std::optional<Tensor> scale,
-    std::optional<Tensor> shift, int64_t num_groups) {
+    std::optional<Tensor> shift, int64_t num_groups, bool silu) {
   Tensor grad_x = torch::stable::empty_like(x);
   const int64_t B = x.size(0), C = x.size(1);
   std::vector<double> means = values(mean), rstds = values(rstd);
@@ -121,6 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   a.mean = means.data(), a.rstd = rstds.data();
   a.weight = weights.data(), a.bias = biases.data(), a.scale = pointer(scales), a.shift = pointer(shifts);
   a.sum_grad = sum_grad.data(), a.sum_grad_h = sum_grad_h.data();
+  a.silu = silu;
   for_groups(x, num_groups, [&](int64_t sample, int64_t begin, int64_t end) {
     kernels().group_norm_silu_backward(of_sample(a, sample), begin, end);
   });

@@ -1,4 +1,4 @@
-// GroupNorm, scale and shift, SiLU, and its backward: one sample, a range of its groups at a time.
+// GroupNorm, scale and shift, SiLU or not, and its backward: one sample, a range of its groups at a time.
 #include <cstdlib>
 
 #include "numeric.h"
@@ -118,7 +118,20 @@ FASTDMD_INLINE void affine(const GroupNormSiLU& a, int64_t first, int64_t channe
   }
 }
 
-template <class T, bool ChannelsLast>
+// y = m * sigmoid(m), or m.
+template <bool Silu, class W>
+FASTDMD_INLINE W activation(W m) {
+  return Silu ? m * sigmoid(m) : m;
+}
+
+template <bool Silu, class W>
+FASTDMD_INLINE W activation_derivative(W m) {
+  if (!Silu) return W(1);
+  const W s = sigmoid(m);
+  return s + m * s * (1 - s);
+}
+
+template <class T, bool ChannelsLast, bool Silu>
 void forward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   using W = Wide<T>;
   const Slice<ChannelsLast> slice(a, group_begin, group_end);
@@ -139,12 +152,11 @@ void forward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
 
   affine(a, slice.first, slice.channels, mean, gain, offset);
   slice.each([=](int64_t c, int64_t i, int64_t) {
-    const W m = gain[c] * (load(x[i]) - mean[c]) + offset[c];
-    store(y[i], m * sigmoid(m));
+    store(y[i], activation<Silu>(gain[c] * (load(x[i]) - mean[c]) + offset[c]));
   });
 }
 
-template <class T, bool ChannelsLast>
+template <class T, bool ChannelsLast, bool Silu>
 void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   using W = Wide<T>;
   const Slice<ChannelsLast> slice(a, group_begin, group_end);
@@ -157,16 +169,14 @@ void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
     *__restrict by_x = mean + 3 * n, *__restrict constant = mean + 4 * n;
   affine(a, slice.first, n, mean, gain, offset);
 
-  // grad_m = grad_y * silu'(m) goes where grad_x will be, or to a scratch if that is too narrow.
+  // grad_m = grad_y * y'(m) goes where grad_x will be, or to a scratch if that is too narrow.
   constexpr bool in_place = std::is_same_v<T, W>;
   Scratch<W> scratch(in_place ? 0 : n * slice.pixels);
   W* __restrict grad_m = in_place ? reinterpret_cast<W*>(grad_x) : scratch.data;
   Scratch<double> both(2 * n);
   slice.template sums<W, 2>(both.data, [=](int64_t c, int64_t i, int64_t dense) {
     const W centred = load(x[i]) - mean[c];
-    const W m = gain[c] * centred + offset[c];
-    const W s = sigmoid(m);
-    const W g = load(grad_y[i]) * (s + m * s * (1 - s));
+    const W g = load(grad_y[i]) * activation_derivative<Silu>(gain[c] * centred + offset[c]);
     grad_m[in_place ? i : dense] = g;
     return Values<W, 2>{g, g * centred};
   });
@@ -192,21 +202,28 @@ void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   });
 }
 
+// Calls body with a type of elements and, as constants, whether channels are neighbours and whether there is SiLU.
+template <class Body>
+void specialise(const GroupNormSiLU& a, Body body) {
+  dispatch(a.dtype, [&](auto type) {
+    const auto with_layout = [&](auto channels_last) {
+      a.silu ? body(type, channels_last, std::true_type{}) : body(type, channels_last, std::false_type{});
+    };
+    a.channel_stride == 1 && a.num_channels > 1 ? with_layout(std::true_type{}) : with_layout(std::false_type{});
+  });
+}
+
 }  // namespace
 
 void group_norm_silu(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
-  dispatch(a.dtype, [&](auto type) {
-    using T = decltype(type);
-    a.channel_stride == 1 && a.num_channels > 1 ? forward<T, true>(a, group_begin, group_end)
-                                                : forward<T, false>(a, group_begin, group_end);
+  specialise(a, [&](auto type, auto channels_last, auto silu) {
+    forward<decltype(type), channels_last, silu>(a, group_begin, group_end);
   });
 }
 
 void group_norm_silu_backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
-  dispatch(a.dtype, [&](auto type) {
-    using T = decltype(type);
-    a.channel_stride == 1 && a.num_channels > 1 ? backward<T, true>(a, group_begin, group_end)
-                                                : backward<T, false>(a, group_begin, group_end);
+  specialise(a, [&](auto type, auto channels_last, auto silu) {
+    backward<decltype(type), channels_last, silu>(a, group_begin, group_end);
   });
 }
 

@@ -56,6 +56,7 @@ struct GroupNormSiLU {
   double *sum_grad, *sum_grad_h;  // [C], written by backward: A and Q
   int64_t num_channels, num_groups, num_pixels, channel_stride, pixel_stride;
   double eps;
+  bool silu;
 };
 
 struct AdamW {

@@ -98,12 +98,12 @@ void launch_both(const Device& device, const Tensor& x, ChannelsLast a, First fi
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> scale,
-                                                   std::optional<Tensor> shift, int64_t num_groups, double eps) {
+                                                   std::optional<Tensor> shift, int64_t num_groups, double eps, bool silu) {
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_type(x));
   Tensor rstd = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_type(x));
   GroupNorm a = arguments("group_norm_silu", x, y, mean, rstd, weight, bias, scale, shift, num_groups);
-  a.eps = eps;
+  a.eps = eps, a.silu = silu;
   if (x.numel() == 0) {  // the mean of nothing
     torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
     torch::stable::fill_(rstd, std::numeric_limits<double>::quiet_NaN());
@@ -159,7 +159,7 @@ void launch_backward(const Device& device, const Tensor& x, const GroupNorm& a) 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
     Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, std::optional<Tensor> scale,
-    std::optional<Tensor> shift, int64_t num_groups) {
+    std::optional<Tensor> shift, int64_t num_groups, bool silu) {
   constexpr const char* op = "group_norm_silu_backward";
   Tensor grad_x = torch::stable::empty_like(x);
   const int64_t B = x.size(0), C = x.size(1);
@@ -174,6 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   GroupNorm a = arguments(op, x, grad_x, mean, rstd, weight, bias, scale, shift, num_groups);
   a.grad_y = grad_y.const_data_ptr();
   a.sums = sums.mutable_data_ptr();
+  a.silu = silu;
   const Device device(x);
   if (x.numel() > 0)
     launch_backward(device, x, a);

@@ -20,14 +20,14 @@ struct GroupNorm {
   Values weight, bias;  // [C]
   Values scale, shift;  // [B, C], or null
   Dtype dtype;
-  bool channels_last;
+  bool channels_last, silu;
   int64_t num_samples, num_channels, num_groups, num_pixels;
   double eps;
 
   __host__ __device__ int64_t group_size() const { return num_channels / num_groups; }
 };
 
-// Of one channel of one sample: h = (x - mean) * rstd, m = gain * (x - mean) + offset, y = m * sigmoid(m), and
+// Of one channel of one sample: h = (x - mean) * rstd, m = gain * (x - mean) + offset, y = m * sigmoid(m) or m, and
 // d(m) / d(h) = slope.
 template <class W>
 struct Channel {
@@ -47,12 +47,13 @@ __device__ __forceinline__ float sigmoid(float m) { return __fdividef(1.0f, 1.0f
 __device__ __forceinline__ double sigmoid(double m) { return 1 / (1 + exp(-m)); }
 
 template <class W>
-__device__ __forceinline__ W silu(W m) {
-  return m * sigmoid(m);
+__device__ __forceinline__ W activation(const GroupNorm& a, W m) {
+  return a.silu ? m * sigmoid(m) : m;
 }
 
 template <class W>
-__device__ __forceinline__ W silu_derivative(W m) {
+__device__ __forceinline__ W activation_derivative(const GroupNorm& a, W m) {
+  if (!a.silu) return W(1);
   const W s = sigmoid(m);
   return s + m * s * (1 - s);
 }

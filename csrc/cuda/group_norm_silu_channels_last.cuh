@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_apply_vectors(Ch
     float values[V];
     load(x + p * C, values);
 #pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = silu(gain[k] * (values[k] - mean[k]) + offset[k]);
+    for (int k = 0; k < V; ++k) values[k] = activation(a.op, gain[k] * (values[k] - mean[k]) + offset[k]);
     store(y + p * C, values);
   });
 }
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(640, 1)  // 96 registers: 80 spill
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       centred[k] -= mean[k];
-      grad_m[k] *= silu_derivative(gain[k] * centred[k] + offset[k]);
+      grad_m[k] *= activation_derivative(a.op, gain[k] * centred[k] + offset[k]);
       grad[k] += grad_m[k];
       grad_x[k] += grad_m[k] * centred[k];
     }
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_backward_vectors
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       centred[k] -= mean[k];
-      grad_m[k] *= silu_derivative(gain[k] * centred[k] + offset[k]);
+      grad_m[k] *= activation_derivative(a.op, gain[k] * centred[k] + offset[k]);
       centred[k] = gain[k] * grad_m[k] - constant[k] - linear[k] * centred[k];
     }
     store(grad_x + p * C, centred);

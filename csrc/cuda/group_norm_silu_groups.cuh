@@ -79,7 +79,7 @@ __device__ void group_forward(const GroupNorm& a) {
       W x[V];
       Access<T, W>::load(a, a.x, i, x);
 #pragma unroll
-      for (int k = 0; k < V; ++k) x[k] = silu(channel.gain * (x[k] - mean) + channel.offset);
+      for (int k = 0; k < V; ++k) x[k] = activation(a, channel.gain * (x[k] - mean) + channel.offset);
       Access<T, W>::store(a, i, x);
     }
   }
@@ -105,7 +105,7 @@ __device__ void group_backward(const GroupNorm& a) {
           Access<T, W>::load(a, a.x, i, x);
           Access<T, W>::load(a, a.grad_y, i, grad_m);
 #pragma unroll
-          for (int k = 0; k < V; ++k) grad_m[k] *= silu_derivative(channel.gain * (x[k] - mean) + channel.offset);
+          for (int k = 0; k < V; ++k) grad_m[k] *= activation_derivative(a, channel.gain * (x[k] - mean) + channel.offset);
           body(channel, i, x, grad_m);
         }
         end(channel, c);

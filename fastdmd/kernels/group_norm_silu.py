@@ -1,4 +1,4 @@
-"""GroupNorm, scale and shift, SiLU and its backward: a program per sample and tile of groups, any group size.
+"""GroupNorm, scale and shift, SiLU or not, and its backward: a program per sample and tile of groups, any group size.
 
 Where those are too few to fill a GPU the pixels are split into chunks too, and there are two launches: one stores the
 sums of each chunk, one adds them up and writes the result.
@@ -72,9 +72,9 @@ def add_chunks(sums_ptr, sample, num_channels, channel, mask, CHUNKS: tl.constex
 @triton.jit
 def forward_kernel(x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, sums_ptr,
                    num_channels, num_groups, group_size, groups_per_tile, tile_channels, num_pixels, chunk_pixels,
-                   scale_stride, shift_stride, EPS: tl.constexpr, SUMS: tl.constexpr, RESULT: tl.constexpr,
-                   CHUNKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr,
-                   CHANNELS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+                   scale_stride, shift_stride, EPS: tl.constexpr, SILU: tl.constexpr, SUMS: tl.constexpr,
+                   RESULT: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+                   PIXELS: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
     sample, tile, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first_group, first_channel = tile * groups_per_tile, tile * tile_channels
     inside = tl.arange(0, CHANNELS)
@@ -126,23 +126,27 @@ def forward_kernel(x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mea
             mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
             x = tl.load(x_ptr + here, mask, 0.0).to(WIDE)
             m = (x - centre[None, :]) * slope[None, :] + offset[None, :]
-            tl.store(y_ptr + here, narrow(m / (1.0 + tl.exp(-m)), y_ptr), mask)
+            if SILU:
+                m = m / (1.0 + tl.exp(-m))
+            tl.store(y_ptr + here, narrow(m, y_ptr), mask)
             here += PIXELS * between
 
 
 @triton.jit
-def silu_backward(grad_y, m):
-    s = 1.0 / (1.0 + tl.exp(-m))
-    return grad_y * (s + m * s * (1.0 - s))
+def activation_backward(grad_y, m, SILU: tl.constexpr):
+    if SILU:
+        s = 1.0 / (1.0 + tl.exp(-m))
+        grad_y = grad_y * (s + m * s * (1.0 - s))
+    return grad_y
 
 
 @triton.jit
 def backward_kernel(grad_y_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, grad_x_ptr,
                     grad_affine_ptr, grad_scale_ptr, grad_shift_ptr, sums_ptr, num_channels, num_groups, group_size,
                     groups_per_tile, tile_channels, num_pixels, chunk_pixels, scale_stride, shift_stride,
-                    SUMS: tl.constexpr, RESULT: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-                    WIDE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr
-                    ):  # fmt: skip
+                    SILU: tl.constexpr, SUMS: tl.constexpr, RESULT: tl.constexpr, CHUNKS: tl.constexpr,
+                    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+                    GROUPS: tl.constexpr):  # fmt: skip
     sample, tile, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first_group, first_channel = tile * groups_per_tile, tile * tile_channels
     inside = tl.arange(0, CHANNELS)
@@ -167,7 +171,7 @@ def backward_kernel(grad_y_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
             mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
             centred = tl.load(x_ptr + here, mask, 0.0).to(WIDE) - centre[None, :]
             grad_y = tl.load(grad_y_ptr + here, mask, 0.0).to(WIDE)
-            grad_m = tl.where(mask, silu_backward(grad_y, centred * slope[None, :] + offset[None, :]), 0.0)
+            grad_m = tl.where(mask, activation_backward(grad_y, centred * slope[None, :] + offset[None, :], SILU), 0.0)
             sums += grad_m
             sums_h += grad_m * centred
             here += PIXELS * between
@@ -193,7 +197,7 @@ def backward_kernel(grad_y_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
             mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
             centred = tl.load(x_ptr + here, mask, 0.0).to(WIDE) - centre[None, :]
             grad_y = tl.load(grad_y_ptr + here, mask, 0.0).to(WIDE)
-            grad_m = silu_backward(grad_y, centred * slope[None, :] + offset[None, :])
+            grad_m = activation_backward(grad_y, centred * slope[None, :] + offset[None, :], SILU)
             grad_x = rstd[None, :] * (k[None, :] * grad_m - S1[None, :] - centred * (rstd * S2)[None, :])
             tl.store(grad_x_ptr + here, narrow(grad_x, grad_x_ptr), mask)
             here += PIXELS * between
@@ -227,16 +231,17 @@ def _launch(kernel, x: Tensor, arguments: tuple, num_groups: int, scale: Tensor 
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-                    num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                    num_groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=wide_dtype(x)) for _ in range(2))
     arguments = (x, weight, bias, scale, shift, y, mean, rstd)
-    _launch(forward_kernel, x, arguments, num_groups, scale, shift, elements=8192 // x.element_size(), EPS=eps)
+    _launch(forward_kernel, x, arguments, num_groups, scale, shift, elements=8192 // x.element_size(), EPS=eps,
+            SILU=silu)  # fmt: skip
     return y, mean, rstd
 
 
 def group_norm_silu_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-                             scale: Tensor | None, shift: Tensor | None, num_groups: int
+                             scale: Tensor | None, shift: Tensor | None, num_groups: int, silu: bool
                              ) -> tuple[Tensor, ...]:  # fmt: skip
     B, C = x.shape[:2]
     grad_x = torch.empty_like(x)
@@ -244,6 +249,6 @@ def group_norm_silu_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tens
     tables = [x.new_empty((0,) if t is None else (B, C), dtype=mean.dtype if t is None else t.dtype)
               for t in (scale, shift)]  # fmt: skip
     arguments = (grad_y, x, mean, rstd, weight, bias, scale, shift, grad_x, grad_affine, *tables)
-    _launch(backward_kernel, x, arguments, num_groups, scale, shift, elements=2048)  # more would spill
+    _launch(backward_kernel, x, arguments, num_groups, scale, shift, elements=2048, SILU=silu)  # more would spill
     grad_weight, grad_bias = grad_affine[:, 0].sum(0), grad_affine[:, 1].sum(0)  # two tensors: outputs may not alias
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *tables

@@ -29,10 +29,13 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # nobody wants zeros for that
 
 
-def backward(ctx, grad_loss: Tensor, _):
+def backward(ctx, grad_loss: Tensor | None, _):
     """The derivative in the first input: `gradient * grad_loss`. The other inputs are constants."""
+    if grad_loss is None:
+        return (None,) * ctx.num_inputs
     (gradient,) = ctx.saved_tensors
     if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and gradient.dtype == ctx.dtype:
         if grad_loss.item() == 1:  # a CPU waits for nothing to look, and saves a third of the memory traffic

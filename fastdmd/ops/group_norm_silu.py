@@ -1,4 +1,4 @@
-"""GroupNorm, optional scale and shift, and SiLU in one pass: the glue between the convolutions of a UNet."""
+"""GroupNorm, optional scale and shift, and SiLU or not, in one pass: the glue between the convolutions of a UNet."""
 
 from __future__ import annotations
 
@@ -28,14 +28,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int 
     Returns `y`, like `x`. Differentiable in `x`, `weight`, `bias`, `scale` and `shift`.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
-    (x,) = check_images("group_norm_silu", x=x)
-    check_positive("group_norm_silu", eps=eps)
-    if num_groups < 1 or x.shape[1] % num_groups != 0:
-        raise ValueError(
-            f"fastdmd.group_norm_silu: expected num_groups that divides C = {x.shape[1]}, got {num_groups}"
-        )
-    check_vector("group_norm_silu", "weight", weight, x, x.shape[1:2])
-    check_vector("group_norm_silu", "bias", bias, x, x.shape[1:2])
+    x = _check("group_norm_silu", x, weight, bias, num_groups, eps)
     if (scale is None) != (shift is None):
         got = "shift" if scale is None else "scale"
         raise ValueError(f"fastdmd.group_norm_silu: expected scale and shift together, got {got} alone")
@@ -43,7 +36,26 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int 
         check_vector("group_norm_silu", "scale", scale, x, x.shape[:2])
         check_vector("group_norm_silu", "shift", shift, x, x.shape[:2])
         scale, shift = _unit_stride(scale), _unit_stride(shift)
-    return _group_norm_silu(x, weight.contiguous(), bias.contiguous(), scale, shift, num_groups, eps)[0]
+    return _group_norm_silu(x, weight.contiguous(), bias.contiguous(), scale, shift, num_groups, eps, True)[0]
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 32, eps: float = 1e-5) -> Tensor:
+    """`y = group_norm(x) * weight + bias` (Wu & He 2018) in the layout of `x`; arguments and errors as above.
+
+    `torch.nn.functional.group_norm` brings channels_last CUDA tensors into another layout and back.
+    """
+    x = _check("group_norm", x, weight, bias, num_groups, eps)
+    return _group_norm_silu(x, weight.contiguous(), bias.contiguous(), None, None, num_groups, eps, False)[0]
+
+
+def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    (x,) = check_images(op, x=x)
+    check_positive(op, eps=eps)
+    if num_groups < 1 or x.shape[1] % num_groups != 0:
+        raise ValueError(f"fastdmd.{op}: expected num_groups that divides C = {x.shape[1]}, got {num_groups}")
+    check_vector(op, "weight", weight, x, x.shape[1:2])
+    check_vector(op, "bias", bias, x, x.shape[1:2])
+    return x
 
 
 def _unit_stride(table: Tensor) -> Tensor:
@@ -52,24 +64,26 @@ def _unit_stride(table: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
-              eps: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+              eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = wide_dtype(x)
     n, mean, rstd = torch.native_group_norm(
         x.to(wide), weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps
     )  # fmt: skip
     m = n if scale is None else n * (1 + _table(scale, x)) + _table(shift, x)
-    return F.silu(m).to(x.dtype, memory_format=memory_format(x)), mean, rstd
+    y = F.silu(m) if silu else m
+    return y.to(x.dtype, memory_format=memory_format(x)), mean, rstd
 
 
 def reference_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-                       scale: Tensor | None, shift: Tensor | None, num_groups: int) -> tuple[Tensor, ...]:  # fmt: skip
+                       scale: Tensor | None, shift: Tensor | None, num_groups: int, silu: bool
+                       ) -> tuple[Tensor, ...]:  # fmt: skip
     wide = mean.dtype
     h = (x.to(wide) - _spread(mean, x)) * _spread(rstd, x)
     n = torch.addcmul(_table(bias[None], x), h, _table(weight[None], x))
     gain = None if scale is None else 1 + _table(scale, x)
     m = n if scale is None else n * gain + _table(shift, x)
     s = torch.sigmoid(m)
-    grad_m = grad_y.to(wide) * (s + m * s * (1 - s))
+    grad_m = grad_y.to(wide) * (s + m * s * (1 - s) if silu else 1)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
         grad_m if gain is None else grad_m * gain, x.to(wide), mean, rstd, weight.to(wide), *_sizes(x), num_groups,
         [True, True, True],
@@ -100,39 +114,45 @@ def _table(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
-          eps: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+          eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mean = x.new_empty((x.shape[0], num_groups), dtype=wide_dtype(x))
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
 def _fake_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-                   scale: Tensor | None, shift: Tensor | None, num_groups: int) -> tuple[Tensor, ...]:  # fmt: skip
+                   scale: Tensor | None, shift: Tensor | None, num_groups: int, silu: bool
+                   ) -> tuple[Tensor, ...]:  # fmt: skip
     tables = [mean.new_empty(0 if t is None else t.shape, dtype=None if t is None else t.dtype) for t in (scale, shift)]
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *tables
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, scale, shift, ctx.num_groups, _ = inputs
+    x, weight, bias, scale, shift, ctx.num_groups, _, ctx.silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # nobody wants zeros for those
     ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
 
 
-def _backward(ctx, grad_y: Tensor, *_):
+def _backward(ctx, grad_y: Tensor | None, *_):
+    if grad_y is None:
+        return (None,) * 8
     x, *saved = ctx.saved_tensors
     scale = saved[-2]
     grad_y = grad_y.contiguous(memory_format=memory_format(x))
-    grad_x, grad_weight, grad_bias, *tables = _group_norm_silu_backward(grad_y, x, *saved, ctx.num_groups)
-    return grad_x, grad_weight, grad_bias, *(tables if scale is not None else (None, None)), None, None
+    grad_x, grad_weight, grad_bias, *tables = _group_norm_silu_backward(
+        grad_y, x, *saved, ctx.num_groups, ctx.silu
+    )  # fmt: skip
+    return grad_x, grad_weight, grad_bias, *(tables if scale is not None else (None, None)), None, None, None
 
 
 _group_norm_silu = define(
-    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps,"
+    " bool silu) -> (Tensor, Tensor, Tensor)",
     module="group_norm_silu", reference=reference, fake=_fake, setup_context=_setup_context, backward=_backward,
 )  # fmt: skip
 _group_norm_silu_backward = define(
     "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
-    " Tensor? scale, Tensor? shift, int num_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? scale, Tensor? shift, int num_groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     module="group_norm_silu", reference=reference_backward, fake=_fake_backward,
 )  # fmt: skip

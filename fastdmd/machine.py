@@ -1,0 +1,78 @@
+"""What a run asks of its machine: threads, memory that stays, TF32 units, a place for compiled code; process-wide."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+CGROUP = Path("/sys/fs/cgroup/cpu.max")  # the CPU time of this container: microseconds of it, and in how many
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
+
+def prepare(device: torch.device, *, precision: str, batch_size: int) -> None:
+    """Before the first step of a run."""
+    set_float32_units(precision)
+    keep_compiled_code()
+    if device.type == "cpu":
+        keep_freed_memory()
+        use_faster_products()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(suitable_threads(torch.get_num_threads(), batch_size))
+
+
+def suitable_threads(available: int, batch_size: int, cgroup: Path = CGROUP) -> int:
+    """At most one thread per image, which is how the work is split, and per core that a container may use.
+
+    torch counts the cores of the machine: in a container with two of sixty-four, threads would wait for each other.
+    """
+    try:
+        quota, period = cgroup.read_text().split()
+        allowed = math.inf if quota == "max" else math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        allowed = math.inf
+    return max(1, min(available, batch_size, allowed))
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what tensors free for the next ones, instead of giving it back to the system each time.
+
+    Measured on two cores, 128 MNIST images: 200,000 to 500,000 page faults a cycle become 10, its time 0.94 of itself,
+    peak memory 1.02. Does nothing where there is another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)
+
+
+def use_faster_products() -> None:
+    """Lets oneDNN, not MKL, multiply float32 matrices, where that loses no digits.
+
+    Measured on an AMD CPU with AVX-512, for which MKL takes AVX2: 410 against 197 GFLOP/s on two cores. oneDNN is asked
+    by allowing it bfloat16 inside. Only on AMX units does it use that, so there, and wherever a product shows it, MKL
+    stays.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    fine = torch.full((64, 64), 1 + 2**-20)
+    if not torch.equal(fine @ torch.eye(64), fine):
+        matmul.fp32_precision = before
+
+
+def keep_compiled_code() -> None:
+    """Lets compiled networks outlive the machine's temporary folder, so that the next run starts sooner."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastdmd" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+
+
+def set_float32_units(precision: str) -> None:
+    """Lets float32 convolutions and matrix products run on TF32 units, or forbids it."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
