@@ -14,7 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from fastdmd.unet_blocks import GroupNorm, GroupNormSiLU
+from fastdmd.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 
 
 def karras_schedule(num_steps=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -32,6 +32,9 @@ class EagerGroupNormSiLU(torch.nn.GroupNorm):
         return F.silu(x)
 
 
+PLAIN = {GroupNormSiLU: EagerGroupNormSiLU, GroupNorm: torch.nn.GroupNorm, Conv3x3: torch.nn.Conv2d}
+
+
 class TextbookDMD2:
     def __init__(self, teacher, *, generator_lr, guidance_lr, betas=(0.9, 0.999), weight_decay=0.01, max_grad_norm=1.0,
                  warmup_steps=0, guidance_warmup_steps=0, ema_decay=0.98, conditioning_sigma=80.0, sigma_data=0.5,
@@ -39,8 +42,7 @@ class TextbookDMD2:
         def plain(network):
             network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
             for module in network.modules():
-                if isinstance(module, (GroupNormSiLU, GroupNorm)):
-                    module.__class__ = EagerGroupNormSiLU if isinstance(module, GroupNormSiLU) else torch.nn.GroupNorm
+                module.__class__ = PLAIN.get(module.__class__, module.__class__)
             return network
 
         self.teacher = plain(teacher).eval().requires_grad_(False)

@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(fastdmd_native, m) {
   m.def(
       "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
       " Tensor? scale, Tensor? shift, int num_groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "conv3x3_backward(Tensor grad_y, Tensor x, Tensor weight, bool of_input, bool of_parameters)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def(
       "adamw_ema_(Tensor(a!) param, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step,"
       " Tensor learning_rate, Tensor(f!)? ema, Tensor(g!)? shadow, float beta1, float beta2, float eps,"

@@ -10,9 +10,17 @@ from fastdmd import ops
 from fastdmd.unet_config import UNetConfig
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution, padded by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv3x3(x, self.weight, self.bias)
+
+
 def conv(in_channels: int, out_channels: int, kernel: int = 3, init_scale: float = 1.0) -> nn.Conv2d:
     """A same-padded convolution with Xavier-uniform weights times `init_scale` and zero bias."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+    kind = Conv3x3 if kernel == 3 else nn.Conv2d
+    layer = kind(in_channels, out_channels, kernel, padding=kernel // 2)
     nn.init.xavier_uniform_(layer.weight)
     with torch.no_grad():
         layer.weight.mul_(init_scale)

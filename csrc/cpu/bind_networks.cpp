@@ -1,5 +1,7 @@
 // Bindings of group_norm_silu and adamw_ema_, and the choice of the instruction set.
 #include <cmath>
+#include <cstdlib>
+#include <string>
 
 #include "bindings.h"
 
@@ -20,9 +22,13 @@ struct Choice {
   const Kernels& kernels;
 };
 
+// ATEN_CPU_CAPABILITY=avx2|default holds it back, as it does torch.
 Choice choose() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string allowed = variable ? variable : "";
+  if (allowed == "default") return {"generic", generic::kernels};
+  if (allowed != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return {"avx512", avx512::kernels};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))

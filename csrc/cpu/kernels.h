@@ -59,6 +59,16 @@ struct GroupNormSiLU {
   bool silu;
 };
 
+// A 3x3 convolution, padded by one, of dense channels_last float32 images. Element (o, i, y, x) of the weight is at
+// o * weight_out + i * weight_in + y * weight_y + x * weight_x. Channels are multiples of 16.
+struct Conv3x3 {
+  const float *x, *bias;  // bias [out_channels], or null
+  float *weight, *y;
+  float* transformed;     // [16 * in_channels * out_channels]: the weight, by conv3x3_weights, or sums for its gradient
+  int64_t num_images, height, width, in_channels, out_channels, weight_out, weight_in, weight_y, weight_x;
+  bool flipped;  // the weight upside down and mirrored, as the gradient of the input wants it
+};
+
 struct AdamW {
   Dtype dtype, grad_dtype, shadow_dtype;
   void *param, *grad, *exp_avg, *exp_avg_sq;
@@ -76,6 +86,10 @@ struct Kernels {
   void (*scale_gradient)(const void* grad, Dtype, void* out, Dtype, double factor, int64_t begin, int64_t end);
   void (*group_norm_silu)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
   void (*group_norm_silu_backward)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
+  void (*conv3x3_weights)(const Conv3x3&, int64_t begin, int64_t end);
+  void (*conv3x3)(const Conv3x3&, int64_t begin, int64_t end);
+  void (*conv3x3_weight_sums)(const Conv3x3&, double* bias_sums, int64_t begin, int64_t end);
+  void (*conv3x3_weight_gradient)(const Conv3x3&, int64_t num_sums, int64_t begin, int64_t end);
   double (*sum_of_squares)(const void* grad, Dtype, int64_t begin, int64_t end);
   void (*adamw)(const AdamW&, int64_t begin, int64_t end);
 };
@@ -90,11 +104,17 @@ struct Kernels {
   void scale_gradient(const void*, Dtype, void*, Dtype, double, int64_t, int64_t);                   \
   void group_norm_silu(const GroupNormSiLU&, int64_t, int64_t);                                      \
   void group_norm_silu_backward(const GroupNormSiLU&, int64_t, int64_t);                             \
+  void conv3x3_weights(const Conv3x3&, int64_t, int64_t);                                            \
+  void conv3x3(const Conv3x3&, int64_t, int64_t);                                                    \
+  void conv3x3_weight_sums(const Conv3x3&, double*, int64_t, int64_t);                               \
+  void conv3x3_weight_gradient(const Conv3x3&, int64_t, int64_t, int64_t);                           \
   double sum_of_squares(const void*, Dtype, int64_t, int64_t);                                       \
   void adamw(const AdamW&, int64_t, int64_t);                                                        \
   inline constexpr Kernels kernels{philox,         add_noise,       dm_weight,                       \
                                    dm_gradient,    fake_loss,       scale_gradient,                  \
-                                   group_norm_silu, group_norm_silu_backward, sum_of_squares, adamw}; \
+                                   group_norm_silu, group_norm_silu_backward, conv3x3_weights,        \
+                                   conv3x3,        conv3x3_weight_sums, conv3x3_weight_gradient,      \
+                                   sum_of_squares, adamw};                                            \
   }
 
 }  // namespace fastdmd

@@ -1,0 +1,104 @@
+// Bindings of conv3x3: which threads take which tiles.
+#include <algorithm>
+
+#include "bindings.h"
+
+namespace fastdmd {
+namespace {
+
+using torch::stable::parallel_for;
+
+constexpr int64_t TILES = 64, VECTOR = 16;  // of a block that conv3x3 counts in; output channels that the weights' do
+
+void check(const Tensor& images, const char* name) {
+  const int64_t C = images.size(1), H = images.size(2), W = images.size(3);
+  const auto strides = [&](int64_t dim, int64_t stride) { return images.size(dim) == 1 || images.stride(dim) == stride; };
+  const bool channels_last = strides(0, H * W * C) && strides(1, 1) && strides(2, W * C) && strides(3, C);
+  STD_TORCH_CHECK(images.scalar_type() == ScalarType::Float && C % VECTOR == 0 && channels_last,
+                  "fastdmd.conv3x3: expected ", name, " float32, channels_last, of a multiple of 16 channels");
+}
+
+// y is the output, of C_out channels, or its gradient; `transposed` swaps the roles of the weight's channels.
+Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, bool transposed) {
+  Conv3x3 a{};
+  a.x = static_cast<const float*>(x.const_data_ptr());
+  a.y = static_cast<float*>(y.data_ptr());
+  a.weight = static_cast<float*>(weight.data_ptr());
+  a.num_images = x.size(0), a.height = x.size(2), a.width = x.size(3);
+  a.in_channels = x.size(1), a.out_channels = y.size(1);
+  a.weight_out = weight.stride(transposed ? 1 : 0), a.weight_in = weight.stride(transposed ? 0 : 1);
+  a.weight_y = weight.stride(2), a.weight_x = weight.stride(3);
+  a.flipped = transposed;
+  return a;
+}
+
+int64_t num_blocks(const Conv3x3& a) {
+  const int64_t tiles = a.num_images * ((a.height + 1) / 2) * ((a.width + 1) / 2);
+  return (tiles + TILES - 1) / TILES;
+}
+
+void run(Conv3x3 a, const Tensor& x) {
+  const Tensor transformed = torch::stable::new_empty(x, {16 * a.in_channels * a.out_channels});
+  a.transformed = static_cast<float*>(transformed.mutable_data_ptr());
+  parallel_for(0, a.out_channels / VECTOR, 1,
+               [&](int64_t first, int64_t last) { kernels().conv3x3_weights(a, first, last); });
+  parallel_for(0, num_blocks(a), 1, [&](int64_t first, int64_t last) { kernels().conv3x3(a, first, last); });
+}
+
+Tensor conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  check(x, "x");
+  Tensor y = torch::stable::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt,
+                                  std::nullopt, std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  check(y, "y");
+  Conv3x3 a = arguments(x, weight, y, false);
+  a.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  run(a, x);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y, Tensor x, Tensor weight, bool of_input,
+                                                    bool of_parameters) {
+  check(grad_y, "grad_y"), check(x, "x");
+  const auto wanted = [&](bool is, const Tensor& like) {
+    return is ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {int64_t(0)});
+  };
+  Tensor grad_x = wanted(of_input, x), grad_weight = wanted(of_parameters, weight);
+  Tensor grad_bias = torch::stable::new_empty(weight, {of_parameters ? weight.size(0) : int64_t(0)});
+  if (of_input) run(arguments(grad_y, weight, grad_x, true), x);
+  if (!of_parameters) return {grad_x, grad_weight, grad_bias};
+
+  Conv3x3 a = arguments(x, grad_weight, grad_y, false);
+  const int64_t size = 16 * a.in_channels * a.out_channels, blocks = num_blocks(a);
+  const int64_t parts = std::max(int64_t(1), std::min(blocks, int64_t(torch::stable::get_num_threads())));
+  const Tensor sums = torch::stable::new_empty(x, {parts * size});
+  std::vector<double> bias_sums(parts * a.out_channels);
+  float* data = static_cast<float*>(sums.mutable_data_ptr());
+  parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      Conv3x3 own = a;
+      own.transformed = data + part * size;
+      kernels().conv3x3_weight_sums(own, bias_sums.data() + part * a.out_channels, part * blocks / parts,
+                                    (part + 1) * blocks / parts);
+    }
+  });
+  a.transformed = data;
+  parallel_for(0, a.out_channels / VECTOR, 1, [&](int64_t first, int64_t last) {
+    kernels().conv3x3_weight_gradient(a, parts, first, last);
+  });
+  auto* grad_bias_data = static_cast<float*>(grad_bias.mutable_data_ptr());
+  for (int64_t o = 0; o < a.out_channels; ++o) {
+    double total = 0;
+    for (int64_t part = 0; part < parts; ++part) total += bias_sums[part * a.out_channels + o];
+    grad_bias_data[o] = float(total);
+  }
+  return {grad_x, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastdmd_native, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&conv3x3));
+  m.impl("conv3x3_backward", TORCH_BOX(&conv3x3_backward));
+}
+
+}  // namespace fastdmd
