@@ -118,6 +118,7 @@ class FastLoop(Loop):
             "execution": self.model.execution, "threads": torch.get_num_threads(),
             "compute_dtype": str(self.model.generator_optimizer.parameters[0].dtype),
             "launches_per_turn": self.launches_per_turn(), "seconds_by_part": self.parts(),
+            "seconds_by_op": self.ops(),
         }  # fmt: skip
 
     def parts(self) -> dict[str, float]:
@@ -130,6 +131,15 @@ class FastLoop(Loop):
                 total = loop.cycle()
             rounds.append({**seconds, "rest": total - sum(seconds.values())})
         return {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
+
+    def ops(self, count: int = 16) -> dict[str, float]:
+        """Seconds of a cycle in the ops or kernels that take most of it, as it is executed; the profiler included."""
+        kind = "CUDA" if self.device.type == "cuda" else "CPU"
+        with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+            self.cycle()
+        field = f"self_{'device' if kind == 'CUDA' else 'cpu'}_time_total"  # microseconds
+        seconds = {event.key: getattr(event, field) / 1e6 for event in profile.key_averages()}
+        return dict(sorted(seconds.items(), key=lambda item: -item[1])[:count])
 
     def launches_per_turn(self) -> dict[str, int] | None:
         """Kernels of each turn, as it is executed; None on a CPU, which launches none."""
@@ -288,8 +298,9 @@ def table(result: dict) -> str:
     for key in ("ratio_to_textbook", "ratio_to_compiled", "time_over_floor", "utilisation"):
         if result[key] is not None:
             lines.append(f"{key:<22}{result[key]:>6.2f}")
-    total = sum(result["seconds_by_part"].values())
-    lines += [f"  {part:<14}{100 * s / total:>5.1f} %" for part, s in result["seconds_by_part"].items()]
+    for kind in ("seconds_by_part", "seconds_by_op"):
+        total = sum(result["seconds_by_part"].values())
+        lines += [f"  {name[:44]:<46}{100 * seconds / total:>5.1f} %" for name, seconds in result[kind].items()]
     lines += [f"peak of {name:<10}{value / 1e6:>8.0f} MB" for name, value in result["peak_bytes"].items()]
     return "\n".join(lines)
 

@@ -25,7 +25,8 @@ from fastdmd import __version__, cli, dmd2
 from fastdmd.checkpoint import METADATA_KEY, load_network, save_network
 from fastdmd.diffusion import random_generator
 from fastdmd.quality import Sampler, balanced_labels, one_step_sampler
-from fastdmd.unet import GroupNormSiLU, UNet
+from fastdmd.unet import UNet
+from fastdmd.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 
 PROGRAM_METADATA = METADATA_KEY + ".json"  # the extra file of a .pt2 that holds what ONNX has in metadata_props
 TRACED_BATCH, CHECKED_BATCHES = 2, (1, 5)
@@ -138,6 +139,9 @@ class PlainGroupNormSiLU(nn.GroupNorm):
         return F.silu(x)
 
 
+PLAIN = {GroupNormSiLU: PlainGroupNormSiLU, GroupNorm: nn.GroupNorm, Conv3x3: nn.Conv2d}
+
+
 class OneStep(nn.Module):
     """`dmd2.generate` as a module of plain PyTorch, on a copy of the network."""
 
@@ -146,8 +150,7 @@ class OneStep(nn.Module):
         self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
         self.conditioning_sigma = conditioning_sigma
         for module in self.network.modules():
-            if isinstance(module, GroupNormSiLU):
-                module.__class__ = PlainGroupNormSiLU
+            module.__class__ = PLAIN.get(module.__class__, module.__class__)
 
     def forward(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         return dmd2.generate(self.network, noise, class_labels, conditioning_sigma=self.conditioning_sigma)
@@ -157,7 +160,10 @@ def trace(network: UNet, conditioning_sigma: float) -> ExportedProgram:
     """The program `noise, class_labels -> images`, for any batch size; unconditional ones have no `class_labels`."""
     inputs = tuple(value for value in make_inputs(network, TRACED_BATCH) if value is not None)
     module = OneStep(network, conditioning_sigma).eval()
-    return torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes(network))
+    program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes(network))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # source lines, and folders of this machine
+    return program
 
 
 def dynamic_shapes(network: UNet) -> dict[str, dict[int, Dim]]:
@@ -195,6 +201,8 @@ def write_onnx(network: UNet, path: Path, conditioning_sigma: float, _: torch.dt
             dynamic_shapes=dynamic_shapes(network),
         )  # fmt: skip
         program.model.metadata_props.update(program_metadata(network, conditioning_sigma))
+        for node in program.model.graph:
+            node.metadata_props.clear()  # half a megabyte of where in torch each came from
         program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]

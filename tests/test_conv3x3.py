@@ -124,3 +124,8 @@ def test_nothing_is_hidden():
         y = ops.conv3x3(x, weight)
         assert not y[1, :, 4:7, 5:8].isfinite().any() and y[[0, 2, 3]].isfinite().all()
         assert y[1, :, :4].isfinite().all() and y[1, :, 8:].isfinite().all()  # the tiles around it, no other
+
+
+def test_a_gpu_leaves_it_to_torch():
+    assert list(ops.implementations("conv3x3", "cuda")) == ["reference"]
+    assert "native code for CPUs alone" in ops.unavailable("conv3x3", "cuda")["triton"]

@@ -17,6 +17,7 @@ from fastdmd import dmd2, export
 from fastdmd.checkpoint import load_network, save_network
 from fastdmd.unet import UNetConfig
 
+ROOT = Path(__file__).parents[1]
 SIGMA = 40.0
 TINY = dict(model_channels=8, num_blocks=1, attention_resolutions=())  # the middle attends all the same
 VARIANTS = {
@@ -101,6 +102,8 @@ def export_and_run_elsewhere(generator_files, suffix, code):
         np.savez(given, noise=noise, **({} if labels is None else {"class_labels": labels}))
         images = dmd2.generate(generator, noise, labels, conditioning_sigma=SIGMA)
         assert images.std() > 0.1
+        content = exported.read_bytes()
+        assert b"site-packages" not in content and str(ROOT).encode() not in content  # nothing of this machine
         lines.append(f"{exported} {given} {made}\n")
         expected.append((generator, made, images))
     folder = generator_files[0].parent

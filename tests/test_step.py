@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import make_network
 
+from fastdmd import precision, trainer
 from fastdmd import step as step_module
-from fastdmd import trainer
 from fastdmd.config import TrainConfig
 from fastdmd.optim import AdamWEMA
 from fastdmd.precision import resolve_execution, resolve_precision
@@ -193,10 +193,13 @@ def test_nothing_grows(teacher):
     assert state() == before
 
 
-def test_defaults_per_device():
+def test_defaults_per_device(monkeypatch):
     cuda = torch.device("cuda")
     assert resolve_execution("auto", CPU) == "eager" and resolve_execution("auto", cuda) == "captured"
     assert resolve_precision("auto", CPU) == "fp32" and resolve_precision("auto", cuda) == "bf16"
+    monkeypatch.setattr(precision, "has_bfloat16_arithmetic", lambda: False)
+    with pytest.warns(UserWarning, match="--precision bf16: this CPU only emulates it"):
+        assert resolve_precision("bf16", CPU) == "bf16"
     with pytest.raises(ValueError, match="expected --execution eager or compiled on cpu, got captured"):
         resolve_execution("captured", CPU)
     with pytest.raises(ValueError, match="expected --precision fp32 or bf16 on cpu, got tf32"):

@@ -18,18 +18,22 @@ BACKENDS = ("reference", "triton", "native")
 
 _LIBRARY = torch.library.Library("fastdmd", "DEF")
 _OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
+_CPU_ONLY: set[str] = set()  # ops that a GPU leaves to torch: no Triton kernel, no CUDA
 _CHOSEN: dict[tuple[str, str], Callable] = {}  # (name, device type): implementation, filled at the first call
 
 
 def define(schema: str, *, module: str, reference: Callable, fake: Callable, backward: Callable | None = None,
-           setup_context: Callable | None = None) -> Any:  # fmt: skip
+           setup_context: Callable | None = None, cpu_only: bool = False) -> Any:  # fmt: skip
     """Registers an op with `torch.library` and returns it.
 
     `reference` is its default implementation, on every device. CPU and CUDA choose at the first call; `kernels/MODULE`
     has the Triton function and `csrc/*/MODULE` the native one, all of the op's own name and with the same arguments.
+    With `cpu_only` there is the native one for CPUs alone.
     """
     name = schema.split("(")[0]
     _OPS[name] = (module, reference)
+    if cpu_only:
+        _CPU_ONLY.add(name)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     for device_type in ORDER:
@@ -55,6 +59,8 @@ def _choose(name: str, device_type: str, forced: str | None) -> Callable:
         return next(iter(implementations(name, device_type).values()))
     if forced not in BACKENDS:
         raise ValueError(f"fastdmd.ops: expected a backend out of {', '.join(BACKENDS)}, got {forced}")
+    if name in _CPU_ONLY and (forced, device_type) != ("native", "cpu"):
+        forced = "reference"
     return _implementation(name, forced, device_type)
 
 
@@ -119,6 +125,8 @@ def _implementation(name: str, backend: str, device_type: str) -> Callable:
     module, reference = _OPS[name]
     if backend == "reference":
         return reference
+    if name in _CPU_ONLY and (backend, device_type) != ("native", "cpu"):
+        raise _native.Unavailable(f"{name} has native code for CPUs alone")
     if backend == "native":
         if (reason := _native.load(device_type)) is not None:
             raise _native.Unavailable(reason)

@@ -97,12 +97,12 @@ def _backward(ctx, grad_y: Tensor):
 
 _conv3x3 = define(
     "conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    module="conv3x3", reference=reference, fake=_fake, setup_context=_setup_context, backward=_backward,
+    module="conv3x3", reference=reference, fake=_fake, setup_context=_setup_context, backward=_backward, cpu_only=True,
 )  # fmt: skip
 _conv3x3_backward = define(
     "conv3x3_backward(Tensor grad_y, Tensor x, Tensor weight, bool of_input, bool of_parameters)"
     " -> (Tensor, Tensor, Tensor)",
-    module="conv3x3", reference=reference_backward, fake=_fake_backward,
+    module="conv3x3", reference=reference_backward, fake=_fake_backward, cpu_only=True,
 )  # fmt: skip
 
 
