@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from fastdmd import cli, teachers
+from fastdmd import cli, machine, teachers
 from fastdmd.checkpoint import versions, write_atomically
 from fastdmd.config import EvaluateConfig
 from fastdmd.quality import table
@@ -16,6 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(EvaluateConfig, "fastdmd.evaluate", arguments)
     with cli.user_errors("fastdmd.evaluate"):
         device = cli.resolve_device(config.device)
+        machine.prepare(device)
         network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler, evaluations = sampler_of(network, metadata, config.teacher_steps)
         dataset = cli.load_data(config, network)

@@ -14,8 +14,8 @@ CGROUP = Path("/sys/fs/cgroup/cpu.max")  # the CPU time of this container: micro
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
-def prepare(device: torch.device, *, precision: str, batch_size: int) -> None:
-    """Before the first step of a run."""
+def prepare(device: torch.device, *, precision: str = "fp32", batch_size: int | None = None) -> None:
+    """What every command asks for before it computes; a library changes nothing of the process that it is in."""
     set_float32_units(precision)
     keep_compiled_code()
     if device.type == "cpu":
@@ -25,7 +25,7 @@ def prepare(device: torch.device, *, precision: str, batch_size: int) -> None:
             torch.set_num_threads(suitable_threads(torch.get_num_threads(), batch_size))
 
 
-def suitable_threads(available: int, batch_size: int, cgroup: Path = CGROUP) -> int:
+def suitable_threads(available: int, batch_size: int | None, cgroup: Path = CGROUP) -> int:
     """At most one thread per image, which is how the work is split, and per core that a container may use.
 
     torch counts the cores of the machine: in a container with two of sixty-four, threads would wait for each other.
@@ -35,7 +35,7 @@ def suitable_threads(available: int, batch_size: int, cgroup: Path = CGROUP) -> 
         allowed = math.inf if quota == "max" else math.ceil(int(quota) / int(period))
     except (OSError, ValueError):
         allowed = math.inf
-    return max(1, min(available, batch_size, allowed))
+    return max(1, min(available, batch_size or available, allowed))
 
 
 def keep_freed_memory() -> None:

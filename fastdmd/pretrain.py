@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from fastdmd import cli, data, diffusion, dmd2, teachers
+from fastdmd import cli, data, diffusion, dmd2, machine, teachers
 from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
 from fastdmd.config import EvaluationConfig, Switch, require, require_fraction, require_positive
 from fastdmd.optim import AdamWEMA
@@ -98,6 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
     with cli.user_errors("fastdmd.pretrain"):
         device = cli.resolve_device(config.device)
+        machine.prepare(device, batch_size=config.batch_size)
         dataset = data.load(config.data, device=device)
         torch.manual_seed(config.seed)  # of the initial weights
         if config.init is None:

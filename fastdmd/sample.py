@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from fastdmd import cli, teachers
+from fastdmd import cli, machine, teachers
 from fastdmd.checkpoint import image_grid, write_atomically
 from fastdmd.config import SampleConfig
 from fastdmd.data import to_uint8
@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(SampleConfig, "fastdmd.sample", arguments)
     with cli.user_errors("fastdmd.sample"):
         device = cli.resolve_device(config.device)
+        machine.prepare(device, batch_size=config.batch_size)
         network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler, _ = sampler_of(network, metadata, config.teacher_steps)
         labels = parse_labels(config.labels, config.num, network.num_classes)

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import nn
 
-from fastdmd import cli, teachers, trainer
+from fastdmd import cli, machine, teachers, trainer
 from fastdmd.budget import Budget, estimate
 from fastdmd.checkpoint import RunFolder
 from fastdmd.config import TrainConfig
@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
         device = cli.resolve_device(config.device)
         teacher, metadata = load_teacher(config, device)
         config = config.for_teacher(teacher, device)
+        machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
         dataset = cli.load_data(config, teacher)
         budget = budget_of(config, teacher, device)
         if config.dry_run:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdmd import diffusion, dmd2, machine
+from fastdmd import diffusion, dmd2
 from fastdmd.adapters import Adapted
 from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
 from fastdmd.config import TrainConfig
@@ -84,7 +84,6 @@ def distill(config: TrainConfig, teacher: UNet | Adapted, run: RunFolder, evalua
     started = time.perf_counter()
     config = config.for_teacher(teacher)
     device = next(teacher.parameters()).device
-    machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
     draws = make_draws(config, teacher, device)
     model = build(config, teacher)
     history = SampleHistory(run.path / "samples.png")

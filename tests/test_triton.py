@@ -117,6 +117,11 @@ def launches(dtype):
     )
 
 
+def names_with_kernels():
+    """All ops but those that a GPU leaves to torch."""
+    return set(ops.names()) - {"conv3x3", "conv3x3_backward"}
+
+
 def edges():
     """Launches that Triton specialises otherwise: sizes that are 1 or odd, a sample read twice, float64, no tables."""
     for dtype, shape in (
@@ -212,7 +217,9 @@ def wide_loads_of(code, kernel, arguments, options, inputs):
 def test_ahead_of_time(name, dtype, monkeypatch, tmp_path):
     """Every kernel compiles for every target, spills nothing, and reads its images 16 bytes at a time."""
     target, cases = TARGETS[name], list(record(monkeypatch, launches(dtype)))
-    assert {case.split(":")[0].split()[0] for case, *_ in cases} == set(ops.names())
+    assert {case.split(":")[0].split()[0] for case, *_ in cases} == {
+        name for name in ops.names() if not name.startswith("conv3x3")
+    }  # which a GPU leaves to torch
     for case, inputs, *launch in cases:
         compiled = compile_for(target, *launch)
         code, expected = compiled.asm, wide_loads_of(compiled, *launch, inputs)
@@ -228,7 +235,9 @@ def test_ahead_of_time(name, dtype, monkeypatch, tmp_path):
 
 def test_ahead_of_time_at_the_edges(monkeypatch, tmp_path):
     cases = list(record(monkeypatch, edges()))
-    assert {case.split(":")[0] for case, *_ in cases} == set(ops.names())
+    assert {case.split(":")[0] for case, *_ in cases} == {
+        name for name in ops.names() if not name.startswith("conv3x3")
+    }  # which a GPU leaves to torch
     for case, inputs, *launch in cases:
         code = compile_for(TARGETS["sm_90"], *launch).asm
         assert stack_bytes(code["cubin"], tmp_path) == 0, (case, inputs[0].shape, inputs[0].dtype)
