@@ -163,6 +163,22 @@ def test_images(benchmark, op, variant, dtype, batch, stack):
     time_it(benchmark, call, elements=elements, element_size=size, op=op, variant=variant, dtype=dtype)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU leaves it to torch")
+@pytest.mark.parametrize("variant", ["eager", "native"])
+@pytest.mark.parametrize(("C_in", "C_out", "size"), [(48, 48, 14), (96, 96, 14), (96, 96, 7), (192, 96, 7)])
+def test_convolution(benchmark, C_in, C_out, size, variant):
+    if variant not in ["eager", *ops.implementations("conv3x3")]:
+        pytest.skip(ops.unavailable("conv3x3")[variant])
+    x = torch.randn(64, C_in, size, size).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(C_out, C_in, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    bias = torch.randn(C_out, requires_grad=True)
+    function = ops.conv3x3 if variant == "native" else lambda *arguments: F.conv2d(*arguments, padding=1)
+    call = with_gradient(function, 3)
+    name = f"conv3x3 {C_in}-{C_out} {size}"
+    time_it(benchmark, lambda: call(x, weight, bias), elements=x.numel(), element_size=4, op=name, variant=variant,
+            dtype="float32")  # fmt: skip
+
+
 @pytest.mark.parametrize("variant", variants("adamw_ema_")[:1] + variants("adamw_ema_")[2:])
 def test_optimizer(benchmark, variant, stack):
     n, num_tensors = NUM_PARAMETERS, 200

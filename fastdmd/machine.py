@@ -16,8 +16,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.
 
 def prepare(device: torch.device, *, precision: str = "fp32", batch_size: int | None = None) -> None:
     """What every command asks for before it computes; a library changes nothing of the process that it is in."""
-    set_float32_units(precision)
     keep_compiled_code()
+    if device.type == "cuda":
+        set_float32_units(precision)
     if device.type == "cpu":
         keep_freed_memory()
         use_faster_products()

@@ -112,6 +112,8 @@ def test_traces_and_checks():
     torch.testing.assert_close(compiled(*tensors), ops.conv3x3(*tensors))
     with pytest.raises(ValueError, match=r"fastdmd.conv3x3: expected weight of shape \[C_out, 16, 3, 3\], got \(32, 8"):
         ops.conv3x3(x, weight[:, :8])
+    with pytest.raises(ValueError, match=r"fastdmd.conv3x3: expected bias of shape \(32,\), got \(31,\)"):
+        ops.conv3x3(x, weight, bias[:31])
     with pytest.raises(ValueError, match=r"fastdmd.conv3x3: expected x of shape \[B, C, H, W\], got \(16, 8, 8\)"):
         ops.conv3x3(x[0], weight)
 

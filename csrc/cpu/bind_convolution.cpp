@@ -8,13 +8,11 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t TILES = 64, VECTOR = 16;  // of a block that conv3x3 counts in; output channels that the weights' do
-
 void check(const Tensor& images, const char* name) {
   const int64_t C = images.size(1), H = images.size(2), W = images.size(3);
   const auto strides = [&](int64_t dim, int64_t stride) { return images.size(dim) == 1 || images.stride(dim) == stride; };
   const bool channels_last = strides(0, H * W * C) && strides(1, 1) && strides(2, W * C) && strides(3, C);
-  STD_TORCH_CHECK(images.scalar_type() == ScalarType::Float && C % VECTOR == 0 && channels_last,
+  STD_TORCH_CHECK(images.scalar_type() == ScalarType::Float && C % Conv3x3::CHANNEL_STEP == 0 && channels_last,
                   "fastdmd.conv3x3: expected ", name, " float32, channels_last, of a multiple of 16 channels");
 }
 
@@ -34,13 +32,13 @@ Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, bool t
 
 int64_t num_blocks(const Conv3x3& a) {
   const int64_t tiles = a.num_images * ((a.height + 1) / 2) * ((a.width + 1) / 2);
-  return (tiles + TILES - 1) / TILES;
+  return (tiles + Conv3x3::BLOCK_TILES - 1) / Conv3x3::BLOCK_TILES;
 }
 
 void run(Conv3x3 a, const Tensor& x) {
   const Tensor transformed = torch::stable::new_empty(x, {16 * a.in_channels * a.out_channels});
   a.transformed = static_cast<float*>(transformed.mutable_data_ptr());
-  parallel_for(0, a.out_channels / VECTOR, 1,
+  parallel_for(0, a.out_channels / Conv3x3::CHANNEL_STEP, 1,
                [&](int64_t first, int64_t last) { kernels().conv3x3_weights(a, first, last); });
   parallel_for(0, num_blocks(a), 1, [&](int64_t first, int64_t last) { kernels().conv3x3(a, first, last); });
 }
@@ -82,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y, Tensor x, Ten
     }
   });
   a.transformed = data;
-  parallel_for(0, a.out_channels / VECTOR, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, a.out_channels / Conv3x3::CHANNEL_STEP, 1, [&](int64_t first, int64_t last) {
     kernels().conv3x3_weight_gradient(a, parts, first, last);
   });
   auto* grad_bias_data = static_cast<float*>(grad_bias.mutable_data_ptr());

@@ -18,7 +18,7 @@ constexpr int LANES = 4, ROWS = 4;
 #endif
 constexpr int VECTORS = 3;
 constexpr int WIDTH = VECTORS * LANES;             // output channels of a panel
-constexpr int64_t TILES = 64;                      // of a block
+constexpr int64_t TILES = Conv3x3::BLOCK_TILES;    // of 2x2 outputs
 constexpr int64_t PAD = 16;                        // floats that keep the 16 matrices out of each other's cache lines
 constexpr int64_t PRODUCTS = TILES * WIDTH + PAD;  // from one matrix of a panel to the next
 using V = float __attribute__((vector_size(LANES * sizeof(float))));
@@ -218,10 +218,10 @@ FASTDMD_INLINE float* panel_at(const Conv3x3& a, float* matrices, int64_t o, int
 
 }  // namespace
 
-// G g G^T of output channels [begin, end) * 16: panels of WIDTH output channels, in each the 16 matrices
+// G g G^T of output channels [begin, end) * CHANNEL_STEP: panels of WIDTH output channels, in each the 16 matrices
 // [in_channels, WIDTH], the last panel narrower.
 void conv3x3_weights(const Conv3x3& a, int64_t begin, int64_t end) {
-  for (int64_t o = begin * 16; o < end * 16; o += LANES) {
+  for (int64_t o = begin * Conv3x3::CHANNEL_STEP; o < end * Conv3x3::CHANNEL_STEP; o += LANES) {
     int64_t width;
     float* out = panel_at(a, a.transformed, o, width);
     for (int64_t i = 0; i < a.in_channels; ++i) {
@@ -287,11 +287,11 @@ void conv3x3_weight_sums(const Conv3x3& a, double* bias_sums, int64_t begin, int
   }
 }
 
-// G^T S G of output channels [begin, end) * 16, where S is the sum of `num_sums` results of conv3x3_weight_sums that
+// G^T S G of output channels [begin, end) * CHANNEL_STEP, where S is the sum of `num_sums` results of conv3x3_weight_sums that
 // lie in a row in a.transformed. Writes a.weight.
 void conv3x3_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, int64_t end) {
   const int64_t size = 16 * a.in_channels * a.out_channels;
-  for (int64_t o = begin * 16; o < end * 16; o += LANES) {
+  for (int64_t o = begin * Conv3x3::CHANNEL_STEP; o < end * Conv3x3::CHANNEL_STEP; o += LANES) {
     int64_t width;
     const float* from = panel_at(a, a.transformed, o, width);
     for (int64_t i = 0; i < a.in_channels; ++i) {

@@ -60,8 +60,9 @@ struct GroupNormSiLU {
 };
 
 // A 3x3 convolution, padded by one, of dense channels_last float32 images. Element (o, i, y, x) of the weight is at
-// o * weight_out + i * weight_in + y * weight_y + x * weight_x. Channels are multiples of 16.
+// o * weight_out + i * weight_in + y * weight_y + x * weight_x. Numbers of channels are multiples of CHANNEL_STEP.
 struct Conv3x3 {
+  static constexpr int64_t CHANNEL_STEP = 16, BLOCK_TILES = 64;
   const float *x, *bias;  // bias [out_channels], or null
   float *weight, *y;
   float* transformed;     // [16 * in_channels * out_channels]: the weight, by conv3x3_weights, or sums for its gradient

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastdmd import _native
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images
+from fastdmd.ops._validate import check_images, check_vector
 
 MIN_TILES = 64  # of 2x2 outputs
 CHANNELS = 16  # both numbers of channels must be multiples of it
@@ -35,17 +35,20 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"fastdmd.conv3x3: expected weight of shape [C_out, {x.shape[1]}, 3, 3], got {tuple(weight.shape)}"
         )
-    if not _suits(x, weight):
+    if bias is not None:
+        check_vector("conv3x3", "bias", bias, x, weight.shape[:1])
+    if not _suits(x, weight, bias):
         return F.conv2d(x, weight, bias, padding=1)
     return _conv3x3(x, weight, None if bias is None else bias.contiguous())
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """With fewer tiles than channels, transforming the weight was measured to take longer than what it saves."""
     B, C, H, W = x.shape
     channels, tiles = max(weight.shape[:2]), B * ((H + 1) // 2) * ((W + 1) // 2)
+    tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
-        x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and not torch.is_autocast_enabled("cpu")
         and C % CHANNELS == weight.shape[0] % CHANNELS == 0 and tiles >= max(channels, MIN_TILES)
         and x.is_contiguous(memory_format=torch.channels_last) and _has_native()
     )  # fmt: skip
