@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from fastdmd import ops
 
 ALIGNMENT = 16  # elements: every parameter starts a cache line
+# Of gradients that a CPU may hold twice for a moment, to copy them at once. Profiled on two cores, 1.8 M parameters,
+# 8 images: additions, a parameter at a time, take 3 % of a cycle, the copy 1 %. For 56 M they would be 0.2 GB.
+MAX_BYTES_TWICE = 2**26
 EMA_WARMUP = 10.0  # the n-th update averages with at most n / (n + 10), so that a short run does not remember its start
 
 
@@ -44,8 +47,6 @@ class AdamWEMA:
         self.peak_learning_rate, self.warmup_steps, self.decay_steps = learning_rate, warmup_steps, decay_steps
         self.num_updates = 0
         self.ema_network = None
-        if ema_decay is not None:
-            self.ema_network = copy.deepcopy(network).requires_grad_(False).eval()
         self._max_grad_norm = max_grad_norm
         self._options = {
             "betas": betas, "eps": eps, "ema_decay": ema_decay or 0.0, "ema_warmup": EMA_WARMUP, "zero_grad": True,
@@ -55,7 +56,10 @@ class AdamWEMA:
         self._names = [name for names, _ in members for name in names]
         self.parameters = _named(network, self._names)
         self._param = _flatten(self.parameters)
-        self._ema = None if self.ema_network is None else _flatten(_named(self.ema_network, self._names))
+        self._ema = None
+        if ema_decay is not None:  # a copy now takes the place in memory that the parameters have just left
+            self.ema_network = copy.deepcopy(network).requires_grad_(False).eval()
+            self._ema = _flatten(_named(self.ema_network, self._names))
         self._exp_avg, self._exp_avg_sq = torch.zeros_like(self._param), torch.zeros_like(self._param)
         self._shadow = None
         if compute_dtype not in (None, self._param.dtype):
@@ -86,6 +90,10 @@ class AdamWEMA:
         Overwrites the gradients, or adds to them with `accumulate`. A parameter that the loss does not depend on has a
         gradient of zero.
         """
+        if self._grad.is_cpu and self._grad.nbytes > MAX_BYTES_TWICE:
+            if not accumulate:
+                self._grad.zero_()
+            return torch.autograd.backward(loss, inputs=self.parameters)
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         alike, others = [], []  # tensors of one layout go together
         for view, gradient in zip(self._grads, gradients, strict=True):

@@ -55,8 +55,6 @@ class DMD2:
         if execution == "captured" and self.device.type != "cuda":
             raise ValueError(f"fastdmd.DMD2: expected a CUDA device for captured execution, got {self.device}")
         teacher = teacher.eval().requires_grad_(False)
-        self.generator = copy.deepcopy(teacher).requires_grad_(True)
-        self.fake_score = copy.deepcopy(teacher).requires_grad_(True)
         self.teacher = teacher
         if compute_dtype is not None:
             self.teacher = copy.deepcopy(teacher)
@@ -64,7 +62,10 @@ class DMD2:
                 parameter.data = parameter.data.to(compute_dtype)
         self.conditioning_sigma, self.sigma_data = conditioning_sigma, sigma_data
         self.dfake_gen_update_ratio, self.accumulation_steps = dfake_gen_update_ratio, accumulation_steps
+        # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left.
+        self.generator = copy.deepcopy(teacher).requires_grad_(True)
         self.generator_optimizer = AdamWEMA(self.generator, compute_dtype=compute_dtype, **generator_options)
+        self.fake_score = copy.deepcopy(teacher).requires_grad_(True)
         self.guidance_optimizer = AdamWEMA(self.fake_score, compute_dtype=compute_dtype, **guidance_options)
         self.execution = execution
         self._latest = torch.zeros(2, 2, device=self.device)  # rows: generator, guidance; columns: loss, gradient norm
