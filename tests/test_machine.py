@@ -47,7 +47,7 @@ if sys.argv[1] == "keep":
 def turn():  # what a turn does: much is allocated, all of it freed
     tensors = [torch.ones(16_000_000) for _ in range(3)]
 
-for _ in range(3):
+for _ in range(6):
     turn()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
@@ -62,7 +62,7 @@ def test_freed_memory_stays():
         command = [sys.executable, "-c", FAULTS, argument]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert 10 * faults("keep") < faults("leave")  # blocks of more than 32 MB come and go
+    assert 3 * faults("keep") < faults("leave")  # blocks of more than 32 MB come and go
 
 
 def test_units_follow_the_precision():
