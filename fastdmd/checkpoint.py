@@ -1,27 +1,23 @@
-"""What is written to disk: weight files that carry their configuration, run folders, image grids."""
+"""Weight files: safetensors that carry the configuration of their network."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastdmd import __version__, diffusers_unet
 from fastdmd.adapters import Adapted, AdapterOptions
-from fastdmd.data import to_uint8
+from fastdmd.files import write_atomically
 from fastdmd.imports import import_network, make_network
 from fastdmd.unet import UNet, UNetConfig
 
@@ -58,14 +54,6 @@ def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy, as the format wants it also where weights are tied; numbers that count keep their dtype."""
     dtype = dtype if value.is_floating_point() else value.dtype
     return torch.empty(value.shape, dtype=dtype).copy_(value.detach())
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """A reader sees the old file or the new one, never half of one, whatever happens in between."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-    os.replace(partial, path)
 
 
 def load_network(path: str | Path, *, device: str | torch.device = "cpu",
@@ -160,71 +148,3 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"fastdmd.load_network: expected a safetensors file, got {path}: {error}") from error
-
-
-def versions(device: torch.device) -> dict[str, str | None]:
-    """What a result depends on: package versions and the device's name."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "fastdmd": __version__, "torch": torch.__version__, "python": platform.python_version(),
-        "cuda": torch.version.cuda, "device": name, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-
-
-class RunFolder:
-    """The folder of one run: `config.json`, `metrics.jsonl`, `samples.png`, weights and `summary.json`.
-
-    Raises FileExistsError if the folder already holds a run, OSError if it cannot be written; nothing that was
-    there before is touched.
-    """
-
-    def __init__(self, path: Path, config: dict[str, Any]):
-        self.path = path
-        if path.exists() and not path.is_dir():
-            raise FileExistsError(f"fastdmd: expected a folder for --out, got the file {path}")
-        if (path / "config.json").exists():
-            raise FileExistsError(f"fastdmd: expected a new folder for --out, got {path}, which already holds a run")
-        path.mkdir(parents=True, exist_ok=True)
-        self.write_json("config.json", config)
-        self._metrics = open(path / "metrics.jsonl", "w", buffering=1, encoding="utf-8")
-
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        text = json.dumps(content, indent=2, default=str) + "\n"
-        write_atomically(self.path / name, lambda file: file.write(text.encode()))
-
-    def log(self, **values: float) -> None:
-        self._metrics.write(json.dumps(values) + "\n")
-
-    def close(self) -> None:
-        self._metrics.close()
-
-
-def image_grid(images: Tensor, num_columns: int) -> Image.Image:
-    """Images `[N, C, H, W]` in [-1, 1], row by row, as one picture with a pixel of space between them."""
-    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
-    num_images, height, width, channels = pixels.shape
-    num_rows = -(-num_images // num_columns)
-    grid = np.full((num_rows * (height + 1) - 1, num_columns * (width + 1) - 1, channels), 96, np.uint8)
-    for index, image in enumerate(pixels):
-        top, left = index // num_columns * (height + 1), index % num_columns * (width + 1)
-        grid[top : top + height, left : left + width] = image
-    return Image.fromarray(grid.squeeze(2) if channels == 1 else grid)
-
-
-class SampleHistory:
-    """`samples.png`: one row per class; left, the same noise as training goes on; right, varied samples of now."""
-
-    def __init__(self, path: Path, num_history: int = 8):
-        self.path, self.num_history = path, num_history
-        self.columns: list[Tensor] = []
-
-    def add(self, samples: Tensor) -> None:  # [rows, columns, C, H, W]; column 0 keeps its noise from call to call
-        samples = samples.cpu()
-        self.columns.append(samples[:, 0])
-        if len(self.columns) > 2 * self.num_history:  # thin out evenly, keep the first
-            self.columns = self.columns[::2]
-        gap = torch.full_like(samples[:, :1], -0.25)
-        picture = torch.cat([torch.stack(self.columns, 1), gap, samples[:, 1:]], dim=1)
-        grid = image_grid(picture.flatten(0, 1), picture.shape[1])
-        grid = grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST)
-        write_atomically(self.path, lambda file: grid.save(file, format="PNG"))

@@ -6,8 +6,9 @@ import dataclasses
 import json
 
 from fastdmd import cli, machine, teachers
-from fastdmd.checkpoint import versions, write_atomically
 from fastdmd.config import EvaluateConfig
+from fastdmd.files import write_atomically
+from fastdmd.machine import versions
 from fastdmd.quality import table
 from fastdmd.sample import sampler_of
 

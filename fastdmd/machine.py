@@ -1,14 +1,17 @@
-"""What a run asks of its machine: threads, memory that stays, TF32 units, a place for compiled code; process-wide."""
+"""What a run asks of its machine, process-wide: threads, memory that stays, TF32 units, a place for compiled code."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import os
+import platform
 import sys
 from pathlib import Path
 
 import torch
+
+from fastdmd import __version__
 
 CGROUP = Path("/sys/fs/cgroup/cpu.max")  # the CPU time of this container: microseconds of it, and in how many
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
@@ -77,3 +80,12 @@ def keep_compiled_code() -> None:
 def set_float32_units(precision: str) -> None:
     """Lets float32 convolutions and matrix products run on TF32 units, or forbids it."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def versions(device: torch.device) -> dict[str, str | None]:
+    """What a result depends on: package versions and the device's name."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "fastdmd": __version__, "torch": torch.__version__, "python": platform.python_version(),
+        "cuda": torch.version.cuda, "device": name, "threads": torch.get_num_threads(),
+    }  # fmt: skip

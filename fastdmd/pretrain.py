@@ -12,10 +12,13 @@ import torch
 from tqdm import tqdm
 
 from fastdmd import cli, data, diffusion, dmd2, machine, teachers
-from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
+from fastdmd.checkpoint import save_network
 from fastdmd.config import EvaluationConfig, Switch, require, require_fraction, require_positive
+from fastdmd.machine import versions
 from fastdmd.optim import AdamWEMA
+from fastdmd.pictures import SampleHistory
 from fastdmd.quality import Evaluation, Measurement, table, teacher_sampler
+from fastdmd.run_folder import RunFolder
 from fastdmd.trainer import NUM_SAMPLE_COLUMNS, interruptible, sample_inputs
 from fastdmd.unet import UNet, UNetConfig
 

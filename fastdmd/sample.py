@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from fastdmd import cli, machine, teachers
-from fastdmd.checkpoint import image_grid, write_atomically
 from fastdmd.config import SampleConfig
 from fastdmd.data import to_uint8
 from fastdmd.diffusion import Denoiser, random_generator
+from fastdmd.files import write_atomically
+from fastdmd.pictures import image_grid
 from fastdmd.quality import SAMPLING_STREAM, Sampler, balanced_labels, one_step_sampler, teacher_sampler
 
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from fastdmd import cli, machine, teachers, trainer
 from fastdmd.budget import Budget, estimate
-from fastdmd.checkpoint import RunFolder
 from fastdmd.config import TrainConfig
 from fastdmd.presets import PRESETS
+from fastdmd.run_folder import RunFolder
 from fastdmd.unet import UNet
 
 

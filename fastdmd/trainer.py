@@ -16,11 +16,14 @@ from tqdm import tqdm
 
 from fastdmd import diffusion, dmd2
 from fastdmd.adapters import Adapted
-from fastdmd.checkpoint import RunFolder, SampleHistory, save_network, versions
+from fastdmd.checkpoint import save_network
 from fastdmd.config import TrainConfig
 from fastdmd.diffusion import Denoiser, random_generator
+from fastdmd.machine import versions
+from fastdmd.pictures import SampleHistory
 from fastdmd.precision import compute_dtype
 from fastdmd.quality import SAMPLING_STREAM, Evaluation, Measurement, one_step_sampler, table, teacher_sampler
+from fastdmd.run_folder import RunFolder
 from fastdmd.step import DMD2, StepMetrics
 from fastdmd.unet import UNet
 

@@ -1,0 +1,44 @@
+"""Samples as pictures: a grid of images, and `samples.png`, their history through a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdmd.data import to_uint8
+from fastdmd.files import write_atomically
+
+
+def image_grid(images: Tensor, num_columns: int) -> Image.Image:
+    """Images `[N, C, H, W]` in [-1, 1], row by row, as one picture with a pixel of space between them."""
+    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
+    num_images, height, width, channels = pixels.shape
+    num_rows = -(-num_images // num_columns)
+    grid = np.full((num_rows * (height + 1) - 1, num_columns * (width + 1) - 1, channels), 96, np.uint8)
+    for index, image in enumerate(pixels):
+        top, left = index // num_columns * (height + 1), index % num_columns * (width + 1)
+        grid[top : top + height, left : left + width] = image
+    return Image.fromarray(grid.squeeze(2) if channels == 1 else grid)
+
+
+class SampleHistory:
+    """`samples.png`: one row per class; left, the same noise as training goes on; right, varied samples of now."""
+
+    def __init__(self, path: Path, num_history: int = 8):
+        self.path, self.num_history = path, num_history
+        self.columns: list[Tensor] = []
+
+    def add(self, samples: Tensor) -> None:  # [rows, columns, C, H, W]; column 0 keeps its noise from call to call
+        samples = samples.cpu()
+        self.columns.append(samples[:, 0])
+        if len(self.columns) > 2 * self.num_history:  # thin out evenly, keep the first
+            self.columns = self.columns[::2]
+        gap = torch.full_like(samples[:, :1], -0.25)
+        picture = torch.cat([torch.stack(self.columns, 1), gap, samples[:, 1:]], dim=1)
+        grid = image_grid(picture.flatten(0, 1), picture.shape[1])
+        grid = grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST)
+        write_atomically(self.path, lambda file: grid.save(file, format="PNG"))
