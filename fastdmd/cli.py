@@ -23,13 +23,26 @@ Config = TypeVar("Config")
 
 
 @contextlib.contextmanager
-def user_errors(command: str) -> Iterator[None]:
-    """One line and exit code 2 for what a user got wrong. Around set-up only, never around training."""
+def user_errors(command: str, kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)) -> Iterator[None]:
+    """One line and exit code 2 for what a user got wrong: any kind around set-up, the disk alone around training."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except kinds as error:
         print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
+    """How a run ended, where it is not complete: a line or two, and exit code 1, or 128 + the number of a signal."""
+    if summary["outcome"] == "complete":
+        return
+    print(f"{summary['outcome']} after {summary['iterations']} of {num_iterations} iterations")
+    if summary["outcome"] == "interrupted":
+        raise SystemExit(128 + summary["signal"])
+    raise SystemExit(
+        f"{command}: error: {summary['reason']}; the last good snapshot is kept; try lower learning rates, unless the "
+        "teacher or the data are broken"
+    )
 
 
 def parse(config_class: type[Config], command: str, arguments: list[str] | None = None,

@@ -55,16 +55,18 @@ def generate(generator: Denoiser, noise: Tensor, class_labels: Tensor | None, *,
 
 
 def generator_loss(x_gen: Tensor, teacher: Denoiser, fake_score: Denoiser, class_labels: Tensor | None, *,
-                   sigma: Tensor, noise: Tensor) -> Tensor:  # fmt: skip
-    """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone.
+                   sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone, and the share of samples it left out.
 
-    Noises `x_gen`, lets both networks denoise it, and compares (see `ops.dm_loss`).
+    Noises `x_gen`, lets both networks denoise it, and compares (see `ops.dm_loss`, which takes a sample for which
+    one of them gives NaN or infinity as one that is right). Both are 0-dim, on the device.
     """
     with torch.no_grad():
         x_t = ops.add_noise(x_gen, sigma, noise=noise)
         D_real = teacher(x_t, sigma, class_labels)
         D_fake = fake_score(x_t, sigma, class_labels)
-    return ops.dm_loss(x_gen, D_real, D_fake)
+        left_out = 1 - (D_real + D_fake).sum(dim=(1, 2, 3), dtype=torch.float32).isfinite().float().mean()
+    return ops.dm_loss(x_gen, D_real, D_fake), left_out
 
 
 def denoising_loss(images: Tensor, denoiser: Denoiser, class_labels: Tensor | None, *, sigma: Tensor,

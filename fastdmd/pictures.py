@@ -14,7 +14,13 @@ from fastdmd.files import write_atomically
 
 
 def image_grid(images: Tensor, num_columns: int) -> Image.Image:
-    """Images `[N, C, H, W]` in [-1, 1], row by row, as one picture with a pixel of space between them."""
+    """Images `[N, C, H, W]` in [-1, 1], row by row, as one picture with a pixel of space between them.
+
+    One channel is grey and three are RGB. Any other number is of no colour, as in a latent space: the channels of an
+    image stand side by side, in grey.
+    """
+    if images.shape[1] not in (1, 3):
+        images = images.movedim(1, 2).flatten(2)[:, None]  # [N, 1, H, C * W]
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
     num_images, height, width, channels = pixels.shape
     num_rows = -(-num_images // num_columns)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from fastdmd import startup
+
+if __name__ == "__main__":
+    startup.prepare("fastdmd.pretrain")
+
 import dataclasses
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from fastdmd import cli, data, diffusion, dmd2, machine, teachers
 from fastdmd.checkpoint import save_network
 from fastdmd.config import EvaluationConfig, Switch, require, require_fraction, require_positive
+from fastdmd.loop import Loop
 from fastdmd.machine import versions
 from fastdmd.optim import AdamWEMA
-from fastdmd.pictures import SampleHistory
-from fastdmd.quality import Evaluation, Measurement, table, teacher_sampler
+from fastdmd.quality import Sampler, teacher_sampler
 from fastdmd.run_folder import RunFolder
-from fastdmd.trainer import NUM_SAMPLE_COLUMNS, interruptible, sample_inputs
+from fastdmd.tally import Tally
+from fastdmd.trainer import NUM_SAMPLE_COLUMNS, sample_inputs
 from fastdmd.unet import UNet, UNetConfig
 
 
@@ -119,102 +125,71 @@ def main(arguments: list[str] | None = None) -> None:
         if config.label_emphasis != 1 and network.num_classes == 0:
             raise ValueError(f"expected --label-emphasis 1 without class labels, got {config.label_emphasis}")
         evaluation = cli.make_evaluation(config, network, dataset if config.data else None, device)
-        run = RunFolder(config.out, cli.to_json(config))
-    print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {run.path}, on {device}")
-    if pretrain(config, network, dataset, run, evaluation)["outcome"] == "interrupted":
-        sys.exit(130)
+        folder = RunFolder(config.out, cli.to_json(config))
+        with folder.being_set_up():
+            loop = Loop(Pretraining(config, network, dataset, folder), config, folder)
+    print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {folder.path}, on {device}")
+    with cli.user_errors("fastdmd.pretrain", (OSError,)):
+        summary = loop.run(evaluation)
+    print(f"{folder.path}: teacher.safetensors, samples.png, summary.json")
+    cli.leave("fastdmd.pretrain", summary, config.iterations)
 
 
-def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: RunFolder,
-             evaluation: Evaluation | None) -> dict:  # fmt: skip
-    """Trains, saves, measures; returns the summary that it wrote.
+class Pretraining:
+    """What the loop is given: the average of the weights is what it keeps, shows and measures."""
 
-    Its `outcome` is "complete" or "interrupted" (Ctrl-C; what was reached is saved).
-    """
-    device = next(network.parameters()).device
-    optimizer = AdamWEMA(
-        network.train(), learning_rate=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm, warmup_steps=config.warmup_iterations, decay_steps=config.iterations,
-        ema_decay=config.ema_decay,
-    )  # fmt: skip
-    sampler = teacher_sampler(optimizer.ema_network, config.teacher_steps)
-    history = SampleHistory(run.path / "samples.png")
-    sample_noise, sample_labels = sample_inputs(network, config.seed, device)
-    snapshot_every = -(-config.iterations // config.snapshots)
-    weights_dtype = getattr(torch, config.weights_dtype)
-    started = time.perf_counter()
+    def __init__(self, config: PretrainConfig, network: UNet, dataset: data.Dataset, folder: RunFolder):
+        self.config, self._dataset, self._path = config, dataset, folder.path / "teacher.safetensors"
+        self._device = next(network.parameters()).device
+        self._trained = network.train()
+        self._optimizer = AdamWEMA(
+            network, learning_rate=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm, warmup_steps=config.warmup_iterations, decay_steps=config.iterations,
+            ema_decay=config.ema_decay,
+        )  # fmt: skip
+        self.network = self._optimizer.ema_network
+        self.tallies = (Tally(("loss", "grad_norm"), self._device),)
+        self._sampler = teacher_sampler(self.network, config.teacher_steps)
+        self._sample_inputs = sample_inputs(network, config.seed, self._device)
+        self._weights_dtype = getattr(torch, config.weights_dtype)
+        self._started = time.perf_counter()
 
-    def snapshot(iteration: int) -> None:
-        save(iteration)
-        history.add(sampler(sample_noise, sample_labels).unflatten(0, (-1, NUM_SAMPLE_COLUMNS)))
+    def iterate(self, iteration: int) -> None:
+        config = self.config
+        images, class_labels = self._dataset.random_batch(
+            config.batch_size, seed=config.seed, step=iteration, device=self._device
+        )
+        generator = diffusion.random_generator(config.seed, iteration, self._device)
+        normal = torch.randn(len(images), device=self._device, generator=generator)
+        loss = dmd2.denoising_loss(
+            images, self._trained, class_labels,
+            sigma=diffusion.lognormal_sigma(normal, config.sigma_mean, config.sigma_std),
+            noise=torch.randn(images.shape, device=self._device, generator=generator),
+            sigma_data=self._trained.sigma_data,
+        )  # fmt: skip
+        self._optimizer.backward(loss)
+        self.tallies[0].add(loss, self._optimizer.step())
 
-    def save(iteration: int, **figures: Any) -> None:
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Emphasises labels, and rounds the weights to what the file holds, which is what is measured."""
+        if self.config.label_emphasis != 1:
+            self.network.emphasize_labels(self.config.label_emphasis)
+        for parameter in self.network.parameters():
+            parameter.copy_(parameter.to(self._weights_dtype))
+
+    def samples(self) -> Tensor:
+        return self._sampler(*self._sample_inputs).unflatten(0, (-1, NUM_SAMPLE_COLUMNS))
+
+    def save(self, iteration: int, **information: Any) -> None:
         save_network(
-            run.path / "teacher.safetensors", optimizer.ema_network, kind="teacher", dtype=weights_dtype,
-            iterations=iteration, seconds=time.perf_counter() - started, config=dataclasses.asdict(config),
-            versions=versions(device), **figures,
+            self._path, self.network, kind="teacher", dtype=self._weights_dtype, iterations=iteration,
+            seconds=time.perf_counter() - self._started, config=dataclasses.asdict(self.config),
+            versions=versions(self._device), **information,
         )  # fmt: skip
 
-    # Phase 1: train.
-    iteration = 0
-    loss_sum = torch.zeros((), device=device)
-    with (
-        interruptible() as interrupted,
-        tqdm(total=config.iterations, unit="it", dynamic_ncols=True) as progress,
-    ):
-        while iteration < config.iterations and not interrupted():
-            images, class_labels = dataset.random_batch(
-                config.batch_size, seed=config.seed, step=iteration, device=device
-            )
-            generator = diffusion.random_generator(config.seed, iteration, device)
-            normal = torch.randn(len(images), device=device, generator=generator)
-            sigma = diffusion.lognormal_sigma(normal, config.sigma_mean, config.sigma_std)
-            noise = torch.randn(images.shape, device=device, generator=generator)
-            loss = dmd2.denoising_loss(
-                images, network, class_labels, sigma=sigma, noise=noise, sigma_data=network.sigma_data
-            )
-            optimizer.backward(loss)
-            optimizer.step()
-            loss_sum += loss.detach()
-            iteration += 1
-            progress.update()
-            if iteration % config.log_every == 0:
-                mean_loss, seconds = loss_sum.item() / config.log_every, time.perf_counter() - started
-                loss_sum.zero_()
-                run.log(iteration=iteration, loss=mean_loss, seconds=seconds)
-                images_per_second = iteration * config.batch_size / seconds
-                progress.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
-            if iteration % snapshot_every == 0 and iteration < config.iterations:
-                snapshot(iteration)
-    snapshot(iteration)
-
-    # Phase 2: finish the weights, and measure what the file holds; it records the figures.
-    with torch.no_grad():
-        if config.label_emphasis != 1:
-            optimizer.ema_network.emphasize_labels(config.label_emphasis)
-        for parameter in optimizer.ema_network.parameters():
-            parameter.copy_(parameter.to(weights_dtype))
-    save(iteration)
-    row = Measurement(None, None)
-    outcome = "complete" if iteration == config.iterations else "interrupted"
-    if outcome == "complete" and evaluation is not None:
-        try:
-            row = evaluation.measure(sampler, evaluations=2 * config.teacher_steps - 1, name="teacher")
-            save(iteration, record=evaluation.record(row))
-        except KeyboardInterrupt:
-            outcome = "interrupted"
-    floor = evaluation.floor if evaluation else Measurement(None, None)
-    figures = {"teacher": dataclasses.asdict(row), "floor": dataclasses.asdict(floor)}
-    summary = {
-        **figures, "iterations": iteration, "outcome": outcome, "seconds": time.perf_counter() - started,
-        "versions": versions(device),
-    }  # fmt: skip
-    run.write_json("summary.json", summary)
-    run.close()
-    if outcome == "complete" and evaluation is not None:
-        print(table({"teacher": row, "floor: real images": evaluation.floor}))
-    print(f"{run.path}: teacher.safetensors, samples.png, summary.json")
-    return summary
+    def measurements(self) -> Iterator[tuple[str, Sampler, int, dict | None]]:
+        yield "teacher", self._sampler, 2 * self.config.teacher_steps - 1, None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from fastdmd import startup
+
+if __name__ == "__main__":
+    startup.prepare("fastdmd.sample")
+
 import math
 
 import numpy as np

@@ -13,6 +13,7 @@ from fastdmd import dmd2
 from fastdmd.diffusion import Denoiser
 from fastdmd.dmd2 import Draws
 from fastdmd.optim import AdamWEMA
+from fastdmd.tally import Tally
 from fastdmd.unet import UNet
 
 EXECUTIONS = ("eager", "compiled", "captured")
@@ -24,7 +25,7 @@ MAX_IMAGES_AHEAD = 128
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """0-dim tensors on the device, valid until the next iteration; the generator's are None where it did not move."""
+    """0-dim tensors on the device, valid until the next turn; the generator's are None where it did not move."""
 
     loss_fake: Tensor
     fake_grad_norm: Tensor
@@ -68,7 +69,8 @@ class DMD2:
         self.fake_score = copy.deepcopy(teacher).requires_grad_(True)
         self.guidance_optimizer = AdamWEMA(self.fake_score, compute_dtype=compute_dtype, **guidance_options)
         self.execution = execution
-        self._latest = torch.zeros(2, 2, device=self.device)  # rows: generator, guidance; columns: loss, gradient norm
+        self.generator_tally = Tally(("loss_dm", "generator_grad_norm"), self.device)
+        self.guidance_tally = Tally(("loss_fake", "fake_grad_norm"), self.device)
         self._side_stream = torch.cuda.Stream(self.device) if execution == "captured" else None
         self._generator, self._teacher, self._fake_score = map(
             self._executable, (self.generator, self.teacher, self.fake_score)
@@ -97,34 +99,35 @@ class DMD2:
             self._generate_ahead(step + 1, draws)  # beside the guidance turn, where there are streams
         self.guidance_optimizer.advance()
         self._guidance_turn()
-        (loss_dm, generator_grad_norm), (loss_fake, fake_grad_norm) = (row.unbind() for row in self._latest.unbind())
-        if not moves:
-            return StepMetrics(loss_fake, fake_grad_norm)
-        return StepMetrics(loss_fake, fake_grad_norm, loss_dm, generator_grad_norm)
+        return StepMetrics(*self.guidance_tally.latest, *(self.generator_tally.latest if moves else ()))
 
     # The turns. They read and write static buffers and nothing else, so that a CUDA graph can hold them.
 
     def _run_generator_turn(self) -> None:
         """Moves the generator along the distribution-matching gradient; leaves x_gen."""
+        losses, shares = [], []
         for part in self._parts:
             x_gen = self._generate(part.noise, part.class_labels)
-            loss = dmd2.generator_loss(
+            loss, left_out = dmd2.generator_loss(
                 x_gen, self._denoise_beside, self._denoise_and_join, part.class_labels, sigma=part.dm_sigma,
                 noise=part.dm_noise,
             )  # fmt: skip
-            self._backward(loss, part, self.generator_optimizer, row=0)
+            losses.append(self._backward(loss, part, self.generator_optimizer))
+            shares.append(left_out)
             part.x_gen.copy_(x_gen.detach())
-        self._latest[0, 1] = self.generator_optimizer.update()
+        norm = self.generator_optimizer.update()
+        self.generator_tally.add(_mean(losses), norm, left_out=_mean(shares))
 
     def _run_guidance_turn(self) -> None:
         """Lets the fake score follow the generator's distribution."""
+        losses = []
         for part in self._parts:
             loss = dmd2.denoising_loss(
                 part.x_gen, self._fake_score, part.class_labels, sigma=part.fake_sigma, noise=part.fake_noise,
                 sigma_data=self.sigma_data,
             )  # fmt: skip
-            self._backward(loss, part, self.guidance_optimizer, row=1)
-        self._latest[1, 1] = self.guidance_optimizer.update()
+            losses.append(self._backward(loss, part, self.guidance_optimizer))
+        self.guidance_tally.add(_mean(losses), self.guidance_optimizer.update())
 
     def _run_generation(self) -> None:
         """Makes the images of the next chunk of iterations."""
@@ -138,14 +141,11 @@ class DMD2:
     def _generate(self, noise: Tensor, class_labels: Tensor | None) -> Tensor:
         return dmd2.generate(self._generator, noise, class_labels, conditioning_sigma=self.conditioning_sigma)
 
-    def _backward(self, loss: Tensor, part: _Part, optimizer: AdamWEMA, row: int) -> None:
-        loss = loss / self.accumulation_steps if self.accumulation_steps > 1 else loss
-        first = part is self._parts[0]
-        optimizer.backward(loss, accumulate=not first)
-        if first:
-            self._latest[row, 0] = loss.detach()
-        else:
-            self._latest[row, 0] += loss.detach()
+    def _backward(self, loss: Tensor, part: _Part, optimizer: AdamWEMA) -> Tensor:
+        """Adds the gradient of a part's share of the batch; returns its loss."""
+        share = loss / self.accumulation_steps if self.accumulation_steps > 1 else loss
+        optimizer.backward(share, accumulate=part is not self._parts[0])
+        return loss.detach()
 
     # Static buffers.
 
@@ -258,6 +258,10 @@ class _Ahead:
     x_gen: Tensor  # [chunk * B, C, H, W]
     noise: Tensor  # [chunk * B, C, H, W]
     class_labels: Tensor | None  # int64 [chunk * B]
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
 class CapturedTurn:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from fastdmd import startup
+
+if __name__ == "__main__":
+    startup.prepare("fastdmd.train")
+
 import dataclasses
-import sys
 
 import torch
 from torch import nn
@@ -11,6 +15,7 @@ from torch import nn
 from fastdmd import cli, machine, teachers, trainer
 from fastdmd.budget import Budget, estimate
 from fastdmd.config import TrainConfig
+from fastdmd.loop import Loop
 from fastdmd.presets import PRESETS
 from fastdmd.run_folder import RunFolder
 from fastdmd.unet import UNet
@@ -34,17 +39,18 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(advice)
             print(f"{advice} (an estimate)")
         evaluation = cli.make_evaluation(config, teacher, dataset, device)
-        run = RunFolder(config.resolved_out, cli.to_json(config))
-    print(f"distilling {config.teacher} into {run.path} on {device}")
-    teacher_record = None if config.measure_teacher else metadata.get("record")
-    summary = trainer.distill(config, teacher, run, evaluation, teacher_record)
-    print(f"{run.path}: generator.safetensors, samples.png, summary.json")
-    if summary["outcome"] != "complete":
-        print(f"{summary['outcome']} after {summary['iterations']} of {config.iterations} iterations")
-    if summary["outcome"] == "diverged":
-        sys.exit("fastdmd.train: error: the losses are not finite; the last snapshot is kept; try lower learning rates")
-    if summary["outcome"] == "interrupted":
-        sys.exit(130)
+        config = dataclasses.replace(config, out=config.resolved_out)
+        folder = RunFolder(config.out, cli.to_json(config))
+        teacher_record = None if config.measure_teacher else metadata.get("record")
+        print(f"distilling {config.teacher} into {folder.path} on {device}")
+        with folder.being_set_up():
+            loop = Loop(trainer.Distillation(config, teacher, folder, teacher_record), config, folder)
+    with cli.user_errors("fastdmd.train", (OSError,)):
+        summary = loop.run(evaluation)
+    if summary["teacher"]["recorded"]:
+        print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
+    print(f"{folder.path}: generator.safetensors, samples.png, summary.json")
+    cli.leave("fastdmd.train", summary, config.iterations)
 
 
 def load_teacher(config: TrainConfig, device: torch.device) -> tuple[nn.Module, dict]:

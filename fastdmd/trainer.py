@@ -1,30 +1,23 @@
-"""The distillation loop, in visible phases."""
+"""Distillation: what a configuration and a teacher come to, for the loop."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastdmd import diffusion, dmd2
 from fastdmd.adapters import Adapted
 from fastdmd.checkpoint import save_network
 from fastdmd.config import TrainConfig
 from fastdmd.diffusion import Denoiser, random_generator
-from fastdmd.machine import versions
-from fastdmd.pictures import SampleHistory
 from fastdmd.precision import compute_dtype
-from fastdmd.quality import SAMPLING_STREAM, Evaluation, Measurement, one_step_sampler, table, teacher_sampler
+from fastdmd.quality import SAMPLING_STREAM, Sampler, one_step_sampler, teacher_sampler
 from fastdmd.run_folder import RunFolder
-from fastdmd.step import DMD2, StepMetrics
+from fastdmd.step import DMD2
 from fastdmd.unet import UNet
 
 NUM_SAMPLE_ROWS = 10  # of samples.png, at most: one row per class
@@ -76,129 +69,40 @@ def make_draws(config: TrainConfig, network: Denoiser, device: torch.device) -> 
     return lambda step: dmd2.draw(shape, network.num_classes, sigmas, min_step, max_step, seed=config.seed, step=step)
 
 
-def distill(config: TrainConfig, teacher: UNet | Adapted, run: RunFolder, evaluation: Evaluation | None,
-            teacher_record: dict | None = None) -> dict:  # fmt: skip
-    """Trains, saves, measures; returns the summary that it wrote.
+class Distillation:
+    """What the loop is given: the generator's average is what it keeps, shows and measures."""
 
-    Its `outcome` is "complete", "interrupted" (Ctrl-C; what was reached is saved) or "diverged" (the losses are not
-    finite; the weights and samples of the last snapshot stay). `teacher_record` is what the teacher's file says of its
-    quality (`Evaluation.record`), so that it need not be measured again.
-    """
-    started = time.perf_counter()
-    config = config.for_teacher(teacher)
-    device = next(teacher.parameters()).device
-    draws = make_draws(config, teacher, device)
-    model = build(config, teacher)
-    history = SampleHistory(run.path / "samples.png")
-    noise, class_labels = sample_inputs(teacher, config.seed, device)
-    snapshot_every = -(-config.iterations // config.snapshots)
+    def __init__(self, config: TrainConfig, teacher: UNet | Adapted, folder: RunFolder,
+                 teacher_record: dict | None = None):  # fmt: skip
+        self.config = config = config.for_teacher(teacher)
+        self.model = build(config, teacher)
+        self.network = self.model.generator_optimizer.ema_network
+        self.tallies = (self.model.generator_tally, self.model.guidance_tally)
+        device = next(teacher.parameters()).device
+        self._teacher, self._teacher_record, self._path = teacher, teacher_record, folder.path / "generator.safetensors"
+        self._draws = make_draws(config, teacher, device)
+        self._sampler = one_step_sampler(self.network, config.conditioning_sigma)
+        self._sample_inputs = sample_inputs(teacher, config.seed, device)
 
-    def snapshot(iteration: int) -> None:
-        generator = model.generator_optimizer.ema_network
-        save_generator(config, run, generator, iteration)
-        samples = one_step_sampler(generator, config.conditioning_sigma)(noise, class_labels)
-        history.add(samples.unflatten(0, (-1, NUM_SAMPLE_COLUMNS)))
+    def iterate(self, iteration: int) -> None:
+        self.model.iterate(iteration, self._draws)
 
-    # Phase 1: train.
-    iteration, outcome, first_seconds = 0, "complete", None
-    snapshot(iteration)
-    meter = Meter(run, config, device)
-    with (
-        interruptible() as interrupted,
-        tqdm(total=config.iterations, unit="it", dynamic_ncols=True) as progress,
-    ):
-        while iteration < config.iterations:
-            meter.add(model.iterate(iteration, draws))
-            iteration += 1
-            progress.update()
-            if iteration == 1:
-                meter.sums.tolist()  # waits for the device
-                first_seconds = time.perf_counter() - started
-                progress.write(f"first iteration done after {first_seconds:.1f} s")
-            if interrupted():
-                outcome = "interrupted"
-            if iteration % config.log_every == 0 or iteration == config.iterations or outcome == "interrupted":
-                means = meter.flush(iteration)
-                progress.set_postfix({name: f"{value:.4g}" for name, value in means.items() if "norm" not in name})
-                if not all(map(math.isfinite, means.values())):
-                    outcome = "diverged"
-            if outcome != "complete":
-                break
-            if iteration % snapshot_every == 0 and iteration < config.iterations:
-                snapshot(iteration)
-    if outcome != "diverged":
-        snapshot(iteration)
-    train_seconds = time.perf_counter() - started
+    def finish(self) -> None:
+        pass
 
-    # Phase 2: measure, the teacher beside the generator.
-    rows = {"teacher": Measurement(None, None), "generator": Measurement(None, None)}
-    if outcome == "complete" and evaluation is not None:
-        generator = model.generator_optimizer.ema_network
-        sampler = one_step_sampler(generator, config.conditioning_sigma)
-        try:
-            rows["generator"] = evaluation.measure(sampler, evaluations=1, name="generator")
-            rows["teacher"] = evaluation.measure(
-                teacher_sampler(teacher, config.teacher_steps), evaluations=2 * config.teacher_steps - 1,
-                name="teacher", record=teacher_record,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            outcome = "interrupted"
+    def samples(self) -> Tensor:
+        return self._sampler(*self._sample_inputs).unflatten(0, (-1, NUM_SAMPLE_COLUMNS))
 
-    # Phase 3: report.
-    summary = {
-        **{name: dataclasses.asdict(row) for name, row in rows.items()},
-        "floor": dataclasses.asdict(evaluation.floor if evaluation else Measurement(None, None)),
-        "iterations": iteration, "outcome": outcome,
-        "seconds": time.perf_counter() - started, "train_seconds": train_seconds,
-        "first_iteration_seconds": first_seconds,
-        "versions": versions(device),
-    }  # fmt: skip
-    run.write_json("summary.json", summary)
-    run.close()
-    if outcome == "complete" and evaluation is not None:
-        print(table({**rows, "floor: real images": evaluation.floor}))
-        if rows["teacher"].recorded:
-            print(
-                "The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them."
-            )
-    return summary
+    def save(self, iteration: int, **information: Any) -> None:
+        save_network(
+            self._path, self.network, kind="generator", conditioning_sigma=self.config.conditioning_sigma,
+            iterations=iteration, config=dataclasses.asdict(self.config), **information,
+        )  # fmt: skip
 
-
-class Meter:
-    """Adds up losses on the device; they cross to the host once per log interval."""
-
-    def __init__(self, run: RunFolder, config: TrainConfig, device: torch.device):
-        self.run, self.batch_size = run, config.batch_size
-        self.sums = torch.zeros(2, 2, device=device)  # rows: generator, guidance; columns: loss, gradient norm
-        self.counts = [0, 0]
-        self.started = self.last = time.perf_counter()
-
-    def add(self, metrics: StepMetrics) -> None:
-        self.sums[1] += torch.stack([metrics.loss_fake, metrics.fake_grad_norm])
-        self.counts[1] += 1
-        if metrics.loss_dm is not None:
-            self.sums[0] += torch.stack([metrics.loss_dm, metrics.generator_grad_norm])
-            self.counts[0] += 1
-
-    def flush(self, iteration: int) -> dict[str, float]:
-        """Writes the means since the last call to metrics.jsonl, and returns them."""
-        (dm_loss, dm_norm), (fake_loss, fake_norm) = self.sums.tolist()
-        now = time.perf_counter()
-        values = {"images_per_second": self.counts[1] * self.batch_size / (now - self.last)}
-        values |= {"loss_fake": fake_loss / self.counts[1], "fake_grad_norm": fake_norm / self.counts[1]}
-        if self.counts[0]:
-            values |= {"loss_dm": dm_loss / self.counts[0], "generator_grad_norm": dm_norm / self.counts[0]}
-        self.run.log(iteration=iteration, seconds=now - self.started, **values)
-        self.sums.zero_()
-        self.counts, self.last = [0, 0], now
-        return values
-
-
-def save_generator(config: TrainConfig, run: RunFolder, generator: UNet | Adapted, iteration: int) -> None:
-    save_network(
-        run.path / "generator.safetensors", generator, kind="generator", conditioning_sigma=config.conditioning_sigma,
-        iterations=iteration, config=dataclasses.asdict(config),
-    )  # fmt: skip
+    def measurements(self) -> Iterator[tuple[str, Sampler, int, dict | None]]:
+        yield "generator", self._sampler, 1, None
+        steps = self.config.teacher_steps
+        yield "teacher", teacher_sampler(self._teacher, steps), 2 * steps - 1, self._teacher_record
 
 
 def sample_inputs(network: Denoiser, seed: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -209,23 +113,3 @@ def sample_inputs(network: Denoiser, seed: int, device: torch.device) -> tuple[T
     if not network.num_classes:
         return noise, None
     return noise, torch.arange(num_rows, device=device).repeat_interleave(NUM_SAMPLE_COLUMNS)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function return True; the second one interrupts as usual."""
-    if threading.current_thread() is not threading.main_thread():  # only it can have signal handlers
-        yield lambda: False
-        return
-    pressed = False
-
-    def press(signal_number, frame) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)

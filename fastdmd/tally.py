@@ -1,0 +1,57 @@
+"""What turns come to: their losses and gradient norms, summed on the device, read once per log interval."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+MOST_LEFT_OUT = 0.5  # of the samples of a good turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Of the turns of one kind since the last reading."""
+
+    means: dict[str, float | None]  # over the good ones; None where there are none
+    num_good: int
+    num_bad: int
+    num_bad_in_a_row: int  # until now, and maybe since before the last reading
+    left_out: float  # samples, in batches
+
+
+class Tally:
+    """Sums of the named scalars of one kind of turn; adding to them is a few launches and never waits for the device.
+
+    A turn is bad if one of its scalars is NaN or infinite, or if half of its samples were left out: such an update
+    moves nothing (`ops.adamw_ema_`) or nearly so. It is counted and its scalars are not.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        self.names = names
+        self.latest = torch.zeros(len(names), device=device)  # scalars of the last turn
+        self._sums = torch.zeros(len(names), device=device)
+        self._counts = torch.zeros(4, device=device)  # good, bad, bad in a row, left out
+
+    @torch.no_grad()
+    def add(self, *scalars: Tensor, left_out: Tensor | None = None) -> None:
+        """The scalars of one turn, 0-dim each; `left_out`: the share of its samples that its loss left out."""
+        self.latest.copy_(torch.stack([scalar.to(self.latest.dtype) for scalar in scalars]))
+        good = self.latest.isfinite().all()
+        if left_out is not None:
+            good = good & (left_out < MOST_LEFT_OUT)
+            self._counts[3] += left_out
+        self._sums += torch.where(good, self.latest, 0)
+        self._counts[0] += good
+        self._counts[1:3] += ~good
+        self._counts[2] *= ~good
+
+    def read(self) -> Reading:
+        """Waits for the device; the next reading starts from here."""
+        *sums, num_good, num_bad, num_bad_in_a_row, left_out = torch.cat([self._sums, self._counts]).tolist()
+        self._sums.zero_()
+        self._counts[:2] = 0
+        self._counts[3] = 0
+        means = {name: total / num_good if num_good else None for name, total in zip(self.names, sums, strict=True)}
+        return Reading(means, int(num_good), int(num_bad), int(num_bad_in_a_row), left_out)
