@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from fastdmd import interrupts
+import os
+
+from fastdmd import cores, interrupts
+
+# Of OpenMP and of the runtimes that a torch may come with. Whoever sets one of them has decided.
+THREAD_SETTINGS = (
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_DYNAMIC", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_SPINCOUNT",
+    "GOMP_CPU_AFFINITY", "KMP_BLOCKTIME", "KMP_AFFINITY",
+)  # fmt: skip
+SPIN_COUNT = 10_000
 
 
 def prepare(command: str) -> None:
-    """Signals end this process with one line from here on. For a command's own process alone."""
+    """Signals end this process with one line from here on, and its threads share the machine with other processes.
+
+    For a command's own process alone.
+    """
     interrupts.exit_on_signals(command)
+    settle_threads()
+
+
+def settle_threads() -> None:
+    """Threads that wait for each other soon give up their core, and leave cores that others use (`fastdmd.cores`)."""
+    if not any(name in os.environ for name in THREAD_SETTINGS):
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+        cores.share()

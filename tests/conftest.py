@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from fastdmd import startup
+
+startup.settle_threads()  # as a command does: the tests may run on a busy machine
+
 import numpy as np
 import pytest
 import torch
