@@ -120,8 +120,11 @@ def _rebuild(description: dict[str, Any], code: str | nn.Module | Callable[[], n
         got = f"the fields {unknown}" if isinstance(options, dict) else f"options that are a {type(options).__name__}"
         raise ValueError(f"fastdmd.load_network: expected a known network in {path}, got {got}")
     if not adapted:
-        config = UNetConfig(**options)
-        blueprint = UNet.blueprint(config, len(weights.described))
+        try:
+            config = UNetConfig(**options)
+            blueprint = UNet.blueprint(config, len(weights.described))
+        except ValueError as error:
+            raise ValueError(f"{error} in {path}") from error
         require_same(blueprint.state_dict(), weights.described, f"the tensors of UNet in {path}")
         return UNet(config)
     if "diffusers" in description:

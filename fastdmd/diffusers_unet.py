@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     else `.bin`, read without running its code. Beside `unet`, `scheduler` tells what the network predicts and at which
     noise levels; without, the options lack the parameterization. stderr says what was taken where there was a choice.
     """
-    folder = _network_folder(path)
+    folder, which = _network_folder(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"fastdmd.teachers: expected a folder of diffusers, got {folder} without config.json")
     config = read_json(folder / "config.json")
@@ -42,7 +41,9 @@ def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         options |= _of_scheduler(read_json(scheduler), path)
-    weights = open_weights(_weights_file(folder))
+    file, variant = _weights_file(folder)
+    weights = open_weights(file)
+    weights.notice = ". ".join(filter(None, (which, variant)))
     names = weights.renamed(_new_name)
     weights.described = {name: weights.described[own] for name, own in names.items()}
     network = build(arguments, weights)
@@ -61,7 +62,8 @@ def build(arguments: Mapping[str, Any], weights: WeightFile) -> nn.Module:
             f"fastdmd.teachers: expected arguments of UNet2DModel up to {MAX_NUMBER} for {weights.path}, got others"
         )
     arguments = _arguments(arguments)
-    if isinstance(layers := arguments.get("layers_per_block"), int) and layers > (num_tensors := len(weights.described)):
+    layers, num_tensors = arguments.get("layers_per_block"), len(weights.described)
+    if isinstance(layers, int) and layers > num_tensors:
         raise ValueError(
             f"fastdmd.teachers: expected the tensors of {layers} layers_per_block, got {num_tensors} in {weights.path}"
         )
@@ -72,20 +74,20 @@ def build(arguments: Mapping[str, Any], weights: WeightFile) -> nn.Module:
         return make(**arguments)
 
 
-def _network_folder(path: Path) -> Path:
+def _network_folder(path: Path) -> tuple[Path, str]:
+    """The folder of the network, and a notice where there are two."""
     averaged, raw = path / AVERAGED, path / "unet"
-    if averaged.is_dir():
-        left = f", left {raw.name} (named as the folder, that is taken)" if raw.is_dir() else ""
-        print(f"{path}: took {AVERAGED}, the average that one samples from{left}", file=sys.stderr)
-        return averaged
-    return raw if raw.is_dir() else path
+    if averaged.is_dir() and raw.is_dir():
+        return averaged, f"{path}: took {AVERAGED}, the average that one samples from, left unet; {raw} names that"
+    return next((folder for folder in (averaged, raw) if folder.is_dir()), path), ""
 
 
-def _weights_file(folder: Path) -> Path:
-    """Raises ValueError that names the files where none can be told to be the network's."""
+def _weights_file(folder: Path) -> tuple[Path, str]:
+    """The weights, and a notice where they are not the usual ones. Raises ValueError with the files if none can be told
+    to be the network's."""
     for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"):
         if (folder / name).is_file():
-            return folder / name
+            return folder / name, ""
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
     pattern = rf"{WEIGHTS}\.(\w+\.safetensors|safetensors\.index\.\w+\.json)"
     variants = [name for name in others if re.fullmatch(pattern, name)]
@@ -93,9 +95,9 @@ def _weights_file(folder: Path) -> Path:
     taken = variants or binary
     if len(taken) != 1:
         got = ", ".join(name for name in others if name != "config.json") or "none"
-        raise ValueError(f"fastdmd.teachers: expected {WEIGHTS}.safetensors or one variant of it in {folder}, got {got}")
-    print(f"{folder}: took {taken[0]}", file=sys.stderr)
-    return folder / taken[0]
+        expected = f"{WEIGHTS}.safetensors, or one variant of it,"
+        raise ValueError(f"fastdmd.teachers: expected {expected} in {folder}, got {got}")
+    return folder / taken[0], f"{folder}: took {taken[0]}"
 
 
 def _library():

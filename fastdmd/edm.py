@@ -43,7 +43,11 @@ MAX_LENGTH = 16  # of a list
 
 def load(path: str | Path) -> UNet:
     """The network in a pickle of EDM, read without executing anything in it; see `load_pickle` and `from_edm`."""
-    return from_edm(*load_pickle(path))
+    arguments, tensors = load_pickle(path)
+    try:
+        return from_edm(arguments, tensors)
+    except ValueError as error:
+        raise ValueError(f"{error} in {path}") from error
 
 
 def from_edm(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNet:

@@ -87,7 +87,7 @@ def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: Teac
         if isinstance(network, Adapted) and metadata["kind"] == "teacher":
             verify(network)
         if metadata["kind"] == "generator" and "conditioning_sigma" not in metadata:
-            raise ValueError(f"fastdmd.teachers: expected a generator with its conditioning_sigma, got {source} without")
+            raise ValueError(f"fastdmd.teachers: expected a generator's conditioning_sigma, got {source} without")
         return network, metadata
     if kind == "pickle":
         network = edm.load(source)

@@ -1,4 +1,4 @@
-"""Tensors by name in anybody's weight files: described before they are read, found under wrappers, held to a network."""
+"""Tensors by name in anybody's weight files: described before they are read, found under wrappers, compared."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class WeightFile:
     described: dict[str, Tensor]  # without values where the file is safetensors
     places: dict[str, Path] = dataclasses.field(default_factory=dict)  # where those without values are
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    notice: str = ""  # a line for stderr once they are taken
 
     def read(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """Tensors by the keys of `names`, whose values are names in the file."""
@@ -90,8 +91,8 @@ def find(weights: WeightFile, network: nn.Module, key: str | None = None) -> dic
     """Names in the file by the network's own, for all of its tensors.
 
     They may lie under one prefix: of a wrapper (`module.`, `model.`) or an entry (`state_dict`, `ema`), or of several;
-    stderr says which was taken. `key` names the entry where several fit. A tensor that the network has under two names
-    may be there under one. Raises ValueError with the candidates, or with what is missing, left over or other.
+    the notice says which was taken. `key` names the entry where several fit. A tensor that the network has under two
+    names may be there under one. Raises ValueError with the candidates, or with what is missing, left over or other.
     """
     expected = tensors_of(network)
     ours = _without_wrappers(expected)
@@ -120,8 +121,8 @@ def find(weights: WeightFile, network: nn.Module, key: str | None = None) -> dic
     subject = f"the tensors of {type(network).__name__} in {weights.path}" + (f" under {place}" if place else "")
     require_same(expected, {name: weights.described[own] for name, own in found.items()}, subject)
     if place:
-        print(f"{weights.path}: took the {len(under)} tensors under {place}, left {len(weights.described) - len(under)}",
-              file=sys.stderr)  # fmt: skip
+        others = len(weights.described) - len(under)
+        weights.notice = f"{weights.path}: took the {len(under)} tensors under {place}, left {others} others"
     return found
 
 
@@ -134,24 +135,26 @@ def require_same(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], subj
     """Compares names, shapes and kinds of numbers. Raises ValueError that names the first that differ."""
     missing, left_over = [name for name in expected if name not in got], [name for name in got if name not in expected]
     other = []
-    for name in expected.keys() & got.keys():
-        want, have = expected[name], got[name]
+    for name, want in expected.items():
+        have = got.get(name, want)
         if want.shape != have.shape:
             other.append(f"{name} of shape {tuple(have.shape)}, not {tuple(want.shape)}")
         elif _kind(want) != _kind(have):
             other.append(f"{name} of {_kind(have)}, not {_kind(want)}")
     differences = (f"no {_some(missing)}" * bool(missing), f"{_some(left_over)} beyond them" * bool(left_over),
-                   _some(sorted(other), separator="; ") * bool(other))  # fmt: skip
+                   _some(other, separator="; ") * bool(other))  # fmt: skip
     if any(differences):
         raise _error(subject, "; ".join(filter(None, differences)))
 
 
 def fill(network: nn.Module, weights: WeightFile, names: Mapping[str, str]) -> None:
-    """Reads tensors into a network, by its own names, those of `find`. Raises ValueError if one is not finite."""
+    """Reads tensors into a network, by its own names, and prints the notice. Raises ValueError if one is not finite."""
     masks = infinite_buffers(network)
     with user_code("weights", f"{type(network).__name__} to take the tensors of {weights.path}"):
         network.load_state_dict(weights.read(names))
     require_finite(network, weights.path, masks)
+    if weights.notice:
+        print(weights.notice, file=sys.stderr)
 
 
 def require_finite(network: nn.Module, source: object, masks: Container[str] = ()) -> None:
@@ -244,7 +247,8 @@ def _flat(content: Any, path: Path) -> dict[str, Tensor]:
 
     walk(content, "", 1)
     if not tensors:
-        raise _error(f"a state dict, tensors by name, in {path}", f"the entries {_some(map(str, content)) or 'of none'}")
+        entries = _some(map(str, content))
+        raise _error(f"a state dict, tensors by name, in {path}", f"only {entries}" if entries else "an empty one")
     return tensors
 
 

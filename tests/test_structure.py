@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "fastdmd"
 LAYERS = [
     "_native", "files", "kernels", "ops", "diffusion", "dmd2", "data_formats", "data", "unet_config", "unet_blocks",
     "unet", "imports", "weight_files", "inert_pickle", "pickles", "edm", "optim", "step", "precision", "machine",
-    "adapters", "diffusers_unet", "checkpoint", "teachers", "metrics", "quality", "pictures", "run_folder", "config", "presets",
-    "cli", "trainer", "budget", "train", "pretrain", "sample", "evaluate", "export",
+    "adapters", "diffusers_unet", "checkpoint", "teachers", "metrics", "quality", "pictures", "run_folder", "config",
+    "presets", "cli", "trainer", "budget", "train", "pretrain", "sample", "evaluate", "export",
 ]  # fmt: skip
 
 

@@ -110,8 +110,8 @@ def test_positional_embedding_is_cosines_then_sines():
         ),
         ({"model_channels": 7}, "an even model_channels >= 4, got 7"),
         ({"channel_multipliers": ()}, "at least one channel multiplier"),
-        ({"num_classes": -1}, "num_classes >= 0, got -1"),
-        ({"sigma_data": 0.0}, "sigma_data > 0, got 0.0"),
+        ({"num_classes": -1}, "num_classes from 0 to 1048576, got -1"),
+        ({"sigma_data": 0.0}, "sigma_data > 0 and at most 1e.06, got 0.0"),
     ],
 )
 def test_configurations_that_cannot_be(options, message):
@@ -141,7 +141,7 @@ def test_weight_files_that_are_refused(tmp_path, teacher_file):
     cases = {
         "truncated": (content[: len(content) // 2], "expected a safetensors file"),
         "text": (b"these are no weights", "expected a safetensors file"),
-        "empty": (b"", "expected a safetensors file"),
+        "empty": (b"", "expected a weight file, got .*empty.safetensors, which is empty"),
     }
     for name, (bytes_, message) in cases.items():
         path = tmp_path / f"{name}.safetensors"
@@ -154,7 +154,7 @@ def test_weight_files_that_are_refused(tmp_path, teacher_file):
     with pytest.raises(ValueError, match="foreign.safetensors without its metadata"):
         load_network(tmp_path / "foreign.safetensors")
     metadata = {"fastdmd": json.dumps({"kind": "teacher", "network": dataclasses.asdict(SMALL)})}
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", metadata=metadata)
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "other.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="expected the tensors of UNet in"):
         load_network(tmp_path / "other.safetensors")
 
