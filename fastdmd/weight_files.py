@@ -141,10 +141,9 @@ def require_same(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], subj
             other.append(f"{name} of shape {tuple(have.shape)}, not {tuple(want.shape)}")
         elif _kind(want) != _kind(have):
             other.append(f"{name} of {_kind(have)}, not {_kind(want)}")
-    differences = (f"no {_some(missing)}" * bool(missing), f"{_some(left_over)} beyond them" * bool(left_over),
-                   _some(other, separator="; ") * bool(other))  # fmt: skip
-    if any(differences):
-        raise _error(subject, "; ".join(filter(None, differences)))
+    differences = [f"it without {_some(missing)}"] * bool(missing) + [f"also {_some(left_over)}"] * bool(left_over)
+    if differences or other:
+        raise _error(subject, "; ".join([*differences, *other[:MAX_NAMED]]))
 
 
 def fill(network: nn.Module, weights: WeightFile, names: Mapping[str, str]) -> None:
@@ -281,10 +280,9 @@ def _kind(tensor: Tensor) -> str:
     return "floating point" if tensor.is_floating_point() else "whole numbers"
 
 
-def _some(names: Iterable[str], separator: str = ", ") -> str:
+def _some(names: Iterable[str]) -> str:
     names = [name[:120] for name in names]
-    more = f"{separator}and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return separator.join(names[:MAX_NAMED]) + more
+    return ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
 
 
 def _error(expected: str, got: object) -> ValueError:

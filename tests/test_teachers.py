@@ -111,7 +111,10 @@ def test_a_weight_file_imports_nothing(tmp_path, capsys, monkeypatch):
     assert half.options == network.options and half.network.middle.weight.dtype == torch.float32
     assert_close(half.network.middle.weight, network.network.middle.weight, rtol=1e-3, atol=1e-6)
     for code, got in (
-        (lambda: nn.Linear(1, 1), "tensors of Linear in t.safetensors, got no weight, bias; conv_in.bias, .* beyond"),
+        (
+            lambda: nn.Linear(1, 1),
+            "tensors of Linear in t.safetensors, got it without weight, bias; also conv_in.bias, .*",
+        ),
         (foreign.three, "to be a Module"),
     ):
         with pytest.raises((ValueError, TypeError), match=got):
@@ -183,19 +186,6 @@ def test_weights_for_imported_code(tmp_path):
         loaded = teachers.load("foreign:Nested.instance", parameterization="v", weights=tmp_path / name)
         assert_close(loaded.network.state_dict(), trained.state_dict())
         assert not any(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
-    torch.save({"model": trained.state_dict(), "step": 3}, tmp_path / "nested.pt")
-    torch.save(trained, tmp_path / "code.pt")
-    torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / "other.pt")
-    (tmp_path / "broken.pt").write_bytes(b"nonsense")
-    for name, message in (
-        ("nested.pt", r"expected a state dict, tensors by name, got the entries \['model', 'step'\]"),
-        ("code.pt", "expected .safetensors, or .pt that holds tensors alone, got .*code.pt"),
-        ("broken.pt", "expected .safetensors, or .pt that holds tensors alone, got .*broken.pt"),
-        ("other.pt", "expected the tensors of Network in .*other.pt, got .*Missing key"),
-    ):
-        with pytest.raises(ValueError, match=message) as error:
-            teachers.load(foreign.build, parameterization="v", weights=tmp_path / name)
-        assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
 class Misbehaving(nn.Conv2d):
@@ -215,7 +205,7 @@ class Misbehaving(nn.Conv2d):
         (lambda y, x, sigma: y / (sigma > 1)[:, None, None, None], r"got NaN or infinity at sigma \[0.002, 0.5\]"),
         (lambda y, x, sigma: y + x.add_(1), "expected Misbehaving to leave its input as it is, got another x"),
         (lambda y, x, sigma: y + sigma.mul_(2).sum(), "to leave its input as it is, got another sigma"),
-        (lambda y, x, sigma: {}["a"], "expected Misbehaving to denoise .* got KeyError: 'a'"),
+        (lambda y, x, sigma: {}["a"], r"to denoise .* got KeyError: 'a' \(.*test_teachers.py, line \d+\)"),
         (lambda y, x, sigma: int("one"), "expected Misbehaving to denoise .* got ValueError: invalid literal"),
         (lambda y, x, sigma: y[:1], r"to give a floating point tensor of shape \(3, 1, 8, 8\), got \(1, 1, 8, 8\)"),
     ],
@@ -395,10 +385,6 @@ def test_diffusers_folders_that_cannot_be_taken(tmp_path):
             load_with(changes[0], **changes[1])
     with pytest.raises(FileNotFoundError, match="expected a folder of diffusers, got .*empty without config.json"):
         teachers.load(tmp_path / "empty")
-    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "elsewhere")
-    torch.save({}, tmp_path / "model" / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        teachers.load(tmp_path / "model")
 
 
 def test_diffusers_that_is_absent_is_named(tmp_path, monkeypatch):
