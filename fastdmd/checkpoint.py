@@ -128,7 +128,7 @@ def _rebuild(description: dict[str, Any], code: str | nn.Module | Callable[[], n
         require_same(blueprint.state_dict(), weights.described, f"the tensors of UNet in {path}")
         return UNet(config)
     if "diffusers" in description:
-        network = diffusers_unet.build(description["diffusers"], weights)
+        network = diffusers_unet.build(description["diffusers"], weights.described, path)
         origin = {"diffusers": description["diffusers"]}
     else:
         named = isinstance(code, str)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdmd.imports import user_code
-from fastdmd.weight_files import WeightFile, fill, open_weights, read_json, require_same
+from fastdmd.weight_files import fill, open_weights, read_json, require_same
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 WEIGHTS = "diffusion_pytorch_model"
@@ -45,32 +45,31 @@ def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     weights = open_weights(file)
     weights.notice = ". ".join(filter(None, (which, variant)))
     names = weights.renamed(_new_name)
-    weights.described = {name: weights.described[own] for name, own in names.items()}
-    network = build(arguments, weights)
+    network = build(arguments, {name: weights.described[own] for name, own in names.items()}, file)
     fill(network, weights, names)
     return network, {name: value for name, value in network.config.items() if not name.startswith("_")}, options
 
 
-def build(arguments: Mapping[str, Any], weights: WeightFile) -> nn.Module:
-    """The network with these arguments of its constructor, initialised anew, for the tensors of a file.
+def build(arguments: Mapping[str, Any], described: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The network with these arguments of its constructor, initialised anew, for tensors that `path` holds.
 
     Raises ValueError for arguments that cannot be, and for other tensors than its own, before it takes memory.
     """
     make = _library().UNet2DModel
     if not isinstance(arguments, dict) or not _within_bounds(list(arguments.values())):
         raise ValueError(
-            f"fastdmd.teachers: expected arguments of UNet2DModel up to {MAX_NUMBER} for {weights.path}, got others"
+            f"fastdmd.teachers: expected arguments of UNet2DModel up to {MAX_NUMBER} for {path}, got others"
         )
     arguments = _arguments(arguments)
-    layers, num_tensors = arguments.get("layers_per_block"), len(weights.described)
+    layers, num_tensors = arguments.get("layers_per_block"), len(described)
     if isinstance(layers, int) and layers > num_tensors:
         raise ValueError(
-            f"fastdmd.teachers: expected the tensors of {layers} layers_per_block, got {num_tensors} in {weights.path}"
+            f"fastdmd.teachers: expected the tensors of {layers} layers_per_block, got {num_tensors} in {path}"
         )
-    with user_code("teachers", f"arguments that make a UNet2DModel for {weights.path}"):
+    with user_code("teachers", f"arguments that make a UNet2DModel for {path}"):
         with torch.device("meta"):
             expected = make(**arguments).state_dict()
-        require_same(expected, weights.described, f"the tensors of UNet2DModel in {weights.path}")
+        require_same(expected, described, f"the tensors of UNet2DModel in {path}")
         return make(**arguments)
 
 

@@ -104,10 +104,11 @@ def test_tensors_are_found_under_wrappers_and_entries(content, key, taken, tmp_p
 
 def test_a_network_that_is_wrapped_itself_takes_plain_tensors(tmp_path):
     path = saved(tmp_path / "w.ckpt", TRAINED)
-    wrapped = nn.Sequential()
-    wrapped.add_module("module", torch.compile(Inner()))
+    compiled, wrapped = nn.Sequential(), nn.Sequential()
+    compiled.add_module("_orig_mod", Inner())  # as torch.compile and DataParallel do
+    wrapped.add_module("module", compiled)
     load_weights(wrapped, path)
-    assert took_all(wrapped.module._orig_mod)
+    assert took_all(compiled._orig_mod)
     load_weights(network := Inner(), saved(tmp_path / "w.safetensors", under("model.")))
     assert took_all(network)
     # Safetensors under another name, the format before zip files, and several files with their index.
