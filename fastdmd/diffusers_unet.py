@@ -33,10 +33,9 @@ def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"fastdmd.teachers: expected a folder of diffusers, got {folder} without config.json")
     config = read_json(folder / "config.json")
-    _library()
+    arguments = _arguments(config)
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"fastdmd.teachers: expected a UNet2DModel, got {config.get('_class_name')} in {folder}")
-    arguments = _arguments(config)
     options = _of_network(arguments, folder)
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
