@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fastdmd.weight_files import WeightFile, fill, find, open_weights, require_s
 
 METADATA_KEY = "fastdmd"
 KINDS = ("teacher", "generator")
+MAX_SIGMA = 1e30  # that a generator starts from: a float32, which JSON does not promise
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -94,8 +94,10 @@ def _metadata(weights: WeightFile) -> dict[str, Any]:
     if metadata["kind"] not in KINDS:
         raise ValueError(f"fastdmd.load_network: expected a {' or '.join(KINDS)} in {weights.path}, got another kind")
     sigma = metadata.get("conditioning_sigma", 1.0)
-    if not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
-        raise ValueError(f"fastdmd.load_network: expected conditioning_sigma > 0 in {weights.path}, got {sigma!s:.80}")
+    if not isinstance(sigma, (int, float)) or not 0 < sigma <= MAX_SIGMA:
+        raise ValueError(
+            f"fastdmd.load_network: expected a finite conditioning_sigma > 0 in {weights.path}, got {sigma!s:.80}"
+        )
     return metadata
 
 

@@ -288,7 +288,12 @@ def rewritten(path, **changes):
         ({"network": {"source": "a:b", "options": []}}, "--network package.module:name for .*, whose network is a:b"),
         ({"network": {"diffusers": [], "options": []}}, "in .*w.safetensors, got options that are a list"),
         ({"kind": ["teacher"]}, "expected a teacher or generator in .*, got another kind"),
-        ({"kind": "generator", "conditioning_sigma": "80"}, "expected conditioning_sigma > 0 in .*, got 80"),
+        ({"kind": "generator", "conditioning_sigma": "80"}, "expected a finite conditioning_sigma > 0 in .*, got 80"),
+        (
+            {"kind": "generator", "conditioning_sigma": 10**400},
+            "expected a finite conditioning_sigma > 0 in .*, got 10",
+        ),
+        ({"kind": "generator", "conditioning_sigma": math.nan}, "expected a finite conditioning_sigma .*, got nan"),
         ({"kind": "generator"}, "expected a generator's conditioning_sigma, got .*w.safetensors without"),
     ],
 )
