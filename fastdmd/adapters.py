@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ NoiseSchedule = Literal["linear", "scaled_linear", "cosine", "squaredcos_cap_v2"
 FLAGS = {"sigma_data": "teacher-sigma-data", "labels": "teacher-labels", "num_train_timesteps": "schedule-timesteps"}
 SCHEDULE_OPTIONS = ("noise_schedule", "num_train_timesteps", "beta_start", "beta_end", "alphas_cumprod", "timesteps")
 FLOW_OPTIONS = ("velocity", "time_scale", "time_direction")
+MAX_VALUES, MAX_CLASSES, MAX_TIMESTEPS = 1 << 26, 1 << 20, 1 << 20  # of an image; far above any network in use
 LEAST_ALPHAS_CUMPROD = 2.0**-24  # a schedule that ends in pure noise has 0 there, an infinite sigma
 
 
@@ -87,6 +89,8 @@ class AdapterOptions:
             if name not in applicable and found[name] is not None:
                 raise _error(f"no {flag(name)} with {context}", found[name])
         found |= {name: default for name, default in applicable.items() if found[name] is None}
+        if (length := found["num_train_timesteps"]) is not None and not 2 <= length <= MAX_TIMESTEPS:
+            raise _error(f"--schedule-timesteps from 2 to {MAX_TIMESTEPS}", length)
         if kind == "flow" and not 0 < found["time_scale"] < math.inf:
             raise _error("--time-scale > 0 and finite", found["time_scale"])
         return AdapterOptions(**{field.name: found[field.name] for field in dataclasses.fields(AdapterOptions)})
@@ -217,6 +221,8 @@ def _shape_and_labels(options: AdapterOptions, network: nn.Module) -> dict[str, 
         raise _missing("image-shape", "image_shape", network)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise _error("--image-shape C H W", tuple(shape))
+    if math.prod(shape) > MAX_VALUES:
+        raise _error(f"--image-shape of at most {MAX_VALUES} values", tuple(shape))
     if num_classes is None:
         if labels == "none":
             num_classes = 0
@@ -224,13 +230,15 @@ def _shape_and_labels(options: AdapterOptions, network: nn.Module) -> dict[str, 
             num_classes = getattr(network, "num_classes", getattr(network, "label_dim", None))
     if num_classes is None:
         raise _missing("num-classes", "num_classes", network)
+    if not isinstance(num_classes, Integral) or num_classes > MAX_CLASSES:
+        raise _error(f"--num-classes of at most {MAX_CLASSES}", num_classes)
     if num_classes < 0 or (num_classes > 0) != (labels != "none") and labels is not None:
         raise _error(
             "--num-classes > 0 with --teacher-labels int or one_hot, 0 with none", f"{num_classes} and {labels}"
         )
     if labels is None:
         labels = "none" if num_classes == 0 else "one_hot" if hasattr(network, "label_dim") else "int"
-    return {"image_shape": tuple(shape), "num_classes": num_classes, "labels": labels}
+    return {"image_shape": tuple(shape), "num_classes": int(num_classes), "labels": labels}
 
 
 def _applicable(options: AdapterOptions) -> tuple[dict[str, Any], str]:

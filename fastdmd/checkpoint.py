@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastdmd import __version__, diffusers_unet
 from fastdmd.adapters import Adapted, AdapterOptions
 from fastdmd.files import write_atomically
-from fastdmd.imports import import_network, make_network
+from fastdmd.imports import import_network, make_network, reason, user_code
 from fastdmd.unet import UNet, UNetConfig
+from fastdmd.weight_files import WeightFile, fill, find, open_weights, require_same, tensors_of
 
 METADATA_KEY = "fastdmd"
+KINDS = ("teacher", "generator")
+MAX_SIGMA = 1e30  # that a generator starts from: a float32, which JSON does not promise
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -31,7 +31,7 @@ def save_network(path: Path, network: UNet | Adapted, *, kind: str, dtype: torch
 
     `kind` is "teacher" or "generator"; `dtype` is that of the weights in the file; `information` is anything JSON can
     hold and is read back by `load_network`. The file can be read by any safetensors reader; the tensors of an adapted
-    network have the names that the network itself gives them.
+    network have the names that the network itself gives them. Raises ValueError for one that `dtype` cannot hold.
     """
     if isinstance(network, Adapted):
         description, state = network.describe(), network.network.state_dict()
@@ -45,15 +45,20 @@ def save_network(path: Path, network: UNet | Adapted, *, kind: str, dtype: torch
         "version": __version__,
         **information,
     }
-    tensors = {name: _stored(value, dtype) for name, value in state.items()}
+    tensors = {name: _stored(name, value, dtype) for name, value in state.items()}
     content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata, default=str)})
     write_atomically(path, lambda file: file.write(content))
 
 
-def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy, as the format wants it also where weights are tied; numbers that count keep their dtype."""
     dtype = dtype if value.is_floating_point() else value.dtype
-    return torch.empty(value.shape, dtype=dtype).copy_(value.detach())
+    stored = torch.empty(value.shape, dtype=dtype).copy_(value.detach())
+    if dtype != value.dtype and stored.isinf().sum() > value.isinf().sum():
+        raise ValueError(
+            f"fastdmd.save_network: expected weights that {dtype} can hold, got {value.abs().max():.4g} in {name}"
+        )
+    return stored
 
 
 def load_network(path: str | Path, *, device: str | torch.device = "cpu",
@@ -67,24 +72,42 @@ def load_network(path: str | Path, *, device: str | torch.device = "cpu",
     A UNet is channels_last, which was measured faster for every width tried (16 to 192). Raises FileNotFoundError or
     ValueError with the path, what was expected and what came.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"fastdmd.load_network: expected a .safetensors file, got {path}, which does not exist")
-    tensors, metadata = _read_safetensors(path)
-    known = isinstance(metadata, dict) and "kind" in metadata and isinstance(metadata.get("network"), dict)
-    if not known:
-        raise ValueError(f"fastdmd.load_network: expected a file written by fastdmd, got {path} without its metadata")
-    loaded = _rebuild(metadata["network"], network, path)
-    _load_state(loaded.network if isinstance(loaded, Adapted) else loaded, tensors, path)
+    weights = open_weights(Path(path))
+    metadata = _metadata(weights)
+    loaded = _rebuild(metadata["network"], network, weights)
+    fill(loaded.network if isinstance(loaded, Adapted) else loaded, weights, {name: name for name in weights.described})
     loaded = loaded.float().to(device)
     if isinstance(loaded, UNet):
         loaded = loaded.to(memory_format=torch.channels_last)
     return loaded.eval().requires_grad_(False), metadata
 
 
+def _metadata(weights: WeightFile) -> dict[str, Any]:
+    try:
+        metadata = json.loads(weights.metadata.get(METADATA_KEY, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"fastdmd.load_network: expected JSON in {weights.path}, got {reason(error)}") from error
+    if not isinstance(metadata, dict) or "kind" not in metadata or not isinstance(metadata.get("network"), dict):
+        raise ValueError(
+            f"fastdmd.load_network: expected a file written by fastdmd, got {weights.path} without its metadata"
+        )
+    if metadata["kind"] not in KINDS:
+        raise ValueError(f"fastdmd.load_network: expected a {' or '.join(KINDS)} in {weights.path}, got another kind")
+    sigma = metadata.get("conditioning_sigma", 1.0)
+    if not isinstance(sigma, (int, float)) or not 0 < sigma <= MAX_SIGMA:
+        raise ValueError(
+            f"fastdmd.load_network: expected a finite conditioning_sigma > 0 in {weights.path}, got {sigma!s:.80}"
+        )
+    return metadata
+
+
 def _rebuild(description: dict[str, Any], code: str | nn.Module | Callable[[], nn.Module] | None,
-             path: Path) -> UNet | Adapted:  # fmt: skip
-    """The network that `description`, from a weight file, stands for, with initial weights."""
+             weights: WeightFile) -> UNet | Adapted:  # fmt: skip
+    """The network that `description`, from a weight file, stands for, with initial weights for each of its tensors.
+
+    A network whose size the description decides is compared with the tensors before it takes memory.
+    """
+    path = weights.path
     if "source" in description and code is None:
         raise ValueError(
             f"fastdmd.load_network: expected --network package.module:name for {path}, whose network is "
@@ -95,56 +118,33 @@ def _rebuild(description: dict[str, Any], code: str | nn.Module | Callable[[], n
     adapted = bool({"source", "diffusers"} & description.keys())
     known = {field.name for field in dataclasses.fields(AdapterOptions if adapted else UNetConfig)}
     options = description.get("options", {}) if adapted else description
-    if unknown := set(options) - known:
-        raise ValueError(f"fastdmd.load_network: expected a known network in {path}, got the fields {sorted(unknown)}")
+    if not isinstance(options, dict) or (unknown := sorted(options.keys() - known)):
+        got = f"the fields {unknown}" if isinstance(options, dict) else f"options that are a {type(options).__name__}"
+        raise ValueError(f"fastdmd.load_network: expected a known network in {path}, got {got}")
     if not adapted:
-        return UNet(UNetConfig(**options))
+        try:
+            config = UNetConfig(**options)
+            blueprint = UNet.blueprint(config, len(weights.described))
+        except ValueError as error:
+            raise ValueError(f"{error} in {path}") from error
+        require_same(blueprint.state_dict(), weights.described, f"the tensors of UNet in {path}")
+        return UNet(config)
     if "diffusers" in description:
-        return Adapted(diffusers_unet.build(description["diffusers"]), origin={"diffusers": description["diffusers"]},
-                       **options)  # fmt: skip
-    if isinstance(code, str):
-        return Adapted(import_network(code, "load_network"), origin={"source": code}, **options)
-    return Adapted(make_network(code, "load_network", "network"), **options)
+        network = diffusers_unet.build(description["diffusers"], weights.described, path)
+        origin = {"diffusers": description["diffusers"]}
+    else:
+        named = isinstance(code, str)
+        network = import_network(code, "load_network") if named else make_network(code, "load_network", "network")
+        origin = {"source": code} if named else None
+        require_same(tensors_of(network), weights.described, f"the tensors of {type(network).__name__} in {path}")
+    with user_code("load_network", f"the options of {type(network).__name__} in {path}"):
+        return Adapted(network, origin=origin, **options)
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Fills a network with the tensors of a `.safetensors` file, or of a `.pt` file, read without running its code.
+def load_weights(network: nn.Module, path: Path, key: str | None = None) -> None:
+    """Fills a network with the tensors of a weight file of any kind that `open_weights` reads, found as `find` does.
 
     Raises FileNotFoundError or ValueError with the path, what was expected and what came.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"fastdmd.load_weights: expected a file, got {path}, which does not exist")
-    if path.suffix == ".safetensors":
-        state, _ = _read_safetensors(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"fastdmd.load_weights: expected .safetensors, or .pt that holds tensors alone, got {path}: {reason}"
-            ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        got = f"the entries {sorted(map(str, state))[:5]}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise ValueError(f"fastdmd.load_weights: expected a state dict, tensors by name, got {got} in {path}")
-    _load_state(network, state, path)
-
-
-def _load_state(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 400)  # it names every tensor
-        raise ValueError(
-            f"fastdmd.load_network: expected the tensors of {type(network).__name__} in {path}, got {reason}"
-        ) from error
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """The tensors, and fastdmd's metadata or None."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"fastdmd.load_network: expected a safetensors file, got {path}: {error}") from error
+    weights = open_weights(path)
+    fill(network, weights, find(weights, network, key))

@@ -2,47 +2,100 @@
 
 from __future__ import annotations
 
-import json
+import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from fastdmd.imports import user_code
+from fastdmd.weight_files import fill, open_weights, read_json, require_same
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+WEIGHTS = "diffusion_pytorch_model"
+AVERAGED = "unet_ema"  # which the training scripts of diffusers save beside unet
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention, until 2023
+MAX_NUMBER, MAX_LENGTH = 1 << 20, 64  # of the arguments: no product of some overflows, no loop takes long
 
 
 def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """The network of a folder, the arguments that make it again, and the options of its adapter.
 
-    The folder holds `config.json` and weights in safetensors, itself or in `unet`. Beside `unet`, `scheduler` tells
-    what the network predicts and at which noise levels; without, the options lack the parameterization.
+    The folder holds `config.json` and weights, itself or in `unet`; of `unet` and `unet_ema` the average is taken.
+    Weights are `diffusion_pytorch_model.safetensors`, whole or in parts; else its only variant (`.fp16.safetensors`);
+    else `.bin`, read without running its code. Beside `unet`, `scheduler` tells what the network predicts and at which
+    noise levels; without, the options lack the parameterization. stderr says what was taken where there was a choice.
     """
-    library = _library()
-    folder = path / "unet" if (path / "unet").is_dir() else path
+    folder, which = _network_folder(path)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"fastdmd.teachers: expected a folder of diffusers, got {path} without config.json")
-    config = json.loads((folder / "config.json").read_text())
+        raise FileNotFoundError(f"fastdmd.teachers: expected a folder of diffusers, got {folder} without config.json")
+    config = read_json(folder / "config.json")
+    arguments = _arguments(config)
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"fastdmd.teachers: expected a UNet2DModel, got {config.get('_class_name')} in {folder}")
-    options = _of_network(config)
+    options = _of_network(arguments, folder)
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        options |= _of_scheduler(json.loads(scheduler.read_text()), path)
-    try:
-        network = library.UNet2DModel.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-    except RuntimeError as error:  # tensors of other shapes
-        raise ValueError(
-            f"fastdmd.teachers: expected the tensors of its config.json in {folder}, got {error}"
-        ) from error
+        options |= _of_scheduler(read_json(scheduler), path)
+    file, variant = _weights_file(folder)
+    weights = open_weights(file)
+    weights.notice = ". ".join(filter(None, (which, variant)))
+    names = weights.renamed(_new_name)
+    network = build(arguments, {name: weights.described[own] for name, own in names.items()}, file)
+    fill(network, weights, names)
     return network, {name: value for name, value in network.config.items() if not name.startswith("_")}, options
 
 
-def build(arguments: Mapping[str, Any]) -> nn.Module:
-    """The network with these arguments of its constructor, initialised anew."""
-    return _library().UNet2DModel(**arguments)
+def build(arguments: Mapping[str, Any], described: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The network with these arguments of its constructor, initialised anew, for tensors that `path` holds.
+
+    Raises ValueError for arguments that cannot be, and for other tensors than its own, before it takes memory.
+    """
+    make = _library().UNet2DModel
+    if not isinstance(arguments, dict) or not _within_bounds(list(arguments.values())):
+        raise ValueError(
+            f"fastdmd.teachers: expected arguments of UNet2DModel up to {MAX_NUMBER} for {path}, got others"
+        )
+    arguments = _arguments(arguments)
+    layers, num_tensors = arguments.get("layers_per_block"), len(described)
+    if isinstance(layers, int) and layers > num_tensors:
+        raise ValueError(
+            f"fastdmd.teachers: expected the tensors of {layers} layers_per_block, got {num_tensors} in {path}"
+        )
+    with user_code("teachers", f"arguments that make a UNet2DModel for {path}"):
+        with torch.device("meta"):
+            expected = make(**arguments).state_dict()
+        require_same(expected, described, f"the tensors of UNet2DModel in {path}")
+        return make(**arguments)
+
+
+def _network_folder(path: Path) -> tuple[Path, str]:
+    """The folder of the network, and a notice where there are two."""
+    averaged, raw = path / AVERAGED, path / "unet"
+    if averaged.is_dir() and raw.is_dir():
+        return averaged, f"{path}: took {AVERAGED}, the average that one samples from, left unet; {raw} names that"
+    return next((folder for folder in (averaged, raw) if folder.is_dir()), path), ""
+
+
+def _weights_file(folder: Path) -> tuple[Path, str]:
+    """The weights, and a notice where they are not the usual ones. Raises ValueError with the files if none can be told
+    to be the network's."""
+    for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"):
+        if (folder / name).is_file():
+            return folder / name, ""
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    pattern = rf"{WEIGHTS}\.(\w+\.safetensors|safetensors\.index\.\w+\.json)"
+    variants = [name for name in others if re.fullmatch(pattern, name)]
+    binary = [name for name in (f"{WEIGHTS}.bin", f"{WEIGHTS}.bin.index.json") if name in others][:1]
+    taken = variants or binary
+    if len(taken) != 1:
+        got = ", ".join(name for name in others if name != "config.json") or "none"
+        expected = f"{WEIGHTS}.safetensors, or one variant of it,"
+        raise ValueError(f"fastdmd.teachers: expected {expected} in {folder}, got {got}")
+    return folder / taken[0], f"{folder}: took {taken[0]}"
 
 
 def _library():
@@ -52,10 +105,29 @@ def _library():
         raise ValueError(
             f"fastdmd.teachers: expected the package diffusers (pip install 'fastdmd[diffusers]'), got: {error}"
         ) from error
+    with user_code("teachers", "a package diffusers that works"):
+        diffusers.UNet2DModel  # noqa: B018 - imported at first use
     return diffusers
 
 
-def _of_network(config: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the constructor; a configuration also tells versions, or how an average was made."""
+    known = inspect.signature(_library().UNet2DModel.__init__).parameters
+    return {name: value for name, value in config.items() if name in known}
+
+
+def _within_bounds(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, list | tuple):
+        return depth < 3 and len(value) <= MAX_LENGTH and all(_within_bounds(item, depth + 1) for item in value)
+    return value is None or isinstance(value, str) or isinstance(value, int | float) and abs(value) <= MAX_NUMBER
+
+
+def _new_name(name: str) -> str:
+    return re.sub(r"(\.attentions\.\d+)\.(\w+)\.(?=weight$|bias$)",
+                  lambda found: f"{found[1]}.{OLD_NAMES.get(found[2], found[2])}.", name)  # fmt: skip
+
+
+def _of_network(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if config.get("time_embedding_type") == "fourier":  # divides its output by sigma, and takes x as it is
         raise ValueError("fastdmd.teachers: expected time_embedding_type positional or learned, got fourier")
     if config.get("class_embed_type") is not None:
@@ -63,25 +135,30 @@ def _of_network(config: Mapping[str, Any]) -> dict[str, Any]:
     size, num_classes = config.get("sample_size"), config.get("num_class_embeds") or 0
     options = {"num_classes": num_classes, "labels": "int" if num_classes else "none"}
     if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
+        with user_code("teachers", f"sample_size of one or two numbers in {folder}"):
+            height, width = (size, size) if isinstance(size, int) else size
         options["image_shape"] = (config.get("in_channels", 3), height, width)
     return options
 
 
 def _of_scheduler(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What a scheduler's configuration says of the network; the products of alpha as diffusers computes them."""
+    length = config.get("num_train_timesteps", 1000)
+    if not isinstance(length, int) or not 2 <= length <= MAX_NUMBER:
+        raise ValueError(f"fastdmd.teachers: expected num_train_timesteps of 2 to {MAX_NUMBER} in {path}, got {length}")
     if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
-        return {"parameterization": "flow", "time_scale": float(config["num_train_timesteps"])}
+        return {"parameterization": "flow", "time_scale": float(length)}
     prediction = config.get("prediction_type", "epsilon")
-    if "beta_schedule" not in config or prediction not in PREDICTION_TYPES:
+    if "beta_schedule" not in config or prediction not in tuple(PREDICTION_TYPES):
         raise ValueError(
             f"fastdmd.teachers: expected a scheduler with betas that predicts {', '.join(PREDICTION_TYPES)}, "
             f"got {config.get('_class_name')} with {prediction} in {path}"
         )
     betas = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
              "rescale_betas_zero_snr")  # fmt: skip
-    scheduler = _library().DDPMScheduler(**{name: config[name] for name in betas if name in config})
-    return {
-        "parameterization": PREDICTION_TYPES[prediction],
-        "alphas_cumprod": tuple(scheduler.alphas_cumprod.double().tolist()),
-    }
+    with user_code("teachers", f"a scheduler_config.json that makes a scheduler in {path}"):
+        scheduler = _library().DDPMScheduler(**{name: config[name] for name in betas if name in config})
+        return {
+            "parameterization": PREDICTION_TYPES[prediction],
+            "alphas_cumprod": tuple(scheduler.alphas_cumprod.double().tolist()),
+        }

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdmd.inert_pickle import shown
 from fastdmd.pickles import load_pickle
 from fastdmd.unet import UNet, UNetConfig
 from fastdmd.unet_blocks import Block
+from fastdmd.weight_files import require_finite
 
 # Arguments of the constructors and their defaults; None: there is none.
 INTERFACE = {
@@ -42,7 +43,11 @@ MAX_LENGTH = 16  # of a list
 
 def load(path: str | Path) -> UNet:
     """The network in a pickle of EDM, read without executing anything in it; see `load_pickle` and `from_edm`."""
-    return from_edm(*load_pickle(path))
+    arguments, tensors = load_pickle(path)
+    try:
+        return from_edm(arguments, tensors)
+    except ValueError as error:
+        raise ValueError(f"{error} in {path}") from error
 
 
 def from_edm(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNet:
@@ -53,15 +58,13 @@ def from_edm(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNe
     `label_dropout`, which matters to training alone, and `sigma_min` and `sigma_max`, which limit nobody's `sigma`.
     Returns it in eval mode, channels_last, without gradients.
 
-    Raises ValueError for an argument that is unknown or cannot be met, and where a tensor is missing, left over or of
-    another shape; all of that before memory for the network is taken.
+    Raises ValueError for an argument that is unknown or cannot be met, where a tensor is missing, left over or of
+    another shape, all of that before memory for the network is taken, and where one is not finite.
     """
     unet_config = config_from_edm(config)
     tensors = _without_filters(state_dict, unet_config)
-    if unet_config.num_blocks * len(unet_config.channel_multipliers) > len(tensors):
-        raise ValueError(f"fastdmd.teachers: expected the tensors of every block, got {len(tensors)} tensors")
-    with torch.device("meta"):
-        blueprint = UNet(unet_config)
+    blueprint = UNet.blueprint(unet_config, len(tensors))
+    _expect_groups(blueprint)
     parts, shapes = dict(edm_parts(blueprint)), blueprint.state_dict()
     for name, part in parts.items():
         if name not in tensors:
@@ -76,7 +79,19 @@ def from_edm(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNe
     state = network.state_dict()
     for name, part in parts.items():
         part.of(state).copy_(part.ordered(tensors[name]))
+    require_finite(network, "the network of EDM")
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _expect_groups(network: UNet) -> None:
+    """EDM normalises C channels in min(32, C // 4) groups; where that does not divide C, its networks cannot run."""
+    for norm in (module for module in network.modules() if isinstance(module, nn.GroupNorm)):
+        groups = min(32, norm.num_channels // 4)
+        if norm.num_channels % groups:
+            raise ValueError(
+                f"fastdmd.teachers: expected widths that EDM's min(32, C // 4) groups divide, got {norm.num_channels} "
+                f"channels in {groups} groups"
+            )
 
 
 def config_from_edm(arguments: Mapping[str, Any]) -> UNetConfig:
@@ -101,7 +116,8 @@ def config_from_edm(arguments: Mapping[str, Any]) -> UNetConfig:
         return UNetConfig(**shared, adm=True, adaptive_scale=True, channels_per_head=64)
     return UNetConfig(
         **shared, embedding=EMBEDDINGS[edm["embedding_type"]], noise_multiplier=edm["channel_mult_noise"],
-        encoder=edm["encoder_type"], resample_filter=edm["resample_filter"],
+        encoder=edm["encoder_type"],
+        resample_filter=edm["resample_filter"] if len(edm["channel_mult"]) > 1 else (1, 1),  # of one level: unused
     )  # fmt: skip
 
 

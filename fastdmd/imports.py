@@ -2,34 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+import sysconfig
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from torch import nn
+
+LIBRARIES = {str(Path(__file__).parent)} | {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+MAX_REASON = 400  # characters
+
+
+@contextlib.contextmanager
+def user_code(function: str, expected: str) -> Iterator[None]:
+    """Around code and configurations that are not ours: whatever they raise becomes a ValueError of one line.
+
+    `fastdmd.<function>: expected <expected>, got <type>: <message> (<file>, line <n>)`, with the innermost line of a
+    file that belongs to no library, and what was raised as its cause. `sys.exit` counts as raised; errors of ours,
+    and KeyboardInterrupt, pass through.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, (ValueError, TypeError, OSError)) and str(error).startswith("fastdmd."):
+            raise
+        raise ValueError(f"fastdmd.{function}: expected {expected}, got {reason(error)}") from error
 
 
 def import_network(source: str, function: str) -> nn.Module:
     """The `torch.nn.Module` that `package.module:name` is, or that the class or function of that name makes.
 
     Looks into the working directory first, as `python -m` does. `function` is who asks, for errors: ValueError if
-    there is no such name, TypeError if it gives something else. What the imported code raises itself passes through.
+    there is no such name or the code itself raises, TypeError if it gives something else.
     """
     package, _, name = source.partition(":")
     if (folder := os.getcwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, folder)
-    try:
+    with user_code(function, f"{source} to be importable"):
         found = functools.reduce(getattr, name.split("."), importlib.import_module(package))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"fastdmd.{function}: expected {source} to be importable, got {error}") from error
     return make_network(found, function, source)
 
 
 def make_network(found: nn.Module | Callable[[], nn.Module], function: str, name: str) -> nn.Module:
     """A module itself, or what a class or function makes without arguments. Raises TypeError for anything else."""
-    network = found if isinstance(found, nn.Module) or not callable(found) else found()
+    with user_code(function, f"{name} to make a Module without arguments"):
+        network = found if isinstance(found, nn.Module) or not callable(found) else found()
     if not isinstance(network, nn.Module):
         raise TypeError(f"fastdmd.{function}: expected {name} to be a Module, got {type(network)}")
     return network
+
+
+def reason(error: BaseException) -> str:
+    """Type and message of an error on one line, and where the user's own code raised it."""
+    try:
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+    except Exception:  # __str__ is code of the user's own, too
+        message = ""
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    place = _place(error)
+    return textwrap.shorten(text, MAX_REASON, placeholder=" ...") + (f" ({place})" if place else "")
+
+
+def _place(error: BaseException) -> str | None:
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames.append((error.filename or "", error.lineno))
+    own = [(file, line) for file, line in frames if os.path.isfile(file) and not _is_library(file)]
+    return f"{own[-1][0]}, line {own[-1][1]}" if own else None
+
+
+def _is_library(file: str) -> bool:
+    return any(Path(file).is_relative_to(folder) for folder in LIBRARIES)

@@ -189,7 +189,10 @@ class Loop:
         samples = self._training.samples()
         if not samples.isfinite().all():
             return "NaN or infinity in its samples"
-        self._training.save(iteration)
+        try:
+            self._training.save(iteration)
+        except ValueError as error:  # weights beyond what the file's precision holds
+            return str(error)
         self._history.add(samples)
         return None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdmd import cli, data, diffusion, dmd2, machine, teachers
 from fastdmd.checkpoint import save_network
-from fastdmd.config import EvaluationConfig, Switch, require, require_fraction, require_positive
+from fastdmd.config import EvaluationConfig, Switch, fail, require, require_fraction, require_positive
 from fastdmd.loop import Loop
 from fastdmd.machine import versions
 from fastdmd.optim import AdamWEMA
@@ -68,8 +68,8 @@ class PretrainConfig(EvaluationConfig):
     """Width at each resolution, finest first, in units of model_channels."""
     num_blocks: int = 1
     """Residual blocks at each resolution of the encoder."""
-    attention_resolutions: tuple[int, ...] = (7,)
-    """Feature-map sizes with self-attention."""
+    attention_resolutions: tuple[int, ...] | None = None
+    """Feature-map sizes with self-attention, beside the middle, which has it always. Default: the coarsest."""
     channels_per_head: int = 0
     """Channels of an attention head; 0 means one head."""
     adaptive_scale: bool = True
@@ -97,10 +97,15 @@ class PretrainConfig(EvaluationConfig):
     def network(self, image_shape: tuple[int, int, int], num_classes: int) -> UNetConfig:
         """The network for images `(C, H, W)`."""
         shared = {field.name for field in dataclasses.fields(UNetConfig)} & set(vars(self))
-        architecture = {name: getattr(self, name) for name in shared}
-        return UNetConfig(
+        architecture = {name: getattr(self, name) for name in shared} | {"attention_resolutions": ()}
+        config = UNetConfig(
             image_channels=image_shape[0], image_size=image_shape[1], num_classes=num_classes, **architecture
         )
+        asked = config.sizes[-1:] if self.attention_resolutions is None else self.attention_resolutions
+        if not set(asked) <= set(config.sizes):
+            sizes = ", ".join(map(str, config.sizes))
+            fail(self, "attention_resolutions", f"out of {sizes}, the feature-map sizes of these images")
+        return dataclasses.replace(config, attention_resolutions=asked)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -111,7 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
         dataset = data.load(config.data, device=device)
         torch.manual_seed(config.seed)  # of the initial weights
         if config.init is None:
-            network = UNet(config.network(dataset.image_shape, dataset.num_classes))
+            architecture = config.network(dataset.image_shape, dataset.num_classes)
+            config = dataclasses.replace(config, attention_resolutions=architecture.attention_resolutions)
+            network = UNet(architecture)
         else:
             network = teachers.load(config.init)
             if not isinstance(network, UNet):

@@ -19,8 +19,9 @@ from fastdmd.adapters import Adapted, AdapterOptions, flag
 from fastdmd.checkpoint import ASSETS, load_network, load_weights
 from fastdmd.diffusion import per_sample, preconditioning
 from fastdmd.edm import from_edm
-from fastdmd.imports import import_network, make_network
+from fastdmd.imports import import_network, make_network, user_code
 from fastdmd.unet import UNet
+from fastdmd.weight_files import infinite_buffers, require_finite
 
 __all__ = ["NO_OPTIONS", "TeacherOptions", "from_edm", "load", "read", "verify"]
 
@@ -40,6 +41,8 @@ class TeacherOptions(AdapterOptions):
     weights: Annotated[Path | None, tyro.conf.arg(name="teacher-weights")] = None
     """State of a teacher given as package.module:name: .safetensors, or .pt without code. Default: as the code made
     it."""
+    weights_key: str | None = None
+    """The entry of --teacher-weights that holds the state, where several could: ema, state_dict.model."""
     network: str | None = None
     """package.module:name of the network in a weight file of fastdmd, where that is not fastdmd's own."""
 
@@ -73,7 +76,9 @@ def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: Teac
         raise ValueError(f"fastdmd.teachers: expected --network with a .safetensors file only, got {source}")
     if kind != "code" and "weights" in given:
         raise ValueError(f"fastdmd.teachers: expected --teacher-weights with package.module:name only, got {source}")
-    code, weights = given.pop("network", None), given.pop("weights", None)
+    if "weights_key" in given and "weights" not in given:
+        raise ValueError(f"fastdmd.teachers: expected --weights-key with --teacher-weights only, got {source}")
+    code, weights, key = (given.pop(name, None) for name in ("network", "weights", "weights_key"))
     if given and kind in ("file", "pickle"):
         raise ValueError(f"fastdmd.teachers: expected no {_flags(given)} with {source}, which brings its own")
     if kind == "file":
@@ -81,6 +86,8 @@ def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: Teac
         network, metadata = load_network(path, device=device, network=code)
         if isinstance(network, Adapted) and metadata["kind"] == "teacher":
             verify(network)
+        if metadata["kind"] == "generator" and "conditioning_sigma" not in metadata:
+            raise ValueError(f"fastdmd.teachers: expected a generator's conditioning_sigma, got {source} without")
         return network, metadata
     if kind == "pickle":
         network = edm.load(source)
@@ -88,7 +95,8 @@ def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: Teac
         module, arguments, found = diffusers_unet.load_folder(Path(source))
         network = Adapted(module, origin={"diffusers": arguments}, **{**found, **given})
     else:
-        network = _from_code(source, weights, given)
+        with user_code("teachers", f"{_name(source)} to be a teacher"):
+            network = _from_code(source, weights, key, given)
     network = network.to(device).eval().requires_grad_(False)
     if isinstance(network, Adapted):
         verify(network)
@@ -113,14 +121,9 @@ def verify(denoiser: Adapted) -> None:
     inputs = [images + per_sample(sigma) * noise, sigma] + ([] if class_labels is None else [class_labels])
     passed = [tensor.to(device, copy=True) for tensor in inputs]
     name = type(denoiser.network).__name__
-    try:
+    shapes = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in passed)
+    with user_code("teachers", f"{name} to denoise {shapes}"):
         D_x = denoiser(*passed)
-    except Exception as error:  # whatever code of the user's own may raise
-        if str(error).startswith("fastdmd."):
-            raise
-        shapes = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in passed)
-        got = f"{type(error).__name__}: {error}"
-        raise ValueError(f"fastdmd.teachers: expected {name} to denoise {shapes}, got {got}") from error
     for before, after, argument in zip(inputs, passed, ("x", "sigma", "labels"), strict=False):
         if not torch.equal(before, after.cpu()):
             raise ValueError(f"fastdmd.teachers: expected {name} to leave its input as it is, got another {argument}")
@@ -156,12 +159,18 @@ def _kind(source: Any) -> str:
     raise ValueError(f"fastdmd.teachers: expected {ACCEPTED}, got {source}")
 
 
-def _from_code(source: str | nn.Module | Callable[[], nn.Module], weights: Path | None,
+def _name(source: str | Path | nn.Module | Callable[[], nn.Module]) -> str:
+    return str(source) if isinstance(source, (str, Path)) else f"the {type(source).__name__}"
+
+
+def _from_code(source: str | nn.Module | Callable[[], nn.Module], weights: Path | None, key: str | None,
                options: Mapping[str, Any]) -> nn.Module:  # fmt: skip
     named = isinstance(source, (str, Path))
     network = import_network(str(source), "teachers") if named else make_network(source, "teachers", "the source")
     if weights is not None:
-        load_weights(network, Path(weights))
+        load_weights(network, Path(weights), key)
+    else:
+        require_finite(network, type(network).__name__, infinite_buffers(network))
     if not isinstance(network, (UNet, Adapted)):
         return Adapted(network.float(), origin={"source": str(source)} if named else None, **options)
     if options:

@@ -91,6 +91,17 @@ class UNet(nn.Module):
         self.block_embeddings = [b.embedding_channels for b in (*self.encoder, *self.middle, *self.decoder)]
         self.map_blocks = linear(embedding_channels, sum(self.block_embeddings))
 
+    @classmethod
+    def blueprint(cls, config: UNetConfig, num_tensors: int) -> UNet:
+        """The network on the meta device, to be compared with a state of so many tensors before it takes memory.
+
+        Raises ValueError, without looping over them, if that state cannot hold all blocks.
+        """
+        if config.num_blocks * len(config.channel_multipliers) > num_tensors:
+            raise ValueError(f"fastdmd.teachers: expected the tensors of every block, got {num_tensors} tensors")
+        with torch.device("meta"):
+            return cls(config)
+
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None,
                 augment_labels: Tensor | None = None) -> Tensor:  # fmt: skip
         if self.dynamics == "flow":

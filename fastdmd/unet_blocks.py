@@ -106,6 +106,12 @@ def num_groups(channels: int) -> int:
     return next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
 
 
+def num_heads(channels: int, config: UNetConfig) -> int:
+    """Of attention over so many channels; ADM has none, and so no attention, where they do not fill one head."""
+    per_head = config.channels_per_head
+    return 1 if per_head == 0 else max(0 if config.adm else 1, channels // per_head)
+
+
 def norm_silu(channels: int, config: UNetConfig) -> GroupNormSiLU:
     return GroupNormSiLU(num_groups(channels), channels, eps=norm_eps(config))
 
@@ -119,8 +125,12 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        per_head = config.channels_per_head
-        self.num_heads = 1 if per_head == 0 else max(1, channels // per_head)
+        self.num_heads = num_heads(channels, config)
+        if channels % self.num_heads:
+            raise ValueError(
+                f"fastdmd.UNet: expected channels divisible by their {self.num_heads} heads (channels_per_head "
+                f"{config.channels_per_head}), got {channels}"
+            )
         self.norm = GroupNorm(num_groups(channels), channels, eps=norm_eps(config))
         self.qkv = conv(channels, 3 * channels, kernel=1)
         self.proj = conv(channels, channels, kernel=1, init_scale=1e-5)
@@ -161,7 +171,7 @@ class Block(nn.Module):
         self.conv1 = conv(out_channels, out_channels, init_scale=1e-5)
         has_skip = in_channels != out_channels or (resample and not config.adm)
         self.skip = conv(in_channels, out_channels, kernel=1) if has_skip else None
-        self.attention = Attention(out_channels, config) if attention else None
+        self.attention = Attention(out_channels, config) if attention and num_heads(out_channels, config) else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C_in, H, W], [B, embedding_channels]
         y = self.norm0(x)

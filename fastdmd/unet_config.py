@@ -8,6 +8,9 @@ import math
 EMBEDDINGS = ("positional", "ddpmpp", "fourier")
 ENCODERS = ("standard", "residual")
 DYNAMICS = ("edm", "flow")
+# Far above any network in use, and so small that neither a product of them overflows nor a loop over them takes long.
+MAX_NUMBER, MAX_BLOCKS, MAX_CLASSES, MAX_LENGTH = 1 << 14, 1 << 10, 1 << 20, 16
+MAX_WIDTH, MAX_VALUES, MAX_SIGMA_DATA = 1 << 16, 1 << 26, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,31 +48,55 @@ class UNetConfig:
     dynamics: str = "edm"  # what F_x is: EDM's preconditioned output, or a velocity of flow matching
 
     def __post_init__(self):
-        def expect(condition: bool, expected: str, got) -> None:
-            if not condition:
-                raise ValueError(f"fastdmd.UNetConfig: expected {expected}, got {got}")
-
-        # JSON turns tuples into lists.
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
-        object.__setattr__(self, "resample_filter", tuple(self.resample_filter))
-        for name in ("image_size", "image_channels", "patch_size", "num_blocks", "embedding_multiplier",
+        for name in ("channel_multipliers", "attention_resolutions", "resample_filter"):
+            self._expect(isinstance(getattr(self, name), (list, tuple)), f"{name} as a list", getattr(self, name))
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON turns tuples into lists
+            self._expect_whole(name, -MAX_NUMBER if name == "resample_filter" else 1, MAX_NUMBER)
+            self._expect(len(getattr(self, name)) <= MAX_LENGTH, f"{name} of at most {MAX_LENGTH} numbers",
+                         len(getattr(self, name)))  # fmt: skip
+        self._expect_whole("num_classes", 0, MAX_CLASSES)
+        self._expect_whole("num_blocks", 1, MAX_BLOCKS)
+        self._expect_whole("channels_per_head", 0, MAX_NUMBER)
+        self._expect_whole("augment_dim", 0, MAX_NUMBER)
+        for name in ("image_size", "image_channels", "patch_size", "model_channels", "embedding_multiplier",
                      "noise_multiplier"):  # fmt: skip
-            expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
-        expect(self.embedding in EMBEDDINGS, f"embedding out of {', '.join(EMBEDDINGS)}", self.embedding)
-        expect(self.encoder in ENCODERS, f"encoder out of {', '.join(ENCODERS)}", self.encoder)
-        expect(self.dynamics in DYNAMICS, f"dynamics out of {', '.join(DYNAMICS)}", self.dynamics)
-        expect(len(self.resample_filter) % 2 == 0 and sum(self.resample_filter) > 0,
-               "a resample_filter of even length", self.resample_filter)  # fmt: skip
-        expect(self.num_classes >= 0, "num_classes >= 0", self.num_classes)
-        expect(self.model_channels >= 4 and self.model_channels % 2 == 0,
-               "an even model_channels >= 4", self.model_channels)  # fmt: skip
-        expect(len(self.channel_multipliers) >= 1 and min(self.channel_multipliers) >= 1,
-               "at least one channel multiplier, each >= 1", self.channel_multipliers)  # fmt: skip
-        expect(self.sigma_data > 0, "sigma_data > 0", self.sigma_data)
+            self._expect_whole(name, 1, MAX_NUMBER)
+        for name in ("adaptive_scale", "adm"):
+            self._expect(isinstance(getattr(self, name), bool), f"{name} true or false", getattr(self, name))
+        for name, choices in (("embedding", EMBEDDINGS), ("encoder", ENCODERS), ("dynamics", DYNAMICS)):
+            self._expect(getattr(self, name) in choices, f"{name} out of {', '.join(choices)}", getattr(self, name))
+        self._expect(len(self.resample_filter) % 2 == 0 and sum(self.resample_filter) > 0,
+                     "a resample_filter of even length", self.resample_filter)  # fmt: skip
+        self._expect(self.model_channels >= 4 and self.model_channels * self.noise_multiplier % 2 == 0,
+                     "an even model_channels >= 4", self.model_channels)  # fmt: skip
+        self._expect(len(self.channel_multipliers) >= 1, "at least one channel multiplier", self.channel_multipliers)
+        factor = max(*self.channel_multipliers, self.embedding_multiplier, self.noise_multiplier)
+        self._expect(self.model_channels * factor <= MAX_WIDTH, f"widths of at most {MAX_WIDTH} channels",
+                     self.model_channels * factor)  # fmt: skip
+        self._expect(math.prod(self.image_shape) <= MAX_VALUES, f"images of at most {MAX_VALUES} values",
+                     self.image_shape)  # fmt: skip
+        self._expect(isinstance(self.sigma_data, (int, float)) and 0 < self.sigma_data <= MAX_SIGMA_DATA,
+                     f"sigma_data > 0 and at most {MAX_SIGMA_DATA:g}", self.sigma_data)  # fmt: skip
+        self._expect(isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
+                     "dropout from 0 to below 1", self.dropout)  # fmt: skip
         factor = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
-        expect(self.image_size % factor == 0,
-               f"image_size divisible by {factor} (patch_size * 2^(levels - 1))", self.image_size)  # fmt: skip
+        self._expect(self.image_size % factor == 0,
+                     f"image_size divisible by {factor} (patch_size * 2^(levels - 1))", self.image_size)  # fmt: skip
+
+    def _expect(self, condition: bool, expected: str, got: object) -> None:
+        if not condition:
+            raise ValueError(f"fastdmd.UNetConfig: expected {expected}, got {str(got)[:80]}")
+
+    def _expect_whole(self, name: str, least: int, greatest: int) -> None:
+        value = getattr(self, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            whole = isinstance(number, int) and not isinstance(number, bool)
+            self._expect(whole and least <= number <= greatest, f"{name} from {least} to {greatest}", value)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Feature-map sizes at each level, finest first."""
+        return tuple(self.image_size // self.patch_size >> level for level in range(len(self.channel_multipliers)))
 
     @property
     def skip_scale(self) -> float:

@@ -109,8 +109,8 @@ def network(c, weights, x, c_noise, class_labels, augment_labels):
         if n_in != n or (direction and not adm):
             skip = conv(f"{name}.skip", skip, n, size=1)
         y = (y + skip) * skip_scale
-        if attention:
-            heads = n // 64 if adm else 1
+        heads = n // 64 if adm else 1  # a level too narrow for one head does not attend
+        if attention and heads:
             qkv = conv(f"{name}.qkv", norm(f"{name}.norm2", y), 3 * n, size=1)
             B, _, H, W = y.shape
             q, k, v = qkv.reshape(B * heads, n // heads, 3, H * W).unbind(2)  # each [B heads, C, HW]

@@ -143,6 +143,17 @@ def test_weights_that_give_broken_images_never_replace_good_ones(tmp_path):
     assert summary["outcome"] == "diverged" and weights["iteration"] == 2
 
 
+def test_weights_that_the_file_cannot_hold_end_the_run(tmp_path):
+    def refuse(self):
+        def save(iteration, **information):
+            raise ValueError("expected weights that torch.float16 can hold, got 7e+04 in weight")
+
+        self.save = save
+
+    summary, _, weights = run(tmp_path / "run", [1.0] * 20, events={3: refuse})
+    assert summary["outcome"] == "diverged" and "7e+04 in weight" in summary["reason"] and weights["iteration"] == 2
+
+
 def test_a_network_that_is_broken_from_the_start_leaves_nothing(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("precious")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import SMALL, make_network
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from fastdmd import diffusion
+from fastdmd import diffusion, pretrain
 from fastdmd.checkpoint import load_network, save_network
 from fastdmd.unet import UNet, UNetConfig, positional_embedding
 from fastdmd.unet_blocks import Repeat
@@ -110,13 +111,53 @@ def test_positional_embedding_is_cosines_then_sines():
         ),
         ({"model_channels": 7}, "an even model_channels >= 4, got 7"),
         ({"channel_multipliers": ()}, "at least one channel multiplier"),
-        ({"num_classes": -1}, "num_classes >= 0, got -1"),
-        ({"sigma_data": 0.0}, "sigma_data > 0, got 0.0"),
+        ({"num_classes": -1}, "num_classes from 0 to 1048576, got -1"),
+        ({"num_blocks": 10**9}, "num_blocks from 1 to 1024, got 1000000000"),
+        ({"model_channels": 4.0}, "model_channels from 1 to 16384, got 4.0"),
+        ({"resample_filter": (1, 2, 1)}, "a resample_filter of even length"),
+        ({"sigma_data": math.inf}, "sigma_data > 0 and at most 1e.06, got inf"),
+        ({"sigma_data": 0.0}, "sigma_data > 0 and at most 1e.06, got 0.0"),
     ],
 )
 def test_configurations_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig(**options)
+
+
+def test_heads_divide_their_channels():
+    for width, per_head, heads in ((8, 4, 2), (8, 16, 1), (12, 5, 2), (8, 0, 1)):
+        config = dataclasses.replace(
+            SMALL, model_channels=width, channel_multipliers=(1, 1), channels_per_head=per_head
+        )
+        assert UNet(config).middle[0].attention.num_heads == heads
+    with pytest.raises(
+        ValueError, match=r"expected channels divisible by their 3 heads \(channels_per_head 4\), got 14"
+    ):
+        UNet(dataclasses.replace(SMALL, model_channels=14, channel_multipliers=(1, 1), channels_per_head=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], (7,)), (["--attention-resolutions", "14", "7"], (14, 7)), (["--attention-resolutions"], ()),
+     (["--patch-size", "1"], (14,)), (["--channel-multipliers", "1", "--patch-size", "4"], (7,))],
+)  # fmt: skip
+def test_pretrain_attends_where_it_is_asked_to(options, expected, capsys):
+    pretrain.main(["--dry-run", "--device", "cpu", "--model-channels", "8", *options])
+    resolved = json.loads(capsys.readouterr().out)
+    assert tuple(resolved["network"]["attention_resolutions"]) == tuple(resolved["attention_resolutions"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [(["16"], "14, 7"), (["7", "28"], "14, 7"), (["7", "--patch-size", "1"], "28, 14"),
+     (["0", "--channel-multipliers", "1"], "14")],
+)  # fmt: skip
+def test_pretrain_refuses_attention_at_sizes_that_are_not_there(options, sizes, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        pretrain.main(["--dry-run", "--device", "cpu", "--attention-resolutions", *options])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1
+    assert f"expected --attention-resolutions out of {sizes}, the feature-map sizes of these images, got (" in error
 
 
 def test_a_conditional_network_asks_for_labels(teacher):
@@ -141,7 +182,7 @@ def test_weight_files_that_are_refused(tmp_path, teacher_file):
     cases = {
         "truncated": (content[: len(content) // 2], "expected a safetensors file"),
         "text": (b"these are no weights", "expected a safetensors file"),
-        "empty": (b"", "expected a safetensors file"),
+        "empty": (b"", "expected a weight file, got .*empty.safetensors, which is empty"),
     }
     for name, (bytes_, message) in cases.items():
         path = tmp_path / f"{name}.safetensors"
@@ -154,7 +195,7 @@ def test_weight_files_that_are_refused(tmp_path, teacher_file):
     with pytest.raises(ValueError, match="foreign.safetensors without its metadata"):
         load_network(tmp_path / "foreign.safetensors")
     metadata = {"fastdmd": json.dumps({"kind": "teacher", "network": dataclasses.asdict(SMALL)})}
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", metadata=metadata)
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "other.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="expected the tensors of UNet in"):
         load_network(tmp_path / "other.safetensors")
 

@@ -1,5 +1,6 @@
-// What the CPU kernels compute and how they are called. Each .cpp beside this file except bindings.cpp is compiled once
-// per instruction set, in a namespace of that name; bindings.cpp chooses at run time. The kernels know nothing of torch.
+// What the CPU kernels compute and how they are called. Each .cpp beside this file except bind_*.cpp is compiled once
+// per instruction set, in a namespace of that name; bind_networks.cpp chooses at run time. The kernels know nothing of
+// torch.
 #pragma once
 
 #include <cstdint>
