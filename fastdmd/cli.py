@@ -33,7 +33,9 @@ def user_errors(command: str, kinds: tuple[type[Exception], ...] = (ValueError, 
 
 
 def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
-    """How a run ended, where it is not complete: a line or two, and exit code 1, or 128 + the number of a signal."""
+    """How a run ended, where that needs a word: a line or two, and exit code 1, or 128 + the number of a signal."""
+    if skipped := {name: summary[name] for name in ("skipped_updates", "left_out_images") if summary[name]}:
+        print("NaN or infinity:", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in skipped.items()))
     if summary["outcome"] == "complete":
         return
     print(f"{summary['outcome']} after {summary['iterations']} of {num_iterations} iterations")
