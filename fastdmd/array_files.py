@@ -175,4 +175,4 @@ def _open_npy(
     if size_bytes != math.prod(shape) * dtype.itemsize and not dtype.hasobject:
         expected = f"{math.prod(shape) * dtype.itemsize} bytes of '{name}'"
         raise mismatch(expected, f"{size_bytes} in {path}")
-    return stream, shape, dtype
+    return stream, tuple(map(int, shape)), dtype  # numpy lets a header say True

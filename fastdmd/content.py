@@ -23,20 +23,25 @@ class Content:
     path: Path  # of the images, for messages
 
 
-def mismatch(expected: object, got: object) -> ValueError:
+class Mismatch(ValueError):
+    """An error that already says what was expected of a dataset and what came."""
+
+
+def mismatch(expected: object, got: object) -> Mismatch:
     """The error to raise for a dataset."""
-    return ValueError(f"fastdmd.data: expected {expected}, got {got}")
+    return Mismatch(f"fastdmd.data: expected {expected}, got {got}")
 
 
 @contextlib.contextmanager
 def decoding(kind: str, path: Path) -> Iterator[None]:
     """Makes one ValueError of whatever a decoder raises for broken bytes.
 
-    Every exception: decoders raise what they happen to meet, from struct.error and LZMAError to RecursionError. Only
-    a decoder's own work belongs inside, since our errors would be reworded too.
+    Every exception: decoders raise what they happen to meet, from struct.error and LZMAError to RecursionError.
     """
     try:
         yield
+    except Mismatch:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         raise mismatch(f"a readable {kind} file", f"{path}: {reason}") from error

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastdmd import labels
 from fastdmd.content import Content, decoding, mismatch
@@ -100,7 +100,11 @@ def _pixels(
 def _opened(members: Members, name: str) -> Iterator[Image.Image]:
     with decoding("image", members.path / name), warnings.catch_warnings(), members.open(name) as file:
         warnings.simplefilter("ignore")  # of damaged metadata, and of pictures half as large as Pillow's limit
-        with Image.open(file, formats=_formats()) as image:
+        try:
+            image = Image.open(file, formats=_formats())
+        except UnidentifiedImageError as error:
+            raise ValueError(f"it is none of {', '.join(_formats())}") from error
+        with image:
             yield image
 
 

@@ -132,7 +132,7 @@ def _subfolder_labels(members: Members, images: list[str]) -> np.ndarray | None:
         if not folder or "/" in folder:
             expected = "images all in the folder itself, or all directly in class subfolders, or --labels none"
             raise mismatch(expected, f"{name} among {len(images)} images in {members.path}")
-    classes = {name.split("/")[0] for name in (*members.folders, *images)}
+    classes = {name.split("/")[0] for name in members.folders}
     empty = sorted(classes - set(folders))
     if empty:  # whether it counts as a class would be a guess
         raise mismatch("images in every class subfolder", f"none in {members.path / empty[0]}")

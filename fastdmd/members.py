@@ -31,7 +31,7 @@ class Members:
 
     path: Path
     files: dict[str, str]  # name -> the name that `open_raw` takes
-    folders: frozenset[str]
+    folders: frozenset[str]  # with anything in them
     open_raw: Callable[[str], IO[bytes]]
 
     @property
@@ -47,21 +47,29 @@ class Members:
     @property
     def description(self) -> str | None:
         """The name of dataset.json, in whatever case."""
-        return next((name for name in sorted(self.files) if name.lower() == DESCRIPTION), None)
+        return next((name for name in self.files if name.lower() == DESCRIPTION), None)
 
     def open(self, name: str) -> IO[bytes]:
         return self.open_raw(self.files[name])
 
     def unwrapped(self) -> Members:
-        """Without folders around everything: while all images lie in one folder, what is in that one."""
-        tops = {name.split("/")[0] for name in (*self.folders, *self.files) if "/" in name or name in self.folders}
-        if len(tops) != 1 or self.description or any("/" not in name for name in self.images):
+        """Without folders around everything: those that hold one folder, and neither images nor a dataset.json."""
+        read = (name for name in self.files if name.lower().endswith(SUFFIXES) or _last(name).lower() == DESCRIPTION)
+        holding = {name.rpartition("/")[0] for name in read}
+        paths = sorted(name.split("/") for name in self.folders)
+        followers = [*paths[1:], []]
+        ends = [
+            path
+            for path, follower in zip(paths, followers, strict=False)
+            if follower[: len(path)] != path or "/".join(path) in holding
+        ]
+        top = "" if "" in holding else "/".join(os.path.commonprefix(ends))
+        if not top:
             return self
-        (top,) = tops
         start = len(top) + 1
         files = {name[start:]: raw for name, raw in self.files.items() if name.startswith(f"{top}/")}
         folders = frozenset(name[start:] for name in self.folders if name.startswith(f"{top}/"))
-        return Members(self.path / top, files, folders, self.open_raw).unwrapped()
+        return Members(self.path / top, files, folders, self.open_raw)
 
 
 def of_zip(path: Path, archive: zipfile.ZipFile) -> Members:
@@ -93,12 +101,13 @@ def _members(path: Path, raw_names: Iterable[str], open_raw: Callable[[str], IO[
             raise mismatch("names that stay inside", f"{raw} in {path}")
         if any(part.startswith(".") or part.upper() == "__MACOSX" for part in parts):
             continue
-        if raw.endswith(("/", "\\")):
-            folders.add(name)
-        elif name in files:
+        is_folder = raw.endswith(("/", "\\"))
+        folders.add(name if is_folder else name.rpartition("/")[0])
+        if is_folder:
+            continue
+        if name in files and name.lower().endswith((*SUFFIXES, DESCRIPTION)):
             raise mismatch("every name once", f"{name} twice in {path}")
-        elif name:
-            files[name] = raw
+        files[name] = raw
     return Members(path, files, frozenset(folders - {""}), open_raw)
 
 
@@ -129,6 +138,10 @@ def _walk(folder: Path) -> list[str]:
             elif os.path.isfile(entry.path) or name.lower().endswith((*SUFFIXES, DESCRIPTION)):
                 names.append(name)  # what is no file is an error when it is opened
     return names
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _parents(path: str) -> Iterable[str]:

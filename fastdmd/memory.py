@@ -34,8 +34,8 @@ def _of_groups(root: Path) -> Iterator[int]:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
-    for line in lines:  # number:controllers:path
-        _, controllers, path = line.split(":", 2)
+    for line in lines:
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]  # number:controllers:path
         if controllers == "":
             names = ("memory.max", "memory.current", "inactive_file")
             mounts = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
