@@ -35,6 +35,7 @@ def idx_files(folder: Path) -> dict[str, Path]:
 
 
 def read_idx(stack: contextlib.ExitStack, folder: Path, files: dict[str, Path], split: str) -> Content:
+    """Content of a folder, of `split` if it holds that; `files` are its `idx_files`."""
     any_split = {"train", "test", None}
     path = _choose_idx(folder, files, "images", {split}) or _choose_idx(folder, files, "images", any_split)
     if path is None:
@@ -49,7 +50,7 @@ def read_idx(stack: contextlib.ExitStack, folder: Path, files: dict[str, Path], 
         labels_stream, (num_labels,) = _open_idx(stack, labels_path, num_axes=1)
         _require_count(num_labels, num_images, labels_path)
         (labels,) = _chunks(labels_stream, (num_labels,), labels_path, f"IDX shape ({num_labels},)", num_labels)
-        return checked(labels, num_images, labels_path)
+        return checked(labels, labels_path)
 
     shape = (num_images, 1, height, width)
     chunks = _chunks(stream, shape, path, f"IDX shape {(num_images, height, width)}")
@@ -57,6 +58,7 @@ def read_idx(stack: contextlib.ExitStack, folder: Path, files: dict[str, Path], 
 
 
 def read_npz(stack: contextlib.ExitStack, archive: zipfile.ZipFile, path: Path) -> Content:
+    """Content of the arrays 'images' and, if they are asked for, 'labels'."""
     names = archive.namelist()
     if "images.npy" not in names:
         raise mismatch("an array 'images'", f"{', '.join(sorted(names))[:200]} in {path}")
@@ -78,7 +80,7 @@ def read_npz(stack: contextlib.ExitStack, archive: zipfile.ZipFile, path: Path) 
         _require_count(labels_shape[0], shape[0], path)
         size_bytes = labels_shape[0] * labels_dtype.itemsize
         (labels,) = _chunks(labels_stream, (size_bytes,), path, "'labels'", size_bytes)
-        return checked(labels.view(labels_dtype), shape[0], path)
+        return checked(labels.view(labels_dtype), path)
 
     axes = (0, 3, 1, 2) if shape[3] in (1, 3) else (0, 1, 2, 3)
     chunks = (chunk.transpose(axes) for chunk in _chunks(stream, shape, path, "'images'"))

@@ -10,6 +10,7 @@ from typing import IO
 
 import numpy as np
 
+CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "?")  # characters that would steer a terminal
 MAX_REASON = 300  # characters; a format may quote the whole file in its error
 
 
@@ -28,8 +29,8 @@ class Mismatch(ValueError):
 
 
 def mismatch(expected: object, got: object) -> Mismatch:
-    """The error to raise for a dataset."""
-    return Mismatch(f"fastdmd.data: expected {expected}, got {got}")
+    """The error to raise for a dataset; one line, whatever characters its names hold."""
+    return Mismatch(f"fastdmd.data: expected {expected}, got {got}".translate(CONTROL))
 
 
 @contextlib.contextmanager

@@ -26,10 +26,8 @@ def require_choice(choice: str | None) -> None:
         raise mismatch("--labels prefix, none or FILE.csv", choice)
 
 
-def checked(labels: np.ndarray, num_images: int, path: Path) -> np.ndarray:
+def checked(labels: np.ndarray, path: Path) -> np.ndarray:
     """Labels `[N]` of any integer dtype as int64, bounded; a warning where a class has no image."""
-    if len(labels) != num_images:
-        raise mismatch(f"{num_images} labels", f"{len(labels)} in {path}")
     if labels.min() < 0:
         raise mismatch("labels >= 0", f"{labels.min()} in {path}")
     if labels.max() >= MAX_CLASSES:  # in their own dtype: as int64, 2^63 would be negative
@@ -58,7 +56,7 @@ def of_images(members: Members, images: list[str], choice: str | None) -> np.nda
         labels = _json_labels(description, images, path)
     else:
         labels, path = _subfolder_labels(members, images), members.path
-    return None if labels is None else checked(labels, len(images), path)
+    return None if labels is None else checked(labels, path)
 
 
 def _json_labels(description: object, images: list[str], path: Path) -> np.ndarray | None:
@@ -107,9 +105,14 @@ def _csv_labels(path: Path, images: list[str]) -> np.ndarray:
         (name, number), *_ = collections.Counter(used).most_common(1)
         raise mismatch("names that tell the images apart", f"{name} for {number} images in {path}")
     _warn_of_absent(sorted(set(by_name) - set(used)), path)
-    if all(re.fullmatch(r"-?[0-9]{1,300}(\.0*)?", label) for label in by_name.values()):  # "3.0": a column of floats
+    classes = set(by_name.values())
+    numbers = {label for label in classes if re.fullmatch(r"-?[0-9]{1,300}(\.0*)?", label)}  # "3.0": of a float column
+    if numbers == classes:
         return _integers([int(by_name[key].partition(".")[0]) for key in used], path)
-    return _places([by_name[key] for key in used], by_name.values(), path)
+    if numbers:  # such as a missing value that became "nan"
+        got = f"{min(numbers)} and {min(classes - numbers)} in {path}"
+        raise mismatch("classes that are all integers or all names", got)
+    return _places([by_name[key] for key in used], classes, path)
 
 
 def _prefix_labels(images: list[str], path: Path) -> np.ndarray:

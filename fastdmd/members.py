@@ -31,7 +31,7 @@ class Members:
 
     path: Path
     files: dict[str, str]  # name -> the name that `open_raw` takes
-    folders: frozenset[str]  # with anything in them
+    folders: frozenset[str]  # those that are named, and those of files
     open_raw: Callable[[str], IO[bytes]]
 
     @property
@@ -115,7 +115,7 @@ def _walk(folder: Path) -> list[str]:
     """Everything below a folder but what is hidden, as a zip of it would name it."""
     names: list[str] = []
     root = os.path.realpath(folder)
-    seen = {_identity(parent) for parent in _parents(root)}  # a link to one of these leads back here
+    seen = {root, *map(str, Path(root).parents)}  # a link to one of these leads back here
     pending = [""]
     while pending:
         prefix = pending.pop()
@@ -129,10 +129,9 @@ def _walk(folder: Path) -> list[str]:
             if entry.name.startswith("."):
                 continue
             if os.path.isdir(entry.path):
-                if (identity := _identity(entry.path)) in seen:
-                    got = f"{folder / name}, which leads to {os.path.realpath(entry.path)} again"
-                    raise mismatch("every folder once", got)
-                seen.add(identity)
+                if (real := os.path.realpath(entry.path)) in seen:
+                    raise mismatch("every folder once", f"{folder / name}, which leads to {real} again")
+                seen.add(real)
                 names.append(f"{name}/")
                 pending.append(f"{name}/")
             elif os.path.isfile(entry.path) or name.lower().endswith((*SUFFIXES, DESCRIPTION)):
@@ -142,15 +141,3 @@ def _walk(folder: Path) -> list[str]:
 
 def _last(name: str) -> str:
     return name.rpartition("/")[2]
-
-
-def _parents(path: str) -> Iterable[str]:
-    yield path
-    while (parent := os.path.dirname(path)) != path:
-        yield parent
-        path = parent
-
-
-def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino

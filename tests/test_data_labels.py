@@ -118,6 +118,7 @@ def test_tables(tmp_path, table, text, expected):
         ("a,1,2\nb,0,0", "lines of name,class", "'a,1,2'"),
         ("a,\nb,0", "lines of name,class", "'a,'"),
         ("a,-1\nb,0", "labels >= 0", "-1"),
+        ("a,1\nb,nan", "classes that are all integers or all names", "1 and nan"),
         ("a,100000\nb,0", "labels from 0 to 99999", "100000"),
         (f"a,{10**30}\nb,0", "labels from 0 to 99999", f"{10**30}"),
         (b"\xff\xfea\0,\0001\0", "a readable CSV file", ""),

@@ -108,6 +108,7 @@ def test_names_that_cannot_be(tmp_path):
         refuses(archive(path, (first, png(A)), (second, png(B))), "every name once", "")
     for name in ("../1.png", "x/../../1.png", "x\\..\\1.png"):
         refuses(archive(path, (name, png(A))), "names that stay inside", f"{name} in {path}")
+    refuses(archive(path, ("x\n\x1b[2J.png", b"")), "a readable image file", f"{path}/x??[2J.png: ")
     npz = write_npz(tmp_path / "a.npz", images=pixels(1))
     with zipfile.ZipFile(npz, "a") as file:
         file.writestr("images.npy", b"")
