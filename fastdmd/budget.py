@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections.abc import Callable
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdmd.dmd2 import Draws
+from fastdmd.memory import available_memory_bytes
 from fastdmd.step import DMD2
 
 
@@ -81,14 +81,7 @@ def available_bytes(device: torch.device) -> int | None:
     """Free memory of the device, None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        except (ValueError, OSError):
-            return None
+    return available_memory_bytes()
 
 
 def _dry_run(meta: nn.Module, build: Callable[[nn.Module], DMD2], batch_size: int):

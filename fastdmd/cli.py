@@ -92,6 +92,8 @@ def make_evaluation(config: EvaluationConfig, network: Denoiser, dataset: data.D
     )  # fmt: skip
     if evaluation.notice:
         print(evaluation.notice)
+    elif dataset is not None:
+        print(f"measured against {len(dataset)} images of {dataset.name}")
     return evaluation
 
 
@@ -99,7 +101,7 @@ def load_data(config: EvaluationConfig, network: Denoiser) -> data.Dataset | Non
     """The user's images, checked against the network; None where none were named. They need no labels."""
     if config.data is None:
         return None
-    dataset = data.load(config.data)
+    dataset = data.load(config.data, labels=config.labels, resize=config.resize, crop=config.crop)
     num_classes = None if dataset.labels is None else network.num_classes
     return dataset.require(image_shape=network.image_shape, num_classes=num_classes)
 

@@ -12,6 +12,8 @@ import torch
 import tyro
 
 from fastdmd.diffusion import Denoiser
+from fastdmd.framing import Framing
+from fastdmd.labels import require_choice
 from fastdmd.precision import resolve_execution, resolve_precision
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
 
@@ -24,6 +26,13 @@ class EvaluationConfig:
 
     data: str | None = None
     """Folder of IDX files, .npz, folder of images, or EDM dataset zip. Default: the embedded MNIST digits."""
+    labels: str | None = None
+    """Classes of --data: `prefix` (of file names, up to the first underscore), FILE.csv (lines of name,class), or
+    `none`. Default: what the data says, in a dataset.json, by subfolders or in arrays."""
+    resize: int | None = None
+    """Resize the images of --data: shorter side to so many pixels (Lanczos), then the centre square."""
+    crop: int | None = None
+    """Of each image of --data, resized or not, keep the centre square of so many pixels. Default: --resize."""
     num_samples: int = 10_000
     """Images sampled for each figure; 0 measures nothing."""
     feature_network: str | None = None
@@ -41,6 +50,11 @@ class EvaluationConfig:
         """Raises ValueError for a value that cannot be, naming the flag, what was expected and what came."""
         require(self, 1, "teacher_steps")
         require_seed(self)
+        for name in ("labels", "resize", "crop"):
+            if self.data is None and getattr(self, name) is not None:
+                fail(self, name, "together with --data")
+        require_choice(self.labels)
+        Framing(self.resize, self.crop)
         if self.num_samples != 0 and self.num_samples < 2:
             fail(self, "num_samples", ">= 2, or 0 for no metrics")
 

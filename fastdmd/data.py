@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdmd.data_formats import Content, mismatch, open_content
+from fastdmd.content import mismatch
+from fastdmd.data_formats import open_content
 from fastdmd.diffusion import random_generator
+from fastdmd.framing import Framing
+from fastdmd.memory import available_memory_bytes
 
 EMBEDDED = Path(__file__).parent / "assets" / "mnist"
 
@@ -24,10 +27,13 @@ def load(
     source: str | Path | None = None,
     *,
     split: str = "train",
+    labels: str | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
     device: torch.device | str = "cpu",
     memory_limit_bytes: int | None = None,
 ) -> Dataset:
-    """Reads a dataset whole, and checks it.
+    """Reads a dataset whole, and checks it: headers first, then counts and labels, then pixels.
 
     Args:
         source: one of
@@ -36,27 +42,47 @@ def load(
             a `.npz` with uint8 `images` `[N, H, W, C]`, `[N, C, H, W]` or `[N, H, W]`, and perhaps integer
             `labels` `[N]`;
             a folder of images, unlabelled, or labelled by their subfolder's place among the sorted names;
-            a zip of the same. A `dataset.json` as EDM writes it overrules subfolders.
-            Images are square and of one size. Unless all are grey (modes L and 1), all become RGB.
+            a zip of the same. A `dataset.json` as EDM writes it overrules subfolders, and a folder around
+            everything counts for nothing.
+            Images are square and of one size, unless `resize` or `crop` makes them so; they are turned upright as
+            their EXIF says. Transparent pixels are laid on white, with a warning. Unless all are grey (modes L, 1 and
+            LA, and palettes of which only greys are used), all become RGB.
         split: "train" or "test": the half of an IDX folder to read, where it holds both.
+        labels: instead of those, "prefix": what stands before the first underscore of a file's name, numbered like
+            subfolders; the path of a CSV with lines `name,class`; or "none".
+        resize: the shorter side becomes so many pixels (Lanczos, antialiased), and the centre square is kept.
+        crop: of that, or without `resize` of the image as it is, the centre square of so many pixels is kept.
         device: a CUDA device to move the dataset to, if it fits in half of the free memory there; otherwise,
             and for any other device, it stays on the host.
         memory_limit_bytes: images that decode to more than this are mapped from an unnamed temporary file (in
-            TMPDIR) instead of held in memory. Default: half of the memory available.
+            TMPDIR) instead of held in memory. Default: half of the memory available, or 4 GiB where that is unknown.
 
     Raises FileNotFoundError if `source` does not exist, OSError if the temporary file does not fit its disk,
-    and ValueError with the file, what was expected and what came, if `source` is not such a dataset.
+    and ValueError with the file, what was expected and what came, if `source` is not such a dataset. Warns of classes
+    without an image, of files that look like images and are not read, and of names with labels and no image.
     """
     if split not in ("train", "test"):
         raise mismatch("split 'train' or 'test'", repr(split))
-    limit = _available_memory_bytes() // 2 if memory_limit_bytes is None else memory_limit_bytes
-    with open_content(EMBEDDED if source is None else Path(source), split) as content:
-        images = _collect(content, limit)
-    labels = None if content.labels is None else torch.from_numpy(content.labels.astype(np.int64))
+    if memory_limit_bytes is None:
+        available_bytes = available_memory_bytes()
+        memory_limit_bytes = 2**32 if available_bytes is None else available_bytes // 2
+    framing = Framing(resize, crop)
+    name = "embedded MNIST digits" if source is None else str(source)
+    with open_content(EMBEDDED if source is None else Path(source), split, labels, framing) as content:
+        images = _allocate(content.shape, memory_limit_bytes)
+        classes = content.read_labels()
+        _fill(images, content.chunks)
+    dataset = Dataset(
+        torch.from_numpy(images), None if classes is None else torch.from_numpy(classes),
+        f"{name} ({framing})" if str(framing) else name,
+    )  # fmt: skip
     device = torch.device(device)
     if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2:
-        images, labels = images.to(device), None if labels is None else labels.to(device)
-    return Dataset(images, labels, "embedded MNIST digits" if source is None else str(source))
+        return dataclasses.replace(
+            dataset, images=dataset.images.to(device),
+            labels=None if classes is None else dataset.labels.to(device),
+        )  # fmt: skip
+    return dataset
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -105,12 +131,16 @@ class Dataset:
         generator = random_generator(seed, step, stream=1)
         return self.batch(torch.randint(len(self), (batch_size,), generator=generator), device)
 
-    def require(self, *, image_shape: tuple[int, int, int] | None = None, num_classes: int | None = None) -> Dataset:
+    def require(
+        self, *, image_shape: tuple[int, int, int] | None = None, num_classes: int | None = None, least_images: int = 1
+    ) -> Dataset:
         """This dataset as a network of `image_shape` (C, H, W) and `num_classes` takes it; None accepts any.
 
         For `num_classes` 0, an unconditional network, the labels are dropped. Raises ValueError if the images
-        differ in shape, or if labels are missing or not all below `num_classes`.
+        differ in shape or are fewer than `least_images`, or if labels are missing or not all below `num_classes`.
         """
+        if len(self) < least_images:
+            raise mismatch(f"at least {least_images} images to measure against", f"{len(self)} in {self.name}")
         if image_shape is not None and self.image_shape != tuple(image_shape):
             raise mismatch(f"images of shape {tuple(image_shape)}", f"{self.image_shape} in {self.name}")
         if num_classes == 0:
@@ -121,34 +151,24 @@ class Dataset:
         return self
 
 
-def _collect(content: Content, memory_limit_bytes: int) -> Tensor:
-    size_bytes = math.prod(content.shape)
+def _allocate(shape: tuple[int, ...], memory_limit_bytes: int) -> np.ndarray:
+    size_bytes = math.prod(shape)
     if size_bytes <= memory_limit_bytes:
-        images = np.empty(content.shape, np.uint8)
-    else:
-        folder = tempfile.gettempdir()
-        free_bytes = shutil.disk_usage(folder).free
-        if size_bytes > free_bytes:  # else the first write past the end of the disk is a SIGBUS
-            raise OSError(f"fastdmd.data: expected {size_bytes} bytes free in {folder}, got {free_bytes}")
-        with tempfile.TemporaryFile() as file:  # has no name; lives until its mapping goes
-            images = np.memmap(file, np.uint8, mode="w+", shape=content.shape)
+        return np.empty(shape, np.uint8)
+    folder = tempfile.gettempdir()
+    free_bytes = shutil.disk_usage(folder).free
+    if size_bytes > free_bytes:  # else the first write past the end of the disk is a SIGBUS
+        raise OSError(f"fastdmd.data: expected {size_bytes} bytes free in {folder}, got {free_bytes}")
+    with tempfile.TemporaryFile() as file:  # has no name; lives until its mapping goes
+        return np.memmap(file, np.uint8, mode="w+", shape=shape)
+
+
+def _fill(images: np.ndarray, chunks: Iterator[np.ndarray]) -> None:
     num_filled = 0
-    for chunk in content.chunks:
+    for chunk in chunks:
         images[num_filled : num_filled + len(chunk)] = chunk
         num_filled += len(chunk)
     assert num_filled == len(images)
-    return torch.from_numpy(images)
-
-
-def _available_memory_bytes() -> int:
-    """Memory this process can take: as Linux and its control group say; 8 GiB where neither does."""
-    available = 2**33
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # ValueError: no limit reads "max"
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return available
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -113,7 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.pretrain"):
         device = cli.resolve_device(config.device)
         machine.prepare(device, batch_size=config.batch_size)
-        dataset = data.load(config.data, device=device)
+        dataset = data.load(
+            config.data, labels=config.labels, resize=config.resize, crop=config.crop, device=device
+        )  # fmt: skip
         torch.manual_seed(config.seed)  # of the initial weights
         if config.init is None:
             architecture = config.network(dataset.image_shape, dataset.num_classes)

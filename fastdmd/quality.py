@@ -81,7 +81,8 @@ class Evaluation:
             return
         self._feature_network = metrics.load_feature_network(feature_network, device)
         is_default = dataset is None and feature_network is None
-        dataset = (dataset or data.load()).require(image_shape=image_shape)
+        least_images = 4 if reference is None else 2  # two have a covariance; without a reference, two halves are
+        dataset = (dataset or data.load()).require(image_shape=image_shape, least_images=least_images)
         if reference is not None:
             self._reference = metrics.FeatureStatistics.from_npz(reference)
         elif is_default:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import LABELS, check, edm_files, pixels, write_idx, write_npz, write_zip
 
-from fastdmd import data, data_formats
+from fastdmd import array_files, data
 
 FIRST_DRAWN = [2, 0, 0, 0, 1, 1, 2, 2]  # labels for seed 3, step 5: a run resumed later draws the same
 
@@ -62,7 +62,7 @@ def test_random_batch_is_uniform():
 
 @pytest.mark.parametrize("chunk_bytes", [1, 300, 2**24])
 def test_mapped_file_gives_identical_batches(tmp_path, monkeypatch, chunk_bytes):
-    monkeypatch.setattr(data_formats, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(array_files, "CHUNK_BYTES", chunk_bytes)
     maps = []
     memmap = np.memmap
     monkeypatch.setattr(data.np, "memmap", lambda *args, **named: maps.append(1) or memmap(*args, **named))
@@ -89,10 +89,6 @@ def test_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 5}))
     with pytest.raises(OSError, match=r"fastdmd.data: expected 252 bytes free in .*, got 5"):
         data.load(write_npz(tmp_path / "a.npz", images=pixels(1)), memory_limit_bytes=0)
-
-
-def test_available_memory_is_plausible():
-    assert 2**24 < data._available_memory_bytes() < 2**50
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -123,3 +119,6 @@ def test_require(dataset):
         dataset.require(num_classes=2)
     with pytest.raises(ValueError, match=rf"labels from 0 to 9, got no labels in {name}$"):
         unconditional.require(num_classes=10)
+    assert dataset.require(least_images=7) is dataset
+    with pytest.raises(ValueError, match=rf"at least 8 images to measure against, got 7 in {name}$"):
+        dataset.require(least_images=8)

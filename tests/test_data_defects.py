@@ -47,8 +47,10 @@ def test_broken_idx(tmp_path, compressed):
 
     write_idx(tmp_path, pixels(1), LABELS, compressed=compressed)
     content = idx(pixels(1)[:, 0])
-    refuses_bytes(images_file, content[:-1], "268 bytes for IDX shape (7, 6, 6)", "267")
-    refuses_bytes(images_file, content + b"0", "268 bytes for IDX shape (7, 6, 6)", "269")
+    refuses_bytes(images_file, content[:-1], "252 bytes for IDX shape (7, 6, 6)", "251")
+    refuses_bytes(images_file, content + b"0", "252 bytes for IDX shape (7, 6, 6)", "253")
+    refuses_bytes(labels_file, idx(LABELS)[:-1], "7 bytes for IDX shape (7,)", "6")
+    refuses_bytes(labels_file, idx(LABELS) + b"0", "7 bytes for IDX shape (7,)", "8")
     refuses_bytes(images_file, content[:10], "an IDX header of 16 bytes", "10")
     refuses_bytes(images_file, b"", "IDX magic 0x00000803", "0x")
     refuses_bytes(images_file, idx(LABELS), "IDX magic 0x00000803", "0x00000801")
@@ -58,7 +60,8 @@ def test_broken_idx(tmp_path, compressed):
     refuses_bytes(images_file, idx(np.zeros((7, 0, 0))), "square grey or RGB images", "0x0 of 1 channels")
     refuses_bytes(images_file, idx(np.zeros((7, 4, 6))), "square grey or RGB images", "6x4 of 1 channels")
     huge = struct.pack(">4I", 0x0803, 2**32 - 1, 2**32 - 1, 2**32 - 1)
-    refuses_bytes(images_file, huge, f"{16 + (2**32 - 1) ** 3} bytes for IDX shape (4294967295, ", "16")
+    most = f"at most {len(gzip.compress(huge)) * 1032}" if compressed else "0"
+    refuses_bytes(images_file, huge, f"{(2**32 - 1) ** 3} bytes for IDX shape (4294967295, ", most)
     check(data.load(tmp_path), pixels(1), LABELS)
     images_file.unlink()
     refuses(tmp_path, "an IDX file of images", f"none in {tmp_path}")
@@ -154,14 +157,16 @@ def test_broken_image_files(tmp_path, packed):
         refuses(path, expected, got.format(path=path))
 
     refuses_files({"notes.txt": b""}, "IDX files or images (.png", "none in {path}")
-    refuses_files({"a.png": good, "b.png": b"text"}, "a readable image file", "{path}/b.png: cannot identify")
+    refuses_files({"a.png": good, "b.png": b"text"}, "a readable image file", "{path}/b.png: it is none of PNG, JPEG")
     refuses_files({"a.png": good, "b.png": good[:-40]}, "a readable image file", "{path}/b.png: ")
     square, wide = "square images of one size", pixels(3)[0][:, :4]
     refuses_files({"a.png": png(wide), "b.png": good}, f"{square} (6x6)", "6x4 in {path}/a.png")
     refuses_files({"a.png": good, "b.png": png(wide)}, f"{square} (6x6)", "6x4 in {path}/b.png")
     refuses_files({"a.png": good, "b.png": png(wide[:, :, :4])}, f"{square} (6x6)", "4x4 in {path}/b.png")
     refuses_files({"a.png": good, "x/b.png": good}, "images all in the folder", "a.png among 2 images in {path}")
-    refuses_files({"x/y/a.png": good}, "images all in the folder", "x/y/a.png among 1 images in {path}")
+    refuses_files(
+        {"x/y/a.png": good, "z/b.png": good}, "images all in the folder", "x/y/a.png among 2 images in {path}"
+    )
     refuses_files({"x/a.png": good, "y/z.txt": b""}, "images in every class subfolder", "none in {path}/y")
 
 
@@ -184,7 +189,10 @@ def test_broken_json(tmp_path, packed):
         refuses_json(description, "'labels', null or a list of [name, class]", "something else in ")
     refuses_json({"labels": [a]}, "one label for each of 2 images", f"none for {names[1]} in ")
     refuses_json({"labels": []}, "one label for each of 2 images", f"none for {names[0]} in ")
-    refuses_json({"labels": [a, b, ["c.png", 0]]}, "one label for each of 2 images", "3 labels in ")
+    refuses_json({"labels": [a, b, [names[0], 1]]}, "one class for each image", f"0 and 1 for {names[0]} in ")
+    refuses_json(b'{"labels":' + 10_000 * b"[", "a readable JSON file", "")
     refuses_json({"labels": [a, [names[1], -1]]}, "labels >= 0", "-1 in ")
-    for label in ([0, 1], 0.5, "2", True, None, 2**63):
+    for label in (2**63, -(2**63) - 1, 2**64, 10**8):
+        refuses_json({"labels": [a, [names[1], label]]}, "labels from 0 to 99999", f"{label} in ")
+    for label in ([0, 1], 0.5, "2", True, None):
         refuses_json({"labels": [a, [names[1], label]]}, "an integer class", f"{label!r} for {names[1]} in ")

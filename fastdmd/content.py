@@ -1,0 +1,63 @@
+"""What all readers of datasets share: what they give, how they open a file, and one error for bytes that are broken."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "?")  # characters that would steer a terminal
+MAX_REASON = 300  # characters; a format may quote the whole file in its error
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a file holds, known from its headers, before labels and pixels are read."""
+
+    shape: tuple[int, ...]  # [N, C, H, W]
+    read_labels: Callable[[], np.ndarray | None]  # int64 [N], checked; None: there are none
+    chunks: Iterator[np.ndarray]  # uint8 [n, C, H, W] each, N in all
+    path: Path  # of the images, for messages
+
+
+class Mismatch(ValueError):
+    """An error that already says what was expected of a dataset and what came."""
+
+
+def mismatch(expected: object, got: object) -> Mismatch:
+    """The error to raise for a dataset; one line, whatever characters its names hold."""
+    return Mismatch(f"fastdmd.data: expected {expected}, got {got}".translate(CONTROL))
+
+
+@contextlib.contextmanager
+def decoding(kind: str, path: Path) -> Iterator[None]:
+    """Makes one ValueError of whatever a decoder raises for broken bytes.
+
+    Every exception: decoders raise what they happen to meet, from struct.error and LZMAError to RecursionError.
+    """
+    try:
+        yield
+    except Mismatch:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+        raise mismatch(f"a readable {kind} file", f"{path}: {reason}") from error
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file; a pipe, which would wait for a writer, a device or a dangling link is an error instead."""
+    if not path.is_file():
+        raise mismatch("a regular file", path)
+    return open(path, "rb")
+
+
+def read_all(stream: IO[bytes], limit_bytes: int) -> bytes:
+    """The rest of a stream, whatever size it declares. Raises ValueError if it is longer than `limit_bytes`."""
+    data = stream.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise ValueError(f"it is longer than {limit_bytes} bytes")
+    return data

@@ -1,0 +1,142 @@
+"""Image files of a folder or zip: which are read, as what, and the array that each becomes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fastdmd import labels
+from fastdmd.content import Content, decoding, mismatch
+from fastdmd.framing import Framing, from_picture
+from fastdmd.members import SUFFIXES, Members
+
+# By name: left to itself, Pillow goes by the content, and runs Ghostscript for an EPS file that is called .png.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+BACKGROUND = "white"
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def read_images(members: Members, framing: Framing, label_choice: str | None) -> Content:
+    """Content of a folder or zip, once all headers are known to fit each other. Pixels follow when asked for."""
+    if unread := members.unread:
+        _warn(f"{len(unread)} files in {members.path} look like images and are not read", unread[0])
+    members = members.unwrapped()
+    images = members.images
+    if not images:
+        raise mismatch(f"IDX files or images ({', '.join(SUFFIXES)})", f"none in {members.path}")
+    size, is_grey = _survey(members, images, framing)
+    shape = (len(images), 1 if is_grey else 3, size[1], size[0])
+
+    def read_labels() -> np.ndarray | None:
+        return labels.of_images(members, images, label_choice)
+
+    pixels = _pixels(members, images, framing, size, "L" if is_grey else "RGB")
+    return Content(shape, read_labels, pixels, members.path)
+
+
+def _survey(members: Members, images: list[str], framing: Framing) -> tuple[tuple[int, int], bool]:
+    """Width and height of all images once framed, and whether all are grey; reads hardly more than headers.
+
+    Modes 1, L and LA are grey, a palette is if all colours that the image uses are, everything else is in colour.
+    """
+    common, is_grey, small = None, True, []
+    for name in images:
+        with _opened(members, name) as image:
+            mode, (width, height) = image.mode, image.size
+            if is_grey and mode in ("P", "PA"):
+                is_grey = _has_grey_colours(_opaque(image)[0])
+        path = members.path / name
+        if mode[0] in "IF":
+            raise mismatch("images of 8 bits a channel", f"mode {mode} in {path}")
+        is_grey = is_grey and mode in ("1", "L", "LA", "P", "PA")
+        size = framing.size_of(width, height, path)
+        common = common or size
+        if size != common or size[0] != size[1]:
+            expected = f"square images of one size ({common[0]}x{common[0]}), or --resize N"
+            raise mismatch(expected, f"{width}x{height} in {path}")
+        if framing.resize is not None and min(width, height) < framing.resize:
+            small.append(name)
+    if small:
+        _warn(f"{len(small)} images in {members.path} are smaller than --resize {framing.resize}: enlarged", small[0])
+    return common, is_grey
+
+
+def _pixels(
+    members: Members, images: list[str], framing: Framing, size: tuple[int, int], mode: str
+) -> Iterator[np.ndarray]:
+    """Every image, uint8 `[1, C, H, W]`; warnings follow the last."""
+    transparent, animated = [], []
+    for name in images:
+        with _opened(members, name) as image:
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # which keeps previews beside a photo
+                animated.append(name)
+            picture, is_transparent = _opaque(image)
+            if is_transparent:
+                transparent.append(name)
+            turned = UPRIGHT.get(_orientation(image))
+            picture = framing.apply((picture if turned is None else picture.transpose(turned)).convert(mode))
+        if picture.size != size:  # the file is another one than when its header was read
+            raise mismatch(
+                f"an image of {size[0]}x{size[1]}", f"{picture.width}x{picture.height} in {members.path / name}"
+            )
+        yield from_picture(picture)
+    if transparent:
+        _warn(f"{len(transparent)} images in {members.path} have transparent pixels: on {BACKGROUND}", transparent[0])
+    if animated:
+        _warn(f"{len(animated)} files in {members.path} hold several images: the first is read", animated[0])
+
+
+@contextlib.contextmanager
+def _opened(members: Members, name: str) -> Iterator[Image.Image]:
+    with decoding("image", members.path / name), warnings.catch_warnings(), members.open(name) as file:
+        warnings.simplefilter("ignore")  # of damaged metadata, and of pictures half as large as Pillow's limit
+        try:
+            image = Image.open(file, formats=_formats())
+        except UnidentifiedImageError as error:
+            raise ValueError(f"it is none of {', '.join(_formats())}") from error
+        with image:
+            yield image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _opaque(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The image as a viewer shows it, transparent pixels on the background, and whether there are any."""
+    image.load()
+    if image.mode not in ("LA", "PA", "RGBA") and "transparency" not in image.info:
+        return image, False
+    picture = image.convert("RGBA")
+    if picture.getextrema()[3][0] == 255:
+        return picture, False
+    return Image.alpha_composite(Image.new("RGBA", picture.size, BACKGROUND), picture), True
+
+
+def _has_grey_colours(picture: Image.Image) -> bool:
+    pixels = np.asarray(picture.convert("RGB"))
+    return bool((pixels == pixels[..., :1]).all())
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF's, of an image whose pixels are loaded: before that, a TIFF's is still to be applied by Pillow."""
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF, of any kind: such a picture is shown as it is stored
+        return None
+
+
+def _warn(message: str, example: str) -> None:
+    warnings.warn(f"fastdmd.data: {message}, such as {example}", stacklevel=2)

@@ -1,0 +1,191 @@
+"""Classes of images: from a dataset.json, subfolders, prefixes of names or a CSV; and what every label must be."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastdmd.content import decoding, mismatch, open_regular, read_all
+from fastdmd.members import SUFFIXES, Members, canonical_name
+
+MAX_CLASSES = 100_000  # a network holds a few hundred numbers for each, an optimizer three times as many
+MAX_TEXT_BYTES = 2**28  # of a dataset.json or CSV; ImageNet's has 2^26
+
+
+def require_choice(choice: str | None) -> None:
+    """Raises ValueError for what `--labels` cannot be."""
+    if choice not in (None, "prefix", "none") and not choice.lower().endswith(".csv"):
+        raise mismatch("--labels prefix, none or FILE.csv", choice)
+
+
+def checked(labels: np.ndarray, path: Path) -> np.ndarray:
+    """Labels `[N]` of any integer dtype as int64, bounded; a warning where a class has no image."""
+    if labels.min() < 0:
+        raise mismatch("labels >= 0", f"{labels.min()} in {path}")
+    if labels.max() >= MAX_CLASSES:  # in their own dtype: as int64, 2^63 would be negative
+        raise mismatch(f"labels from 0 to {MAX_CLASSES - 1}", f"{labels.max()} in {path}")
+    labels = labels.astype(np.int64)
+    empty = np.flatnonzero(np.bincount(labels) == 0)
+    if len(empty):
+        classes = f"{', '.join(map(str, empty[:3]))}{', ...' if len(empty) > 3 else ''}"
+        _warn(f"{len(empty)} of the classes 0 to {labels.max()} have no image in {path}: {classes}")
+    return labels
+
+
+def of_images(members: Members, images: list[str], choice: str | None) -> np.ndarray | None:
+    """Labels int64 `[N]` of images by their names, as `choice`, `fastdmd.data.load`'s `labels`, has it."""
+    if choice == "none":
+        return None
+    if choice == "prefix":
+        labels, path = _prefix_labels(images, members.path), members.path
+    elif choice is not None:
+        path = Path(choice)
+        labels = _csv_labels(path, images)
+    elif members.description:
+        path = members.path / members.description
+        with decoding("JSON", path), members.open(members.description) as file:
+            description = json.loads(read_all(file, MAX_TEXT_BYTES))
+        labels = _json_labels(description, images, path)
+    else:
+        labels, path = _subfolder_labels(members, images), members.path
+    return None if labels is None else checked(labels, path)
+
+
+def _json_labels(description: object, images: list[str], path: Path) -> np.ndarray | None:
+    """Labels as EDM writes them: {"labels": [["00000/img00000000.png", 6], ...]}, or null for none."""
+    labels = description.get("labels", ()) if isinstance(description, dict) else ()
+    if labels is None:
+        return None
+    if not (isinstance(labels, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in labels)):
+        raise mismatch("'labels', null or a list of [name, class]", f"something else in {path}")
+    for name, label in labels:
+        if type(label) is not int:
+            raise mismatch("an integer class for each image", f"{label!r:.40} for {name!s:.200} in {path}")
+    by_name = _by_name(((canonical_name(str(name)), label) for name, label in labels), path)
+    folded: dict[str, set[int]] = {}  # for a system that does not tell A.png from a.png
+    for name, label in by_name.items():
+        folded.setdefault(name.casefold(), set()).add(label)
+    found = [by_name[name] if name in by_name else _only(folded.get(name.casefold())) for name in images]
+    _require_all(found, images, path)
+    known = {name.casefold() for name in images}
+    _warn_of_absent([name for name in by_name if name.casefold() not in known], path)
+    return _integers(found, path)
+
+
+def _csv_labels(path: Path, images: list[str]) -> np.ndarray:
+    """Labels of a CSV with lines `name,class`; classes are integers, or names that stand for their sorted place.
+
+    A name is an image's path inside the dataset or its last part, with suffix or without. A first line that names no
+    image is a heading.
+    """
+    with decoding("CSV", path), open_regular(path) as file:
+        text = read_all(file, MAX_TEXT_BYTES).decode("utf-8-sig")
+        delimiter = next((mark for mark in ",;\t" if mark in text.partition("\n")[0]), ",")
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
+    for row in rows:
+        if len(row) != 2 or not all(cell.strip() for cell in row):
+            raise mismatch("lines of name,class", f"{delimiter.join(row)[:200]!r} in {path}")
+    keys = [_spellings(name) for name in images]
+    known = {key for spellings in keys for key in spellings}
+    pairs = [(canonical_name(name.strip()), label.strip()) for name, label in rows]
+    if pairs and pairs[0][0] not in known and not pairs[0][0].lower().endswith(SUFFIXES):
+        del pairs[0]
+    by_name = _by_name(pairs, path)
+    used = [next((key for key in spellings if key in by_name), None) for spellings in keys]
+    _require_all(used, images, path)
+    if len(set(used)) < len(used):
+        (name, number), *_ = collections.Counter(used).most_common(1)
+        raise mismatch("names that tell the images apart", f"{name} for {number} images in {path}")
+    _warn_of_absent(sorted(set(by_name) - set(used)), path)
+    classes = set(by_name.values())
+    numbers = {label for label in classes if re.fullmatch(r"-?[0-9]{1,300}(\.0*)?", label)}  # "3.0": of a float column
+    if numbers == classes:
+        return _integers([int(by_name[key].partition(".")[0]) for key in used], path)
+    if numbers:  # such as a missing value that became "nan"
+        got = f"{min(numbers)} and {min(classes - numbers)} in {path}"
+        raise mismatch("classes that are all integers or all names", got)
+    return _places([by_name[key] for key in used], classes, path)
+
+
+def _prefix_labels(images: list[str], path: Path) -> np.ndarray:
+    """The place of what stands before the first underscore of each file's name among the sorted prefixes."""
+    prefixes = []
+    for name in images:
+        prefix, underscore, _ = name.rpartition("/")[2].partition("_")
+        if not (prefix and underscore):
+            raise mismatch("names such as class_1.png for --labels prefix", f"{name} in {path}")
+        prefixes.append(prefix)
+    return _places(prefixes, prefixes, path)
+
+
+def _subfolder_labels(members: Members, images: list[str]) -> np.ndarray | None:
+    """The place of each image's folder among the sorted folders; None if the images lie in no subfolder."""
+    folders = [name.rpartition("/")[0] for name in images]
+    if not any(folders):
+        return None
+    for name, folder in zip(images, folders, strict=True):
+        if not folder or "/" in folder:
+            expected = "images all in the folder itself, or all directly in class subfolders, or --labels none"
+            raise mismatch(expected, f"{name} among {len(images)} images in {members.path}")
+    classes = {name.split("/")[0] for name in members.folders}
+    empty = sorted(classes - set(folders))
+    if empty:  # whether it counts as a class would be a guess
+        raise mismatch("images in every class subfolder", f"none in {members.path / empty[0]}")
+    return _places(folders, classes, members.path)
+
+
+def _places(names: Sequence[str], classes: Iterable[str], path: Path) -> np.ndarray:
+    """The place of each name among the sorted classes."""
+    ordered = sorted(set(classes))
+    if all(re.fullmatch("[0-9]{1,18}", name) for name in ordered) and ordered != sorted(ordered, key=int):
+        first = next(index for index, name in enumerate(sorted(ordered, key=int)) if ordered[index] != name)
+        _warn(f"classes are numbered in the order of their names as text, {ordered[first]} is {first}, in {path}")
+    place = {name: index for index, name in enumerate(ordered)}
+    return np.array([place[name] for name in names])
+
+
+def _integers(labels: list[int], path: Path) -> np.ndarray:
+    if (largest := max(labels, key=abs)) >= 2**63 or largest < -(2**63):
+        raise mismatch(f"labels from 0 to {MAX_CLASSES - 1}", f"{largest!r:.40} in {path}")
+    return np.array(labels, np.int64)
+
+
+def _by_name(pairs: Iterable[tuple[str, int | str]], path: Path) -> dict:
+    by_name: dict = {}
+    for name, label in pairs:
+        if by_name.setdefault(name, label) != label:
+            raise mismatch("one class for each image", f"{by_name[name]} and {label} for {name} in {path}")
+    return by_name
+
+
+def _spellings(name: str) -> list[str]:
+    """An image's name, and what a table may call it: less and less of it."""
+    last = name.rpartition("/")[2]
+    return [name, name.rpartition(".")[0], last, last.rpartition(".")[0]]
+
+
+def _only(labels: set[int] | None) -> int | None:
+    return next(iter(labels)) if labels and len(labels) == 1 else None
+
+
+def _require_all(found: list, images: list[str], path: Path) -> None:
+    if None in found:
+        missing = images[found.index(None)]
+        raise mismatch(f"one label for each of {len(images)} images", f"none for {missing} in {path}")
+
+
+def _warn_of_absent(names: list[str], path: Path) -> None:
+    if names:
+        _warn(f"{len(names)} names in {path} are of no image, such as {names[0]}")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"fastdmd.data: {message}", stacklevel=2)

@@ -1,0 +1,143 @@
+"""The files of a folder or a zip under one kind of name, whatever system wrote them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import unicodedata
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO
+
+from fastdmd.content import mismatch, open_regular
+
+SUFFIXES = (  # of images that are read
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jfif",
+    ".jpe", ".apng", ".avif",
+)  # fmt: skip
+UNREAD_SUFFIXES = (  # of images that are not
+    ".arw", ".cr2", ".cr3", ".cur", ".dcm", ".dds", ".dib", ".dng", ".emf", ".eps", ".exr", ".fits", ".hdr", ".heic",
+    ".heif", ".icns", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".nef", ".orf", ".pcx", ".pfm", ".psd", ".qoi", ".raf",
+    ".raw", ".rw2", ".sgi", ".svg", ".tga", ".wmf", ".xbm", ".xcf", ".xpm",
+)  # fmt: skip
+DESCRIPTION = "dataset.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Names are relative to `path`, joined by slashes, in NFC; hidden files and folders are left out."""
+
+    path: Path
+    files: dict[str, str]  # name -> the name that `open_raw` takes
+    folders: frozenset[str]  # those that are named, and those of files
+    open_raw: Callable[[str], IO[bytes]]
+
+    @property
+    def images(self) -> list[str]:
+        """Sorted names of what can be read as images."""
+        return sorted(name for name in self.files if name.lower().endswith(SUFFIXES))
+
+    @property
+    def unread(self) -> list[str]:
+        """Sorted names of what looks like an image and cannot be read."""
+        return sorted(name for name in self.files if name.lower().endswith(UNREAD_SUFFIXES))
+
+    @property
+    def description(self) -> str | None:
+        """The name of dataset.json, in whatever case."""
+        return next((name for name in self.files if name.lower() == DESCRIPTION), None)
+
+    def open(self, name: str) -> IO[bytes]:
+        return self.open_raw(self.files[name])
+
+    def unwrapped(self) -> Members:
+        """Without folders around everything: those that hold one folder, and neither images nor a dataset.json."""
+        read = (name for name in self.files if name.lower().endswith(SUFFIXES) or _last(name).lower() == DESCRIPTION)
+        holding = {name.rpartition("/")[0] for name in read}
+        paths = sorted(name.split("/") for name in self.folders)
+        followers = [*paths[1:], []]
+        ends = [
+            path
+            for path, follower in zip(paths, followers, strict=False)
+            if follower[: len(path)] != path or "/".join(path) in holding
+        ]
+        top = "" if "" in holding else "/".join(os.path.commonprefix(ends))
+        if not top:
+            return self
+        start = len(top) + 1
+        files = {name[start:]: raw for name, raw in self.files.items() if name.startswith(f"{top}/")}
+        folders = frozenset(name[start:] for name in self.folders if name.startswith(f"{top}/"))
+        return Members(self.path / top, files, folders, self.open_raw)
+
+
+def of_zip(path: Path, archive: zipfile.ZipFile) -> Members:
+    return _members(path, archive.namelist(), archive.open)
+
+
+def of_folder(path: Path) -> Members:
+    """Everything below a folder, links followed; ValueError for what would never end, or cannot be looked into."""
+    return _members(path, _walk(path), lambda name: open_regular(path / name))
+
+
+def canonical_name(name: str) -> str:
+    """A name with slashes, in NFC, without drive, root or `.`: what an archive's writer meant, on any system."""
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    parts = [part for part in parts if part not in ("", ".")]
+    if parts and re.fullmatch("[A-Za-z]:", parts[0]):
+        del parts[0]
+    return "/".join(parts)
+
+
+def _members(path: Path, raw_names: Iterable[str], open_raw: Callable[[str], IO[bytes]]) -> Members:
+    """Raw names of folders end with a slash. Raises ValueError where two files have one name."""
+    files: dict[str, str] = {}
+    folders = set()
+    for raw in raw_names:
+        name = canonical_name(raw)
+        parts = name.split("/")
+        if ".." in parts:
+            raise mismatch("names that stay inside", f"{raw} in {path}")
+        if any(part.startswith(".") or part.upper() == "__MACOSX" for part in parts):
+            continue
+        is_folder = raw.endswith(("/", "\\"))
+        folders.add(name if is_folder else name.rpartition("/")[0])
+        if is_folder:
+            continue
+        if name in files and name.lower().endswith((*SUFFIXES, DESCRIPTION)):
+            raise mismatch("every name once", f"{name} twice in {path}")
+        files[name] = raw
+    return Members(path, files, frozenset(folders - {""}), open_raw)
+
+
+def _walk(folder: Path) -> list[str]:
+    """Everything below a folder but what is hidden, as a zip of it would name it."""
+    names: list[str] = []
+    root = os.path.realpath(folder)
+    seen = {root, *map(str, Path(root).parents)}  # a link to one of these leads back here
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        try:
+            with os.scandir(folder / prefix) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except OSError as error:
+            raise mismatch("folders that can be read", f"{folder / prefix}: {error.strerror}") from error
+        for entry in entries:
+            name = f"{prefix}{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):
+                if (real := os.path.realpath(entry.path)) in seen:
+                    raise mismatch("every folder once", f"{folder / name}, which leads to {real} again")
+                seen.add(real)
+                names.append(f"{name}/")
+                pending.append(f"{name}/")
+            elif os.path.isfile(entry.path) or name.lower().endswith((*SUFFIXES, DESCRIPTION)):
+                names.append(name)  # what is no file is an error when it is opened
+    return names
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]

@@ -1,0 +1,61 @@
+"""How much memory this process can still take: what the system and its control groups say."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+
+
+def available_memory_bytes(root: Path = ROOT) -> int | None:
+    """The least of what the system has free and what each control group around this process has left.
+
+    Groups are read in both versions and at every level, since each bounds those below it. Files that the kernel only
+    caches count as free. None where the system tells nothing.
+    """
+    amounts = [*_of_system(root), *_of_groups(root)]
+    return max(0, min(amounts)) if amounts else None
+
+
+def _of_system(root: Path) -> Iterator[int]:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        yield next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _of_groups(root: Path) -> Iterator[int]:
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]  # number:controllers:path
+        if controllers == "":
+            names = ("memory.max", "memory.current", "inactive_file")
+            mounts = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            mounts = ("sys/fs/cgroup/memory",)
+        else:
+            continue
+        # Inside a container the path may be the host's: then the container's own group is the mount itself.
+        parts = [] if ".." in path.split("/") else path.strip("/").split("/")
+        for mount in mounts:
+            for depth in range(len(parts), -1, -1):
+                yield from _left_in_group(root / mount / "/".join(parts[:depth]), *names)
+
+
+def _left_in_group(group: Path, limit: str, usage: str, cached: str) -> Iterator[int]:
+    with contextlib.suppress(OSError, ValueError):  # no such group, or no limit, which reads "max"
+        limit_bytes = int((group / limit).read_text())
+        used_bytes = int((group / usage).read_text())
+        with contextlib.suppress(OSError, ValueError):
+            fields = dict(line.split(maxsplit=1) for line in (group / "memory.stat").read_text().splitlines())
+            used_bytes -= int(fields.get(cached, 0))
+        yield limit_bytes - max(0, used_bytes)
