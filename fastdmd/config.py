@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from fastdmd.data.framing import Framing
+from fastdmd.data.labels import require_choice
 from fastdmd.diffusion import Denoiser
-from fastdmd.framing import Framing
-from fastdmd.labels import require_choice
 from fastdmd.precision import resolve_execution, resolve_precision
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
 

@@ -1,13 +1,15 @@
 """Datasets in memory: batches by (seed, step), mapped files, and what a network requires of them."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from datasets import LABELS, check, edm_files, pixels, write_idx, write_npz, write_zip
 
-from fastdmd import array_files, data
+from fastdmd import data
+from fastdmd.data import array_files
 
 FIRST_DRAWN = [2, 0, 0, 0, 1, 1, 2, 2]  # labels for seed 3, step 5: a run resumed later draws the same
 
@@ -65,7 +67,7 @@ def test_mapped_file_gives_identical_batches(tmp_path, monkeypatch, chunk_bytes)
     monkeypatch.setattr(array_files, "CHUNK_BYTES", chunk_bytes)
     maps = []
     memmap = np.memmap
-    monkeypatch.setattr(data.np, "memmap", lambda *args, **named: maps.append(1) or memmap(*args, **named))
+    monkeypatch.setattr(np, "memmap", lambda *args, **named: maps.append(1) or memmap(*args, **named))
     write_idx(tmp_path / "idx", pixels(1), LABELS, compressed=True)
     write_npz(tmp_path / "a.npz", images=pixels(3).transpose(0, 2, 3, 1), labels=LABELS)
     write_zip(tmp_path / "a.zip", edm_files(pixels(3), LABELS))
@@ -79,14 +81,14 @@ def test_mapped_file_gives_identical_batches(tmp_path, monkeypatch, chunk_bytes)
 
 def test_memory_limit_is_exact(tmp_path, monkeypatch):
     source = write_npz(tmp_path / "a.npz", images=pixels(1))
-    monkeypatch.setattr(data.np, "memmap", lambda *args, **named: pytest.fail("mapped"))
+    monkeypatch.setattr(np, "memmap", lambda *args, **named: pytest.fail("mapped"))
     check(data.load(source, memory_limit_bytes=pixels(1).nbytes), pixels(1), None)
     with pytest.raises(pytest.fail.Exception, match="mapped"):
         data.load(source, memory_limit_bytes=pixels(1).nbytes - 1)
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 5}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 5}))
     with pytest.raises(OSError, match=r"fastdmd.data: expected 252 bytes free in .*, got 5"):
         data.load(write_npz(tmp_path / "a.npz", images=pixels(1)), memory_limit_bytes=0)
 

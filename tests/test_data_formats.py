@@ -22,6 +22,7 @@ from datasets import (
 from PIL import Image
 
 from fastdmd import data
+from fastdmd.data import dataset
 
 LABEL_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # of the MNIST test split
 EMBEDDED_CRC = 0xE4CA5F57
@@ -35,7 +36,7 @@ def test_embedded_digits():
     assert digits.labels[:8].tolist() == [7, 2, 1, 0, 4, 1, 4, 9]
     assert digits.name == "embedded MNIST digits"
     assert torch.equal(data.load(split="test").images, digits.images)
-    assert sum(file.stat().st_size for file in data.EMBEDDED.iterdir()) < 2 * MIB
+    assert sum(file.stat().st_size for file in dataset.EMBEDDED.iterdir()) < 2 * MIB
 
 
 @pytest.mark.parametrize("labels", [LABELS, None], ids=["labelled", "unlabelled"])

@@ -10,7 +10,8 @@ import pytest
 from datasets import pixels, png, refuses, write_folder, write_npz, write_zip
 from PIL import Image
 
-from fastdmd import data, image_files
+from fastdmd import data
+from fastdmd.data import image_files
 
 GREY, COLOUR = pixels(1)[0], pixels(3)[0]  # [C, 6, 6]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\nshowpage\n"

@@ -9,7 +9,7 @@ import pytest
 from datasets import pixels, png, refuses, write_folder, write_npz, write_zip
 
 from fastdmd import data
-from fastdmd.content import decoding
+from fastdmd.data.content import decoding
 
 A, B = pixels(1)[:2]
 

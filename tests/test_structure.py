@@ -12,11 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "fastdmd"
 # A module may import from its own layer's predecessors, and inside a layer from names further left.
 LAYERS = [
     "_native", "files", "memory", "interrupts", "cores", "startup", "tally", "kernels", "ops", "diffusion", "dmd2",
-    "content", "members", "labels", "framing", "image_files", "array_files", "data_formats", "data", "unet_config",
-    "unet_blocks", "unet", "imports", "weight_files", "inert_pickle", "pickles", "edm", "optim", "step", "precision",
-    "machine", "adapters", "diffusers_unet", "checkpoint", "teachers", "metrics", "quality", "pictures",
-    "run_folder", "loop", "config", "presets", "cli", "trainer", "budget", "train", "pretrain", "sample", "evaluate",
-    "export",
+    "data", "unet_config", "unet_blocks", "unet", "imports", "weight_files", "inert_pickle", "pickles", "edm",
+    "optim", "step", "precision", "machine", "adapters", "diffusers_unet", "checkpoint", "teachers", "metrics",
+    "quality", "pictures", "run_folder", "loop", "config", "presets", "cli", "trainer", "budget", "train",
+    "pretrain", "sample", "evaluate", "export",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdmd.content import mismatch
+from fastdmd.data.content import mismatch
 
 MAX_SIZE = 2**14
 

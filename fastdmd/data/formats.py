@@ -9,12 +9,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastdmd import members
-from fastdmd.array_files import idx_files, read_idx, read_npz
-from fastdmd.content import Content, decoding, mismatch, open_regular
-from fastdmd.framing import Framing
-from fastdmd.image_files import read_images
-from fastdmd.labels import require_choice
+from fastdmd.data import members
+from fastdmd.data.array_files import idx_files, read_idx, read_npz
+from fastdmd.data.content import Content, decoding, mismatch, open_regular
+from fastdmd.data.framing import Framing
+from fastdmd.data.image_files import read_images
+from fastdmd.data.labels import require_choice
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
-from fastdmd.content import mismatch, open_regular
+from fastdmd.data.content import mismatch, open_regular
 
 SUFFIXES = (  # of images that are read
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jfif",

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdmd.content import mismatch
-from fastdmd.data_formats import open_content
+from fastdmd.data.content import mismatch
+from fastdmd.data.formats import open_content
+from fastdmd.data.framing import Framing
 from fastdmd.diffusion import random_generator
-from fastdmd.framing import Framing
 from fastdmd.memory import available_memory_bytes
 
-EMBEDDED = Path(__file__).parent / "assets" / "mnist"
+EMBEDDED = Path(__file__).parents[1] / "assets" / "mnist"
 
 
 def load(

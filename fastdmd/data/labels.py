@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdmd.content import decoding, mismatch, open_regular, read_all
-from fastdmd.members import SUFFIXES, Members, canonical_name
+from fastdmd.data.content import decoding, mismatch, open_regular, read_all
+from fastdmd.data.members import SUFFIXES, Members, canonical_name
 
 MAX_CLASSES = 100_000  # a network holds a few hundred numbers for each, an optimizer three times as many
 MAX_TEXT_BYTES = 2**28  # of a dataset.json or CSV; ImageNet's has 2^26

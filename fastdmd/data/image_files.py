@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastdmd import labels
-from fastdmd.content import Content, decoding, mismatch
-from fastdmd.framing import Framing, from_picture
-from fastdmd.members import SUFFIXES, Members
+from fastdmd.data import labels
+from fastdmd.data.content import Content, decoding, mismatch
+from fastdmd.data.framing import Framing, from_picture
+from fastdmd.data.members import SUFFIXES, Members
 
 # By name: left to itself, Pillow goes by the content, and runs Ghostscript for an EPS file that is called .png.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")

@@ -15,9 +15,9 @@ from typing import IO
 
 import numpy as np
 
-from fastdmd.content import Content, decoding, mismatch, open_regular
-from fastdmd.labels import checked
-from fastdmd.members import SUFFIXES
+from fastdmd.data.content import Content, decoding, mismatch, open_regular
+from fastdmd.data.labels import checked
+from fastdmd.data.members import SUFFIXES
 
 CHUNK_BYTES = 2**24
 MAX_DEFLATE = 1032  # bytes that one byte of a deflate stream can become
