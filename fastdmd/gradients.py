@@ -22,9 +22,20 @@ class Gradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str], flat: Tensor):
         self._parameters, self._names, self._flat = parameters, names, flat
-        self._views = views(flat, parameters)
-        for parameter, view in zip(parameters, self._views, strict=True):
-            parameter.grad = view
+        self._lay_out()
+        self._put_back()
+
+    def _lay_out(self) -> None:
+        self._views = views(self._flat, self._parameters)
+        self._storages = [view.untyped_storage()._cdata for view in self._views]
+
+    def _put_back(self) -> None:
+        places = zip(self._views, self._storages, strict=True)
+        if any(view.untyped_storage()._cdata != storage for view, storage in places):  # after `.grad.data = ...`
+            self._lay_out()
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            if parameter.grad is not view:
+                parameter.grad = view
 
     @torch.no_grad()
     def collect(self, *, required: bool) -> None:
@@ -32,19 +43,25 @@ class Gradients:
 
         A gradient that is None counts as zero; ValueError where it is `required`, before anything is copied.
         """
-        pairs = list(zip(self._parameters, self._views, strict=True))
-        elsewhere = [index for index, (parameter, view) in enumerate(pairs) if parameter.grad is not view]
-        missing = [index for index in elsewhere if self._parameters[index].grad is None]
+        gradients = [parameter.grad for parameter in self._parameters]
+        places = zip(gradients, self._views, self._storages, strict=True)
+        elsewhere = [
+            index for index, (gradient, view, storage) in enumerate(places)
+            if gradient is not view or gradient.untyped_storage()._cdata != storage
+        ]  # fmt: skip
+        missing = [index for index in elsewhere if gradients[index] is None]
         if missing and required:
             raise ValueError(
                 f"fastdmd.AdamWEMA: expected a gradient of {self._names[missing[0]]}, got none; with "
                 "zero_grad(set_to_none=False), or backward(loss), it counts as zero"
             )
-        for index in missing:
-            self._views[index].zero_()
-        if given := [pairs[index] for index in elsewhere if pairs[index][0].grad is not None]:
-            torch._foreach_copy_([view for _, view in given], [parameter.grad for parameter, _ in given])
+        if not elsewhere:
+            return
         self._put_back()
+        if missing:
+            torch._foreach_zero_([self._views[index] for index in missing])
+        if given := [index for index in elsewhere if gradients[index] is not None]:
+            torch._foreach_copy_([self._views[index] for index in given], [gradients[index] for index in given])
 
     def zero(self, *, set_to_none: bool) -> None:
         if set_to_none:
@@ -84,8 +101,3 @@ class Gradients:
             if pairs:
                 targets, sources = zip(*pairs, strict=True)
                 (torch._foreach_add_ if accumulate else torch._foreach_copy_)(targets, sources)
-
-    def _put_back(self) -> None:
-        for parameter, view in zip(self._parameters, self._views, strict=True):
-            if parameter.grad is not view:
-                parameter.grad = view

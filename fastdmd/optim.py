@@ -148,6 +148,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. No call is needed: `step` leaves zeros, and `backward` overwrites."""
+        self._check()
         self._gradients.zero(set_to_none=set_to_none)
 
     def backward(self, loss: Tensor, *, accumulate: bool = False) -> None:
@@ -157,6 +158,7 @@ class AdamWEMA(torch.optim.Optimizer):
         gradient of zero. It runs no hooks of the parameters, and so reduces nothing over processes: where there are
         several, ValueError.
         """
+        self._check()
         self._gradients.fill(loss, accumulate=accumulate)
 
     @torch.no_grad()
@@ -169,7 +171,8 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._gradients.collect(required=True)  # raises before anything has moved
+        self._check()
+        self._gradients.collect(required=True)  # raises before the learning rate advances
         self.advance()
         norm = self.update()
         return norm if closure is None else loss
@@ -288,7 +291,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def _state(self) -> dict[str, dict[str, Tensor]]:
         buffers = {"param": self._param, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "ema": self._ema}
         return {
-            kind: dict(zip(self._names, views(buffer, self.parameters), strict=True))
+            kind: dict(zip(self._names, views(buffer, self._masters), strict=True))
             for kind, buffer in buffers.items() if buffer is not None
         }  # fmt: skip
 
@@ -299,6 +302,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. Hooks and what schedulers hang on `step` stay behind, as with torch's optimizers."""
+        self._check()
+        self._adopt()
         return {
             name: value for name, value in vars(self).items()
             if name not in LINKS and name != "step" and not name.endswith("_hooks")
