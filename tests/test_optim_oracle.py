@@ -78,7 +78,7 @@ CONFIGURATIONS = st.fixed_dictionaries(
             st.tuples(st.sampled_from(SHAPES), st.sampled_from(list(LAYOUTS)), st.booleans()), min_size=1, max_size=5
         ).map(lambda parts: [(*parts[0][:2], False), *parts[1:]]),
         "learning_rate": st.sampled_from([0.0, 1e-4, 1e-2, 0.3]),
-        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.99), (0.5, 0.0), (0.0, 0.0), (0.99, 0.9)]),
+        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.99), (0.0, 0.0), (0.5, 0.9), (0.99, 0.95)]),
         "eps": st.sampled_from([1e-8, 1e-6, 1e-2]),
         "weight_decay": st.sampled_from([0.0, 0.01, 0.7]),
         "max_grad_norm": st.sampled_from([float("inf"), 1e-3, 1.0, 5.0, 1e6]),
@@ -91,6 +91,7 @@ CONFIGURATIONS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")  # with create_graph=True, on purpose
 @settings(max_examples=250, deadline=None, derandomize=True, database=None)
 @given(CONFIGURATIONS)
 def test_any_configuration_is_torch_adamw(configuration):

@@ -133,6 +133,40 @@ def test_bfloat16_follows_float32(teacher):
 TINY = UNetConfig(image_size=8, model_channels=8, channel_multipliers=(1,), num_blocks=1, attention_resolutions=())
 
 
+def test_a_new_function_of_the_same_draws_makes_no_image_again():
+    """A lambda written in the loop: the same losses, and as many images through the generator."""
+
+    teacher = make_network(TINY)
+
+    def iterate(wrap):
+        draws, model = trainer.make_draws(CONFIG, teacher, CPU), trainer.build(CONFIG, copy.deepcopy(teacher))
+        sizes = []
+        model.generator.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+        return [model.iterate(step, wrap(draws)).loss_fake.item() for step in range(5)], sum(sizes)
+
+    assert iterate(lambda draws: draws) == iterate(lambda draws: lambda step: draws(step))
+
+
+@pytest.mark.parametrize("change", ["noise", "fake_noise", "everything"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_new_function_of_other_draws_is_followed(change, at):
+    """In the middle of a chunk, whichever of its tensors differs, and then used again: as one function all along."""
+    teacher = make_network(TINY)
+    draws, others = (trainer.make_draws(dataclasses.replace(CONFIG, seed=seed), teacher, CPU) for seed in (0, 1))
+
+    def changed(step):
+        other = others(step)
+        return other if change == "everything" else dataclasses.replace(draws(step), **{change: getattr(other, change)})
+
+    def iterate(choose):
+        model = trainer.build(CONFIG, copy.deepcopy(teacher))
+        return [model.iterate(step, choose(step)).loss_fake.item() for step in range(4)]
+
+    got = iterate(lambda step: draws if step < at else changed)
+    assert got == iterate(lambda _: lambda step: draws(step) if step < at else changed(step))
+    assert got[:at] == iterate(lambda _: draws)[:at] and got[at] != iterate(lambda _: draws)[at]
+
+
 def assert_same_training(teacher, num_iterations, execution, *, tolerance, **changes):
     """Losses and weights after these iterations, against eager execution."""
     eager, losses = run(teacher, num_iterations, **changes, execution="eager")
