@@ -45,13 +45,17 @@ def padded_size(tensor: Tensor) -> int:
     return -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
 
 
+def same_storage(tensor: Tensor, storage: torch.UntypedStorage) -> bool:
+    """Whether the tensor still lies in this storage, which must be held: the address of a freed one comes again."""
+    return tensor.untyped_storage()._cdata == storage._cdata
+
+
 class Watch:
     """Whether the parameters of a network are still what they were, in the same memory; never asks the device."""
 
     def __init__(self, network: nn.Module, names: Mapping[nn.Parameter, str], *, flags: bool):
         self._places = [
-            (names[parameter], module._parameters, key, parameter, parameter.untyped_storage()._cdata,
-             parameter.stride())
+            (names[parameter], module._parameters, key, parameter, parameter.untyped_storage(), parameter.stride())
             for module in network.modules() for key, parameter in module._parameters.items() if parameter in names
         ]  # fmt: skip
         parameters = network.named_parameters() if flags else ()
@@ -60,8 +64,8 @@ class Watch:
     def check(self) -> None:
         """Raises ValueError for the first that was moved or replaced, or whose `requires_grad` has changed."""
         for name, owner, key, parameter, storage, strides in self._places:
-            replaced = owner.get(key) is not parameter
-            if replaced or parameter.untyped_storage()._cdata != storage or parameter.stride() != strides:
+            same = owner.get(key) is parameter and same_storage(parameter, storage)
+            if not same or parameter.stride() != strides:
                 raise ValueError(
                     f"fastdmd.AdamWEMA: expected {name} where the optimizer put it, got it moved or replaced; what "
                     "does that (.to, .double, load_state_dict(assign=True), sharding, another AdamWEMA) comes before it"

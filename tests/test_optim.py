@@ -24,6 +24,7 @@ def transpose(net):
 MOVES = {
     "double": lambda opt: opt.network.double(),
     "half": lambda opt: opt.network.half(),
+    "there and back": lambda opt: [opt.network.double().float() for _ in range(20)],
     "a part in double": lambda opt: opt.network[2].double(),
     "channels_last": lambda opt: opt.network.to(memory_format=torch.channels_last),
     "another device": lambda opt: opt.network.to("meta"),
@@ -172,7 +173,8 @@ def test_gradients_whose_data_was_replaced_count():
         for _ in range(2):
             loss_of(module).backward()
             for parameter in module.parameters():
-                parameter.grad.data = 3 * parameter.grad.data.sign()
+                for _ in range(20):
+                    parameter.grad.data = 2 * parameter.grad.data.sign()
             step.step()
             step.zero_grad()
     assert_alike(net, other)
