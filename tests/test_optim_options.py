@@ -62,6 +62,25 @@ def test_options_of_the_op_are_checked():
     assert flat.eq(1).all() and step.item() == 0
 
 
+def test_tensors_of_the_op_are_checked():
+    def arguments():
+        return [torch.ones(4) for _ in range(4)] + [torch.zeros(1, dtype=torch.int64), torch.tensor(0.1)]
+
+    for index, bad, error, message in (
+        (0, None, TypeError, "expected param to be a tensor, got NoneType"),
+        (0, torch.ones(2, 2), ValueError, r"expected param of shape \[n\], got \(2, 2\)"),
+        (1, torch.ones(4).half().long(), TypeError, "expected grad of dtype .* or torch.float16, got torch.int64"),
+        (1, torch.ones(8)[::2], ValueError, r"expected grad contiguous, got strides \(2,\)"),
+        (2, torch.ones(3), ValueError, r"expected exp_avg of shape \(4,\), got \(3,\)"),
+        (3, torch.ones(4, device="meta"), ValueError, "expected exp_avg_sq on cpu, got meta"),
+        (5, 0.1, TypeError, "expected learning_rate of dtype torch.float32 or torch.float64, got float"),
+    ):
+        given = arguments()
+        given[index] = bad
+        with pytest.raises(error, match="^fastdmd.adamw_ema_: " + message):
+            ops.adamw_ema_(*given)
+
+
 BAD_NETWORKS = {
     "no module": (lambda: [nn.Parameter(torch.zeros(1))], TypeError, "network to be a torch.nn.Module, got list"),
     "no parameters": (nn.SiLU, ValueError, "with parameters that require a gradient, got a SiLU without"),

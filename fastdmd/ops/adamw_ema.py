@@ -77,9 +77,13 @@ def _check(param, grad, exp_avg, exp_avg_sq, step, learning_rate, ema, shadow) -
             raise TypeError(f"fastdmd.adamw_ema_: expected {name} of dtype {expected}, got {got}")
         if tensor.shape != shape:
             raise ValueError(f"fastdmd.adamw_ema_: expected {name} of shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != param.device or not tensor.is_contiguous():
-            raise ValueError(f"fastdmd.adamw_ema_: expected {name} contiguous on {param.device}, got {tensor.device}")
+        if tensor.device != param.device:
+            raise ValueError(f"fastdmd.adamw_ema_: expected {name} on {param.device}, got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"fastdmd.adamw_ema_: expected {name} contiguous, got strides {tensor.stride()}")
 
+    if not isinstance(param, Tensor):
+        raise TypeError(f"fastdmd.adamw_ema_: expected param to be a tensor, got {type(param).__name__}")
     if param.dim() != 1:
         raise ValueError(f"fastdmd.adamw_ema_: expected param of shape [n], got {tuple(param.shape)}")
     expect("param", param, param.shape, torch.float32, torch.float64)
