@@ -248,6 +248,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, by parameter name, whatever the layout of the buffers."""
+        self._adopt()
         return {
             "num_updates": self.num_updates, "steps": [group.step.clone() for group in self._groups],
             "param_groups": [

@@ -162,9 +162,11 @@ def test_a_copy_moves_its_own_network(way, compute_dtype):
 def test_a_copy_takes_changed_weights_along():
     optimizer = AdamWEMA(network(), learning_rate=0.0, weight_decay=0.0, compute_dtype=torch.bfloat16)
     nn.init.constant_(optimizer.network[0].weight, 0.5)
+    assert optimizer.state_dict()["param"]["0.weight"].eq(0.5).all()
+    nn.init.constant_(optimizer.network[0].weight, 0.75)
     other = copy.deepcopy(optimizer)
     train(other)
-    assert other.network[0].weight.eq(0.5).all()
+    assert other.network[0].weight.eq(0.75).all()
 
 
 def test_gradients_whose_data_was_replaced_count():
