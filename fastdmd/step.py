@@ -83,12 +83,16 @@ class DMD2:
         """Iteration `step`: a generator turn where the ratio says so, and a guidance turn.
 
         One x_gen serves both turns, so the guidance turn sees the generator as it was before its update. `draws` gives
-        the random inputs of an iteration; those of later ones may be asked for ahead of time.
+        the random inputs of an iteration; those of later ones may be asked for ahead of time. Another function than
+        before is asked anew, and images made ahead serve where it draws what they were made from: on a GPU that
+        comparison waits for the device, so pass the same function every time.
         """
+        drawn = self._drawn.pop(step, None)
         if draws is not self._source:
-            self._source, self._chunk_start = draws, None
-            self._drawn.clear()
-        self._load(self._drawn.pop(step, None) or draws(step))
+            ahead, drawn = drawn, draws(step)
+            if ahead is None or not _same_start(ahead, drawn):
+                self._chunk_start = None
+        self._load(drawn or draws(step))
         moves = step % self.dfake_gen_update_ratio == 0
         if moves:
             self.generator_optimizer.advance()
@@ -209,13 +213,14 @@ class DMD2:
 
     def _generate_ahead(self, start: int, draws: Callable[[int], Draws]) -> None:
         """Makes the images of the iterations `[start, start + chunk)`."""
+        self._drawn.clear()
         for index, step in enumerate(range(start, start + self._chunk)):
             drawn = self._drawn[step] = draws(step)
             rows = slice(index * len(drawn.noise), (index + 1) * len(drawn.noise))
             self._ahead.noise[rows].copy_(drawn.noise)
             if drawn.class_labels is not None:
                 self._ahead.class_labels[rows].copy_(drawn.class_labels)
-        self._chunk_start = start
+        self._chunk_start, self._source = start, draws
         if self._side_stream is None:
             return self._generation()
         self._side_stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -244,6 +249,13 @@ class DMD2:
         if self._side_stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
         return D_fake
+
+
+def _same_start(a: Draws, b: Draws) -> bool:
+    """Whether a generator makes the same images of both."""
+    if (a.class_labels is None) != (b.class_labels is None):
+        return False
+    return torch.equal(a.noise, b.noise) and (a.class_labels is None or torch.equal(a.class_labels, b.class_labels))
 
 
 @dataclasses.dataclass(frozen=True)

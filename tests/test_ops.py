@@ -174,6 +174,7 @@ def run_adamw(implementation, tensors, scalars, dtype=None):
     [
         (torch.float32, torch.float32, None), (torch.float32, torch.float32, torch.bfloat16),
         (torch.float32, torch.bfloat16, torch.float16), (torch.float64, torch.float64, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float16),
     ],
 )  # fmt: skip
 def test_adamw_error_budget(dtype, grad_dtype, shadow_dtype, max_grad_norm, device):

@@ -11,7 +11,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_there_are_blocks_and_one_compiles():
-    assert len(BLOCKS) == 3 and sum("torch.compile" in block for block in BLOCKS) == 1
+    assert len(BLOCKS) == 4 and sum("torch.compile" in block for block in BLOCKS) == 1
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[3][:30])
@@ -26,6 +26,9 @@ def test_block(block):
         assert names["state"].tolist() == [0, 2 << 32]
     elif "residual" in names:
         assert names["x"].grad.isfinite().all() and names["x"].grad.abs().sum() > 0
+    elif "optimizer" in names:
+        weight, average = names["network"][0].weight, names["average"][0].weight
+        assert 0 < (weight - average).abs().max() < 1e-3 and names["grad_norm"] > 0
     else:
         torch.testing.assert_close(names["shadow"], names["param"].bfloat16())
         assert names["grad_norm"] > 1 and names["grad"].eq(0).all() and names["step"].item() == 1

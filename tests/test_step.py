@@ -133,6 +133,47 @@ def test_bfloat16_follows_float32(teacher):
 TINY = UNetConfig(image_size=8, model_channels=8, channel_multipliers=(1,), num_blocks=1, attention_resolutions=())
 
 
+def test_a_new_function_of_the_same_draws_makes_no_image_again():
+    """A lambda written in the loop: the same losses, and as many images through the generator."""
+
+    teacher = make_network(TINY)
+
+    def iterate(wrap):
+        draws, model = trainer.make_draws(CONFIG, teacher, CPU), trainer.build(CONFIG, copy.deepcopy(teacher))
+        sizes = []
+        model.generator.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+        return [model.iterate(step, wrap(draws)).loss_fake.item() for step in range(5)], sum(sizes)
+
+    assert iterate(lambda draws: draws) == iterate(lambda draws: lambda step: draws(step))
+
+
+@pytest.mark.parametrize("change", ["noise", "fake_noise", "everything"])
+@pytest.mark.parametrize("others_at", [{1}, {2, 3}], ids=str)
+def test_a_new_function_of_other_draws_is_followed(change, others_at):
+    """In the middle of a chunk, whichever of its tensors differs, there and back: as one function all along."""
+    teacher = make_network(TINY)
+    draws, others = (trainer.make_draws(dataclasses.replace(CONFIG, seed=seed), teacher, CPU) for seed in (0, 1))
+
+    def changed(step):
+        other = others(step)
+        return other if change == "everything" else dataclasses.replace(draws(step), **{change: getattr(other, change)})
+
+    def choose(step):
+        return changed if step in others_at else draws
+
+    def iterate(function_at, steps=range(5)):
+        model = trainer.build(CONFIG, copy.deepcopy(teacher))
+        return [model.iterate(step, function_at(step)).loss_fake.item() for step in steps]
+
+    got, first = iterate(choose), min(others_at)
+    assert got == iterate(lambda _: lambda step: choose(step)(step))
+    unchanged = iterate(lambda _: draws)
+    assert got[:first] == unchanged[:first] and got[first] != unchanged[first]
+    # Iteration 2 after 4: what was drawn ahead for it by another function is forgotten.
+    jump = iterate(lambda step: draws if step == 1 else changed, (1, 4, 2))
+    assert jump == iterate(lambda _: lambda step: (draws if step == 1 else changed)(step), (1, 4, 2))
+
+
 def assert_same_training(teacher, num_iterations, execution, *, tolerance, **changes):
     """Losses and weights after these iterations, against eager execution."""
     eager, losses = run(teacher, num_iterations, **changes, execution="eager")

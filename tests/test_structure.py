@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "fastdmd"
 LAYERS = [
     "_native", "files", "memory", "interrupts", "cores", "startup", "tally", "kernels", "ops", "diffusion", "dmd2",
     "data", "unet_config", "unet_blocks", "unet", "imports", "weight_files", "inert_pickle", "pickles", "edm",
-    "optim", "step", "precision", "machine", "adapters", "diffusers_unet", "checkpoint", "teachers", "metrics",
-    "quality", "pictures", "run_folder", "loop", "config", "presets", "cli", "trainer", "budget", "train",
-    "pretrain", "sample", "evaluate", "export",
+    "flat", "gradients", "groups", "optim", "step", "precision", "machine", "adapters", "diffusers_unet",
+    "checkpoint", "teachers", "metrics", "quality", "pictures", "run_folder", "loop", "config", "presets", "cli",
+    "trainer", "budget", "train", "pretrain", "sample", "evaluate", "export",
 ]  # fmt: skip
 
 

@@ -45,6 +45,15 @@ void adamw_shadowed(const AdamW& a, int64_t begin, int64_t end) {
                                    : adamw_typed<T, G, BFloat16>(a, begin, end);
 }
 
+template <class T>
+void adamw_wide(const AdamW& a, int64_t begin, int64_t end) {
+  switch (a.grad_dtype) {
+    case Dtype::bfloat16: return adamw_shadowed<T, BFloat16>(a, begin, end);
+    case Dtype::float16: return adamw_shadowed<T, Float16>(a, begin, end);
+    default: return adamw_shadowed<T, T>(a, begin, end);
+  }
+}
+
 }  // namespace
 
 double sum_of_squares(const void* grad, Dtype dtype, int64_t begin, int64_t end) {
@@ -61,12 +70,8 @@ void adamw(const AdamW& a, int64_t begin, int64_t end) {
       const int64_t size = a.grad_dtype == Dtype::float64 ? 8 : a.grad_dtype == Dtype::float32 ? 4 : 2;
       std::memset(static_cast<char*>(a.grad) + begin * size, 0, (end - begin) * size);
     }
-  } else if (a.dtype == Dtype::float64) {
-    a.grad_dtype == Dtype::bfloat16 ? adamw_shadowed<double, BFloat16>(a, begin, end)
-                                    : adamw_shadowed<double, double>(a, begin, end);
   } else {
-    a.grad_dtype == Dtype::bfloat16 ? adamw_shadowed<float, BFloat16>(a, begin, end)
-                                    : adamw_shadowed<float, float>(a, begin, end);
+    a.dtype == Dtype::float64 ? adamw_wide<double>(a, begin, end) : adamw_wide<float>(a, begin, end);
   }
 }
 

@@ -165,8 +165,8 @@ Tensor adamw_ema_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, 
   STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64,
                   "fastdmd.adamw_ema_: expected param of dtype float32 or float64, got dtype number ",
                   int(param.scalar_type()));
-  STD_TORCH_CHECK(grad_dtype == dtype || grad_dtype == Dtype::bfloat16,
-                  "fastdmd.adamw_ema_: expected grad of the dtype of param or bfloat16, got dtype number ",
+  STD_TORCH_CHECK(grad_dtype == dtype || grad_dtype == Dtype::bfloat16 || grad_dtype == Dtype::float16,
+                  "fastdmd.adamw_ema_: expected grad of the dtype of param, bfloat16 or float16, got dtype number ",
                   int(grad.scalar_type()));
   Tensor grad_norm = torch::stable::new_empty(param, {});
   constexpr int64_t num_factors = sizeof(Factors) / sizeof(double);
@@ -205,6 +205,8 @@ Tensor adamw_ema_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, 
     });
   else if (grad_dtype == Dtype::bfloat16)
     launch_vectors(__nv_bfloat16{});
+  else if (grad_dtype == Dtype::float16)
+    launch_vectors(__half{});
   else
     launch_vectors(float{});
   return grad_norm;

@@ -36,20 +36,28 @@ def define(schema: str, *, module: str, reference: Callable, fake: Callable, bac
         _CPU_ONLY.add(name)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    arguments = getattr(torch.ops.fastdmd, name).default._schema.arguments
+    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
     for device_type in ORDER:
-        _LIBRARY.impl(name, _chooser(name, device_type), device_type.upper())
+        _LIBRARY.impl(name, _chooser(name, device_type, written), device_type.upper())
     torch.library.register_fake(f"fastdmd::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"fastdmd::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.fastdmd, name).default
 
 
-def _chooser(name: str, device_type: str) -> Callable:
+def _chooser(name: str, device_type: str, written: list[int]) -> Callable:
+    """Calls the implementation chosen; what it writes in place counts as changed, so that a stale graph raises."""
+
     def call(*arguments):
         chosen = _CHOSEN.get((name, device_type))
         if chosen is None:
             chosen = _CHOSEN[name, device_type] = _choose(name, device_type, os.environ.get("FASTDMD_BACKEND"))
-        return chosen(*arguments)
+        result = chosen(*arguments)
+        for index in written:
+            if arguments[index] is not None and not arguments[index].is_inference():
+                torch.autograd.graph.increment_version(arguments[index])
+        return result
 
     return call
 

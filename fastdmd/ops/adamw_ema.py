@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def adamw_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
 
     Args:
         param: the weights `[n]`, float32 or float64.
-        grad: their gradients `[n]`, of the dtype of `param` or bfloat16.
+        grad: their gradients `[n]`, of the dtype of `param`, bfloat16 or float16.
         exp_avg, exp_avg_sq: the moments `[n]`, like `param`.
         step: number of steps done, int64 `[1]`; counts on the device.
         learning_rate: floating point, 0-dim, on the device, so that a captured graph sees it change.
@@ -30,14 +31,42 @@ def adamw_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
         shadow: copy of the weights `[n]` in bfloat16 or float16, for the next forward. Default: none is kept.
         zero_grad: clears `grad` in the same pass.
 
+    `betas` are in [0, 1), `ema_decay` in [0, 1], the other numbers at least 0; all but `max_grad_norm` are finite.
+
     Returns the norm of `grad` before clipping, 0-dim, of the dtype of `param`.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
+    check_options(
+        "adamw_ema_", betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, ema_decay=ema_decay,
+        ema_warmup=ema_warmup,
+    )  # fmt: skip
     _check(param, grad, exp_avg, exp_avg_sq, step, learning_rate, ema, shadow)
     return _adamw_ema_(
         param, grad, exp_avg, exp_avg_sq, step, learning_rate, ema, shadow, *betas, eps, weight_decay, max_grad_norm,
         ema_decay, ema_warmup, zero_grad,
     )  # fmt: skip
+
+
+RANGES = {  # of options, as text and as a test, which NaN fails
+    "betas": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "ema_decay": ("in [0, 1]", lambda value: 0 <= value <= 1),
+    "max_grad_norm": (">= 0", lambda value: value >= 0),
+}
+NOT_NEGATIVE = (">= 0 and finite", lambda value: 0 <= value < math.inf)
+
+
+def check_options(place: str, **options: float | tuple[float, float]) -> None:
+    """Raises TypeError or ValueError for the first that is no number, or in `betas` no pair, or out of its range."""
+    for name, value in options.items():
+        text, allows = RANGES.get(name, NOT_NEGATIVE)
+        pair = name == "betas"
+        if pair and not (isinstance(value, (tuple, list)) and len(value) == 2):
+            raise TypeError(f"fastdmd.{place}: expected betas to be a pair of numbers, got {value!r}")
+        for number in value if pair else (value,):
+            if isinstance(number, bool) or not isinstance(number, numbers.Real):
+                raise TypeError(f"fastdmd.{place}: expected {name} to be a number {text}, got {value!r}")
+            if not allows(number):
+                raise ValueError(f"fastdmd.{place}: expected {name} {text}, got {value}")
 
 
 def _check(param, grad, exp_avg, exp_avg_sq, step, learning_rate, ema, shadow) -> None:
@@ -48,13 +77,17 @@ def _check(param, grad, exp_avg, exp_avg_sq, step, learning_rate, ema, shadow) -
             raise TypeError(f"fastdmd.adamw_ema_: expected {name} of dtype {expected}, got {got}")
         if tensor.shape != shape:
             raise ValueError(f"fastdmd.adamw_ema_: expected {name} of shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != param.device or not tensor.is_contiguous():
-            raise ValueError(f"fastdmd.adamw_ema_: expected {name} contiguous on {param.device}, got {tensor.device}")
+        if tensor.device != param.device:
+            raise ValueError(f"fastdmd.adamw_ema_: expected {name} on {param.device}, got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"fastdmd.adamw_ema_: expected {name} contiguous, got strides {tensor.stride()}")
 
+    if not isinstance(param, Tensor):
+        raise TypeError(f"fastdmd.adamw_ema_: expected param to be a tensor, got {type(param).__name__}")
     if param.dim() != 1:
         raise ValueError(f"fastdmd.adamw_ema_: expected param of shape [n], got {tuple(param.shape)}")
     expect("param", param, param.shape, torch.float32, torch.float64)
-    expect("grad", grad, param.shape, param.dtype, torch.bfloat16)
+    expect("grad", grad, param.shape, param.dtype, torch.bfloat16, torch.float16)
     expect("exp_avg", exp_avg, param.shape, param.dtype)
     expect("exp_avg_sq", exp_avg_sq, param.shape, param.dtype)
     expect("step", step, (1,), torch.int64)
