@@ -6,14 +6,28 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from fastdmd import cli, data, diffusion, dmd2, machine, teachers
+from fastdmd.bounds import above, at_least, within
 from fastdmd.checkpoint import save_network
-from fastdmd.config import EvaluationConfig, Switch, require, require_fraction, require_positive
+from fastdmd.config import (
+    BatchSize,
+    DataDeviation,
+    Decay,
+    EvaluationConfig,
+    Iterations,
+    LogDeviation,
+    LogMean,
+    Rate,
+    Snapshots,
+    Switch,
+    WarmUp,
+    WeightDecay,
+)
 from fastdmd.machine import versions
 from fastdmd.optim import AdamWEMA
 from fastdmd.pictures import SampleHistory
@@ -32,61 +46,54 @@ class PretrainConfig(EvaluationConfig):
     """Run folder; must not hold a run yet."""
     init: str | None = None
     """Weight file of a teacher to go on from, or `mnist`: the embedded one. Its architecture overrules these flags."""
-    iterations: int = 11_500
+    iterations: Iterations = 11_500
     """Number of optimizer updates."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images per update."""
-    learning_rate: float = 1.5e-3
+    learning_rate: Rate = 1.5e-3
     """Peak learning rate of AdamW; falls to zero along a cosine."""
-    warmup_iterations: int = 300
+    warmup_iterations: WarmUp = 300
     """Updates over which the learning rate rises."""
-    weight_decay: float = 0.0
+    weight_decay: WeightDecay = 0.0
     """Decoupled weight decay of AdamW."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Rate = 1.0
     """Gradients are clipped to this global norm."""
-    ema_decay: float = 0.999
+    ema_decay: Decay = 0.999
     """Decay of the average of the weights, per update. The average is the teacher."""
     dynamics: Literal["edm", "flow"] = "edm"
     """EDM's preconditioning and objective, or flow matching's velocity, noise minus image."""
-    sigma_mean: float = -0.2
+    sigma_mean: LogMean = -0.2
     """Mean of ln(sigma) in training, which is logit(t) in flow matching."""
-    sigma_std: float = 1.5
+    sigma_std: LogDeviation = 1.5
     """Standard deviation of ln(sigma) in training."""
-    sigma_data: float = 0.5
+    sigma_data: DataDeviation = 0.5
     """Standard deviation of the data, as the preconditioning assumes it."""
-    patch_size: int = 2
+    patch_size: Annotated[int, at_least(1, 1024)] = 2
     """Pixels per side folded into channels before the first convolution."""
-    model_channels: int = 48
+    model_channels: Annotated[int, at_least(1, 2**14)] = 48
     """Width that the multipliers refer to, and width of the noise embedding."""
-    channel_multipliers: tuple[int, ...] = (1, 2)
+    channel_multipliers: Annotated[tuple[int, ...], at_least(1, 64)] = (1, 2)
     """Width at each resolution, finest first, in units of model_channels."""
-    num_blocks: int = 1
+    num_blocks: Annotated[int, at_least(1, 64)] = 1
     """Residual blocks at each resolution of the encoder."""
-    attention_resolutions: tuple[int, ...] = (7,)
+    attention_resolutions: Annotated[tuple[int, ...], at_least(1, 2**14)] = (7,)
     """Feature-map sizes with self-attention."""
-    channels_per_head: int = 0
+    channels_per_head: Annotated[int, at_least(0, 2**14)] = 0
     """Channels of an attention head; 0 means one head."""
     adaptive_scale: bool = True
     """Embeddings scale and shift normalised features (ADM); otherwise they are added (DDPM++)."""
-    dropout: float = 0.0
+    dropout: Annotated[float, within(0, 1, below=True)] = 0.0
     """Dropout probability inside residual blocks."""
-    log_every: int = 100
+    log_every: Iterations = 100
     """Iterations between lines of metrics.jsonl."""
-    snapshots: int = 10
+    snapshots: Snapshots = 10
     """How often, over the run, weights and samples are written."""
-    label_emphasis: float = 1.0
+    label_emphasis: Annotated[float, above(0, 1000)] = 1.0
     """After training, class embeddings move this much farther from their mean: classes more distinct, variety less."""
     weights_dtype: Literal["float32", "float16"] = "float32"
     """Precision of the weights in the file; float16 halves it. What is measured is what the file holds."""
     dry_run: Switch = False
     """Print the resolved configuration and stop."""
-
-    def check(self) -> None:
-        super().check()
-        require(self, 1, "iterations", "batch_size", "log_every", "snapshots")
-        require(self, 0, "warmup_iterations", "weight_decay", "channels_per_head")
-        require_positive(self, "learning_rate", "max_grad_norm", "sigma_std", "sigma_data", "label_emphasis")
-        require_fraction(self, "ema_decay", "dropout")
 
     def network(self, image_shape: tuple[int, int, int], num_classes: int) -> UNetConfig:
         """The network for images `(C, H, W)`."""
