@@ -51,6 +51,8 @@ class EvaluationConfig:
     """Every random draw is a function of the seed and the iteration."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+    verbose: Switch = False
+    """Show the traceback of an error beneath its line, as FASTDMD_TRACEBACK=1 does."""
 
     def check(self) -> None:
         """Raises ValueError for a value that cannot be, naming the flag, what was expected and what came."""
@@ -222,6 +224,8 @@ class SampleConfig:
     """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator takes one step."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+    verbose: Switch = False
+    """Show the traceback of an error beneath its line, as FASTDMD_TRACEBACK=1 does."""
 
     def check(self) -> None:
         bounds.check(self)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from tqdm import tqdm
 
-from fastdmd import cli, data, diffusion, dmd2, machine, teachers
+from fastdmd import cli, data, diffusion, dmd2, machine, outputs, teachers, terminal
 from fastdmd.bounds import above, at_least, within
 from fastdmd.checkpoint import save_network
 from fastdmd.config import (
@@ -27,6 +27,7 @@ from fastdmd.config import (
     Switch,
     WarmUp,
     WeightDecay,
+    warm_up_notice,
 )
 from fastdmd.machine import versions
 from fastdmd.optim import AdamWEMA
@@ -35,6 +36,9 @@ from fastdmd.quality import Evaluation, Measurement, table, teacher_sampler
 from fastdmd.run_folder import RunFolder
 from fastdmd.trainer import NUM_SAMPLE_COLUMNS, interruptible, sample_inputs
 from fastdmd.unet import UNet, UNetConfig
+
+NUM_STATES = 5  # weights, gradients, average and two moments
+ADVICE = "a smaller --batch-size or --model-channels needs less"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,15 +108,22 @@ class PretrainConfig(EvaluationConfig):
         )
 
 
+@terminal.command("fastdmd.pretrain")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
-    with cli.user_errors("fastdmd.pretrain"):
+    with cli.user_errors("fastdmd.pretrain", advice=ADVICE):
         device = cli.resolve_device(config.device)
+        if not config.dry_run:
+            outputs.require_folder(config.out)
+        if (notice := warm_up_notice(config)) is not None:
+            terminal.say(notice)
         machine.prepare(device, batch_size=config.batch_size)
         dataset = data.load(config.data, device=device)
         torch.manual_seed(config.seed)  # of the initial weights
         if config.init is None:
-            network = UNet(config.network(dataset.image_shape, dataset.num_classes))
+            shape = config.network(dataset.image_shape, dataset.num_classes)
+            require_memory(config, shape, device)
+            network = UNet(shape)
         else:
             network = teachers.load(config.init)
             if not isinstance(network, UNet):
@@ -128,8 +139,29 @@ def main(arguments: list[str] | None = None) -> None:
         evaluation = cli.make_evaluation(config, network, dataset if config.data else None, device)
         run = RunFolder(config.out, cli.to_json(config))
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {run.path}, on {device}")
-    if pretrain(config, network, dataset, run, evaluation)["outcome"] == "interrupted":
+    with cli.run_errors("fastdmd.pretrain", "training", ADVICE):
+        summary = pretrain(config, network, dataset, run, evaluation)
+    if summary["outcome"] == "interrupted":
         sys.exit(130)
+
+
+def require_memory(config: PretrainConfig, shape: UNetConfig, device: torch.device) -> None:
+    """Raises ValueError for a network or a batch that cannot be held, before either is made; and says where no feature
+    map has one of --attention-resolutions."""
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in UNet(shape).parameters())
+    size = shape.image_size // shape.patch_size
+    num_values = shape.image_channels * shape.image_size**2 + shape.model_channels * size**2  # of an image and its map
+    num_bytes = 4 * (NUM_STATES * num_parameters + config.batch_size * num_values)
+    cli.require_memory(
+        num_bytes, device, f"{num_parameters:.3g} parameters and --batch-size {config.batch_size}", ADVICE
+    )
+    sizes = [size >> level for level in range(len(shape.channel_multipliers))]
+    if shape.attention_resolutions and not set(shape.attention_resolutions) & set(sizes):
+        terminal.say(
+            f"no attention: --attention-resolutions {' '.join(map(str, shape.attention_resolutions))} is none of the "
+            f"feature maps' sizes, {', '.join(map(str, sizes))}"
+        )
 
 
 def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: RunFolder,

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 
 import torch
 from torch import nn
 
-from fastdmd import cli, machine, teachers, trainer
+from fastdmd import cli, machine, outputs, teachers, terminal, trainer
 from fastdmd.budget import Budget, estimate
-from fastdmd.config import TrainConfig
+from fastdmd.config import TrainConfig, warm_up_notice
 from fastdmd.presets import PRESETS
 from fastdmd.run_folder import RunFolder
 from fastdmd.unet import UNet
 
+BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
+HOPELESS = 2  # times the memory that there is: no estimate is as wrong as that, and the system would end the process
 
+
+@terminal.command("fastdmd.train")
 def main(arguments: list[str] | None = None) -> None:
     presets = {name: preset.config for name, preset in PRESETS.items()}
     config = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
     with cli.user_errors("fastdmd.train"):
         device = cli.resolve_device(config.device)
+        if not config.dry_run:
+            outputs.require_folder(config.resolved_out)
+        if (notice := warm_up_notice(config)) is not None:
+            terminal.say(notice)
         teacher, metadata = load_teacher(config, device)
         config = config.for_teacher(teacher, device)
         machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
@@ -29,15 +38,18 @@ def main(arguments: list[str] | None = None) -> None:
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return
+        num_values = config.batch_size * math.prod(teacher.image_shape)
+        cli.require_memory(BYTES_PER_DRAW * num_values, device, f"--batch-size {config.batch_size}")
         if budget is not None and (advice := budget.advice()) is not None:
-            if budget.state_bytes > budget.available_bytes:
+            if max(budget.state_bytes, budget.peak_bytes / HOPELESS) > budget.available_bytes:
                 raise ValueError(advice)
             print(f"{advice} (an estimate)")
         evaluation = cli.make_evaluation(config, teacher, dataset, device)
         run = RunFolder(config.resolved_out, cli.to_json(config))
     print(f"distilling {config.teacher} into {run.path} on {device}")
     teacher_record = None if config.measure_teacher else metadata.get("record")
-    summary = trainer.distill(config, teacher, run, evaluation, teacher_record)
+    with cli.run_errors("fastdmd.train", "training"):
+        summary = trainer.distill(config, teacher, run, evaluation, teacher_record)
     print(f"{run.path}: generator.safetensors, samples.png, summary.json")
     if summary["outcome"] != "complete":
         print(f"{summary['outcome']} after {summary['iterations']} of {config.iterations} iterations")

@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "fastdmd"
 
 # A module may import from its own layer's predecessors, and inside a layer from names further left.
 LAYERS = [
-    "_native", "files", "bounds", "kernels", "ops", "diffusion", "dmd2", "data_formats", "data", "unet_config",
-    "unet_blocks", "unet", "inert_pickle", "pickles", "edm", "optim", "step", "precision", "machine", "imports", "adapters",
-    "diffusers_unet", "checkpoint", "teachers", "metrics", "quality", "pictures", "run_folder", "config", "presets",
-    "cli", "trainer", "budget", "train", "pretrain", "sample", "evaluate", "export",
+    "_native", "files", "bounds", "outputs", "terminal", "kernels", "ops", "diffusion", "dmd2", "data_formats",
+    "data", "unet_config", "unet_blocks", "unet", "inert_pickle", "pickles", "edm", "optim", "step", "budget",
+    "precision", "machine", "imports", "adapters", "diffusers_unet", "checkpoint", "teachers", "frechet",
+    "features", "metrics", "quality", "pictures", "run_folder", "config", "presets", "cli", "trainer", "train",
+    "pretrain", "sample", "evaluate", "export",
 ]  # fmt: skip
 
 
