@@ -38,7 +38,7 @@ def user_errors(command: str, doing: str = "setting up", advice: str = SMALLER) 
     """One line and exit code 2 for what a user got wrong, 1 where memory ends. Around set-up only, never around
     training."""
     try:
-        with run_errors(command, doing, advice, kinds=()):
+        with memory_errors(command, doing, advice):
             yield
     except BrokenPipeError:
         raise
@@ -48,21 +48,30 @@ def user_errors(command: str, doing: str = "setting up", advice: str = SMALLER) 
 
 
 @contextlib.contextmanager
-def run_errors(command: str, doing: str, advice: str = SMALLER,
-               kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:  # fmt: skip
-    """One line and exit code 1 where memory ends, which has many names, and for `kinds`, by default a full disk and
-    the like. Around the run itself; any other error is a fault of ours and keeps its traceback."""
+def run_errors(command: str, doing: str, advice: str = SMALLER) -> Iterator[None]:
+    """One line and exit code 1 where memory ends, which has many names, for a full disk and the like, and for what we
+    say of data and networks of the user's. Around the run itself; any other error is a fault of ours and keeps its
+    traceback."""
     try:
-        yield
+        with memory_errors(command, doing, advice):
+            yield
     except BrokenPipeError:
         raise
-    except Exception as error:
-        if ran_out_of_memory(error):
-            terminal.report(command, f"out of memory while {doing}{_amount(error)}; {advice}", error)
-        elif isinstance(error, kinds):
-            terminal.report(command, f"{error} (while {doing})", error)
-        else:
+    except (ValueError, TypeError, OSError) as error:
+        if not isinstance(error, OSError) and not str(error).startswith("fastdmd."):
             raise
+        terminal.report(command, f"{error} (while {doing})", error)
+        raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def memory_errors(command: str, doing: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        terminal.report(command, f"out of memory while {doing}; {advice}", error)
         raise SystemExit(1) from None
 
 
@@ -71,13 +80,6 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError, ValueError)) and bool(OUT_OF_MEMORY.search(str(error)))
-
-
-def _amount(error: BaseException) -> str:
-    found = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGTPE]i?B)", str(error))
-    if found is None:
-        return ""
-    return f" ({found[2] or f'{int(found[1]) / 1e9:.1f} GB'} at once)"
 
 
 def require_memory(num_bytes: float, device: torch.device, what: str, advice: str = SMALLER) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -94,11 +95,12 @@ def verify(feature_network: FeatureNetwork, image_shape: tuple[int, int, int], n
     images = torch.randint(0, 256, (2, *image_shape), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
     try:
         features, logits = feature_network(images)
-    except Exception as error:  # whatever code of the user's own may raise
+    except (Exception, SystemExit) as error:  # whatever code of the user's own may raise
         if str(error).startswith("fastdmd."):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[-1] if lines else 'nothing said'}"  # TorchScript's cause stands last
+        last = lines[-1] if lines else "nothing said"  # where TorchScript has the cause, after a traceback of its own
+        reason = last if re.match(r"\w*Error: ", last) else f"{type(error).__name__}: {last}"
         raise _error(f"{name} to take images of shape {tuple(images.shape)}", reason) from error
     num_features = features.shape[1]
     if not 1 <= num_features <= MAX_FEATURES:

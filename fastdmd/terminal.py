@@ -38,6 +38,10 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             except BrokenPipeError:
                 _give_up()
                 raise SystemExit(CLOSED_PIPE) from None
+            except OSError as error:  # what no step of the command has expected: of stdout, most likely
+                report(name, str(error), error)
+                _give_up()
+                raise SystemExit(1) from None
             except BaseException:
                 with _delivered(name):
                     sys.stdout.flush()
