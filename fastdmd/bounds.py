@@ -13,34 +13,39 @@ class Bounds(NamedTuple):
 
     least: float
     greatest: float
-    too_small: str  # said of NaN and infinity, too
+    too_small: str
     too_great: str
+    not_finite: str
     above: bool = False  # the least value itself is out
     below: bool = False  # the greatest one
 
     def fault(self, value: float) -> str | None:
         """What is expected instead of this value; None for a good one."""
-        if math.isnan(value) or value < self.least or (self.above and value == self.least):
+        if isinstance(value, float) and not math.isfinite(value):
+            return self.not_finite
+        if value < self.least or (self.above and value == self.least):
             return self.too_small
         if value > self.greatest or (self.below and value == self.greatest):
-            return self.too_small if value == math.inf else self.too_great
+            return self.too_great
         return None
 
 
 def at_least(least: float, greatest: float) -> Bounds:
     """For counts. `greatest` is where a value stops making sense."""
-    return Bounds(least, greatest, f">= {_show(least)}", f"<= {_show(greatest)}")
+    text = f">= {_show(least)}"
+    return Bounds(least, greatest, text, f"<= {_show(greatest)}", f"{text} and finite")
 
 
 def above(least: float, greatest: float) -> Bounds:
     """For what cannot be zero."""
-    return Bounds(least, greatest, f"> {_show(least)} and finite", f"<= {_show(greatest)}", above=True)
+    text = f"> {_show(least)} and finite"
+    return Bounds(least, greatest, text, f"<= {_show(greatest)}", text, above=True)
 
 
 def within(least: float, greatest: float, *, below: bool = False) -> Bounds:
     """`[least, greatest]`, or `[least, greatest)`."""
     text = f"in [{_show(least)}, {_show(greatest)}{')' if below else ']'}"
-    return Bounds(least, greatest, text, text, below=below)
+    return Bounds(least, greatest, text, text, text, below=below)
 
 
 def check(settings: Any) -> None:

@@ -11,15 +11,15 @@ from pathlib import Path
 def require_file(path: Path) -> None:
     """Raises OSError unless `write_atomically` can write there: the name of a file, new or old, in a folder that takes
     one more. Devices, pipes and sockets are refused, since a file would take their place."""
-    if path.is_dir():
-        raise IsADirectoryError(f"expected --out to be a file, got the folder {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected --out in an existing folder, got {path}")
-    if path.exists() and not path.is_file():
-        raise OSError(f"expected --out to be a file, got {path}, a device or a pipe")
-    partial = path.with_name(path.name + ".partial")
-    if not partial.exists():  # one that is there lies in a folder that takes files
-        with _naming(path):
+    with _naming(path):
+        if path.is_dir():
+            raise IsADirectoryError(f"expected --out to be a file, got the folder {path}")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"expected --out in an existing folder, got {path}")
+        if path.exists() and not path.is_file():
+            raise OSError(f"expected --out to be a file, got {path}, a device or a pipe")
+        partial = path.with_name(path.name + ".partial")
+        if not partial.exists():  # one that is there lies in a folder that takes files
             with open(partial, "xb"):
                 pass
             partial.unlink()
@@ -27,13 +27,13 @@ def require_file(path: Path) -> None:
 
 def require_folder(path: Path) -> None:
     """Raises OSError unless a run can be written there: in a folder without one, or where a folder can be made."""
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"fastdmd: expected a folder for --out, got the file {path}")
-    if (path / "config.json").exists():
-        raise FileExistsError(f"fastdmd: expected a new folder for --out, got {path}, which already holds a run")
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     made: list[Path] = []
     with _naming(path):
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"fastdmd: expected a folder for --out, got the file {path}")
+        if (path / "config.json").exists():
+            raise FileExistsError(f"fastdmd: expected a new folder for --out, got {path}, which already holds a run")
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             for folder in reversed(missing):
                 folder.mkdir()
@@ -48,7 +48,10 @@ def require_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system say which file, and not always that of the user."""
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            raise
         raise type(error)(f"expected --out to be writable, got {path}: {error.strerror}") from error

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fastdmd import cli, data, diffusion, dmd2, machine, outputs, teachers, terminal
 from fastdmd.bounds import above, at_least, within
+from fastdmd.budget import training_bytes
 from fastdmd.checkpoint import save_network
 from fastdmd.config import (
     BatchSize,
@@ -37,7 +38,6 @@ from fastdmd.run_folder import RunFolder
 from fastdmd.trainer import NUM_SAMPLE_COLUMNS, interruptible, sample_inputs
 from fastdmd.unet import UNet, UNetConfig
 
-NUM_STATES = 5  # weights, gradients, average and two moments
 ADVICE = "a smaller --batch-size or --model-channels needs less"
 
 
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(config.seed)  # of the initial weights
         if config.init is None:
             shape = config.network(dataset.image_shape, dataset.num_classes)
-            require_memory(config, shape, device)
+            try_architecture(config, shape, device)
             network = UNet(shape)
         else:
             network = teachers.load(config.init)
@@ -145,23 +145,20 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def require_memory(config: PretrainConfig, shape: UNetConfig, device: torch.device) -> None:
-    """Raises ValueError for a network or a batch that cannot be held, before either is made; and says where no feature
-    map has one of --attention-resolutions."""
-    with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in UNet(shape).parameters())
-    size = shape.image_size // shape.patch_size
-    num_values = shape.image_channels * shape.image_size**2 + shape.model_channels * size**2  # of an image and its map
-    num_bytes = 4 * (NUM_STATES * num_parameters + config.batch_size * num_values)
-    cli.require_memory(
-        num_bytes, device, f"{num_parameters:.3g} parameters and --batch-size {config.batch_size}", ADVICE
-    )
-    sizes = [size >> level for level in range(len(shape.channel_multipliers))]
+def try_architecture(config: PretrainConfig, shape: UNetConfig, device: torch.device) -> None:
+    """Raises ValueError where parts do not fit together, or network and batch not into memory; before either is made.
+
+    Says where no feature map has one of --attention-resolutions.
+    """
+    sizes = [(shape.image_size // shape.patch_size) >> level for level in range(len(shape.channel_multipliers))]
     if shape.attention_resolutions and not set(shape.attention_resolutions) & set(sizes):
-        terminal.say(
-            f"no attention: --attention-resolutions {' '.join(map(str, shape.attention_resolutions))} is none of the "
-            f"feature maps' sizes, {', '.join(map(str, sizes))}"
-        )
+        wanted = " ".join(map(str, shape.attention_resolutions))
+        terminal.say(f"no attention: no feature map has --attention-resolutions {wanted}, only {sizes}")
+    try:
+        num_bytes = training_bytes(lambda: UNet(shape), config.batch_size)
+    except RuntimeError as error:
+        raise ValueError(f"expected a network whose parts fit together, got {error}") from error
+    cli.require_memory(num_bytes, device, f"this network with --batch-size {config.batch_size}", ADVICE)
 
 
 def pretrain(config: PretrainConfig, network: UNet, dataset: data.Dataset, run: RunFolder,

@@ -87,7 +87,7 @@ def _prepare() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed before Python began
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors=PLAIN))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=PLAIN)
 
