@@ -88,23 +88,23 @@ class Evaluation:
             return
         self._feature_network = metrics.load_feature_network(feature_network, device)
         num_features = features.verify(self._feature_network, image_shape, feature_network or "the digit classifier")
-        is_default = dataset is None and is_digits
         if reference is not None:
             self._reference = metrics.FeatureStatistics.from_npz(reference)
             if len(self._reference.mean) != num_features:
                 raise ValueError(
                     f"expected a --reference of {num_features} features, got {len(self._reference.mean)} in {reference}"
                 )
-        is_named = dataset is not None
-        dataset = (dataset or data.load()).require(image_shape=image_shape)
-        if is_default and reference is None:
+        is_embedded = dataset is None
+        dataset = (data.load() if is_embedded else dataset).require(image_shape=image_shape)
+        has_own_reference = reference is not None or (is_digits and is_embedded)
+        if self._reference is None and has_own_reference:
             self._reference = metrics.reference_statistics()
-        elif is_named or reference is None:
+        if self._reference is None or (is_digits and not is_embedded):
             found = metrics.survey(metrics.dataset_batches(dataset), self._feature_network)
             self._reference = self._reference or found.statistics
-            if is_digits and is_named:
+            if is_digits:
                 self.notices += metrics.foreign_digits(found, dataset.name)
-        self._measure_floor(dataset, is_default or reference is not None)
+        self._measure_floor(dataset, has_own_reference)
         num_images = min(self.num_samples, self.floor.num_images)
         if num_images <= num_features:
             self.notices.append(

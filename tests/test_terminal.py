@@ -32,7 +32,8 @@ def run(redirection, *words, **environment):
     """Exit code and stderr of a command whose output goes where a shell puts it."""
     command = f'"$@" {" ".join(words)} {redirection}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command, "bash", sys.executable, "-c", MAIN], capture_output=True, text=True,
-                          errors="replace", cwd=Path(__file__).parents[1], env={**os.environ, **environment}, timeout=60)  # fmt: skip
+                          errors="replace", cwd=Path(__file__).parents[1], timeout=60,
+                          env={**os.environ, **environment})  # fmt: skip
     return done.returncode, done.stderr, done.stdout
 
 
