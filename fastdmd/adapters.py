@@ -18,6 +18,7 @@ from fastdmd.diffusion import per_sample
 Parameterization = Literal["x0", "edm", "epsilon", "v", "flow"]
 NoiseSchedule = Literal["linear", "scaled_linear", "cosine", "squaredcos_cap_v2"]
 FLAGS = {"sigma_data": "teacher-sigma-data", "labels": "teacher-labels", "num_train_timesteps": "schedule-timesteps"}
+Timesteps = Annotated[int | None, at_least(2, 10**6), tyro.conf.arg(name=FLAGS["num_train_timesteps"])]
 SCHEDULE_OPTIONS = ("noise_schedule", "num_train_timesteps", "beta_start", "beta_end", "alphas_cumprod", "timesteps")
 FLOW_OPTIONS = ("velocity", "time_scale", "time_direction")
 LEAST_ALPHAS_CUMPROD = 2.0**-24  # a schedule that ends in pure noise has 0 there, an infinite sigma
@@ -39,9 +40,7 @@ class AdapterOptions:
     """Standard deviation of its data. Default: the network's sigma_data; without that 0.5, but for edm."""
     noise_schedule: NoiseSchedule | None = None
     """DDPM's, from sigma to timestep. Default for epsilon and v: linear. With x0, the network takes timesteps, too."""
-    num_train_timesteps: Annotated[int | None, at_least(2, 10**6), tyro.conf.arg(name=FLAGS["num_train_timesteps"])] = (
-        None
-    )
+    num_train_timesteps: Timesteps = None
     """Timesteps of the noise schedule. Default: 1000."""
     beta_start: Annotated[float | None, above(0, 1)] = None
     """First beta. Default: 1e-4, or 0.00085 for scaled_linear."""
