@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 LIBRARIES = {"cpu": "libfastdmd_cpu.so", "cuda": "libfastdmd_cuda.so"}
+MODES = ("auto", "0", "1")  # of FASTDMD_NATIVE; 1 is for the build, which it lets fail
 
 
 class Unavailable(RuntimeError):
@@ -21,11 +22,14 @@ class Unavailable(RuntimeError):
 def load(device_type: str) -> str | None:
     """Loads the library for `device_type`, once. Returns None, or the reason why there is none.
 
-    A library that is there but does not load is a fault of the installation: it warns with the cause.
+    A library that is there but does not load is a fault of the installation: it warns with the cause. Raises ValueError
+    for a FASTDMD_NATIVE that means nothing.
     """
     if device_type not in LIBRARIES:
         return f"there is no native library for {device_type}"
-    if os.environ.get("FASTDMD_NATIVE", "auto") == "0":
+    if (mode := os.environ.get("FASTDMD_NATIVE") or "auto") not in MODES:
+        raise ValueError(f"fastdmd: expected FASTDMD_NATIVE out of {', '.join(MODES)}, got {mode!r}")
+    if mode == "0":
         return "switched off by FASTDMD_NATIVE=0"
     if device_type == "cuda":
         if torch.version.cuda is None:

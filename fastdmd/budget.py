@@ -77,6 +77,18 @@ def estimate(teacher: nn.Module, build: Callable[[nn.Module], DMD2], batch_size:
     )  # fmt: skip
 
 
+def training_bytes(make: Callable[[], nn.Module], batch_size: int) -> int:
+    """What an update of one network takes at most, found on meta tensors: weights, gradients, what the backward pass
+    needs, two moments and an average. Raises RuntimeError where its parts do not fit together."""
+    with Allocations() as memory, torch.device("meta"):
+        network = make()
+        images, labels = torch.empty(batch_size, *network.image_shape), None
+        if network.num_classes:
+            labels = torch.empty(batch_size, dtype=torch.int64)
+        network(images, torch.empty(batch_size), labels).square().mean().backward()
+    return memory.most + 3 * sum(parameter.nbytes for parameter in network.parameters())
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of the device, None where the system does not tell."""
     if device.type == "cuda":

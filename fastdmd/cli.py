@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -12,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 import tyro
 
-from fastdmd import data
+from fastdmd import data, ops, terminal
 from fastdmd.adapters import Adapted
+from fastdmd.budget import available_bytes
 from fastdmd.config import EvaluationConfig
 from fastdmd.diffusion import Denoiser
 from fastdmd.quality import Evaluation
@@ -22,14 +24,72 @@ from fastdmd.unet import UNet
 Config = TypeVar("Config")
 
 
+OUT_OF_MEMORY = re.compile(
+    "out of memory|n[o']t allocate memory|unable to allocate|not enough memory|bad_alloc|STATUS_ALLOC_FAILED"
+    # of our native ops, and of oneDNN's, where an allocation is all that can fail
+    '|dispatcher\\( *"aten::(new_)?empty|could not create a (memory|primitive)',
+    re.IGNORECASE,
+)
+SMALLER = "a smaller --batch-size or more --accumulation-steps need less"
+
+
 @contextlib.contextmanager
-def user_errors(command: str, kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)) -> Iterator[None]:
-    """One line and exit code 2 for what a user got wrong: any kind around set-up, the disk alone around training."""
+def user_errors(command: str, doing: str = "setting up", advice: str = SMALLER) -> Iterator[None]:
+    """One line and exit code 2 for what a user got wrong, 1 where memory ends. Around set-up only, never around
+    training."""
+    try:
+        with memory_errors(command, doing, advice):
+            yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        terminal.report(command, str(error), error)
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def run_errors(command: str, doing: str, advice: str = SMALLER) -> Iterator[None]:
+    """One line and exit code 1 where memory ends, which has many names, for a full disk and the like, and for what we
+    say of data and networks of the user's. Around the run itself; any other error is a fault of ours and keeps its
+    traceback."""
+    try:
+        with memory_errors(command, doing, advice):
+            yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        if not isinstance(error, OSError) and not str(error).startswith("fastdmd."):
+            raise
+        terminal.report(command, f"{error} (while {doing})", error)
+        raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def memory_errors(command: str, doing: str, advice: str) -> Iterator[None]:
     try:
         yield
-    except kinds as error:
-        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        terminal.report(command, f"out of memory while {doing}; {advice}", error)
+        raise SystemExit(1) from None
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, numpy, torch, a GPU's libraries or the system raise then."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError, ValueError)) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def require_memory(num_bytes: float, device: torch.device, what: str, advice: str = SMALLER) -> None:
+    """Raises ValueError where the device cannot hold so many bytes, before anything takes them."""
+    available = available_bytes(device)
+    if available is not None and num_bytes > available:
+        raise ValueError(
+            f"expected {what} to fit into memory, got {num_bytes / 1e9:.1f} GB at the least, with "
+            f"{available / 1e9:.1f} GB free; {advice}"
+        )
 
 
 def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
@@ -63,21 +123,26 @@ def parse(config_class: type[Config], command: str, arguments: list[str] | None 
             if name not in presets:
                 raise ValueError(f"expected --preset one of {', '.join(presets)}, got {name}")
             default = presets[name]
-        config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
+        with terminal.readable_width():
+            config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
         config.check()
         return config
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one. Raises ValueError for a device that is not there."""
+    """`auto` takes a GPU if there is one. Raises ValueError for a device that is not there, or lacks the backend that
+    the environment asks for."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if ran_out_of_memory(error):  # of a GPU that another process fills
+            raise
         reason = str(error).splitlines()[0]
         raise ValueError(f"expected --device auto, cpu or a CUDA device that is there, got {name}: {reason}") from error
+    ops.require_environment(device)
     return device
 
 
@@ -90,9 +155,9 @@ def make_evaluation(config: EvaluationConfig, network: Denoiser, dataset: data.D
         network.image_shape, network.num_classes, num_samples=config.num_samples, dataset=dataset,
         feature_network=config.feature_network, reference=config.reference, seed=config.seed, device=device,
     )  # fmt: skip
-    if evaluation.notice:
-        print(evaluation.notice)
-    elif dataset is not None:
+    for notice in evaluation.notices:
+        terminal.say(notice)
+    if dataset is not None and evaluation.floor.num_images:
         print(f"measured against {len(dataset)} images of {dataset.name}")
     return evaluation
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from fastdmd import bounds
+from fastdmd.bounds import above, at_least, within
 from fastdmd.data.framing import Framing
 from fastdmd.data.labels import require_choice
 from fastdmd.diffusion import Denoiser
@@ -18,6 +20,19 @@ from fastdmd.precision import resolve_execution, resolve_precision
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Seed = Annotated[int, within(0, 2**32, below=True)]
+HeunSteps = Annotated[int, at_least(1, 10**4)]
+Iterations = Annotated[int, at_least(1, 10**9)]
+WarmUp = Annotated[int, at_least(0, 10**9)]
+BatchSize = Annotated[int, at_least(1, 10**6)]
+Snapshots = Annotated[int, at_least(1, 10**6)]
+Rate = Annotated[float, above(0, 1e30)]  # what float32 holds, as is the norm that gradients are clipped to
+WeightDecay = Annotated[float, at_least(0, 1e8)]
+Decay = Annotated[float, within(0, 1 - 2**-20)]  # beyond, float32 corrects the first moments by a division by zero
+NoiseLevel = Annotated[float, above(0, 1e9)]
+LogMean = Annotated[float, within(-10, 10)]  # of ln(sigma): the squares of sigma have to stay in float32
+LogDeviation = Annotated[float, above(0, 5)]
+DataDeviation = Annotated[float, above(0, 1e6)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,33 +44,34 @@ class EvaluationConfig:
     labels: str | None = None
     """Classes of --data: `prefix` (of file names, up to the first underscore), FILE.csv (lines of name,class), or
     `none`. Default: what the data says, in a dataset.json, by subfolders or in arrays."""
-    resize: int | None = None
+    resize: Annotated[int | None, at_least(1, 2**14)] = None
     """Resize the images of --data: shorter side to so many pixels (Lanczos), then the centre square."""
-    crop: int | None = None
+    crop: Annotated[int | None, at_least(1, 2**14)] = None
     """Of each image of --data, resized or not, keep the centre square of so many pixels. Default: --resize."""
-    num_samples: int = 10_000
+    num_samples: Annotated[int, at_least(0, 10**7)] = 10_000
     """Images sampled for each figure; 0 measures nothing."""
     feature_network: str | None = None
     """TorchScript file or package.module:name for the metrics. Default: the embedded digit classifier."""
     reference: str | None = None
     """EDM reference statistics (.npz with mu, sigma). Default: those of the data."""
-    teacher_steps: int = 18
+    teacher_steps: HeunSteps = 18
     """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator takes one step."""
-    seed: int = 0
+    seed: Seed = 0
     """Every random draw is a function of the seed and the iteration."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+    verbose: Switch = False
+    """Show the traceback of an error beneath its line, as FASTDMD_TRACEBACK=1 does."""
 
     def check(self) -> None:
         """Raises ValueError for a value that cannot be, naming the flag, what was expected and what came."""
-        require(self, 1, "teacher_steps")
-        require_seed(self)
+        bounds.check(self)
         for name in ("labels", "resize", "crop"):
             if self.data is None and getattr(self, name) is not None:
                 fail(self, name, "together with --data")
         require_choice(self.labels)
         Framing(self.resize, self.crop)
-        if self.num_samples != 0 and self.num_samples < 2:
+        if self.num_samples == 1:
             fail(self, "num_samples", ">= 2, or 0 for no metrics")
 
 
@@ -74,51 +90,51 @@ class TrainConfig(EvaluationConfig):
     adapter: tyro.conf.OmitArgPrefixes[TeacherOptions] = NO_OPTIONS
     out: Path | None = None
     """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
-    iterations: int = 1600
+    iterations: Iterations = 1600
     """Guidance turns; one in dfake_gen_update_ratio of them comes with a generator turn."""
-    batch_size: int = 48
+    batch_size: BatchSize = 48
     """Images per iteration."""
-    dfake_gen_update_ratio: int = 2
+    dfake_gen_update_ratio: Annotated[int, at_least(1, 10**6)] = 2
     """Guidance turns per generator turn."""
-    generator_lr: float = 6e-4
+    generator_lr: Rate = 6e-4
     """Learning rate of the generator's AdamW."""
-    guidance_lr: float = 1.2e-3
+    guidance_lr: Rate = 1.2e-3
     """Learning rate of the fake score's AdamW."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     """After warm-up: constant, or to zero along a cosine."""
-    warmup_iterations: int = 50
+    warmup_iterations: WarmUp = 50
     """Iterations over which both learning rates rise."""
-    beta1: float = 0.9
+    beta1: Decay = 0.9
     """Decay of AdamW's first moment."""
-    beta2: float = 0.999
+    beta2: Decay = 0.999
     """Decay of AdamW's second moment."""
-    weight_decay: float = 0.01
+    weight_decay: WeightDecay = 0.01
     """Decoupled weight decay of AdamW."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Rate = 1.0
     """Gradients of either network are clipped to this global norm."""
-    ema_decay: float = 0.98
+    ema_decay: Decay = 0.98
     """Decay of the average of the generator's weights, per generator update. The average is the result."""
-    num_train_timesteps: int = 1000
+    num_train_timesteps: Annotated[int, at_least(2, 10**6)] = 1000
     """Number of noise levels in the Karras schedule."""
-    sigma_min: float = 0.002
+    sigma_min: NoiseLevel = 0.002
     """Least noise level."""
-    sigma_max: float = 80.0
+    sigma_max: NoiseLevel = 80.0
     """Greatest noise level; at most that of the teacher's noise schedule, if it has one."""
-    rho: float = 7.0
+    rho: Annotated[float, within(0.1, 1000)] = 7.0
     """Exponent of the Karras schedule."""
-    sigma_data: float | None = None
+    sigma_data: DataDeviation | None = None
     """Standard deviation of the data in the fake score's loss weight. Default: the teacher's."""
-    min_step_percent: float = 0.02
+    min_step_percent: Annotated[float, within(0, 1)] = 0.02
     """Distribution matching draws noise levels from this fraction of the schedule ..."""
-    max_step_percent: float = 0.98
+    max_step_percent: Annotated[float, within(0, 1)] = 0.98
     """... to this one."""
     dynamics: Literal["edm", "flow"] | None = None
     """How noise levels are drawn and weighted: Karras et al.'s way, or flow matching's. Default: the teacher's."""
-    time_mean: float = 0.0
+    time_mean: LogMean = 0.0
     """Flow matching: mean of logit(t), from which noise levels are drawn."""
-    time_std: float = 1.0
+    time_std: LogDeviation = 1.0
     """Flow matching: standard deviation of logit(t)."""
-    conditioning_sigma: float | None = None
+    conditioning_sigma: NoiseLevel | None = None
     """The noise level that the one-step generator starts from. Default: 80, or the end of the teacher's noise schedule
     if that is less; 1e6 in flow matching, where t = sigma / (1 + sigma) is 1 then."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
@@ -127,11 +143,11 @@ class TrainConfig(EvaluationConfig):
     """How turns run. auto: captured (compiled networks, a CUDA graph per turn) on a GPU, eager on a CPU."""
     compile: Switch = False
     """Short for --execution compiled."""
-    accumulation_steps: int = 1
+    accumulation_steps: BatchSize = 1
     """Parts that a batch is processed in: less memory, the same gradient."""
-    log_every: int = 50
+    log_every: Iterations = 50
     """Iterations between lines of metrics.jsonl."""
-    snapshots: int = 10
+    snapshots: Snapshots = 10
     """How often, over the run, weights and samples are written."""
     measure_teacher: Switch = False
     """Measure the teacher even where its weight file records figures measured in the same way."""
@@ -159,9 +175,13 @@ class TrainConfig(EvaluationConfig):
         if self.dynamics not in (None, teacher.dynamics):
             fail(self, "dynamics", f"{teacher.dynamics}, as the teacher was trained")
         limit = getattr(teacher, "sigma_max", math.inf)
-        conditioning_sigma = self.conditioning_sigma or (1e6 if teacher.dynamics == "flow" else min(80.0, limit))
-        sigma_data = self.sigma_data or teacher.sigma_data
-        device = device or next(teacher.parameters()).device
+        conditioning_sigma, sigma_data = self.conditioning_sigma, self.sigma_data
+        if conditioning_sigma is None:
+            conditioning_sigma = 1e6 if teacher.dynamics == "flow" else min(80.0, limit)
+        if sigma_data is None:
+            sigma_data = teacher.sigma_data
+        if device is None:
+            device = next(teacher.parameters()).device
         return dataclasses.replace(
             self, dynamics=teacher.dynamics, conditioning_sigma=conditioning_sigma, sigma_data=sigma_data,
             sigma_max=min(self.sigma_max, limit),
@@ -171,25 +191,13 @@ class TrainConfig(EvaluationConfig):
 
     def check(self) -> None:
         super().check()
-        require(self, 1, "iterations", "batch_size", "dfake_gen_update_ratio", "accumulation_steps")
-        require(self, 1, "log_every", "snapshots")
         if self.batch_size % self.accumulation_steps:
             fail(self, "accumulation_steps", f"that divides --batch-size {self.batch_size}")
-        require(self, 0, "warmup_iterations", "weight_decay")
-        require(self, 2, "num_train_timesteps")
         if self.compile and self.execution not in ("auto", "compiled"):
             fail(self, "execution", "compiled with --compile")
-        require_positive(self, "generator_lr", "guidance_lr", "max_grad_norm")
-        require_positive(self, "sigma_min", "rho", "time_std")
-        require_fraction(self, "ema_decay", "beta1", "beta2")
-        require_positive(
-            self, *(name for name in ("sigma_data", "conditioning_sigma") if getattr(self, name) is not None)
-        )
         if not self.sigma_max > self.sigma_min:
             fail(self, "sigma_max", f"> --sigma-min {self.sigma_min}")
-        if not 0 <= self.min_step_percent <= 1:
-            fail(self, "min_step_percent", "in [0, 1]")
-        if not self.min_step_percent <= self.max_step_percent <= 1:
+        if self.min_step_percent > self.max_step_percent:
             fail(self, "max_step_percent", f"between --min-step-percent {self.min_step_percent} and 1")
 
 
@@ -205,7 +213,8 @@ class EvaluateConfig(EvaluationConfig):
 
     def check(self) -> None:
         super().check()
-        require(self, 2, "num_samples")
+        if self.num_samples < 2:
+            fail(self, "num_samples", ">= 2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,22 +226,23 @@ class SampleConfig:
     adapter: tyro.conf.OmitArgPrefixes[TeacherOptions] = NO_OPTIONS
     out: Path = Path("samples.png")
     """A picture (.png), or images and labels as arrays (.npz)."""
-    num: int = 64
+    num: Annotated[int, at_least(1, 2**31)] = 64
     """Number of images."""
     labels: str | None = None
     """Class labels, separated by commas and repeated as needed. Default: all classes in turn."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise."""
-    batch_size: int = 250
+    batch_size: BatchSize = 250
     """Images per forward pass; changes no image beyond rounding."""
-    teacher_steps: int = 18
+    teacher_steps: HeunSteps = 18
     """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator takes one step."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+    verbose: Switch = False
+    """Show the traceback of an error beneath its line, as FASTDMD_TRACEBACK=1 does."""
 
     def check(self) -> None:
-        require(self, 1, "num", "batch_size", "teacher_steps")
-        require_seed(self)
+        bounds.check(self)
         if self.out.suffix not in (".png", ".npz"):
             fail(self, "out", "ending in .png or .npz")
 
@@ -241,24 +251,11 @@ def fail(config: Any, name: str, expected: str) -> None:
     raise ValueError(f"expected --{name.replace('_', '-')} {expected}, got {getattr(config, name)}")
 
 
-def require(config: Any, least: int, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= least:
-            fail(config, name, f">= {least}")
-
-
-def require_seed(config: Any) -> None:
-    if not 0 <= config.seed < 2**32:
-        fail(config, "seed", "in [0, 2^32)")
-
-
-def require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(config, name) < float("inf"):
-            fail(config, name, "> 0 and finite")
-
-
-def require_fraction(config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) < 1:
-            fail(config, name, "in [0, 1)")
+def warm_up_notice(config: Any) -> str | None:
+    """Of a run that ends before its warm-up does."""
+    if config.warmup_iterations < config.iterations or config.warmup_iterations == 0:
+        return None
+    return (
+        f"warm-up takes {config.warmup_iterations} iterations and the run ends after {config.iterations}: the learning "
+        "rate asked for is never reached; --warmup-iterations changes that"
+    )

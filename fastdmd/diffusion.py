@@ -93,8 +93,9 @@ def ddpm_alphas_cumprod(
         abar = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
     elif schedule in DDPM_BETAS:
-        start, end = (given or default for given, default in zip((beta_start, beta_end), DDPM_BETAS[schedule],
-                                                                 strict=True))  # fmt: skip
+        start, end = DDPM_BETAS[schedule]
+        start = start if beta_start is None else beta_start
+        end = end if beta_end is None else beta_end
         if not 0 < start < end < 1:
             raise ValueError(
                 f"fastdmd.ddpm_alphas_cumprod: expected 0 < beta_start < beta_end < 1, got {start} and {end}"

@@ -10,31 +10,36 @@ if __name__ == "__main__":
 import dataclasses
 import json
 
-from fastdmd import cli, machine, teachers
+from fastdmd import cli, machine, outputs, teachers, terminal
 from fastdmd.config import EvaluateConfig
 from fastdmd.files import write_atomically
 from fastdmd.machine import versions
-from fastdmd.quality import table
+from fastdmd.quality import BATCH_SIZE, table
 from fastdmd.sample import sampler_of
 
+ADVICE = f"it samples {BATCH_SIZE} images at a time; use a larger --device"
 
+
+@terminal.command("fastdmd.evaluate")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(EvaluateConfig, "fastdmd.evaluate", arguments)
-    with cli.user_errors("fastdmd.evaluate"):
+    with cli.user_errors("fastdmd.evaluate", advice=ADVICE):
         device = cli.resolve_device(config.device)
+        if config.out is not None:
+            outputs.require_file(config.out)
         machine.prepare(device)
         network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler, evaluations = sampler_of(network, metadata, config.teacher_steps)
         dataset = cli.load_data(config, network)
-        if config.out is not None and not config.out.parent.is_dir():
-            raise FileNotFoundError(f"expected --out in an existing folder, got {config.out}")
         evaluation = cli.make_evaluation(config, network, dataset, device)
-    row = evaluation.measure(sampler, evaluations=evaluations, name=metadata["kind"])
+    with cli.run_errors("fastdmd.evaluate", "measuring", ADVICE):
+        row = evaluation.measure(sampler, evaluations=evaluations, name=metadata["kind"])
     print(table({metadata["kind"]: row, "floor: real images": evaluation.floor}))
     if config.out is not None:
         figures = {metadata["kind"]: dataclasses.asdict(row), "floor": dataclasses.asdict(evaluation.floor)}
         text = json.dumps({**figures, "seed": config.seed, "versions": versions(device)}, indent=2) + "\n"
-        write_atomically(config.out, lambda file: file.write(text.encode()))
+        with cli.run_errors("fastdmd.evaluate", "writing the figures"):
+            write_atomically(config.out, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

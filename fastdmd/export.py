@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from fastdmd import __version__, cli, dmd2
+from fastdmd import __version__, bounds, cli, dmd2, outputs, terminal
+from fastdmd.bounds import above
 from fastdmd.checkpoint import METADATA_KEY, load_network, save_network
+from fastdmd.config import Switch
 from fastdmd.diffusion import random_generator
 from fastdmd.quality import Sampler, balanced_labels, one_step_sampler
 from fastdmd.unet import UNet
@@ -49,19 +51,23 @@ class ExportConfig:
     """A torch.export program (.pt2), an ONNX file (.onnx), or weights and configuration alone (.safetensors)."""
     weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the weights in a .safetensors file; programs are float32."""
-    tolerance: float = 1e-3
+    tolerance: Annotated[float, above(0, 1e9)] = 1e-3
     """The file is not kept if its images, in [-1, 1], differ by more from those of the same (rounded) weights."""
+    verbose: Switch = False
+    """Show the traceback of an error beneath its line, as FASTDMD_TRACEBACK=1 does."""
 
     def check(self) -> None:
-        if self.out.resolve() == self.weights.resolve():
+        bounds.check(self)
+        if os.path.realpath(self.out) == os.path.realpath(self.weights):
             raise ValueError(f"expected --out other than the weights themselves, got {self.out}")
-        if not 0 < self.tolerance < float("inf"):
-            raise ValueError(f"expected --tolerance > 0 and finite, got {self.tolerance}")
 
 
+@terminal.command("fastdmd.export")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(ExportConfig, "fastdmd.export", arguments)
-    with cli.user_errors("fastdmd.export"):
+    with cli.user_errors("fastdmd.export", "exporting", "it needs five times the weights"):
+        cli.resolve_device("cpu")
+        outputs.require_file(config.out)
         network, metadata = load_network(config.weights)
         if metadata["kind"] != "generator":
             raise ValueError(f"expected a one-step generator, got {config.weights}, a {metadata['kind']}")

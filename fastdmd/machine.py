@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -73,8 +74,44 @@ def use_faster_products() -> None:
 
 def keep_compiled_code() -> None:
     """Lets compiled networks outlive the machine's temporary folder, so that the next run starts sooner."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastdmd" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    folder = compiled_code_folder()
+    if folder is not None and not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def compiled_code_folder() -> Path | None:
+    """In the user's cache or, if there is none that can be written, the temporary folder; None without that, too.
+
+    A user that is a number alone (`docker run -u 12345`) has no home, and Python raises where it is asked for one; or
+    has that of somebody else, or `/`.
+    """
+    for parent in (_cache_home, _temporary_folder):
+        if (found := parent()) is not None and _can_be_made(found):
+            return found / "inductor"
+    return None
+
+
+def _cache_home() -> Path | None:
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():  # others are to be ignored, says the specification
+        return named / "fastdmd"
+    try:
+        return Path.home() / ".cache" / "fastdmd"
+    except RuntimeError:
+        return None
+
+
+def _temporary_folder() -> Path | None:
+    try:
+        return Path(tempfile.gettempdir()) / f"fastdmd-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+    except OSError:
+        return None
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Whether it is a folder, or could be, of one's own."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def set_float32_units(precision: str) -> None:

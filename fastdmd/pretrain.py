@@ -11,22 +11,41 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastdmd import cli, data, diffusion, dmd2, machine, teachers
+from fastdmd import cli, data, diffusion, dmd2, machine, teachers, terminal
+from fastdmd.bounds import above, at_least, within
+from fastdmd.budget import training_bytes
 from fastdmd.checkpoint import save_network
-from fastdmd.config import EvaluationConfig, Switch, fail, require, require_fraction, require_positive
+from fastdmd.config import (
+    BatchSize,
+    DataDeviation,
+    Decay,
+    EvaluationConfig,
+    Iterations,
+    LogDeviation,
+    LogMean,
+    Rate,
+    Snapshots,
+    Switch,
+    WarmUp,
+    WeightDecay,
+    fail,
+    warm_up_notice,
+)
 from fastdmd.loop import Loop
 from fastdmd.machine import versions
 from fastdmd.optim import AdamWEMA
 from fastdmd.quality import Sampler, teacher_sampler
-from fastdmd.run_folder import RunFolder
+from fastdmd.run_folder import RunFolder, require_new
 from fastdmd.tally import Tally
 from fastdmd.trainer import NUM_SAMPLE_COLUMNS, sample_inputs
 from fastdmd.unet import UNet, UNetConfig
+
+ADVICE = "a smaller --batch-size or --model-channels needs less"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,61 +57,54 @@ class PretrainConfig(EvaluationConfig):
     """Run folder; must not hold a run yet."""
     init: str | None = None
     """Weight file of a teacher to go on from, or `mnist`: the embedded one. Its architecture overrules these flags."""
-    iterations: int = 11_500
+    iterations: Iterations = 11_500
     """Number of optimizer updates."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images per update."""
-    learning_rate: float = 1.5e-3
+    learning_rate: Rate = 1.5e-3
     """Peak learning rate of AdamW; falls to zero along a cosine."""
-    warmup_iterations: int = 300
+    warmup_iterations: WarmUp = 300
     """Updates over which the learning rate rises."""
-    weight_decay: float = 0.0
+    weight_decay: WeightDecay = 0.0
     """Decoupled weight decay of AdamW."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Rate = 1.0
     """Gradients are clipped to this global norm."""
-    ema_decay: float = 0.999
+    ema_decay: Decay = 0.999
     """Decay of the average of the weights, per update. The average is the teacher."""
     dynamics: Literal["edm", "flow"] = "edm"
     """EDM's preconditioning and objective, or flow matching's velocity, noise minus image."""
-    sigma_mean: float = -0.2
+    sigma_mean: LogMean = -0.2
     """Mean of ln(sigma) in training, which is logit(t) in flow matching."""
-    sigma_std: float = 1.5
+    sigma_std: LogDeviation = 1.5
     """Standard deviation of ln(sigma) in training."""
-    sigma_data: float = 0.5
+    sigma_data: DataDeviation = 0.5
     """Standard deviation of the data, as the preconditioning assumes it."""
-    patch_size: int = 2
+    patch_size: Annotated[int, at_least(1, 1024)] = 2
     """Pixels per side folded into channels before the first convolution."""
-    model_channels: int = 48
+    model_channels: Annotated[int, at_least(1, 2**14)] = 48
     """Width that the multipliers refer to, and width of the noise embedding."""
-    channel_multipliers: tuple[int, ...] = (1, 2)
+    channel_multipliers: Annotated[tuple[int, ...], at_least(1, 64)] = (1, 2)
     """Width at each resolution, finest first, in units of model_channels."""
-    num_blocks: int = 1
+    num_blocks: Annotated[int, at_least(1, 64)] = 1
     """Residual blocks at each resolution of the encoder."""
-    attention_resolutions: tuple[int, ...] | None = None
+    attention_resolutions: Annotated[tuple[int, ...] | None, at_least(1, 2**14)] = None
     """Feature-map sizes with self-attention, beside the middle, which has it always. Default: the coarsest."""
-    channels_per_head: int = 0
+    channels_per_head: Annotated[int, at_least(0, 2**14)] = 0
     """Channels of an attention head; 0 means one head."""
     adaptive_scale: bool = True
     """Embeddings scale and shift normalised features (ADM); otherwise they are added (DDPM++)."""
-    dropout: float = 0.0
+    dropout: Annotated[float, within(0, 1, below=True)] = 0.0
     """Dropout probability inside residual blocks."""
-    log_every: int = 100
+    log_every: Iterations = 100
     """Iterations between lines of metrics.jsonl."""
-    snapshots: int = 10
+    snapshots: Snapshots = 10
     """How often, over the run, weights and samples are written."""
-    label_emphasis: float = 1.0
+    label_emphasis: Annotated[float, above(0, 1000)] = 1.0
     """After training, class embeddings move this much farther from their mean: classes more distinct, variety less."""
     weights_dtype: Literal["float32", "float16"] = "float32"
     """Precision of the weights in the file; float16 halves it. What is measured is what the file holds."""
     dry_run: Switch = False
     """Print the resolved configuration and stop."""
-
-    def check(self) -> None:
-        super().check()
-        require(self, 1, "iterations", "batch_size", "log_every", "snapshots")
-        require(self, 0, "warmup_iterations", "weight_decay", "channels_per_head")
-        require_positive(self, "learning_rate", "max_grad_norm", "sigma_std", "sigma_data", "label_emphasis")
-        require_fraction(self, "ema_decay", "dropout")
 
     def network(self, image_shape: tuple[int, int, int], num_classes: int) -> UNetConfig:
         """The network for images `(C, H, W)`."""
@@ -108,10 +120,15 @@ class PretrainConfig(EvaluationConfig):
         return dataclasses.replace(config, attention_resolutions=asked)
 
 
+@terminal.command("fastdmd.pretrain")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
-    with cli.user_errors("fastdmd.pretrain"):
+    with cli.user_errors("fastdmd.pretrain", advice=ADVICE):
         device = cli.resolve_device(config.device)
+        if not config.dry_run:
+            require_new(config.out)
+        if (notice := warm_up_notice(config)) is not None:
+            terminal.say(notice)
         machine.prepare(device, batch_size=config.batch_size)
         dataset = data.load(
             config.data, labels=config.labels, resize=config.resize, crop=config.crop, device=device
@@ -120,6 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         if config.init is None:
             architecture = config.network(dataset.image_shape, dataset.num_classes)
             config = dataclasses.replace(config, attention_resolutions=architecture.attention_resolutions)
+            try_architecture(config, architecture, device)
             network = UNet(architecture)
         else:
             network = teachers.load(config.init)
@@ -138,10 +156,19 @@ def main(arguments: list[str] | None = None) -> None:
         with folder.being_set_up():
             loop = Loop(Pretraining(config, network, dataset, folder), config, folder)
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {folder.path}, on {device}")
-    with cli.user_errors("fastdmd.pretrain", (OSError,)):
+    with cli.run_errors("fastdmd.pretrain", "training", ADVICE):
         summary = loop.run(evaluation)
     print(f"{folder.path}: teacher.safetensors, samples.png, summary.json")
     cli.leave("fastdmd.pretrain", summary, config.iterations)
+
+
+def try_architecture(config: PretrainConfig, architecture: UNetConfig, device: torch.device) -> None:
+    """Before either is made: ValueError where parts do not fit together, or network and batch not into memory."""
+    try:
+        num_bytes = training_bytes(lambda: UNet(architecture), config.batch_size)
+    except RuntimeError as error:
+        raise ValueError(f"expected a network whose parts fit together, got {error}") from error
+    cli.require_memory(num_bytes, device, f"this network with --batch-size {config.batch_size}", ADVICE)
 
 
 class Pretraining:

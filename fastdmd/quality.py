@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdmd import data, dmd2, metrics
+from fastdmd import data, dmd2, features, metrics
 from fastdmd.diffusion import Denoiser, random_generator, sample_heun
 
 Sampler = Callable[[Tensor, "Tensor | None"], Tensor]  # standard normal noise [B, C, H, W], labels [B] -> images
@@ -61,7 +61,11 @@ class Evaluation:
     With one, the reference is all of its images, and the floor is a random part of them (at most half) against the
     rest.
     `reference` (a path of EDM statistics) replaces the reference. Where the images are not what the embedded
-    digit classifier sees and no `feature_network` is given, only speed is measured, and `notice` says so.
+    digit classifier sees and no `feature_network` is given, only speed is measured. `notices` say so, and what else a
+    reader of the figures should know, a line each.
+
+    Raises ValueError or OSError for a feature network, a reference or images that do not fit each other; the network
+    is tried before any image of the dataset is looked at.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, *, num_samples: int,
@@ -69,31 +73,51 @@ class Evaluation:
                  seed: int = 0, device: torch.device | str = "cpu"):  # fmt: skip
         self.image_shape, self.num_classes = image_shape, num_classes
         self.num_samples, self.seed, self.device = num_samples, seed, torch.device(device)
-        self.notice: str | None = None
+        self.notices: list[str] = []
         self.floor = Measurement(None, None)
         self._feature_network = self._reference = None
-        if feature_network is None and tuple(image_shape) != (1, 28, 28):
+        is_digits = feature_network is None
+        if is_digits and tuple(image_shape) != (1, 28, 28):
             shape = "×".join(map(str, image_shape))
-            self.notice = (
+            if reference is not None:
+                raise ValueError(f"expected --feature-network with --reference for {shape} images, got none")
+            self.notices.append(
                 f"no Fréchet distance: the embedded feature network sees 1×28×28 images, these are {shape}; "
                 "--feature-network names another"
             )
             return
         self._feature_network = metrics.load_feature_network(feature_network, device)
-        is_default = dataset is None and feature_network is None
-        least_images = 4 if reference is None else 2  # two have a covariance; without a reference, two halves are
-        dataset = (dataset or data.load()).require(image_shape=image_shape, least_images=least_images)
+        num_features = features.verify(self._feature_network, image_shape, feature_network or "the digit classifier")
         if reference is not None:
             self._reference = metrics.FeatureStatistics.from_npz(reference)
-        elif is_default:
+            if len(self._reference.mean) != num_features:
+                raise ValueError(
+                    f"expected a --reference of {num_features} features, got {len(self._reference.mean)} in {reference}"
+                )
+        is_embedded = dataset is None
+        least_images = 4 if reference is None else 2  # two have a covariance; without a reference, two halves are
+        dataset = (data.load() if is_embedded else dataset).require(image_shape=image_shape, least_images=least_images)
+        has_own_reference = reference is not None or (is_digits and is_embedded)
+        if self._reference is None and has_own_reference:
             self._reference = metrics.reference_statistics()
-        else:
-            self._reference = metrics.feature_statistics(metrics.dataset_batches(dataset), self._feature_network)
-        if is_default or reference is not None:
-            floor_reference, batches = self._reference, metrics.dataset_batches(dataset)
-        else:
-            order = torch.randperm(len(dataset), generator=random_generator(seed, 0, stream=SAMPLING_STREAM))
-            sample, rest = order.split([num := min(num_samples, len(dataset) // 2), len(dataset) - num])
+        if self._reference is None or (is_digits and not is_embedded):
+            found = metrics.survey(metrics.dataset_batches(dataset), self._feature_network)
+            self._reference = self._reference or found.statistics
+            if is_digits:
+                self.notices += metrics.foreign_digits(found, dataset.name)
+        self._measure_floor(dataset, has_own_reference)
+        num_images = min(self.num_samples, self.floor.num_images)
+        if num_images <= num_features:
+            self.notices.append(
+                f"the Fréchet distance of {num_images} images in {num_features} features is too large: their "
+                "covariance needs more images than features"
+            )
+
+    def _measure_floor(self, dataset: data.Dataset, has_own_reference: bool) -> None:
+        floor_reference, batches = self._reference, metrics.dataset_batches(dataset)
+        if not has_own_reference:
+            order = torch.randperm(len(dataset), generator=random_generator(self.seed, 0, stream=SAMPLING_STREAM))
+            sample, rest = order.split([num := min(self.num_samples, len(dataset) // 2), len(dataset) - num])
             floor_reference = metrics.feature_statistics(map(dataset.batch, rest.split(500)), self._feature_network)
             batches = map(dataset.batch, sample.split(500))
         floor = metrics.evaluate(batches, self._feature_network, floor_reference)

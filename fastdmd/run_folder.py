@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdmd import files
+from fastdmd import files, outputs
 
 NAMES = ("config.json", "metrics.jsonl", "samples.png", "summary.json", "generator.safetensors", "teacher.safetensors")
 
@@ -21,13 +21,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
+        require_new(path)
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise FileExistsError(f"fastdmd: expected a folder for --out, got the file {path}")
-        if found := [name for name in NAMES if (path / name).exists()]:
-            raise FileExistsError(
-                f"fastdmd: expected a new folder for --out, got {path}, which already holds a run's {found[0]}"
-            )
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]  # deepest first
         with files.undone_on_failure(self.discard):
             path.mkdir(parents=True, exist_ok=True)
@@ -55,3 +50,12 @@ class RunFolder:
         """A line of metrics.jsonl. Raises OSError where it cannot be written, in a folder that is gone too."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")
+
+
+def require_new(path: Path) -> None:
+    """Raises OSError unless a run can be written there: in a folder without one, or where a folder can be made."""
+    if found := [name for name in NAMES if (path / name).exists()]:
+        raise FileExistsError(
+            f"fastdmd: expected a new folder for --out, got {path}, which already holds a run's {found[0]}"
+        )
+    outputs.require_folder(path)

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 
-from fastdmd import cli, machine, teachers
+from fastdmd import cli, machine, outputs, teachers, terminal
 from fastdmd.config import SampleConfig
 from fastdmd.data import to_uint8
 from fastdmd.diffusion import Denoiser, random_generator
@@ -20,17 +20,23 @@ from fastdmd.files import write_atomically
 from fastdmd.pictures import image_grid
 from fastdmd.quality import SAMPLING_STREAM, Sampler, balanced_labels, one_step_sampler, teacher_sampler
 
+BYTES_PER_VALUE = 4 + 1 + 1  # an image as floats, as integers, and in the picture
 
+
+@terminal.command("fastdmd.sample")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(SampleConfig, "fastdmd.sample", arguments)
-    with cli.user_errors("fastdmd.sample"):
+    with cli.user_errors("fastdmd.sample", "sampling", "a smaller --batch-size or --num needs less"):
         device = cli.resolve_device(config.device)
+        outputs.require_file(config.out)
         machine.prepare(device, batch_size=config.batch_size)
         network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler, _ = sampler_of(network, metadata, config.teacher_steps)
+        num_values = config.num * math.prod(network.image_shape)
+        cli.require_memory(
+            BYTES_PER_VALUE * num_values, torch.device("cpu"), f"--num {config.num}", "use a smaller one"
+        )
         labels = parse_labels(config.labels, config.num, network.num_classes)
-        if not config.out.parent.is_dir():
-            raise FileNotFoundError(f"expected --out in an existing folder, got {config.out}")
         images = sample(network, sampler, labels, config, device)
         write_images(config, images, labels)
     print(f"{config.out}: {config.num} images")
@@ -62,12 +68,11 @@ def sample(
     """`[num, C, H, W]` in [-1, 1] on the CPU; the noise is a function of the seed alone, not of the batch size."""
     generator = random_generator(config.seed, 0, stream=SAMPLING_STREAM)
     noise = torch.randn(config.num, *network.image_shape, generator=generator)
-    batches = []
     for start in range(0, config.num, config.batch_size):
         part = slice(start, start + config.batch_size)
         class_labels = None if labels is None else labels[part].to(device)
-        batches.append(sampler(noise[part].to(device), class_labels).cpu())
-    return torch.cat(batches)
+        noise[part] = sampler(noise[part].to(device), class_labels).cpu()
+    return noise  # each image where its noise was
 
 
 def write_images(config: SampleConfig, images: torch.Tensor, labels: torch.Tensor | None) -> None:

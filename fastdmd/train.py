@@ -8,24 +8,34 @@ if __name__ == "__main__":
     startup.prepare("fastdmd.train")
 
 import dataclasses
+import math
 
 import torch
 from torch import nn
 
-from fastdmd import cli, machine, teachers, trainer
+from fastdmd import cli, machine, teachers, terminal, trainer
 from fastdmd.budget import Budget, estimate
-from fastdmd.config import TrainConfig
+from fastdmd.config import TrainConfig, warm_up_notice
 from fastdmd.loop import Loop
 from fastdmd.presets import PRESETS
-from fastdmd.run_folder import RunFolder
+from fastdmd.run_folder import RunFolder, require_new
 from fastdmd.unet import UNet
 
+BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
+HOPELESS = 2  # times the memory that there is: no estimate is as wrong as that, and the system would end the process
 
+
+@terminal.command("fastdmd.train")
 def main(arguments: list[str] | None = None) -> None:
     presets = {name: preset.config for name, preset in PRESETS.items()}
     config = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
     with cli.user_errors("fastdmd.train"):
         device = cli.resolve_device(config.device)
+        config = dataclasses.replace(config, out=config.resolved_out)
+        if not config.dry_run:
+            require_new(config.out)
+        if (notice := warm_up_notice(config)) is not None:
+            terminal.say(notice)
         teacher, metadata = load_teacher(config, device)
         config = config.for_teacher(teacher, device)
         machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
@@ -34,18 +44,19 @@ def main(arguments: list[str] | None = None) -> None:
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return
+        num_values = config.batch_size * math.prod(teacher.image_shape)
+        cli.require_memory(BYTES_PER_DRAW * num_values, device, f"--batch-size {config.batch_size}")
         if budget is not None and (advice := budget.advice()) is not None:
-            if budget.state_bytes > budget.available_bytes:
+            if max(budget.state_bytes, budget.peak_bytes / HOPELESS) > budget.available_bytes:
                 raise ValueError(advice)
             print(f"{advice} (an estimate)")
         evaluation = cli.make_evaluation(config, teacher, dataset, device)
-        config = dataclasses.replace(config, out=config.resolved_out)
         folder = RunFolder(config.out, cli.to_json(config))
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():
             loop = Loop(trainer.Distillation(config, teacher, folder, teacher_record), config, folder)
-    with cli.user_errors("fastdmd.train", (OSError,)):
+    with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if summary["teacher"]["recorded"]:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")

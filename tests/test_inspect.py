@@ -15,6 +15,7 @@ import torch
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to make a fake CUDA device"),
     pytest.mark.skipif(torch.__version__ < "2.13", reason="reaches into Inductor as it is in torch 2.13"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch has registered a CUDA of its own"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton to generate code"),
 ]
 

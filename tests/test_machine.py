@@ -73,3 +73,62 @@ def test_units_follow_the_precision():
             assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision == "tf32")
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_compiled_code_has_a_place_for_any_user(tmp_path, monkeypatch):
+    """`docker run -u 12345`: no home, somebody else's, or one that cannot be written; then the temporary folder."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    temporary = tmp_path / "tmp" / f"fastdmd-{os.getuid()}" / "inductor"
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert machine.compiled_code_folder() == tmp_path / ".cache" / "fastdmd" / "inductor"
+    for useless in ("", "relative/folder"):
+        monkeypatch.setenv("XDG_CACHE_HOME", useless)
+        assert machine.compiled_code_folder() == tmp_path / ".cache" / "fastdmd" / "inductor"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert machine.compiled_code_folder() == tmp_path / "cache" / "fastdmd" / "inductor"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert machine.compiled_code_folder() == temporary
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(machine.Path, "home", no_home)
+    assert machine.compiled_code_folder() == temporary
+
+    def no_temporary_folder():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(machine.tempfile, "gettempdir", no_temporary_folder)
+    assert machine.compiled_code_folder() is None
+    for before in ("", "/mine"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+        machine.keep_compiled_code()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == before
+    assert sorted(os.listdir(tmp_path)) == ["file", "tmp"]  # asked for, not made
+
+
+NAMELESS = """
+import os
+from fastdmd import machine
+os.setgid(12345)
+os.setuid(12345)
+for environment in ({}, {"HOME": "/"}, {"HOME": "/root"}, {"HOME": "/nonexistent", "TMPDIR": "/root"}):
+    for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    machine.keep_compiled_code()
+    print(os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root becomes somebody else")
+def test_a_user_who_is_a_number_alone():
+    result = subprocess.run([sys.executable, "-c", NAMELESS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    folders = result.stdout.splitlines()
+    assert len(folders) == 4 and all(folder.endswith("/fastdmd-12345/inductor") for folder in folders)
+    assert not any(folder.startswith("/root") for folder in folders)

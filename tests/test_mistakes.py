@@ -1,5 +1,6 @@
 """What a user can get wrong on the command line: one line, exit code 2, nothing written."""
 
+import importlib
 import re
 
 import numpy as np
@@ -8,7 +9,8 @@ from datasets import write_idx
 from PIL import Image
 from tiny_runs import QUICK, digits, run_train
 
-from fastdmd import train
+from fastdmd import budget, pretrain, train
+from fastdmd.unet import UNet
 
 
 def truncated_idx(path):
@@ -32,6 +34,10 @@ def colour_image(path):
     Image.new("RGB", (28, 28)).save(path / "colour.png")
 
 
+def statistics(D=64, **changes):
+    return lambda path: np.savez(path, **{"mu": np.zeros(D), "sigma": np.eye(D), **changes})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -51,6 +57,14 @@ def colour_image(path):
         (["--device", "teapot"], "expected --device auto, cpu or a CUDA device that is there, got teapot"),
         (["--out", lambda path: path.write_text("a file")], "expected a folder for --out, got the file"),
         (["--reference", "nowhere.npz"], "nowhere.npz"),
+        (["--reference", statistics(D=32)], "expected a --reference of 64 features, got 32 in"),
+        (["--reference", statistics(num_images=np.int64(-5))], "expected num_images >= 2, got -5 in"),
+        (["--reference", statistics(mu=np.array([None] * 64))], r"expected mu float \(64,\), got object"),
+        (["--feature-network", "torch.nn:Identity"], "expected features .*, got .*1, 28, 28"),
+        (["--feature-network", "tiny_runs:Colour"], r"tiny_runs:Colour to take images of shape \(2, 1, 28, 28\)"),
+        (["--weight-decay", "inf"], "expected --weight-decay >= 0 and finite, got inf"),
+        (["--iterations", "1000000000000"], r"expected --iterations <= 10\^9, got 1000000000000"),
+        (["--batch-size", "1000000"], "the run needs about .* GB, .* are free: try --batch-size"),
         (["--feature-network", "no.such.module:thing"], "expected no.such.module:thing to be importable"),
     ],
 )  # fmt: skip
@@ -79,3 +93,40 @@ def test_a_folder_that_cannot_be_made_or_holds_a_run_is_left_alone(teacher_file,
         assert exit_.value.code == 2 and message in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "precious"
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["train", "pretrain", "sample", "evaluate", "export"])
+def test_every_command_checks_the_environment(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FASTDMD_BACKEND", "imaginary")
+    arguments = {"sample": ["mnist"], "evaluate": ["mnist"], "export": ["a.safetensors"]}.get(name, [])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"fastdmd.{name}").main([*arguments, "--out", str(tmp_path / "a.pt2.png")])
+    error = f"fastdmd.{name}: error: fastdmd.ops: expected a backend out of reference, triton, native, got imaginary\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--channels-per-head", "5"], "expected channels divisible by their 19 heads (channels_per_head 5), got 96"),
+        (["--model-channels", "16384"], "expected this network with --batch-size 128 to fit into memory, got "),
+        (["--batch-size", "1000000"], "expected this network with --batch-size 1000000 to fit into memory, got "),
+        (["--num-blocks", "1000000000000"], "expected --num-blocks <= 64, got 1000000000000"),
+    ],
+)
+def test_networks_that_cannot_be_are_not_begun(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main(["--out", str(tmp_path / "run"), "--device", "cpu", *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_update_takes_is_close_to_what_is_counted(teacher):
+    """Weights, gradients, moments and average five times; beside them what the backward pass keeps, which grows."""
+    state = 20 * sum(parameter.numel() for parameter in teacher.parameters())
+    one, eight = (budget.training_bytes(lambda: UNet(teacher.config), batch_size) for batch_size in (1, 8))
+    assert state < one < eight < 8 * one
+    image = 4 * 28 * 28
+    assert 10 * 7 * image < eight - one < 1000 * 7 * image

@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from fastdmd import _native, ops
+from fastdmd.ops.__main__ import main as ops_main
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 # What an implementation may add to the error that the reference has in the same dtype, relative to the largest value.
@@ -597,6 +599,30 @@ def test_a_forced_backend_is_used_or_refused():
     assert "expected a backend out of reference, triton, native, got fast" in wrong.stderr
     with pytest.raises(RuntimeError, match="Triton has no cpu backend"), ops.use_backend("triton"):
         pass
+
+
+def test_the_environment_is_checked_at_once(monkeypatch, capsys):
+    monkeypatch.setenv("FASTDMD_BACKEND", "")  # as if it were not set
+    ops.require_environment()
+    for backend, message in (
+        ("fast", "expected a backend out of .*, got fast"),
+        ("triton", "expected FASTDMD_BACKEND=triton to be there, got none: Triton has no cpu"),
+    ):
+        monkeypatch.setenv("FASTDMD_BACKEND", backend)
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        with pytest.raises(ValueError, match=message):
+            ops.require_environment()
+        with pytest.raises(SystemExit) as stop:
+            ops_main([])
+        assert stop.value.code == 2 and re.fullmatch(f"fastdmd.ops: error: .*{message}.*\n", capsys.readouterr().err)
+    load = _native.load.__wrapped__  # without its memory
+    for mode, expected in (("", None), ("auto", None), ("1", None), ("0", "switched off by FASTDMD_NATIVE=0")):
+        monkeypatch.setenv("FASTDMD_NATIVE", mode)
+        assert load("cpu") == (expected or _native.load("cpu"))
+    for mode in ("maybe", "2", "false"):
+        monkeypatch.setenv("FASTDMD_NATIVE", mode)
+        with pytest.raises(ValueError, match=f"expected FASTDMD_NATIVE out of auto, 0, 1, got '{mode}'"):
+            load("cpu")
 
 
 def test_a_broken_library_warns_with_its_cause_and_the_reference_works(tmp_path, monkeypatch):

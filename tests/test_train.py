@@ -112,7 +112,7 @@ def test_other_images_need_their_own_feature_network(tmp_path, capsys, monkeypat
     images = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "rgb.npz", images=images)
     summary = run_train(teacher_file, tmp_path / "run", "--data", str(tmp_path / "rgb.npz"))
-    assert "no Fréchet distance: the embedded feature network sees 1×28×28 images" in capsys.readouterr().out
+    assert "no Fréchet distance: the embedded feature network sees 1×28×28 images" in capsys.readouterr().err
     assert summary["generator"]["frechet_distance"] is None and summary["generator"]["images_per_second"] > 0
 
     (tmp_path / "my_features.py").write_text(

@@ -150,7 +150,7 @@ def test_pretrain_attends_where_it_is_asked_to(options, expected, capsys):
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [(["16"], "14, 7"), (["7", "28"], "14, 7"), (["7", "--patch-size", "1"], "28, 14"),
-     (["0", "--channel-multipliers", "1"], "14")],
+     (["5", "--channel-multipliers", "1"], "14")],
 )  # fmt: skip
 def test_pretrain_refuses_attention_at_sizes_that_are_not_there(options, sizes, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from torch import nn
 
 from fastdmd import train
 
@@ -24,3 +25,10 @@ def digits(num=40):
 
 
 INFORMED = {"image_shape": (1, 8, 8), "num_classes": 3, "labels": "one_hot", "sigma_data": 0.5}
+
+
+class Colour(nn.Sequential):
+    """A feature network of images in colour."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.Flatten())

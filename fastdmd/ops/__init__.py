@@ -4,7 +4,7 @@ Each file holds one op: the public function, then `reference`, the readable PyTo
 must know. `implementations` tells who else computes it. Importing this package loads torch and nothing heavier.
 """
 
-from fastdmd.ops._registry import implementations, names, unavailable, use_backend
+from fastdmd.ops._registry import implementations, names, require_environment, unavailable, use_backend
 from fastdmd.ops.adamw_ema import adamw_ema_
 from fastdmd.ops.add_noise import add_noise
 from fastdmd.ops.conv3x3 import conv3x3
@@ -16,5 +16,6 @@ from fastdmd.ops.philox import philox, rng_state
 
 __all__ = [
     "adamw_ema_", "add_noise", "conv3x3", "dm_gradient", "dm_loss", "dm_loss_raw", "fake_loss", "fake_loss_raw",
-    "group_norm", "group_norm_silu", "implementations", "names", "philox", "rng_state", "unavailable", "use_backend",
+    "group_norm", "group_norm_silu", "implementations", "names", "philox", "require_environment", "rng_state",
+    "unavailable", "use_backend",
 ]  # fmt: skip

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from fastdmd import _native, ops
+from fastdmd import _native, ops, terminal
 
 
-def main() -> None:
+@terminal.command("fastdmd.ops")
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        ops.require_environment()
+    except ValueError as error:
+        terminal.report("fastdmd.ops", str(error), error)
+        raise SystemExit(2) from None
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         print(f"{device_type}:")
         for name in ops.names():

@@ -52,7 +52,7 @@ def _chooser(name: str, device_type: str, written: list[int]) -> Callable:
     def call(*arguments):
         chosen = _CHOSEN.get((name, device_type))
         if chosen is None:
-            chosen = _CHOSEN[name, device_type] = _choose(name, device_type, os.environ.get("FASTDMD_BACKEND"))
+            chosen = _CHOSEN[name, device_type] = _choose(name, device_type, _forced())
         result = chosen(*arguments)
         for index in written:
             if arguments[index] is not None and not arguments[index].is_inference():
@@ -70,6 +70,20 @@ def _choose(name: str, device_type: str, forced: str | None) -> Callable:
     if name in _CPU_ONLY and (forced, device_type) != ("native", "cpu"):
         forced = "reference"
     return _implementation(name, forced, device_type)
+
+
+def _forced() -> str | None:
+    """By the environment; an empty variable is one that is not set."""
+    return os.environ.get("FASTDMD_BACKEND") or None
+
+
+def require_environment(device: torch.device | str = "cpu") -> None:
+    """Raises ValueError if FASTDMD_BACKEND or FASTDMD_NATIVE ask for what there is not, on this kind of device."""
+    try:
+        for name in _OPS:
+            _choose(name, torch.device(device).type, _forced())
+    except _native.Unavailable as error:
+        raise ValueError(f"fastdmd.ops: expected FASTDMD_BACKEND={_forced()} to be there, got none: {error}") from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,124 @@
+"""Settings out of their bounds: every number of every command, and what is said."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+
+from fastdmd import bounds, config, diffusion, export, pretrain
+from fastdmd.adapters import AdapterOptions, flag
+from fastdmd.config import warm_up_notice
+from fastdmd.teachers import TeacherOptions
+
+COMMANDS = {
+    "train": config.TrainConfig(), "pretrain": pretrain.PretrainConfig(),
+    "evaluate": config.EvaluateConfig(weights="a.safetensors"),
+    "sample": config.SampleConfig(weights="a.safetensors"),
+    "export": export.ExportConfig(weights=Path("a.safetensors"), out=Path("a.pt2")),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    count: Annotated[int, bounds.at_least(1, 10**9)] = 1
+    decay: Annotated[float, bounds.at_least(0, 2.5)] | None = None
+    rate: Annotated[float | None, bounds.above(0, 1e30)] = None
+    share: Annotated[float, bounds.within(0, 1, below=True)] = 0.0
+    sizes: Annotated[tuple[int, ...], bounds.at_least(2, 2**16)] = ()
+    free: float = 0.0
+    name: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "--count >= 1, got 0"), ({"count": 10**9 + 1}, r"--count <= 10\^9, got 1000000001"),
+        ({"count": 10**400}, r"--count <= 10\^9, got 1000"),
+        ({"decay": -0.5}, "--decay >= 0, got -0.5"), ({"decay": math.nan}, "--decay >= 0 and finite, got nan"),
+        ({"decay": math.inf}, "--decay >= 0 and finite, got inf"), ({"decay": 2.6}, "--decay <= 2.5, got 2.6"),
+        ({"rate": 0.0}, "--rate > 0 and finite, got 0.0"), ({"rate": 1e31}, r"--rate <= 1e\+30, got 1e\+31"),
+        ({"share": 1.0}, r"--share in \[0, 1\), got 1.0"), ({"share": math.nan}, r"--share in \[0, 1\), got nan"),
+        ({"sizes": (4, 1)}, r"--sizes >= 2, got \(4, 1\)"), ({"sizes": (65537,)}, r"--sizes <= 2\^16, got \(65537,\)"),
+        ({"free": math.inf}, "--free to be finite, got inf"), ({"free": math.nan}, "--free to be finite, got nan"),
+        ({"name": ""}, "--name not to be empty, got ''"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_value_out_of_bounds(values, message):
+    with pytest.raises(ValueError, match=f"^expected {message}"):
+        bounds.check(Settings(**values))
+
+
+def test_values_at_the_bounds_are_good():
+    bounds.check(Settings())
+    bounds.check(Settings(count=10**9, decay=2.5, rate=1e30, share=0.999, sizes=(2, 2**16), free=-1e308, name="x"))
+    bounds.check(Settings(count=1, decay=0, rate=1e-300, share=0))  # 0 is a value of a float
+
+
+def numbers():
+    """Every number that a command takes, with an absurd value of its own type."""
+    for command, default in COMMANDS.items():
+        for field in dataclasses.fields(default):
+            kind = str(field.type)
+            if kind == "bool" or "bool" in kind or "Switch" in kind or "str" in kind or "Literal" in kind:
+                continue
+            if isinstance(value := getattr(default, field.name), tuple):
+                yield command, field.name, (10**12,)
+            elif isinstance(value, int):
+                yield command, field.name, 10**12
+            elif isinstance(value, float):
+                yield from ((command, field.name, absurd) for absurd in (math.nan, math.inf, -math.inf, 1e308))
+
+
+@pytest.mark.parametrize(("command", "name", "value"), list(numbers()))
+def test_no_number_is_without_bounds(command, name, value):
+    with pytest.raises(ValueError, match=f"expected --{name.replace('_', '-')} .*, got") as error:
+        dataclasses.replace(COMMANDS[command], **{name: value}).check()
+    assert "\n" not in str(error.value)
+
+
+def test_all_commands_are_covered_and_their_defaults_are_good():
+    found = list(numbers())
+    assert len({name for _, name, _ in found}) >= 35
+    for default in COMMANDS.values():
+        default.check()
+
+
+@pytest.mark.parametrize("name", ["sigma_data", "conditioning_sigma"])
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf, 1e308])
+def test_optional_numbers_have_bounds_too(name, value):
+    with pytest.raises(ValueError, match=f"expected --{name.replace('_', '-')} "):
+        config.TrainConfig(**{name: value}).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("beta_end", 0.0), ("beta_start", 0.0), ("beta_end", math.nan), ("time_scale", math.inf), ("time_scale", 0.0),
+     ("sigma_data", 0.0), ("num_train_timesteps", 10**12), ("num_train_timesteps", 1), ("num_classes", -1),
+     ("num_classes", 10**12), ("image_shape", (3, 10**6, 10**6)), ("image_shape", (0, 8, 8))],
+)  # fmt: skip
+def test_options_of_a_teacher_are_checked_under_their_flags(name, value):
+    AdapterOptions()
+    settings = config.SampleConfig(weights="a:b", adapter=TeacherOptions(**{name: value}))
+    with pytest.raises(ValueError, match=f"expected {flag(name)} "):
+        settings.check()
+
+
+def test_zero_is_not_the_default_of_a_noise_schedule():
+    for ends in ({"beta_end": 0.0}, {"beta_start": 0.0}):
+        with pytest.raises(ValueError, match="expected 0 < beta_start < beta_end < 1, got .*0.0"):
+            diffusion.ddpm_alphas_cumprod("linear", **ends)
+    abar = diffusion.ddpm_alphas_cumprod("linear", 2, beta_start=0.25, beta_end=0.5)
+    assert abar.tolist() == pytest.approx([0.75, 0.375])
+
+
+def test_a_warm_up_that_outlasts_the_run_is_told():
+    train = config.TrainConfig
+    assert warm_up_notice(train()) is None and warm_up_notice(pretrain.PretrainConfig()) is None
+    assert warm_up_notice(train(iterations=1, warmup_iterations=0)) is None
+    assert warm_up_notice(train(iterations=51, warmup_iterations=50)) is None
+    for configured in (train(iterations=20), train(iterations=50), pretrain.PretrainConfig(iterations=300)):
+        notice = warm_up_notice(configured)
+        assert f"warm-up takes {configured.warmup_iterations} iterations" in notice
+        assert f"ends after {configured.iterations}" in notice and "\n" not in notice

@@ -1,0 +1,132 @@
+"""Where `--out` points to is tried before anything long, by every command, and nothing stays behind."""
+
+import json
+import os
+import resource
+
+import pytest
+from conftest import make_network
+from tiny_runs import QUICK
+
+from fastdmd import evaluate, export, outputs, pretrain, quality, sample, teachers, train
+from fastdmd.checkpoint import save_network
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").write_text("precious")
+    os.mkfifo(tmp_path / "pipe.json")
+    os.symlink("loop", tmp_path / "loop")
+    return tmp_path
+
+
+UNWRITABLE_FILES = {
+    "folder.json": "expected --out to be a file, got the folder folder.json",
+    "no/such/a.json": "expected --out in an existing folder, got no/such/a.json",
+    "file/a.json": "expected --out in an existing folder, got file/a.json",
+    "loop/a.json": "expected --out in an existing folder, got loop/a.json",
+    "pipe.json": "expected --out to be a file, got pipe.json, a device or a pipe",
+    "/dev/full": "expected --out to be a file, got /dev/full, a device or a pipe",
+    "n" * 250: "expected --out to be writable, got n*: File name too long",
+}
+
+
+@pytest.mark.parametrize("out", UNWRITABLE_FILES)
+def test_files_that_cannot_be_written(folder, out, capsys, monkeypatch):
+    monkeypatch.setattr(teachers, "read", lambda *_: pytest.fail("something long began"))
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["mnist", "--out", out, "--device", "cpu"])
+    error = capsys.readouterr().err
+    expected = UNWRITABLE_FILES[out].replace("n*", "n" * 250)
+    assert stop.value.code == 2 and error == f"fastdmd.evaluate: error: {expected}\n"
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("main", "name"), [(sample.main, "a.png"), (evaluate.main, "a.json"), (export.main, "a.safetensors")]
+)
+def test_every_command_that_writes_a_file_asks_first(folder, main, name, capsys):
+    save_network(folder / "generator.safetensors", make_network(), kind="generator", conditioning_sigma=80.0)
+    (folder / name).mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main([str(folder / "generator.safetensors"), "--out", name])
+    assert stop.value.code == 2 and f"expected --out to be a file, got the folder {name}" in capsys.readouterr().err
+
+
+def test_files_that_can_be_written(folder):
+    (folder / "old.json").write_text("old")
+    os.symlink("nowhere", folder / "dangling.json")
+    before = sorted(os.listdir())
+    for name in ("new.json", "old.json", "dangling.json", "n" * 200):
+        outputs.require_file(folder / name)
+    assert sorted(os.listdir()) == before and (folder / "old.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "expected a folder for --out, got the file file"),
+        ("file/run", "expected --out to be writable, got file/run: Not a directory"),
+        ("loop/run", "expected --out to be writable, got loop/run: "),
+        ("pipe.json", "expected a folder for --out, got the file pipe.json"),
+        ("new/" + "n" * 300, "expected --out to be writable, got new/n+: File name too long"),
+        ("/proc/run", "expected --out to be writable, got /proc/run: "),
+        ("done", "expected a new folder for --out, got done, which already holds a run"),
+    ],
+)
+@pytest.mark.parametrize("main", [train.main, pretrain.main])
+def test_run_folders_that_cannot_be(folder, main, out, message, capsys, monkeypatch):
+    (folder / "done").mkdir()
+    (folder / "done" / "config.json").write_text("{}")
+    monkeypatch.setattr(teachers, "read", lambda *_: pytest.fail("something long began"))
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", out, "--device", "cpu"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and message.replace("n+", "n" * 300) in error
+    assert sorted(os.listdir()) == before and os.listdir("done") == ["config.json"]
+
+
+def test_run_folders_that_can_be_leave_no_trace(folder):
+    (folder / "empty").mkdir()
+    before = sorted(os.listdir())
+    for name in ("a/b/c", "empty", "d"):
+        outputs.require_folder(folder / name)
+    assert sorted(os.listdir()) == before and os.listdir("empty") == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folders_that_may_not_be_written(folder):
+    (folder / "locked").mkdir(mode=0o500)
+    for check in (outputs.require_file, outputs.require_folder):
+        with pytest.raises(PermissionError, match="expected --out to be writable, got .*: Permission denied"):
+            check(folder / "locked" / "a")
+
+
+def test_a_full_disk_at_the_end_is_one_line(tmp_path, capsys, monkeypatch):
+    """Past the check, as it were: the limit on file sizes stands for a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "figures.json"
+    out.write_text("old")
+
+    def measure(*_, **__):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+        return quality.Measurement(1.0, 0.5)
+
+    monkeypatch.setattr(quality.Evaluation, "measure", measure)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(["mnist", "--out", str(out), "--device", "cpu", "--num-samples", "100"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and error.startswith("fastdmd.evaluate: error: [Errno 27] File too large")
+    assert out.read_text() == "old" and os.listdir(tmp_path) == ["figures.json"]
+
+
+def test_a_dry_run_needs_no_place(folder, capsys):
+    train.main(["--teacher", "mnist", *QUICK, "--dry-run", "--out", "done"])
+    assert json.loads(capsys.readouterr().out)["out"] == "done"
