@@ -17,7 +17,7 @@ def loss_weight(sigma: Tensor, sigma_data: float, x: Tensor) -> Tensor:
 
 
 def preconditioning(sigma: Tensor, x: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """EDM's `c_skip` and `c_out`, `[B, 1, 1, 1]` (Karras et al. 2022, table 1); 1 and sigma if sigma_data is infinite."""
+    """EDM's `c_skip` and `c_out`, `[B, 1, 1, 1]` (Karras et al. 2022, table 1); 1 and sigma for an infinite one."""
     c_skip = 1 / (1 + (per_sample(sigma, x) / sigma_data) ** 2)
     return c_skip, loss_weight(sigma, sigma_data, x).rsqrt()
 

@@ -26,12 +26,14 @@ _BLOCKS: contextvars.ContextVar[tuple[Mapping, ...]] = contextvars.ContextVar("f
 
 
 def define(schema: str, *, module: str, reference: Callable, fake: Callable, backward: Callable | None = None,
-           setup_context: Callable | None = None, cpu_only: bool = False) -> Any:  # fmt: skip
+           setup_context: Callable | None = None, before: Callable | None = None, cpu_only: bool = False
+           ) -> Any:  # fmt: skip
     """Registers an op with `torch.library` and returns it.
 
     `reference` is its default implementation, on every device. CPU and CUDA choose at the first call; `kernels/MODULE`
     has the Triton function and `csrc/*/MODULE` the native one, all of the op's own name and with the same arguments.
-    With `cpu_only` there is the native one for CPUs alone. Without `backward`, asking for a derivative is an error.
+    `before` is called first, without arguments. With `cpu_only` there is the native one for CPUs alone. Without
+    `backward`, asking for a derivative is an error.
     """
     name = schema.split("(")[0]
     _OPS[name] = (module, reference)
@@ -39,7 +41,7 @@ def define(schema: str, *, module: str, reference: Callable, fake: Callable, bac
         _CPU_ONLY.add(name)
     op = compose(schema, function=reference, fake=fake, backward=backward, setup_context=setup_context)
     for device_type in ORDER:
-        _LIBRARY.impl(name, _chooser(name, device_type), device_type.upper())
+        _LIBRARY.impl(name, _chooser(name, device_type, before), device_type.upper())
     return op
 
 
@@ -85,8 +87,10 @@ def no_second_derivative(name: str) -> NotImplementedError:
     )
 
 
-def _chooser(name: str, device_type: str) -> Callable:
+def _chooser(name: str, device_type: str, before: Callable | None) -> Callable:
     def call(*arguments):
+        if before is not None:
+            before()
         for block in reversed(_BLOCKS.get()):
             if (name, device_type) in block:
                 return block[name, device_type](*arguments)

@@ -34,16 +34,23 @@ def check_images(op: str, **tensors: Tensor) -> list[Tensor]:
 
 
 def check_tensor(op: str, name: str, tensor: Tensor) -> None:
-    """`tensor` is a dense one without a forward-mode tangent, which torch.library would drop in silence."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"fastdmd.{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_nested:
         got = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"fastdmd.{op}: expected {name} to be a dense tensor, got a {got} one")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise NotImplementedError(
-            f"fastdmd.{op}: expected {name} without a tangent, got one: derivatives are by backward, not in forward mode"
-        )
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one is differentiated in forward mode: torch.library would drop its tangent in silence."""
+    return forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
+def check_no_tangent(op: str, *tensors: Tensor) -> None:
+    if has_tangent(*tensors):
+        raise NotImplementedError(f"fastdmd.{op}: expected derivatives by backward, got forward mode, which it lacks")
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdmd.ops._recompute import drawn_before
+from fastdmd.ops._recompute import check_first_run, drawn_before, replay
 from fastdmd.ops._registry import compose, define
-from fastdmd.ops._validate import DTYPES, check_constant, check_images, check_sigma, per_sample, wide_dtype
+from fastdmd.ops._validate import (
+    DTYPES,
+    check_constant,
+    check_images,
+    check_no_tangent,
+    check_sigma,
+    has_tangent,
+    per_sample,
+    wide_dtype,
+)
 from fastdmd.ops.philox import CALL, check_rng_state, reference_normals
 
 
@@ -40,11 +49,13 @@ def add_noise(x: Tensor, sigma: Tensor, *, noise: Tensor | None = None, rng_stat
     if dtype not in DTYPES:
         raise TypeError(f"fastdmd.add_noise: expected a floating point dtype, got {dtype}")
     if given:
-        return _add_noise(x, sigma, given[0], scale, dtype)
+        compute = reference if has_tangent(x, sigma, *given, scale) else _add_noise
+        return compute(x, sigma, given[0], scale, dtype)
     check_rng_state("add_noise", rng_state, x)
-    drawn = drawn_before("add_noise", rng_state)
+    check_no_tangent("add_noise", x, sigma, scale)
+    drawn = drawn_before(rng_state)
     if drawn is not None:
-        return _add_noise_drawn(x, sigma, drawn, scale, dtype)
+        return replay(_add_noise_drawn, x, sigma, drawn, scale, dtype)
     if torch.is_grad_enabled() and x.requires_grad:  # torch differentiates no op that also changes an argument
         x_t = _add_noise_drawn(x, sigma, rng_state, scale, dtype)
         rng_state[1].add_(CALL)
@@ -71,6 +82,11 @@ def _fake(x: Tensor, sigma: Tensor, source: Tensor, scale: Tensor | None, dtype:
     return torch.empty_like(x, dtype=dtype)
 
 
+def _fake_draw(x: Tensor, sigma: Tensor, rng_state: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    check_first_run()
+    return torch.empty_like(x, dtype=dtype)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, sigma, source, scale, _ = inputs
     ctx.dtype = x.dtype
@@ -93,9 +109,9 @@ _add_noise = define(
 )  # fmt: skip
 _add_noise_rng = define(
     "add_noise_rng(Tensor x, Tensor sigma, Tensor(a!) rng_state, Tensor? scale, ScalarType dtype) -> Tensor",
-    module="add_noise", reference=reference_rng, fake=_fake,
+    module="add_noise", reference=reference_rng, fake=_fake_draw, before=check_first_run,
 )  # fmt: skip
 _add_noise_drawn = compose(
     "add_noise_drawn(Tensor x, Tensor sigma, Tensor rng_state, Tensor? scale, ScalarType dtype) -> Tensor",
-    function=_drawn, fake=_fake, setup_context=_setup_context, backward=_backward,
+    function=_drawn, fake=_fake_draw, setup_context=_setup_context, backward=_backward,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_tensor, check_vector
+from fastdmd.ops._validate import check_images, check_tensor, check_vector, has_tangent
 
 MIN_TILES = 64  # of 2x2 outputs
 CHANNELS = 16  # both numbers of channels must be multiples of it
@@ -52,9 +52,10 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """With fewer tiles than channels, transforming the weight was measured to take longer than what it saves.
 
-    An exported program holds for any batch, so it may not depend on the number of tiles: it takes torch's.
+    An exported program holds for any batch, so it may not depend on the number of tiles: it takes torch's convolution,
+    and so does forward mode, which torch's knows.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or has_tangent(x, weight, bias):
         return False
     B, C, H, W = x.shape
     channels, tiles = max(weight.shape[:2]), B * ((H + 1) // 2) * ((W + 1) // 2)

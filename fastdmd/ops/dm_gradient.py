@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_positive, gradient_dtype, wide_dtype
+from fastdmd.ops._validate import check_images, check_no_tangent, check_positive, gradient_dtype, wide_dtype
 
 
 def dm_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -27,6 +27,7 @@ def dm_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, *, eps: float = 1
     """
     tensors = check_images("dm_gradient", x_gen=x_gen, D_real=D_real, D_fake=D_fake)
     check_positive("dm_gradient", eps=eps)
+    check_no_tangent("dm_gradient", *tensors)
     with torch.no_grad():
         return _dm_gradient(*tensors, eps)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastdmd.ops import _loss
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_positive, check_sigma, gradient_dtype
+from fastdmd.ops._validate import check_images, check_no_tangent, check_positive, check_sigma, gradient_dtype
 from fastdmd.ops.dm_gradient import wide_gradient
 
 
@@ -27,6 +27,7 @@ def dm_loss(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, *, eps: float = 1e-6)
     """
     tensors = check_images("dm_loss", x_gen=x_gen, D_real=D_real, D_fake=D_fake)
     check_positive("dm_loss", eps=eps)
+    check_no_tangent("dm_loss", *tensors)
     return _dm_loss(*tensors, eps)[0]
 
 
@@ -51,6 +52,7 @@ def dm_loss_raw(x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_fak
     x_gen, x_t, F_real, F_fake = check_images("dm_loss_raw", x_gen=x_gen, x_t=x_t, F_real=F_real, F_fake=F_fake)
     check_sigma("dm_loss_raw", sigma, x_gen)
     check_positive("dm_loss_raw", sigma_data=sigma_data, eps=eps)
+    check_no_tangent("dm_loss_raw", x_gen, x_t, sigma, F_real, F_fake)
     return _dm_loss_raw(x_gen, x_t, sigma, F_real, F_fake, sigma_data, eps)[0]
 
 

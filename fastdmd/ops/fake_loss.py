@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastdmd.ops import _loss
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_positive, check_sigma, gradient_dtype
+from fastdmd.ops._validate import check_images, check_no_tangent, check_positive, check_sigma, gradient_dtype
 
 
 def fake_loss(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
@@ -26,6 +26,7 @@ def fake_loss(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, *, sigma_data: float
     D_fake, x_gen = check_images("fake_loss", D_fake=D_fake, x_gen=x_gen)
     check_sigma("fake_loss", sigma, D_fake)
     check_positive("fake_loss", sigma_data=sigma_data)
+    check_no_tangent("fake_loss", D_fake, x_gen, sigma)
     return _fake_loss(D_fake, x_gen, sigma, sigma_data)[0]
 
 
@@ -48,6 +49,7 @@ def fake_loss_raw(F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, *, 
     F_fake, x_gen, x_t = check_images("fake_loss_raw", F_fake=F_fake, x_gen=x_gen, x_t=x_t)
     check_sigma("fake_loss_raw", sigma, F_fake)
     check_positive("fake_loss_raw", sigma_data=sigma_data)
+    check_no_tangent("fake_loss_raw", F_fake, x_gen, x_t, sigma)
     return _fake_loss_raw(F_fake, x_gen, x_t, sigma, sigma_data)[0]
 
 

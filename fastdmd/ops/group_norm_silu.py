@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_positive, check_vector, memory_format, wide_dtype
+from fastdmd.ops._validate import check_images, check_positive, check_vector, has_tangent, memory_format, wide_dtype
 
 
 def group_norm_silu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int = 32,
@@ -38,7 +38,7 @@ def group_norm_silu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None
         check_vector("group_norm_silu", "scale", scale, x, x.shape[:2])
         check_vector("group_norm_silu", "shift", shift, x, x.shape[:2])
         scale, shift = _unit_stride(scale), _unit_stride(shift)
-    return _group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, True)[0]
+    return _normalise(x, weight, bias, scale, shift, num_groups, eps, True)
 
 
 def group_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int = 32,
@@ -48,7 +48,12 @@ def group_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     `torch.nn.functional.group_norm` brings channels_last CUDA tensors into another layout and back.
     """
     x, weight, bias = _check("group_norm", x, weight, bias, num_groups, eps)
-    return _group_norm_silu(x, weight, bias, None, None, num_groups, eps, False)[0]
+    return _normalise(x, weight, bias, None, None, num_groups, eps, False)
+
+
+def _normalise(*arguments) -> Tensor:
+    compute = reference if has_tangent(*arguments[:5]) else _group_norm_silu
+    return compute(*arguments)[0]
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
@@ -76,9 +81,9 @@ def _unit_stride(table: Tensor) -> Tensor:
 def reference(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
               eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = wide_dtype(x)
-    n, mean, rstd = torch.native_group_norm(
-        x.to(wide), weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps
-    )  # fmt: skip
+    n, mean, rstd = torch.native_group_norm(  # in forward mode it takes no other layout
+        x.to(wide).contiguous(), weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps
+    )
     m = n if scale is None else n * (1 + _table(scale, x)) + _table(shift, x)
     y = F.silu(m) if silu else m
     return y.to(x.dtype, memory_format=memory_format(x)), mean, rstd
