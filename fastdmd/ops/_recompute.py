@@ -62,6 +62,6 @@ def check_first_run() -> None:
 
 def _refusal() -> RuntimeError:
     return RuntimeError(
-        "fastdmd.add_noise: expected rng_state outside of a backward pass, got it in one, where a recomputation draws other"
-        " noise: give noise, or checkpoint eagerly, without nesting and with use_reentrant=False"
+        "fastdmd.add_noise: expected rng_state outside of a backward pass, got it in one, where a recomputation draws"
+        " other noise: give noise, or checkpoint eagerly, without nesting and with use_reentrant=False"
     )

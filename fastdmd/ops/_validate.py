@@ -61,9 +61,10 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def check_vector(op: str, name: str, vector: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
     """`vector` is floating point, of `shape`, on the device of `x`."""
+    if not isinstance(vector, Tensor) or vector.dtype not in DTYPES:
+        got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+        raise TypeError(f"fastdmd.{op}: expected {name} to be a floating point tensor, got {got}")
     check_tensor(op, name, vector)
-    if vector.dtype not in DTYPES:
-        raise TypeError(f"fastdmd.{op}: expected {name} to be floating point, got {vector.dtype}")
     if vector.shape != shape:
         raise ValueError(f"fastdmd.{op}: expected {name} of shape {tuple(shape)}, got {tuple(vector.shape)}")
     if vector.device != x.device:

@@ -101,7 +101,8 @@ def reference_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, we
     grad_m = grad_y.to(wide) * (s + m * s * (1 - s) if silu else 1)
     grad_n = grad_m if gain is None else grad_m * gain
     grad_h = grad_n * _table(weight[None], x)
-    apart = grad_h - _group_mean(grad_h, mean) - h * _group_mean(grad_h * h, mean)
+    apart = grad_h - _spread(_groups(grad_h, num_groups).mean(dim=2), x)
+    apart = apart - h * _spread(_groups(grad_h * h, num_groups).mean(dim=2), x)
     if scale is None:
         grad_scale = grad_shift = m.new_empty(0)
     else:
@@ -116,13 +117,14 @@ def reference_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, we
 
 def _moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and `1 / sqrt(variance + eps)`, `[B, G]`, differentiable."""
-    groups = x.to(wide_dtype(x)).reshape(x.shape[0], num_groups, -1)
+    groups = _groups(x.to(wide_dtype(x)), num_groups)
     return groups.mean(dim=2), (groups.var(dim=2, correction=0) + eps).rsqrt()
 
 
-def _group_mean(values: Tensor, mean: Tensor) -> Tensor:
-    """The mean of `values` `[B, C, H, W]` over each group, `[B, C, 1, 1]`; `mean` is `[B, G]`."""
-    return _spread(values.reshape(*mean.shape, -1).mean(dim=2), values)
+def _groups(x: Tensor, num_groups: int) -> Tensor:
+    """`[B, C, H, W]` -> `[B, G, C / G * H * W]`."""
+    B, C, pixels = _sizes(x)
+    return x.reshape(B, num_groups, C // num_groups * pixels)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
