@@ -21,9 +21,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Where `x` is float32, on a CPU, channels_last and not tiny, and both numbers of channels are multiples of 16,
     output and gradients are Winograd's F(2x2, 3x3) (Lavin & Gray 2016). Everywhere else it is torch's own convolution.
-    Against float64 output and gradient of the input err 0.6 to 0.8 times as much as torch's (root mean square, 16 to 256
-    channels, 256 to 130,000 tiles), that of the weight 0.5 to 1.7 times, the less the more tiles: see docs/ops.md. A
-    gradient that is to be differentiated itself is torch's.
+    Against float64 output and gradient of the input err 0.6 to 0.8 times as much as torch's (root mean square, 16 to
+    256 channels, 256 to 130,000 tiles), that of the weight 0.5 to 1.7 times, the less the more tiles: see docs/ops.md.
+    A gradient that is to be differentiated itself is torch's.
 
     Args:
         x: features `[B, C, H, W]`, floating point.
