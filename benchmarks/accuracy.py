@@ -118,27 +118,23 @@ def arguments(op: str, dtype: torch.dtype) -> list[Tensor]:
     return [t.to(dtype).contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.to(dtype) for t in tensors]
 
 
-def results(function: Callable, tensors: list[Tensor], num_gradients: int) -> list[Tensor]:
-    """The result and the gradients, for a random upstream gradient."""
+def results(function: Callable, tensors: list[Tensor], num_gradients: int, dtype: torch.dtype) -> list[Tensor]:
+    """The result and the gradients, for a random upstream gradient that `dtype` can hold."""
     wanted = [t.detach().clone().requires_grad_(k < num_gradients) for k, t in enumerate(tensors)]
     y = function(*wanted)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    grads = (
-        torch.autograd.grad(y, wanted[:num_gradients], upstream.to(tensors[0].dtype).to(y.dtype))
-        if num_gradients
-        else ()
-    )
+    grads = torch.autograd.grad(y, wanted[:num_gradients], upstream.to(dtype).to(y.dtype)) if num_gradients else ()
     return [y.detach(), *grads]
 
 
 def errors(op: str, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, float]]]:
     """For the result and each gradient: what it is called, and the error by who computed it."""
     tensors, num_gradients = arguments(op, dtype), CASES[op][1]
-    exact = results(getattr(Plain, op), [t.double() for t in tensors], num_gradients)
-    found = {"PyTorch": results(getattr(Plain, op), tensors, num_gradients)}
+    exact = results(getattr(Plain, op), [t.double() for t in tensors], num_gradients, dtype)
+    found = {"PyTorch": results(getattr(Plain, op), tensors, num_gradients, dtype)}
     for backend in ops.implementations(op if op != "group_norm" else "group_norm_silu"):
         with ops.use_backend(backend):
-            found[backend] = results(getattr(Own, op), tensors, num_gradients)
+            found[backend] = results(getattr(Own, op), tensors, num_gradients, dtype)
     names = getattr(Plain, op).__code__.co_varnames
     for k, truth in enumerate(exact):
         name = "value" if k == 0 else f"gradient of {names[k - 1]}"
@@ -157,8 +153,8 @@ def page() -> str:
         "Root mean square of the error against float64, over that of the exact value; channels_last images of",
         f"{' x '.join(map(str, IMAGE))} standard normals. `PyTorch` is the formula as one would write it, in the same",
         "dtype. Made by `TRITON_INTERPRET=1 python -m benchmarks.accuracy --out docs/ops.md`: Triton's kernels are",
-        "interpreted on the CPU, where it cuts to bfloat16 instead of rounding. `conv3x3` is torch's own in bfloat16 and",
-        f"float16; `adamw_ema_`, after {NUM_STEPS} steps, keeps its weights in float32.", "",
+        "interpreted on the CPU, where it cuts to bfloat16 instead of rounding. `conv3x3` is torch's own in bfloat16",
+        f"and float16; `adamw_ema_`, after {NUM_STEPS} steps, keeps its weights in float32.", "",
         f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}; {facts['native'] or 'no native library'}.",
         "",
         f"| op | of | dtype | {' | '.join(columns)} |", f"|---|---|---|{'---|' * len(columns)}",
