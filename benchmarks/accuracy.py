@@ -155,8 +155,7 @@ def page() -> str:
         "dtype. Made by `TRITON_INTERPRET=1 python -m benchmarks.accuracy --out docs/ops.md`: Triton's kernels are",
         "interpreted on the CPU, where it cuts to bfloat16 instead of rounding. `conv3x3` is torch's own in bfloat16",
         f"and float16; `adamw_ema_`, after {NUM_STEPS} steps, keeps its weights in float32.", "",
-        f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}; {facts['native'] or 'no native library'}.",
-        "",
+        f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}; native library: {facts['native']}.", "",
         f"| op | of | dtype | {' | '.join(columns)} |", f"|---|---|---|{'---|' * len(columns)}",
     ]  # fmt: skip
     for op, dtype in itertools.product(CASES, DTYPES):

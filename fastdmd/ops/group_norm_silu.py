@@ -51,9 +51,10 @@ def group_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     return _normalise(x, weight, bias, None, None, num_groups, eps, False)
 
 
-def _normalise(*arguments) -> Tensor:
-    compute = reference if has_tangent(*arguments[:5]) else _group_norm_silu
-    return compute(*arguments)[0]
+def _normalise(x: Tensor, *arguments) -> Tensor:
+    if has_tangent(x, *arguments[:4]):  # torch differentiates its own in forward mode, in this layout alone
+        return reference(x.contiguous(), *arguments)[0].contiguous(memory_format=memory_format(x))
+    return _group_norm_silu(x, *arguments)[0]
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
@@ -81,9 +82,9 @@ def _unit_stride(table: Tensor) -> Tensor:
 def reference(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
               eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = wide_dtype(x)
-    n, mean, rstd = torch.native_group_norm(  # in forward mode it takes no other layout
-        x.to(wide).contiguous(), weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps
-    )
+    n, mean, rstd = torch.native_group_norm(
+        x.to(wide), weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps
+    )  # fmt: skip
     m = n if scale is None else n * (1 + _table(scale, x)) + _table(shift, x)
     y = F.silu(m) if silu else m
     return y.to(x.dtype, memory_format=memory_format(x)), mean, rstd
