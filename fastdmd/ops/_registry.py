@@ -91,15 +91,19 @@ def _chooser(name: str, device_type: str, before: Callable | None) -> Callable:
     def call(*arguments):
         if before is not None:
             before()
-        for block in reversed(_BLOCKS.get()):
-            if (name, device_type) in block:
-                return block[name, device_type](*arguments)
-        chosen = _CHOSEN.get((name, device_type))
-        if chosen is None:
-            chosen = _CHOSEN[name, device_type] = _choose(name, device_type, os.environ.get("FASTDMD_BACKEND"))
-        return chosen(*arguments)
+        return _chosen(name, device_type)(*arguments)
 
     return call
+
+
+def _chosen(name: str, device_type: str) -> Callable:
+    for block in reversed(_BLOCKS.get()):
+        if (name, device_type) in block:
+            return block[name, device_type]
+    chosen = _CHOSEN.get((name, device_type))
+    if chosen is None:
+        chosen = _CHOSEN[name, device_type] = _choose(name, device_type, os.environ.get("FASTDMD_BACKEND"))
+    return chosen
 
 
 def _choose(name: str, device_type: str, forced: str | None) -> Callable:
