@@ -93,20 +93,21 @@ FASTDMD_INLINE void box_muller(uint32_t a, uint32_t b, float& normal0, float& no
   normal1 = radius * sine;
 }
 
-// EDM preconditioning (Karras et al. 2022, table 1).
+// EDM preconditioning (Karras et al. 2022, table 1), in a form that holds for infinite sigma or sigma_data, too.
 template <class T>
 FASTDMD_INLINE T c_skip(T sigma, T sigma_data) {
-  return sigma_data * sigma_data / (sigma * sigma + sigma_data * sigma_data);
-}
-
-template <class T>
-FASTDMD_INLINE T c_out(T sigma, T sigma_data) {
-  return sigma * sigma_data / std::sqrt(sigma * sigma + sigma_data * sigma_data);
+  const T ratio = sigma / sigma_data;
+  return 1 / (1 + ratio * ratio);
 }
 
 template <class T>
 FASTDMD_INLINE T loss_weight(T sigma, T sigma_data) {  // 1 / c_out^2
   return 1 / (sigma * sigma) + 1 / (sigma_data * sigma_data);
+}
+
+template <class T>
+FASTDMD_INLINE T c_out(T sigma, T sigma_data) {
+  return 1 / std::sqrt(loss_weight(sigma, sigma_data));
 }
 
 }  // namespace fastdmd

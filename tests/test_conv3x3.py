@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdmd import ops
 
@@ -55,6 +56,22 @@ def test_close_to_float64(shape):
     assert worst_error(shape) < 3e-6
     assert worst_error(shape, weight_format=torch.channels_last) < 3e-6
     assert worst_error(shape, bias=False) < 3e-6
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 48, 48, 14, 14), (64, 32, 32, 14, 14), (32, 16, 16, 28, 28), (8, 16, 16, 128, 128)]
+)
+def test_weight_gradients_err_no_more_than_twice_what_torch_errs(shape):
+    """Of many tiles: what they add up to may not lose digits by their number."""
+    x, weight, _ = inputs(shape, bias=False)
+    own, plain, exact = (
+        results(function, *(t.to(dtype) for t in (x, weight)))[2].double()
+        for function, dtype in (
+            (lambda *a: torch.ops.fastdmd.conv3x3(*a, None), torch.float32),
+            (lambda *a: F.conv2d(*a, padding=1), torch.float32), (lambda *a: F.conv2d(*a, padding=1), torch.float64),
+        )
+    )  # fmt: skip
+    assert (own - exact).square().mean().sqrt() < 2 * (plain - exact).square().mean().sqrt()
 
 
 EVERYWHERE = """
@@ -131,3 +148,10 @@ def test_nothing_is_hidden():
 def test_a_gpu_leaves_it_to_torch():
     assert list(ops.implementations("conv3x3", "cuda")) == ["reference"]
     assert "native code for CPUs alone" in ops.unavailable("conv3x3", "cuda")["triton"]
+
+
+def test_its_flops_are_those_of_the_definition():
+    x, weight, bias = inputs((4, 32, 16, 14, 14))
+    with FlopCounterMode(display=False) as counter:
+        ops.conv3x3(x.requires_grad_(), weight.requires_grad_(), bias).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 4 * 14 * 14 * weight.numel()

@@ -52,12 +52,13 @@ def test_imports_point_one_way(path):
 
 
 def test_ops_come_alone():
-    """`from fastdmd import ops` loads torch and nothing that another trainer has no use for."""
+    """`from fastdmd import ops` loads torch and nothing that another trainer has no use for, or not yet."""
     code = "import sys; from fastdmd import ops; print(' '.join(sorted(sys.modules)))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     mine = {name for name in modules if name.startswith("fastdmd.")}
     assert mine and all(name.startswith(("fastdmd.ops", "fastdmd._native")) for name in mine)
     assert not {"PIL", "tyro", "safetensors"} & set(modules)
+    assert not {"torch._dynamo", "torch._inductor", "triton", "sympy"} & set(modules)
 
 
 def test_files_stay_rooms():

@@ -25,7 +25,8 @@ TARGETS = {
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTERPRETED = (
     "budget or golden or special or philox or broken_gradient or torch_adamw or seed_call or far_apart or gradcheck"
-    " or opcheck or compile or layouts or derivative"
+    " or opcheck or compile or layouts or derivative or penalties or hessian or infinite or float16 or not_dense"
+    " or draw or recomputation"
 )
 # What a launcher runs once more after the first call: the tickets are zero again, a ring of two comes round, and
 # chunks of a sample change nothing but rounding.
@@ -64,7 +65,7 @@ def test_every_op_through_the_interpreter():
     """The tests of the ops once more, with Triton among the implementations and behind the public functions."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTDMD_BACKEND": "triton"}
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-k", INTERPRETED,
-               str(Path(__file__).with_name("test_ops.py"))]  # fmt: skip
+               *map(str, sorted(Path(__file__).parent.glob("test_ops_*.py")))]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout[-4000:]
     assert run.stdout.count(".") > 500, run.stdout[-4000:]

@@ -64,6 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y, Tensor x, Ten
   Tensor grad_bias = torch::stable::new_empty(weight, {of_parameters ? weight.size(0) : int64_t(0)});
   if (of_input) run(arguments(grad_y, weight, grad_x, true), x);
   if (!of_parameters) return {grad_x, grad_weight, grad_bias};
+  if (num_blocks(arguments(x, weight, grad_y, false)) == 0)  // no tile, so nobody would write them
+    return {grad_x, torch::stable::fill_(grad_weight, 0), torch::stable::fill_(grad_bias, 0)};
 
   Conv3x3 a = arguments(x, grad_weight, grad_y, false);
   const int64_t size = 16 * a.in_channels * a.out_channels, blocks = num_blocks(a);

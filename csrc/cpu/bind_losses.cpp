@@ -111,8 +111,8 @@ ScalarType gradient_dtype(const Tensor& x) {
 double inverse_numel(const Tensor& x) { return 1 / double(x.numel() > 0 ? x.numel() : 1); }
 
 Tensor dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
-  Tensor grad = torch::stable::empty_like(x_gen);
-  gradient({dtype_of(x_gen), dtype_of(x_gen), x_gen.const_data_ptr(), D_real.const_data_ptr(), D_fake.const_data_ptr(),
+  Tensor grad = empty_like(x_gen, gradient_dtype(x_gen));
+  gradient({dtype_of(x_gen), dtype_of(grad), x_gen.const_data_ptr(), D_real.const_data_ptr(), D_fake.const_data_ptr(),
             nullptr, grad.mutable_data_ptr(), 1, 0, 0},
            x_gen, {}, 0, eps);
   return grad;

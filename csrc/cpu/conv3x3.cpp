@@ -30,16 +30,12 @@ FASTDMD_INLINE V load_vector(const float* from) {
 }
 FASTDMD_INLINE void store_vector(float* to, V x) { __builtin_memcpy(to, &x, sizeof(V)); }
 
-// c[row, :] = (c[row, :] if `add`) + sum over k of a[row * row_step + k * step] * b[k, :], for ROWS rows and N vectors of columns.
+// c[row, :] = (c[row, :] if `add`) + sum over k of a[row * row_step + k * step] * b[k, :], for ROWS rows and N vectors of
+// columns. The sum over k starts from 0: over many calls a running sum would lose half a digit per factor of ten.
 template <int N>
 FASTDMD_INLINE void multiply(bool add, const float* a, int64_t row_step, int64_t step, const float* b, float* c,
                              int64_t depth) {
   V sums[ROWS][N] = {};
-  if (add)
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) sums[row][n] = load_vector(c + (row * N + n) * LANES);
   for (int64_t k = 0; k < depth; ++k) {
     V panel[N];
 #pragma GCC unroll 3
@@ -51,6 +47,11 @@ FASTDMD_INLINE void multiply(bool add, const float* a, int64_t row_step, int64_t
       for (int n = 0; n < N; ++n) sums[row][n] += value * panel[n];
     }
   }
+  if (add)
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n) sums[row][n] += load_vector(c + (row * N + n) * LANES);
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 3

@@ -165,10 +165,6 @@ void launch(const Device& device, const DMLoss& a, int64_t blocks) {
   const int64_t per_thread = a.num_samples >= 2 * device.num_multiprocessors() ? KEPT : width;
   const int threads = int(std::clamp(ceil_divide(a.sample_size, per_thread * WARP) * WARP, int64_t(2 * WARP),
                                      int64_t(MAX_THREADS)));
-  if (a.dtype == Dtype::float16 && !a.loss) {
-    device.launch(dm_loss_vectors<__half, __half, false>, blocks, threads, a);
-    return;
-  }
   dispatch_vectors(a.dtype, [&](auto type) {
     using T = decltype(type);
     using G = std::conditional_t<std::is_same_v<T, __half>, float, T>;
@@ -184,8 +180,13 @@ void fill_in(const char* op, DMLoss& a, const Tensor& x_gen, const Tensor& grad)
 
 int64_t num_blocks(const DMLoss& a) { return std::min(a.num_samples, int64_t(1) << 20); }
 
+// A gradient may leave the range of float16.
+Tensor gradient_like(const Tensor& x_gen) {
+  return empty_like(x_gen, x_gen.scalar_type() == ScalarType::Half ? ScalarType::Float : x_gen.scalar_type());
+}
+
 Tensor dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
-  Tensor grad = torch::stable::empty_like(x_gen);
+  Tensor grad = gradient_like(x_gen);
   DMLoss a{};
   fill_in("dm_gradient", a, x_gen, grad);
   a.real = D_real.const_data_ptr(), a.fake = D_fake.const_data_ptr();
@@ -195,7 +196,7 @@ Tensor dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
 }
 
 std::tuple<Tensor, Tensor> loss_and_gradient(const char* op, DMLoss a, const Tensor& x_gen) {
-  Tensor grad = empty_like(x_gen, x_gen.scalar_type() == ScalarType::Half ? ScalarType::Float : x_gen.scalar_type());
+  Tensor grad = gradient_like(x_gen);
   Tensor loss = torch::stable::new_empty(x_gen, {}, wide_type(x_gen));
   fill_in(op, a, x_gen, grad);
   if (x_gen.numel() == 0) return {torch::stable::fill_(loss, std::numeric_limits<double>::quiet_NaN()), grad};

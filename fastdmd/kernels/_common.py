@@ -89,13 +89,19 @@ def finite_or_zero(x):
 
 
 @triton.jit
+def loss_weight(sigma, sigma_data):
+    return 1.0 / (sigma * sigma) + 1.0 / (sigma_data * sigma_data)
+
+
+@triton.jit
 def c_skip(sigma, sigma_data):
-    return sigma_data * sigma_data / (sigma * sigma + sigma_data * sigma_data)
+    ratio = sigma / sigma_data
+    return 1.0 / (1.0 + ratio * ratio)
 
 
 @triton.jit
 def c_out(sigma, sigma_data):
-    return sigma * sigma_data / tl.sqrt(sigma * sigma + sigma_data * sigma_data)
+    return 1.0 / tl.sqrt(loss_weight(sigma, sigma_data))
 
 
 @triton.jit

@@ -102,7 +102,7 @@ def dm_kernel(x_gen_ptr, real_ptr, fake_ptr, x_t_ptr, sigma_ptr, grad_ptr, parti
 
 
 def dm_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> Tensor:
-    grad = torch.empty_like(x_gen)
+    grad = torch.empty_like(x_gen, dtype=gradient_dtype(x_gen))
     _launch(x_gen, D_real, D_fake, None, None, grad, None, 0.0, eps)
     return grad
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastdmd.kernels._common import (
     arrive,
-    c_out,
     c_skip,
     gradient_dtype,
+    loss_weight,
     narrow,
     of_samples,
     sample_size,
@@ -40,11 +40,11 @@ def fake_loss_kernel(output_ptr, x_gen_ptr, x_t_ptr, sigma_ptr, grad_ptr, partia
     if x_t_ptr is not None:
         x_t = tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE)
         skip = tl.where(first, c_skip(sigma, sigma_data), c_skip(other, sigma_data))
-        inverse = tl.where(first, 1.0 / c_out(sigma, sigma_data), 1.0 / c_out(other, sigma_data))
+        inverse = tl.sqrt(tl.where(first, loss_weight(sigma, sigma_data), loss_weight(other, sigma_data)))
         error = tl.where(mask, output - (target - skip * x_t) * inverse, 0.0)
         weighted = error
     else:
-        weight = tl.where(first, karras_weight(sigma, sigma_data), karras_weight(other, sigma_data))
+        weight = tl.where(first, loss_weight(sigma, sigma_data), loss_weight(other, sigma_data))
         error = output - target
         weighted = weight * error
     grad = weighted * (2.0 / tl.cast(numel, WIDE))
@@ -53,11 +53,6 @@ def fake_loss_kernel(output_ptr, x_gen_ptr, x_t_ptr, sigma_ptr, grad_ptr, partia
     if arrive(ticket_ptr, num_programs):
         mean = total(partial_ptr, num_programs) * (1.0 / tl.cast(numel, WIDE)).to(tl.float64)
         tl.store(loss_ptr, mean.to(WIDE))
-
-
-@triton.jit
-def karras_weight(sigma, sigma_data):
-    return 1.0 / (sigma * sigma) + 1.0 / (sigma_data * sigma_data)
 
 
 @triton.jit

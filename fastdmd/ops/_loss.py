@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fastdmd.ops._registry import define
-from fastdmd.ops._validate import per_sample, wide_dtype
+from fastdmd.ops._registry import define, no_second_derivative
+from fastdmd.ops._validate import gradient_dtype, per_sample, wide_dtype
+
+
+def loss_weight(sigma: Tensor, sigma_data: float, x: Tensor) -> Tensor:
+    """`1 / c_out^2 = sigma^-2 + sigma_data^-2`, `[B, 1, 1, 1]` (Karras et al. 2022, table 1)."""
+    return per_sample(sigma, x) ** -2 + sigma_data**-2
 
 
 def preconditioning(sigma: Tensor, x: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """EDM's `c_skip` and `c_out`, `[B, 1, 1, 1]` (Karras et al. 2022, table 1)."""
-    sigma = per_sample(sigma, x)
-    variance = sigma**2 + sigma_data**2
-    return sigma_data**2 / variance, sigma * sigma_data / variance.sqrt()
-
-
-def gradient_dtype(x: Tensor) -> torch.dtype:
-    """Of a gradient that may leave the range of float16."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+    """EDM's `c_skip` and `c_out`, `[B, 1, 1, 1]` (Karras et al. 2022, table 1); 1 and sigma for an infinite one."""
+    c_skip = 1 / (1 + (per_sample(sigma, x) / sigma_data) ** 2)
+    return c_skip, loss_weight(sigma, sigma_data, x).rsqrt()
 
 
 def fake(x: Tensor, *_) -> tuple[Tensor, Tensor]:
     return x.new_empty((), dtype=wide_dtype(x)), torch.empty_like(x, dtype=gradient_dtype(x))
 
 
-def setup_context(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # nobody wants zeros for that
+def derivatives(op: str, weight: Callable | None = None) -> dict[str, Callable]:
+    """`setup_context` and `backward` of a loss; the inputs but the first are constants.
+
+    The gradient that is emitted beside the loss is an output of the graph, too: where backward itself is
+    differentiated, what it was made from is. Its derivative is `2 / numel * weight(sigma, sigma_data, x)`, or none.
+    """
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.dtype, ctx.num_inputs, ctx.sigma_data = inputs[0].dtype, len(inputs), inputs[-1]
+        ctx.save_for_backward(output[1], None if weight is None else inputs[-2])
+        ctx.set_materialize_grads(False)  # nobody wants zeros for an output that has no use
+
+    def backward(ctx, grad_loss: Tensor | None, grad_gradient: Tensor | None):
+        gradient, sigma = ctx.saved_tensors
+        grad = None if grad_loss is None else _scaled(gradient, grad_loss, ctx.dtype)
+        if grad_gradient is not None:
+            if weight is None:
+                raise no_second_derivative(op)
+            factor = 2 / max(1, gradient.numel()) * weight(sigma, ctx.sigma_data, gradient)
+            second = (factor * grad_gradient).to(ctx.dtype)
+            grad = second if grad is None else grad + second
+        return grad, *[None] * (ctx.num_inputs - 1)
+
+    return {"setup_context": setup_context, "backward": backward}
 
 
-def backward(ctx, grad_loss: Tensor | None, _):
-    """The derivative in the first input: `gradient * grad_loss`. The other inputs are constants."""
-    if grad_loss is None:
-        return (None,) * ctx.num_inputs
-    (gradient,) = ctx.saved_tensors
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and gradient.dtype == ctx.dtype:
-        if grad_loss.item() == 1:  # a CPU waits for nothing to look, and saves a third of the memory traffic
-            return gradient, *[None] * (ctx.num_inputs - 1)
-    return _scale_gradient(gradient, grad_loss, ctx.dtype), *[None] * (ctx.num_inputs - 1)
+def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.is_grad_enabled():
+        return _reference(gradient, grad_loss, dtype)
+    # A CPU waits for nothing to look at a value, and saves a third of the memory traffic. Unless backward may come
+    # again: then what is saved stays ours.
+    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and gradient.dtype == dtype:
+        if not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1:
+            return gradient
+    return _scale_gradient(gradient, grad_loss, dtype)
 
 
 def _reference(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:

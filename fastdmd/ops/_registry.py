@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,46 +21,97 @@ _LIBRARY = torch.library.Library("fastdmd", "DEF")
 _OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
 _CPU_ONLY: set[str] = set()  # ops that a GPU leaves to torch: no Triton kernel, no CUDA
 _CHOSEN: dict[tuple[str, str], Callable] = {}  # (name, device type): implementation, filled at the first call
+# The same of the `use_backend` blocks around the code that runs, the innermost last.
+_BLOCKS: contextvars.ContextVar[tuple[Mapping, ...]] = contextvars.ContextVar("fastdmd_backends", default=())
 
 
 def define(schema: str, *, module: str, reference: Callable, fake: Callable, backward: Callable | None = None,
-           setup_context: Callable | None = None, cpu_only: bool = False) -> Any:  # fmt: skip
+           setup_context: Callable | None = None, before: Callable | None = None, cpu_only: bool = False
+           ) -> Any:  # fmt: skip
     """Registers an op with `torch.library` and returns it.
 
     `reference` is its default implementation, on every device. CPU and CUDA choose at the first call; `kernels/MODULE`
     has the Triton function and `csrc/*/MODULE` the native one, all of the op's own name and with the same arguments.
-    With `cpu_only` there is the native one for CPUs alone.
+    `before` is called first, without arguments. With `cpu_only` there is the native one for CPUs alone. Without
+    `backward`, asking for a derivative is an error.
     """
     name = schema.split("(")[0]
     _OPS[name] = (module, reference)
     if cpu_only:
         _CPU_ONLY.add(name)
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    arguments = getattr(torch.ops.fastdmd, name).default._schema.arguments
+    op = compose(schema, function=reference, fake=fake, backward=backward, setup_context=setup_context)
+    arguments = op._schema.arguments
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
     for device_type in ORDER:
-        _LIBRARY.impl(name, _chooser(name, device_type, written), device_type.upper())
+        _LIBRARY.impl(name, _chooser(name, device_type, before, written), device_type.upper())
+    return op
+
+
+def compose(schema: str, *, function: Callable, fake: Callable, backward: Callable | None = None,
+            setup_context: Callable | None = None) -> Any:  # fmt: skip
+    """Registers an op that has one implementation alone, made of others."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdmd::{name}", fake, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"fastdmd::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(torch.ops.fastdmd, name).default
+    op = getattr(torch.ops.fastdmd, name).default
+    if not op._schema.is_mutable:  # those torch does not differentiate
+        _differentiate(name, backward, setup_context)
+    return op
 
 
-def _chooser(name: str, device_type: str, written: list[int]) -> Callable:
+def _differentiate(name: str, backward: Callable | None, setup_context: Callable | None) -> None:
+    """The backward of an op runs in the `use_backend` blocks of its forward.
+
+    It may be called after the block, and on a GPU it runs in a thread of its own.
+    """
+
+    def remember(ctx, inputs, output) -> None:
+        ctx.blocks = _BLOCKS.get()
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    def recall(ctx, *grads):
+        if backward is None:
+            raise no_second_derivative(name)
+        before = _BLOCKS.set(ctx.blocks)
+        try:
+            return backward(ctx, *grads)
+        finally:
+            _BLOCKS.reset(before)
+
+    torch.library.register_autograd(f"fastdmd::{name}", recall, setup_context=remember, lib=_LIBRARY)
+
+
+def no_second_derivative(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"fastdmd.{name}: expected a first derivative to be asked for, got a second one: it has no second derivative"
+    )
+
+
+def _chooser(name: str, device_type: str, before: Callable | None, written: list[int]) -> Callable:
     """Calls the implementation chosen; what it writes in place counts as changed, so that a stale graph raises."""
 
     def call(*arguments):
-        chosen = _CHOSEN.get((name, device_type))
-        if chosen is None:
-            chosen = _CHOSEN[name, device_type] = _choose(name, device_type, _forced())
-        result = chosen(*arguments)
+        if before is not None:
+            before()
+        result = _chosen(name, device_type)(*arguments)
         for index in written:
             if arguments[index] is not None and not arguments[index].is_inference():
                 torch.autograd.graph.increment_version(arguments[index])
         return result
 
     return call
+
+
+def _chosen(name: str, device_type: str) -> Callable:
+    for block in reversed(_BLOCKS.get()):
+        if (name, device_type) in block:
+            return block[name, device_type]
+    chosen = _CHOSEN.get((name, device_type))
+    if chosen is None:
+        chosen = _CHOSEN[name, device_type] = _choose(name, device_type, _forced())
+    return chosen
 
 
 def _choose(name: str, device_type: str, forced: str | None) -> Callable:
@@ -90,18 +142,20 @@ def require_environment(device: torch.device | str = "cpu") -> None:
 def use_backend(backend: str, device: torch.device | str = "cpu") -> Iterator[None]:
     """Inside the block every op on this kind of device is computed by `backend`: reference, triton or native.
 
+    Blocks may nest and overlap; each holds for the thread or asyncio task that it is in. The backward of an op is
+    computed by what computed its forward, wherever that runs. A compiled function follows the blocks around its calls,
+    and its backward those around `backward()`; on a GPU, where that runs in threads of its own, none.
+
     Raises ValueError for another name and RuntimeError, with the reason, where it is not there. The environment
     variable FASTDMD_BACKEND does the same for a whole process.
     """
     device_type = torch.device(device).type
-    chosen = {(name, device_type): _choose(name, device_type, backend) for name in _OPS}
-    before = _CHOSEN.copy()
-    _CHOSEN.update(chosen)
+    block = {(name, device_type): _choose(name, device_type, backend) for name in _OPS}
+    _BLOCKS.set((*_BLOCKS.get(), block))
     try:
         yield
     finally:
-        _CHOSEN.clear()
-        _CHOSEN.update(before)
+        _BLOCKS.set(tuple(other for other in _BLOCKS.get() if other is not block))
 
 
 def implementations(name: str, device: torch.device | str = "cpu") -> dict[str, Callable]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -15,15 +16,13 @@ def check_images(op: str, **tensors: Tensor) -> list[Tensor]:
     differs is copied.
     """
     (first_name, first), *others = tensors.items()
-    if not isinstance(first, Tensor):
-        raise TypeError(f"fastdmd.{op}: expected {first_name} to be a tensor, got {type(first).__name__}")
+    check_tensor(op, first_name, first)
     if first.dim() != 4:
         raise ValueError(f"fastdmd.{op}: expected {first_name} of shape [B, C, H, W], got {tuple(first.shape)}")
     if first.dtype not in DTYPES:
         raise TypeError(f"fastdmd.{op}: expected {first_name} to be floating point, got {first.dtype}")
     for name, tensor in others:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"fastdmd.{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
+        check_tensor(op, name, tensor)
         if tensor.shape != first.shape:
             raise ValueError(f"fastdmd.{op}: expected {name} of shape {tuple(first.shape)}, got {tuple(tensor.shape)}")
         if tensor.dtype != first.dtype:
@@ -32,6 +31,26 @@ def check_images(op: str, **tensors: Tensor) -> list[Tensor]:
             raise ValueError(f"fastdmd.{op}: expected {name} on {first.device}, got {tensor.device}")
     layout = memory_format(first)
     return [tensor.contiguous(memory_format=layout) for tensor in tensors.values()]
+
+
+def check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"fastdmd.{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"fastdmd.{op}: expected {name} to be a dense tensor, got a {got} one")
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one is differentiated in forward mode: torch.library would drop its tangent in silence."""
+    return forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
+def check_no_tangent(op: str, *tensors: Tensor) -> None:
+    if has_tangent(*tensors):
+        raise NotImplementedError(f"fastdmd.{op}: expected derivatives by backward, got forward mode, which it lacks")
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -45,19 +64,28 @@ def check_vector(op: str, name: str, vector: Tensor, x: Tensor, shape: tuple[int
     if not isinstance(vector, Tensor) or vector.dtype not in DTYPES:
         got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
         raise TypeError(f"fastdmd.{op}: expected {name} to be a floating point tensor, got {got}")
+    check_tensor(op, name, vector)
     if vector.shape != shape:
         raise ValueError(f"fastdmd.{op}: expected {name} of shape {tuple(shape)}, got {tuple(vector.shape)}")
     if vector.device != x.device:
         raise ValueError(f"fastdmd.{op}: expected {name} on {x.device}, got {vector.device}")
 
 
+def check_constant(op: str, name: str, vector: Tensor, x: Tensor) -> None:
+    """`vector` is floating point `[B]` on the device of `x` `[B, C, H, W]`, and nobody waits for its gradient."""
+    check_vector(op, name, vector, x, x.shape[:1])
+    if vector.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"fastdmd.{op}: expected {name} to be a constant, got one that requires a gradient: detach it")
+
+
 def check_sigma(op: str, sigma: Tensor, x: Tensor) -> None:
-    """`sigma` is floating point `[B]` on the device of `x` `[B, C, H, W]`."""
-    check_vector(op, "sigma", sigma, x, x.shape[:1])
+    check_constant(op, "sigma", sigma, x)
 
 
 def check_positive(op: str, **values: float) -> None:
     for name, value in values.items():
+        if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"fastdmd.{op}: expected {name} to be a number, got {type(value).__name__}")
         if not value > 0:
             raise ValueError(f"fastdmd.{op}: expected {name} > 0, got {value}")
 
@@ -65,6 +93,11 @@ def check_positive(op: str, **values: float) -> None:
 def wide_dtype(x: Tensor) -> torch.dtype:
     """What an op computes in: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    """Of a gradient that may leave the range of float16."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:

@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdmd.ops._registry import define
-from fastdmd.ops._validate import DTYPES, check_images, check_sigma, check_vector, per_sample, wide_dtype
+from fastdmd.ops._recompute import check_first_run, drawn_before, replay
+from fastdmd.ops._registry import compose, define
+from fastdmd.ops._validate import (
+    DTYPES,
+    check_constant,
+    check_images,
+    check_no_tangent,
+    check_sigma,
+    has_tangent,
+    per_sample,
+    wide_dtype,
+)
 from fastdmd.ops.philox import CALL, check_rng_state, reference_normals
 
 
@@ -19,12 +29,14 @@ def add_noise(x: Tensor, sigma: Tensor, *, noise: Tensor | None = None, rng_stat
         sigma: noise level of each image `[B]`, in units of pixel values; a constant.
         noise: standard normal `[B, C, H, W]`, of the dtype and device of `x`; or else
         rng_state: state of `ops.rng_state`, from which the noise is made on the fly, never touching memory. It is
-            advanced. The noise is a function of seed, call and the element's place in the memory of `x`.
+            advanced. The noise is a function of seed, call and the element's place in the memory of `x`: a
+            checkpointed function sees the same again when it is recomputed, and the state is advanced once.
         scale: factor of each image `[B]`, such as EDM's `c_in`; a constant. Default: 1.
         dtype: of the result. Default: that of `x`.
 
-    Returns `x_t`, laid out like `x`. Differentiable in `x` and `noise`.
-    Raises TypeError or ValueError, naming what was expected and what came.
+    Returns `x_t`, laid out like `x`. Differentiable in `x` and `noise`, as often as you like.
+    Raises TypeError or ValueError, naming what was expected and what came; RuntimeError for a draw from rng_state
+    in a backward pass that is no recomputation of a known one.
     """
     if (noise is None) == (rng_state is None):
         got = "neither" if noise is None else "both"
@@ -32,16 +44,22 @@ def add_noise(x: Tensor, sigma: Tensor, *, noise: Tensor | None = None, rng_stat
     (x, *given) = check_images("add_noise", x=x, **({} if noise is None else {"noise": noise}))
     check_sigma("add_noise", sigma, x)
     if scale is not None:
-        check_vector("add_noise", "scale", scale, x, x.shape[:1])
+        check_constant("add_noise", "scale", scale, x)
     dtype = dtype or x.dtype
     if dtype not in DTYPES:
         raise TypeError(f"fastdmd.add_noise: expected a floating point dtype, got {dtype}")
     if given:
-        return _add_noise(x, sigma, given[0], scale, dtype)
+        compute = reference if has_tangent(x, sigma, *given, scale) else _add_noise
+        return compute(x, sigma, given[0], scale, dtype)
     check_rng_state("add_noise", rng_state, x)
+    check_no_tangent("add_noise", x, sigma, scale)
+    drawn = drawn_before(rng_state)
+    if drawn is not None:
+        return replay(_add_noise_drawn, x, sigma, drawn, scale, dtype)
     if torch.is_grad_enabled() and x.requires_grad:  # torch differentiates no op that also changes an argument
-        noise = _add_noise_rng(torch.zeros_like(x), torch.ones_like(sigma), rng_state, None, x.dtype)
-        return _add_noise(x, sigma, noise, scale, dtype)
+        x_t = _add_noise_drawn(x, sigma, rng_state, scale, dtype)
+        rng_state[1].add_(CALL)
+        return x_t
     return _add_noise_rng(x, sigma, rng_state, scale, dtype)
 
 
@@ -56,7 +74,16 @@ def reference_rng(x: Tensor, sigma: Tensor, rng_state: Tensor, scale: Tensor | N
     return reference(x, sigma, noise, scale, dtype)
 
 
+def _drawn(x: Tensor, sigma: Tensor, rng_state: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return _add_noise_rng(x, sigma, rng_state.clone(), scale, dtype)
+
+
 def _fake(x: Tensor, sigma: Tensor, source: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _fake_draw(x: Tensor, sigma: Tensor, rng_state: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    check_first_run()
     return torch.empty_like(x, dtype=dtype)
 
 
@@ -82,5 +109,9 @@ _add_noise = define(
 )  # fmt: skip
 _add_noise_rng = define(
     "add_noise_rng(Tensor x, Tensor sigma, Tensor(a!) rng_state, Tensor? scale, ScalarType dtype) -> Tensor",
-    module="add_noise", reference=reference_rng, fake=_fake,
+    module="add_noise", reference=reference_rng, fake=_fake_draw, before=check_first_run,
+)  # fmt: skip
+_add_noise_drawn = compose(
+    "add_noise_drawn(Tensor x, Tensor sigma, Tensor rng_state, Tensor? scale, ScalarType dtype) -> Tensor",
+    function=_drawn, fake=_fake_draw, setup_context=_setup_context, backward=_backward,
 )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_positive, wide_dtype
+from fastdmd.ops._validate import check_images, check_no_tangent, check_positive, gradient_dtype, wide_dtype
 
 
 def dm_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -22,17 +22,18 @@ def dm_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, *, eps: float = 1
         D_fake: the fake score's denoised output, like `x_gen`.
         eps: lower bound of the weight factor `w`, in units of pixel values.
 
-    Returns `grad`, like `x_gen`, without a graph.
+    Returns `grad`, like `x_gen` but float32 for float16, whose range it may leave; without a graph.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
     tensors = check_images("dm_gradient", x_gen=x_gen, D_real=D_real, D_fake=D_fake)
     check_positive("dm_gradient", eps=eps)
+    check_no_tangent("dm_gradient", *tensors)
     with torch.no_grad():
         return _dm_gradient(*tensors, eps)
 
 
 def reference(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> Tensor:
-    return wide_gradient(x_gen, D_real, D_fake, eps).to(x_gen.dtype)
+    return wide_gradient(x_gen, D_real, D_fake, eps).to(gradient_dtype(x_gen))
 
 
 def wide_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> Tensor:
@@ -46,5 +47,6 @@ def wide_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> 
 
 _dm_gradient = define(
     "dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, float eps) -> Tensor",
-    module="dm_gradient", reference=reference, fake=lambda x_gen, D_real, D_fake, eps: torch.empty_like(x_gen),
+    module="dm_gradient", reference=reference,
+    fake=lambda x_gen, D_real, D_fake, eps: torch.empty_like(x_gen, dtype=gradient_dtype(x_gen)),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastdmd.ops import _loss
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_positive, check_sigma, per_sample
+from fastdmd.ops._validate import check_images, check_no_tangent, check_positive, check_sigma, gradient_dtype
 
 
 def fake_loss(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
@@ -18,14 +18,15 @@ def fake_loss(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, *, sigma_data: float
         D_fake: the fake score's denoised output `[B, C, H, W]`, floating point.
         x_gen: the generated images that were noised, like `D_fake`; counts as a constant.
         sigma: noise level of each image `[B]`, > 0, in units of pixel values.
-        sigma_data: standard deviation of the data, > 0.
+        sigma_data: standard deviation of the data, > 0; infinity: no second term.
 
-    Returns the loss, a scalar (float64 for float64, else float32), differentiable in `D_fake`.
+    Returns the loss, a scalar (float64 for float64, else float32), twice differentiable in `D_fake`.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
     D_fake, x_gen = check_images("fake_loss", D_fake=D_fake, x_gen=x_gen)
     check_sigma("fake_loss", sigma, D_fake)
     check_positive("fake_loss", sigma_data=sigma_data)
+    check_no_tangent("fake_loss", D_fake, x_gen, sigma)
     return _fake_loss(D_fake, x_gen, sigma, sigma_data)[0]
 
 
@@ -40,39 +41,39 @@ def fake_loss_raw(F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, *, 
         x_gen: the generated images that were noised, like `F_fake`; counts as a constant.
         x_t: what the fake score denoised, `x_gen + sigma * noise`, like `F_fake`; counts as a constant.
         sigma: noise level of each image `[B]`, > 0, in units of pixel values.
-        sigma_data: standard deviation of the data, > 0.
+        sigma_data: standard deviation of the data, > 0; infinity: `c_skip = 1` and `c_out = sigma`.
 
-    Returns the loss, a scalar (float64 for float64, else float32), differentiable in `F_fake`.
+    Returns the loss, a scalar (float64 for float64, else float32), twice differentiable in `F_fake`.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
     F_fake, x_gen, x_t = check_images("fake_loss_raw", F_fake=F_fake, x_gen=x_gen, x_t=x_t)
     check_sigma("fake_loss_raw", sigma, F_fake)
     check_positive("fake_loss_raw", sigma_data=sigma_data)
+    check_no_tangent("fake_loss_raw", F_fake, x_gen, x_t, sigma)
     return _fake_loss_raw(F_fake, x_gen, x_t, sigma, sigma_data)[0]
 
 
 def reference(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    weight = per_sample(sigma, D_fake) ** -2 + sigma_data**-2
+    weight = _loss.loss_weight(sigma, sigma_data, D_fake)
     error = D_fake.to(weight.dtype) - x_gen.to(weight.dtype)
-    return (weight * error.square()).mean(), (2 / max(1, error.numel()) * weight * error).to(
-        _loss.gradient_dtype(D_fake)
-    )
+    grad = 2 / max(1, error.numel()) * weight * error
+    return (weight * error.square()).mean(), grad.to(gradient_dtype(D_fake))
 
 
 def reference_raw(F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float
                   ) -> tuple[Tensor, Tensor]:  # fmt: skip
     c_skip, c_out = _loss.preconditioning(sigma, F_fake, sigma_data)
     error = F_fake.to(c_out.dtype) - (x_gen.to(c_out.dtype) - c_skip * x_t) / c_out
-    return error.square().mean(), (2 / max(1, error.numel()) * error).to(_loss.gradient_dtype(F_fake))
+    return error.square().mean(), (2 / max(1, error.numel()) * error).to(gradient_dtype(F_fake))
 
 
 _fake_loss = define(
     "fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, float sigma_data) -> (Tensor, Tensor)",
     module="fake_loss", reference=reference, fake=_loss.fake,
-    setup_context=_loss.setup_context, backward=_loss.backward,
+    **_loss.derivatives("fake_loss", weight=_loss.loss_weight),
 )  # fmt: skip
 _fake_loss_raw = define(
     "fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, float sigma_data) -> (Tensor, Tensor)",
     module="fake_loss", reference=reference_raw, fake=_loss.fake,
-    setup_context=_loss.setup_context, backward=_loss.backward,
+    **_loss.derivatives("fake_loss_raw", weight=lambda *_: 1),
 )  # fmt: skip

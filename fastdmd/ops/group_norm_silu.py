@@ -7,28 +7,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_positive, check_vector, memory_format, wide_dtype
+from fastdmd.ops._validate import check_images, check_positive, check_vector, has_tangent, memory_format, wide_dtype
 
 
-def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 32, scale: Tensor | None = None,
-                    shift: Tensor | None = None, eps: float = 1e-5) -> Tensor:  # fmt: skip
+def group_norm_silu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int = 32,
+                    scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5
+                    ) -> Tensor:  # fmt: skip
     """`y = silu(n * (1 + scale) + shift)` with `n = group_norm(x) * weight + bias`.
 
     GroupNorm is that of Wu & He 2018, scale and shift those of Dhariwal & Nichol 2021.
 
     Args:
         x: features `[B, C, H, W]`, floating point, contiguous or channels_last without a copy.
-        weight: `[C]`, floating point.
-        bias: `[C]`, floating point.
+        weight: `[C]`, floating point, of any of these dtypes. Default: ones.
+        bias: `[C]`, floating point. Default: zeros.
         num_groups: divides C.
         scale: `[B, C]`, floating point, with `shift`: the adaptive scale of ADM. Default: none.
         shift: `[B, C]`, floating point.
         eps: added to the variance.
 
-    Returns `y`, like `x`. Differentiable in `x`, `weight`, `bias`, `scale` and `shift`.
+    Returns `y`, like `x`. Differentiable in `x`, `weight`, `bias`, `scale` and `shift`, as often as you like; a
+    gradient that is to be differentiated is computed by PyTorch's own operations.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
-    x = _check("group_norm_silu", x, weight, bias, num_groups, eps)
+    x, weight, bias = _check("group_norm_silu", x, weight, bias, num_groups, eps)
     if (scale is None) != (shift is None):
         got = "shift" if scale is None else "scale"
         raise ValueError(f"fastdmd.group_norm_silu: expected scale and shift together, got {got} alone")
@@ -36,26 +38,40 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int 
         check_vector("group_norm_silu", "scale", scale, x, x.shape[:2])
         check_vector("group_norm_silu", "shift", shift, x, x.shape[:2])
         scale, shift = _unit_stride(scale), _unit_stride(shift)
-    return _group_norm_silu(x, weight.contiguous(), bias.contiguous(), scale, shift, num_groups, eps, True)[0]
+    return _normalise(x, weight, bias, scale, shift, num_groups, eps, True)
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 32, eps: float = 1e-5) -> Tensor:
+def group_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int = 32,
+               eps: float = 1e-5) -> Tensor:  # fmt: skip
     """`y = group_norm(x) * weight + bias` (Wu & He 2018) in the layout of `x`; arguments and errors as above.
 
     `torch.nn.functional.group_norm` brings channels_last CUDA tensors into another layout and back.
     """
-    x = _check("group_norm", x, weight, bias, num_groups, eps)
-    return _group_norm_silu(x, weight.contiguous(), bias.contiguous(), None, None, num_groups, eps, False)[0]
+    x, weight, bias = _check("group_norm", x, weight, bias, num_groups, eps)
+    return _normalise(x, weight, bias, None, None, num_groups, eps, False)
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+def _normalise(x: Tensor, *arguments) -> Tensor:
+    if has_tangent(x, *arguments[:4]):  # torch differentiates its own in forward mode, in this layout alone
+        return reference(x.contiguous(), *arguments)[0].contiguous(memory_format=memory_format(x))
+    return _group_norm_silu(x, *arguments)[0]
+
+
+def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+           ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (x,) = check_images(op, x=x)
     check_positive(op, eps=eps)
+    if not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"fastdmd.{op}: expected num_groups to be an int, got {type(num_groups).__name__}")
     if num_groups < 1 or x.shape[1] % num_groups != 0:
         raise ValueError(f"fastdmd.{op}: expected num_groups that divides C = {x.shape[1]}, got {num_groups}")
+    if weight is None:
+        weight = x.new_ones(x.shape[1], dtype=wide_dtype(x))
+    if bias is None:
+        bias = x.new_zeros(x.shape[1], dtype=wide_dtype(x))
     check_vector(op, "weight", weight, x, x.shape[1:2])
     check_vector(op, "bias", bias, x, x.shape[1:2])
-    return x
+    return x, weight.contiguous(), bias.contiguous()
 
 
 def _unit_stride(table: Tensor) -> Tensor:
@@ -84,19 +100,32 @@ def reference_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, we
     m = n if scale is None else n * gain + _table(shift, x)
     s = torch.sigmoid(m)
     grad_m = grad_y.to(wide) * (s + m * s * (1 - s) if silu else 1)
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-        grad_m if gain is None else grad_m * gain, x.to(wide), mean, rstd, weight.to(wide), *_sizes(x), num_groups,
-        [True, True, True],
-    )  # fmt: skip
+    grad_n = grad_m if gain is None else grad_m * gain
+    grad_h = grad_n * _table(weight[None], x)
+    apart = grad_h - _spread(_groups(grad_h, num_groups).mean(dim=2), x)
+    apart = apart - h * _spread(_groups(grad_h * h, num_groups).mean(dim=2), x)
     if scale is None:
         grad_scale = grad_shift = m.new_empty(0)
     else:
         grad_scale = (grad_m * n).sum(dim=(2, 3)).to(scale.dtype)
         grad_shift = grad_m.sum(dim=(2, 3)).to(shift.dtype)
     return (
-        grad_x.to(x.dtype, memory_format=memory_format(x)), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype),
+        (_spread(rstd, x) * apart).to(x.dtype, memory_format=memory_format(x)),
+        (grad_n * h).sum(dim=(0, 2, 3)).to(weight.dtype), grad_n.sum(dim=(0, 2, 3)).to(bias.dtype),
         grad_scale, grad_shift,
     )  # fmt: skip
+
+
+def _moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and `1 / sqrt(variance + eps)`, `[B, G]`, differentiable."""
+    groups = _groups(x.to(wide_dtype(x)), num_groups)
+    return groups.mean(dim=2), (groups.var(dim=2, correction=0) + eps).rsqrt()
+
+
+def _groups(x: Tensor, num_groups: int) -> Tensor:
+    """`[B, C, H, W]` -> `[B, G, C / G * H * W]`."""
+    B, C, pixels = _sizes(x)
+    return x.reshape(B, num_groups, C // num_groups * pixels)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -127,7 +156,7 @@ def _fake_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, scale, shift, ctx.num_groups, _, ctx.silu = inputs
+    x, weight, bias, scale, shift, ctx.num_groups, ctx.eps, ctx.silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # nobody wants zeros for those
@@ -137,11 +166,14 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_y: Tensor | None, *_):
     if grad_y is None:
         return (None,) * 8
-    x, *saved = ctx.saved_tensors
-    scale = saved[-2]
+    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     grad_y = grad_y.contiguous(memory_format=memory_format(x))
-    grad_x, grad_weight, grad_bias, *tables = _group_norm_silu_backward(
-        grad_y, x, *saved, ctx.num_groups, ctx.silu
+    compute = _group_norm_silu_backward
+    if torch.is_grad_enabled():  # PyTorch's own operations can be differentiated, and the moments depend on x
+        compute = reference_backward
+        mean, rstd = _moments(x, ctx.num_groups, ctx.eps)
+    grad_x, grad_weight, grad_bias, *tables = compute(
+        grad_y, x, mean, rstd, weight, bias, scale, shift, ctx.num_groups, ctx.silu
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias, *(tables if scale is not None else (None, None)), None, None, None
 

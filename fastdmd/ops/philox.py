@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
 
 from fastdmd.ops._registry import define
+from fastdmd.ops._validate import check_tensor
 
 CALL = 1 << 32  # by how much each call advances the offset; the low word is the kernels' ticket counter
 
@@ -17,18 +19,24 @@ def rng_state(seed: int, *, device: torch.device | str = "cpu") -> Tensor:
 
     Every op that draws from it advances the offset by 2^32 on the device, so a captured graph draws fresh noise at
     every replay, and a state that was saved draws again what it drew. Seeds are in [0, 2^63).
+    Raises TypeError or ValueError for other seeds.
     """
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"fastdmd.rng_state: expected seed to be an int, got {type(seed).__name__} {seed}") from None
     if not 0 <= seed < 2**63:
         raise ValueError(f"fastdmd.rng_state: expected seed in [0, 2^63), got {seed}")
     return torch.tensor([seed, 0], dtype=torch.int64, device=device)
 
 
 def check_rng_state(op: str, state: Tensor, x: Tensor) -> None:
-    if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.shape != (2,):
-        got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+    check_tensor(op, "rng_state", state)
+    if state.dtype != torch.int64 or state.shape != (2,) or not state.is_contiguous():
+        got = f"{state.dtype} {tuple(state.shape)} of strides {state.stride()}"
         raise ValueError(f"fastdmd.{op}: expected rng_state of ops.rng_state, int64 (2,), got {got}")
-    if state.device != x.device or not state.is_contiguous():
-        raise ValueError(f"fastdmd.{op}: expected rng_state contiguous on {x.device}, got it on {state.device}")
+    if state.device != x.device:
+        raise ValueError(f"fastdmd.{op}: expected rng_state on {x.device}, got it on {state.device}")
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
@@ -42,11 +50,14 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     Raises TypeError or ValueError, naming what was expected and what came.
     """
     for name, tensor, expected in (("counter", counter, "[N, 4]"), ("key", key, "[2]")):
+        check_tensor("philox", name, tensor)
         shaped = tensor.shape == (2,) if name == "key" else tensor.dim() == 2 and tensor.shape[1] == 4
         if tensor.dtype != torch.int64:
             raise TypeError(f"fastdmd.philox: expected {name} of dtype int64, got {tensor.dtype}")
         if not shaped:
             raise ValueError(f"fastdmd.philox: expected {name} of shape {expected}, got {tuple(tensor.shape)}")
+    if key.device != counter.device:
+        raise ValueError(f"fastdmd.philox: expected key on {counter.device}, got it on {key.device}")
     return _philox(counter.contiguous(), key.contiguous())
 
 
