@@ -10,7 +10,7 @@ train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
 
 test: .venv/ready-dev lint
-	$(VENV) -m pytest $(ARGS)
+	$(VENV) -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: .venv/ready-dev
 	$(VENV) -m ruff check .

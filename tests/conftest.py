@@ -1,10 +1,10 @@
 """What tests share: a small teacher, and where the golden values lie."""
 
+import os
 from pathlib import Path
 
-from fastdmd import startup
-
-startup.settle_threads()  # as a command does: the tests may run on a busy machine
+# One process of pytest-xdist a core, each with one thread: threads of several would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -28,15 +28,6 @@ def make_network(config: UNetConfig = SMALL, seed: int = 0) -> UNet:
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-@pytest.fixture
-def one_thread():
-    """For networks so small that two threads would mostly wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from fastdmd.adapters import Adapted, AdapterOptions
 from fastdmd.config import TrainConfig
 from fastdmd.quality import teacher_sampler
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PARAMETERIZATIONS = ("x0", "edm", "epsilon", "v", "flow")
 SD, SIGMA_DATA = 0.7, 0.5  # of the data, and as EDM's coefficients assume it
 ALPHAS_CUMPROD = diffusion.ddpm_alphas_cumprod("linear")

@@ -14,10 +14,7 @@ from torch.testing import assert_close
 from fastdmd import sample, teachers
 from fastdmd.checkpoint import load_network
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.* does not denoise as"),  # these networks are not trained
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.* does not denoise as")  # these networks are not trained
 WEIGHTS = "diffusion_pytorch_model"
 
 

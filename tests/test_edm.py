@@ -42,15 +42,6 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small gain nothing from a second thread, and on a busy machine wait for it."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def small(name):
     """The published variant, narrower and shallower, on smaller images."""
     config = dict(PUBLISHED[name])

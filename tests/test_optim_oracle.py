@@ -226,7 +226,7 @@ def run(model):
     return torch.stack(losses), [torch.cat([p.detach().flatten() for p in n.parameters()]) for n in networks]
 
 
-def test_textbook_loop_with_one_part_of_ours_at_a_time(float64, one_thread, monkeypatch):
+def test_textbook_loop_with_one_part_of_ours_at_a_time(float64, monkeypatch):
     teacher = make_network(TINY).double()
     expected_losses, expected_weights = run(TextbookDMD2(teacher, **OPTIONS))
     start = torch.cat([p.flatten() for p in teacher.parameters()])

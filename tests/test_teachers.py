@@ -26,10 +26,7 @@ from fastdmd.checkpoint import load_network, save_network
 from fastdmd.diffusion import per_sample
 from fastdmd.unet import UNet
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.* does not denoise as"),  # these networks are not trained
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.* does not denoise as")  # these networks are not trained
 
 
 def distill(out, *options):

@@ -22,8 +22,6 @@ from fastdmd.adapters import Adapted
 from fastdmd.checkpoint import load_network, load_weights, save_network
 from fastdmd.weight_files import open_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Inner(nn.Module):
     """Two tensors of its own, one of them under two names, and a count."""
