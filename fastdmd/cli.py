@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -35,44 +35,41 @@ SMALLER = "a smaller --batch-size or more --accumulation-steps need less"
 
 @contextlib.contextmanager
 def user_errors(command: str, doing: str = "setting up", advice: str = SMALLER) -> Iterator[None]:
-    """One line and exit code 2 for what a user got wrong, 1 where memory ends. Around set-up only, never around
-    training."""
-    try:
-        with memory_errors(command, doing, advice):
-            yield
-    except BrokenPipeError:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        terminal.report(command, str(error), error)
-        raise SystemExit(2) from None
+    """One line and exit code 2 for what a user got wrong, 1 where memory ends. Around set-up, never around training."""
+    with _one_line(command, doing, advice, lambda error: (str(error), 2)):
+        yield
 
 
 @contextlib.contextmanager
 def run_errors(command: str, doing: str, advice: str = SMALLER) -> Iterator[None]:
-    """One line and exit code 1 where memory ends, which has many names, for a full disk and the like, and for what we
-    say of data and networks of the user's. Around the run itself; any other error is a fault of ours and keeps its
-    traceback."""
-    try:
-        with memory_errors(command, doing, advice):
-            yield
-    except BrokenPipeError:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        if not isinstance(error, OSError) and not str(error).startswith("fastdmd."):
-            raise
-        terminal.report(command, f"{error} (while {doing})", error)
-        raise SystemExit(1) from None
+    """One line and exit code 1 where memory ends, for a full disk and the like, and for what we say of the user's data
+    and networks. Around the run itself: any other error is a fault of ours and keeps its traceback."""
+
+    def expected(error: Exception) -> tuple[str, int] | None:
+        ours = isinstance(error, OSError) or str(error).startswith("fastdmd.")
+        return (f"{error} (while {doing})", 1) if ours else None
+
+    with _one_line(command, doing, advice, expected):
+        yield
 
 
 @contextlib.contextmanager
-def memory_errors(command: str, doing: str, advice: str) -> Iterator[None]:
+def _one_line(command: str, doing: str, advice: str,
+              expected: Callable[[Exception], tuple[str, int] | None]) -> Iterator[None]:  # fmt: skip
+    """`expected` gives the line and the exit code for an error of the kinds that a user's input raises."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        if not ran_out_of_memory(error):
+        if ran_out_of_memory(error):
+            line, code = f"out of memory while {doing}; {advice}", 1
+        elif isinstance(error, (ValueError, TypeError, OSError)) and (found := expected(error)) is not None:
+            line, code = found
+        else:
             raise
-        terminal.report(command, f"out of memory while {doing}; {advice}", error)
-        raise SystemExit(1) from None
+        terminal.report(command, line, error)
+        raise SystemExit(code) from None
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

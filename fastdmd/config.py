@@ -225,7 +225,7 @@ class SampleConfig:
     """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
     adapter: tyro.conf.OmitArgPrefixes[TeacherOptions] = NO_OPTIONS
     out: Path = Path("samples.png")
-    """A picture (.png), or images and labels as arrays (.npz)."""
+    """A picture (.png), or images and labels as arrays (.npz); latents, of other than 1 or 3 channels, in float32."""
     num: Annotated[int, at_least(1, 2**31)] = 64
     """Number of images."""
     labels: str | None = None

@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         labels = parse_labels(config.labels, config.num, network.num_classes)
         images = sample(network, sampler, labels, config, device)
+        if num_broken := int((~images.isfinite().flatten(1).all(1)).sum()):
+            raise ValueError(f"expected finite images of {config.weights}, got NaN or infinity in {num_broken} of them")
         write_images(config, images, labels)
     print(f"{config.out}: {config.num} images")
 
@@ -80,7 +82,10 @@ def write_images(config: SampleConfig, images: torch.Tensor, labels: torch.Tenso
         picture = image_grid(images, math.ceil(math.sqrt(config.num)))
         write_atomically(config.out, lambda file: picture.save(file, format="PNG"))
     else:
-        arrays = {"images": to_uint8(images).permute(0, 2, 3, 1).numpy()}  # [N, H, W, C], as --data reads it
+        if images.shape[1] in (1, 3):
+            arrays = {"images": to_uint8(images).permute(0, 2, 3, 1).numpy()}  # [N, H, W, C], as --data reads it
+        else:  # of a latent space, which ends nowhere
+            arrays = {"latents": images.numpy()}  # [N, C, H, W]
         if labels is not None:
             arrays["labels"] = labels.numpy()
         write_atomically(config.out, lambda file: np.savez(file, **arrays))

@@ -71,6 +71,34 @@ def test_sample_refuses(options, message, teacher_file, capsys):
     assert exit_.value.code == 2 and error.count("\n") == 1 and message in error
 
 
+def test_sample_keeps_latents_as_they_are_and_refuses_broken_images(tmp_path, monkeypatch, capsys):
+    (tmp_path / "latent.py").write_text("""
+import torch
+
+class Net(torch.nn.Module):
+    image_shape, num_classes, limit = (4, 8, 8), 0, 1000
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x, sigma):
+        return self.gain * x.sign() / (sigma < self.limit)[:, None, None, None]
+
+class Limited(Net):
+    limit = 79
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--parameterization", "x0", "--num", "2", "--out", str(tmp_path / "a.npz"), "--teacher-steps", "2"]
+    with pytest.raises(SystemExit) as exit_:
+        sample.main(["latent:Limited", *options])  # from sigma 80
+    assert exit_.value.code == 2 and not (tmp_path / "a.npz").exists()
+    assert "expected finite images of latent:Limited, got NaN or infinity in 2 of them" in capsys.readouterr().err
+    sample.main(["latent:Net", *options])
+    latents = np.load(tmp_path / "a.npz")["latents"]
+    assert latents.shape == (2, 4, 8, 8) and latents.dtype == np.float32 and np.unique(latents).tolist() == [-3, 3]
+
+
 def test_evaluate_repeats_the_figures_of_the_run(teacher_file, tmp_path, capsys):
     summary = run_train(teacher_file, tmp_path / "run")
     evaluate.main(
