@@ -18,6 +18,7 @@ from fastdmd.adapters import Adapted
 from fastdmd.budget import available_bytes
 from fastdmd.config import EvaluationConfig
 from fastdmd.diffusion import Denoiser
+from fastdmd.imports import place_in_user_code, reason
 from fastdmd.quality import Evaluation
 from fastdmd.unet import UNet
 
@@ -36,36 +37,33 @@ SMALLER = "a smaller --batch-size or more --accumulation-steps need less"
 @contextlib.contextmanager
 def user_errors(command: str, doing: str = "setting up", advice: str = SMALLER) -> Iterator[None]:
     """One line and exit code 2 for what a user got wrong, 1 where memory ends. Around set-up, never around training."""
-    with _one_line(command, doing, advice, lambda error: (str(error), 2)):
+    with _one_line(command, doing, advice, 2, lambda error: isinstance(error, (ValueError, TypeError, OSError))):
         yield
 
 
 @contextlib.contextmanager
 def run_errors(command: str, doing: str, advice: str = SMALLER) -> Iterator[None]:
-    """One line and exit code 1 where memory ends, for a full disk and the like, and for what we say of the user's data
-    and networks. Around the run itself: any other error is a fault of ours and keeps its traceback."""
-
-    def expected(error: Exception) -> tuple[str, int] | None:
-        ours = isinstance(error, OSError) or str(error).startswith("fastdmd.")
-        return (f"{error} (while {doing})", 1) if ours else None
-
-    with _one_line(command, doing, advice, expected):
+    """One line and exit code 1 where memory ends, for a full disk and the like, for what we say of the user's data and
+    networks, and for what their own code raises. Around the run itself: any other error is a fault of ours and keeps
+    its traceback."""
+    with _one_line(command, doing, advice, 1, lambda e: isinstance(e, OSError) or str(e).startswith("fastdmd.")):
         yield
 
 
 @contextlib.contextmanager
-def _one_line(command: str, doing: str, advice: str,
-              expected: Callable[[Exception], tuple[str, int] | None]) -> Iterator[None]:  # fmt: skip
-    """`expected` gives the line and the exit code for an error of the kinds that a user's input raises."""
+def _one_line(command: str, doing: str, advice: str, code: int,
+              says_it_all: Callable[[BaseException], bool]) -> Iterator[None]:  # fmt: skip
     try:
         yield
     except BrokenPipeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if ran_out_of_memory(error):
             line, code = f"out of memory while {doing}; {advice}", 1
-        elif isinstance(error, (ValueError, TypeError, OSError)) and (found := expected(error)) is not None:
-            line, code = found
+        elif not isinstance(error, SystemExit) and says_it_all(error):
+            line = str(error) if code == 2 else f"{error} (while {doing})"
+        elif place_in_user_code(error) is not None:  # a SystemExit of other code has its reasons
+            line = f"expected your code to run, got {reason(error)}, while {doing}"
         else:
             raise
         terminal.report(command, line, error)

@@ -65,11 +65,12 @@ def reason(error: BaseException) -> str:
     except Exception:  # __str__ is code of the user's own, too
         message = ""
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    place = _place(error)
+    place = place_in_user_code(error)
     return textwrap.shorten(text, MAX_REASON, placeholder=" ...") + (f" ({place})" if place else "")
 
 
-def _place(error: BaseException) -> str | None:
+def place_in_user_code(error: BaseException) -> str | None:
+    """File and line where code that belongs to no library raised this, the innermost; None where none was running."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         frames.append((error.filename or "", error.lineno))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdmd import interrupts
+from fastdmd.imports import reason
 from fastdmd.machine import versions
 from fastdmd.pictures import SampleHistory
 from fastdmd.quality import Evaluation, Measurement, Sampler, table
@@ -51,7 +53,7 @@ class Training(Protocol):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run came. `outcome` is "complete", "interrupted" or "diverged", and `reason` says why."""
+    """How far a run came. `outcome` is "complete", "interrupted", "diverged" or "failed", and `reason` says why."""
 
     iterations: int = 0
     outcome: str = "complete"
@@ -81,24 +83,42 @@ class Loop:
         """Trains, saves, measures; returns the summary that it wrote.
 
         Its `outcome` is "complete", "interrupted" (by a signal: what was reached is saved) or "diverged" (the last
-        snapshot whose weights and images were finite stays). Raises OSError where the result cannot be written.
+        snapshot whose weights and images were finite stays). Raises OSError where the result cannot be written, and
+        whatever a network of the user's own or a lack of memory raises: then the outcome in the folder is "failed", and
+        what was reached is saved.
         """
+        progress, rows = Progress(), {}
+        floor = evaluation.floor if evaluation else Measurement(None, None)
         with interrupts.deferred() as received:
-            progress = self._train(received)
-            rows = self._measure(evaluation, progress, received)
-            floor = evaluation.floor if evaluation else Measurement(None, None)
-            summary = {
-                **{name: dataclasses.asdict(row) for name, row in rows.items()}, "floor": dataclasses.asdict(floor),
-                **dataclasses.asdict(progress), "seconds": time.perf_counter() - self._started,
-                "versions": versions(next(self._training.network.parameters()).device),
-            }  # fmt: skip
-            self._folder.write_json("summary.json", summary)
+            try:
+                self._train(progress, received)
+                self._measure(evaluation, progress, rows, received)
+            except (Exception, SystemExit) as error:
+                progress.outcome, progress.reason = "failed", reason(error)
+                if progress.iterations < self._settings.iterations:
+                    with contextlib.suppress(Exception, SystemExit):  # the network may not run for this either
+                        self._snapshot(progress.iterations)
+                with contextlib.suppress(OSError):
+                    self._summarise(progress, rows, floor)
+                raise
+            summary = self._summarise(progress, rows, floor)
         if evaluation is not None and progress.outcome == "complete":
             print(table({**dict(reversed(rows.items())), "floor: real images": floor}))
         return summary
 
-    def _train(self, received: Callable[[], int | None]) -> Progress:
-        settings, progress, logged_at = self._settings, Progress(), 0
+    def _summarise(self, progress: Progress, rows: dict[str, Measurement], floor: Measurement) -> dict:
+        names = [name for name, *_ in self._training.measurements()]
+        summary = {
+            **{name: dataclasses.asdict(rows.get(name, Measurement(None, None))) for name in names},
+            "floor": dataclasses.asdict(floor), **dataclasses.asdict(progress),
+            "seconds": time.perf_counter() - self._started,
+            "versions": versions(next(self._training.network.parameters()).device),
+        }  # fmt: skip
+        self._folder.write_json("summary.json", summary)
+        return summary
+
+    def _train(self, progress: Progress, received: Callable[[], int | None]) -> None:
+        settings, logged_at = self._settings, 0
         snapshot_every = -(-settings.iterations // settings.snapshots)
         started = logged = time.perf_counter()
         with tqdm(total=settings.iterations, unit="it", dynamic_ncols=True) as bar:
@@ -128,29 +148,25 @@ class Loop:
             self._training.finish()
             self._snapshot_or_end(progress)
         progress.train_seconds = time.perf_counter() - self._started
-        return progress
 
-    def _measure(self, evaluation: Evaluation | None, progress: Progress,
-                 received: Callable[[], int | None]) -> dict[str, Measurement]:  # fmt: skip
-        rows = {}
+    def _measure(self, evaluation: Evaluation | None, progress: Progress, rows: dict[str, Measurement],
+                 received: Callable[[], int | None]) -> None:  # fmt: skip
         for name, sampler, evaluations, record in self._training.measurements():
-            rows[name] = Measurement(None, None)
             if progress.outcome != "complete" or evaluation is None:
-                continue
+                return
             try:
                 rows[name] = evaluation.measure(
                     until(received, sampler), evaluations=evaluations, name=name, record=record
                 )
             except Interrupted:
                 progress.outcome, progress.signal = "interrupted", received()
-                continue
+                return
             except ValueError as error:  # images that are not finite, among ten thousand
                 progress.reason = f"{name} not measured: {error}"
                 print(progress.reason)
                 continue
             if len(rows) == 1:
                 self._training.save(progress.iterations, record=evaluation.record(rows[name]))
-        return rows
 
     def _line(self, readings: list[Reading], progress: Progress) -> dict[str, Any]:
         """For metrics.jsonl; what never happens is not mentioned."""
@@ -172,7 +188,7 @@ class Loop:
             if reading.num_bad_in_a_row >= min(BAD_IN_A_ROW, max(2, num_turns // 2)):
                 progress.outcome = "diverged"
                 what = "the losses are not finite"
-                if reading.left_out:
+                if any(other.left_out for other in readings):
                     what = "the teacher or the fake score gives NaN or infinity for most images"
                 progress.reason = f"{what}, {reading.num_bad_in_a_row} updates in a row"
                 return

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastdmd import cli, dmd2, files, pictures
+from fastdmd import cli, dmd2, files, imports, pictures
 from fastdmd.config import TrainConfig
 from fastdmd.loop import Loop
 from fastdmd.quality import Measurement
@@ -92,6 +93,39 @@ def test_generator_loss_tells_what_it_leaves_out():
         x_gen, lambda *_: real, lambda *_: fake, None, sigma=torch.ones(4), noise=torch.zeros_like(x_gen)
     )
     assert left_out == 0.75
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("of your own"), SystemExit(0), MemoryError()])
+def test_a_run_that_fails_keeps_what_was_reached_and_says_why(tmp_path, capsys, error, again):
+    def fail(self):
+        if again:
+            self.samples = lambda: fail(self)
+        raise error
+
+    path = tmp_path / "run"
+    settings = TrainConfig(iterations=8, batch_size=10, log_every=5, snapshots=1)
+    with pytest.raises(SystemExit) as exit_, cli.run_errors("fastdmd.train", "distilling"):
+        run(path, [1.0] * 8, events={3: fail}, settings=settings)
+    assert exit_.value.code == 1
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    expected = (
+        "out of memory while distilling"
+        if isinstance(error, MemoryError)
+        else (rf"expected your code to run, got {type(error).__name__}: .* \({__file__}, line \d+\), while distilling")
+    )
+    assert re.match(f"fastdmd.train: error: {expected}", last_line), last_line
+    summary, weights = (json.loads((path / name).read_text()) for name in ("summary.json", "weights.json"))
+    assert summary["outcome"] == "failed" and summary["reason"].startswith(type(error).__name__)
+    assert (summary["iterations"], weights["iteration"]) == (2, 0 if again else 2)  # the third was not finished
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(imports, "LIBRARIES", imports.LIBRARIES | {os.path.dirname(__file__)})  # this file is ours
+    events = {3: lambda self: self.missing}
+    with pytest.raises(AttributeError, match="missing"), cli.run_errors("fastdmd.train", "distilling"):
+        run(tmp_path / "run", [1.0] * 8, events=events)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["outcome"] == "failed"
 
 
 def test_one_bad_update_costs_one_update(tmp_path, capsys):
