@@ -173,6 +173,8 @@ class Evaluation:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds += time.perf_counter() - started
+                if not images.isfinite().all():
+                    raise ValueError(f"fastdmd.quality: expected finite images of the {name}, got NaN or infinity")
                 yield images, class_labels
 
         if self._feature_network is None:

@@ -94,6 +94,9 @@ class Limited(Net):
         sample.main(["latent:Limited", *options])  # from sigma 80
     assert exit_.value.code == 2 and not (tmp_path / "a.npz").exists()
     assert "expected finite images of latent:Limited, got NaN or infinity in 2 of them" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(["latent:Limited", *options[:2], "--num-samples", "4", "--teacher-steps", "2"])  # speed alone
+    assert exit_.value.code == 1 and "expected finite images of the teacher, got NaN" in capsys.readouterr().err
     sample.main(["latent:Net", *options])
     latents = np.load(tmp_path / "a.npz")["latents"]
     assert latents.shape == (2, 4, 8, 8) and latents.dtype == np.float32 and np.unique(latents).tolist() == [-3, 3]
