@@ -18,7 +18,7 @@ from collections.abc import Mapping
 PERIOD_SECONDS = 1.0
 # Cores that others may use before threads move together, and below which they spread again: one threshold would have
 # them go to and fro.
-BUSY, QUIET = 0.6, 0.3
+BUSY, QUIET = 0.4, 0.2
 
 
 def share() -> None:

@@ -15,12 +15,13 @@ ALL = [0, 1]
     ("taken", "busy", "own", "num_threads", "expected"),
     [
         (ALL, {0: 1.0, 1: 1.0}, 2.0, 2, ALL),  # alone
-        (ALL, {0: 1.0, 1: 1.0}, 1.6, 2, ALL),  # beside something small
+        (ALL, {0: 1.0, 1: 1.0}, 1.7, 2, ALL),  # beside something small
+        (ALL, {0: 1.0, 1: 0.8}, 1.3, 2, [1]),  # beside one busy process, which shares a core
         (ALL, {0: 1.0, 1: 0.9}, 0.9, 2, [1]),  # a busy process per core: together on the freer one
         (ALL, {0: 1.0, 1: 1.0}, 1.0, 1, ALL),  # one thread waits for nobody
         ([1], {0: 1.0, 1: 1.0}, 0.5, 2, [1]),  # still busy
         ([0], {0: 1.0, 1: 1.0}, 0.5, 2, [0]),  # stays where it is
-        ([1], {0: 0.5, 1: 1.0}, 1.0, 2, [1]),  # others use half a core
+        ([1], {0: 0.3, 1: 1.0}, 1.0, 2, [1]),  # others use a third of a core
         ([1], {0: 0.1, 1: 1.0}, 1.0, 2, ALL),  # quiet again
         ([1], {0: 0.0, 1: 0.1}, 0.1, 2, ALL),  # idle
         (ALL, {0: 1.0, 1: 1.0}, 2.1, 2, ALL),  # ticks are coarser than process times
