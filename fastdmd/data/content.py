@@ -43,7 +43,7 @@ class Requirement:
             raise mismatch(f"images of shape {tuple(self.image_shape)}", f"{shape} in {name}")
 
     def labels(self, labels: Any, name: object) -> Any:
-        """Those that are left of labels `[N]`, an array, a tensor or None. Raises ValueError for missing or large ones."""
+        """What is left of labels `[N]`, an array, a tensor or None. Raises ValueError for missing or large ones."""
         if self.num_classes == 0 or (labels is None and self.labels_optional):
             return None
         largest = -1 if labels is None else int(labels.max())

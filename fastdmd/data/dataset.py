@@ -41,7 +41,7 @@ def load(
     Args:
         source: one of
             None: the embedded MNIST test split, 10,000 digits;
-            a folder of IDX files, plain or `.gz`, of images and perhaps labels;
+            a folder or zip of IDX files, plain or `.gz`, of images and perhaps labels, in whichever subfolders;
             a `.npz` with uint8 `images` `[N, H, W, C]`, `[N, C, H, W]` or `[N, H, W]`, and perhaps integer
             `labels` `[N]`;
             a folder of images, unlabelled, or labelled by their subfolder's place among the sorted names;
@@ -64,7 +64,8 @@ def load(
 
     Raises FileNotFoundError if `source` does not exist, OSError if the temporary file does not fit its disk,
     and ValueError with the file, what was expected and what came, if `source` is not such a dataset. Warns of classes
-    without an image, of files that look like images and are not read, and of names with labels and no image.
+    without an image, of files that look like images, or may hold labels, and are not read, and of names with labels
+    and no image.
     """
     if split not in ("train", "test"):
         raise mismatch("split 'train' or 'test'", repr(split))

@@ -27,9 +27,7 @@ UPRIGHT = {
 }  # fmt: skip
 
 
-def read_images(
-    members: Members, framing: Framing, label_choice: str | None, requirement: Requirement
-) -> Content:
+def read_images(members: Members, framing: Framing, label_choice: str | None, requirement: Requirement) -> Content:
     """Content of a folder or zip, once all headers are known to fit each other. Pixels follow when asked for."""
     if unread := members.unread:
         _warn(f"{len(unread)} files in {members.path} look like images and are not read", unread[0])
@@ -145,7 +143,7 @@ def _has_grey_colours(picture: Image.Image) -> bool:
     if picture.mode == "P":  # as many pixels as it has colours are enough
         used = [index for _, index in picture.getcolors()]
         colours = Image.frombytes("P", (len(used), 1), bytes(used))
-        colours.putpalette(picture.palette)
+        colours.putpalette(picture.getpalette())
         picture = colours
     red, green, blue = picture.convert("RGB").split()
     return red.tobytes() == green.tobytes() == blue.tobytes()
