@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastdmd import cli, data, pretrain
 from fastdmd.config import EvaluationConfig
-from fastdmd.data import array_files, image_files, labels
+from fastdmd.data import image_files, labels
 
 GREY = pixels(1)[0]
 
@@ -33,7 +33,6 @@ def palette(width: int, height: int) -> bytes:
 def no_pixels(monkeypatch):
     """Fails where pixels are decoded or copied."""
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    monkeypatch.setattr(array_files, "_chunks", lambda *args: iter([np.zeros(7, np.uint8)]))
     monkeypatch.setattr("fastdmd.data.dataset._fill", lambda *args: pytest.fail("filled"))
 
 

@@ -34,7 +34,7 @@ class Requirement:
 
     def check_size(self, width: int, height: int, name: object) -> None:
         """Raises ValueError for images of another size, whatever their channels."""
-        if self.image_shape is not None and self.image_shape[1:] != (height, width):
+        if self.image_shape is not None and tuple(self.image_shape[1:]) != (height, width):
             raise mismatch(f"images of shape {tuple(self.image_shape)}", f"{width}x{height} in {name}")
 
     def check_shape(self, shape: tuple[int, ...], name: object) -> None:
