@@ -161,9 +161,10 @@ def load_data(config: EvaluationConfig, network: Denoiser) -> data.Dataset | Non
     """The user's images, checked against the network; None where none were named. They need no labels."""
     if config.data is None:
         return None
-    dataset = data.load(config.data, labels=config.labels, resize=config.resize, crop=config.crop)
-    num_classes = None if dataset.labels is None else network.num_classes
-    return dataset.require(image_shape=network.image_shape, num_classes=num_classes)
+    return data.load(
+        config.data, labels=config.labels, resize=config.resize, crop=config.crop, image_shape=network.image_shape,
+        num_classes=network.num_classes, labels_optional=True,
+    )  # fmt: skip
 
 
 def to_json(config: Any) -> dict[str, Any]:

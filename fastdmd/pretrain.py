@@ -130,21 +130,17 @@ def main(arguments: list[str] | None = None) -> None:
         if (notice := warm_up_notice(config)) is not None:
             terminal.say(notice)
         machine.prepare(device, batch_size=config.batch_size)
-        dataset = data.load(
-            config.data, labels=config.labels, resize=config.resize, crop=config.crop, device=device
-        )  # fmt: skip
         torch.manual_seed(config.seed)  # of the initial weights
-        if config.init is None:
+        network = None if config.init is None else initial_network(config.init)
+        dataset = data.load(
+            config.data, labels=config.labels, resize=config.resize, crop=config.crop, device=device,
+            image_shape=network and network.image_shape, num_classes=network and network.num_classes,
+        )  # fmt: skip
+        if network is None:
             architecture = config.network(dataset.image_shape, dataset.num_classes)
             config = dataclasses.replace(config, attention_resolutions=architecture.attention_resolutions)
             try_architecture(config, architecture, device)
             network = UNet(architecture)
-        else:
-            network = teachers.load(config.init)
-            if not isinstance(network, UNet):
-                raise ValueError(f"expected --init to be a network of fastdmd, got a {type(network).__name__}")
-            network.requires_grad_(True)
-            dataset = dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
         if config.dry_run:
             cli.print_resolved(config, network)
             return
@@ -160,6 +156,14 @@ def main(arguments: list[str] | None = None) -> None:
         summary = loop.run(evaluation)
     print(f"{folder.path}: teacher.safetensors, samples.png, summary.json")
     cli.leave("fastdmd.pretrain", summary, config.iterations)
+
+
+def initial_network(init: str) -> UNet:
+    """The teacher to go on from. Raises ValueError for one that is not ours."""
+    network = teachers.load(init)
+    if not isinstance(network, UNet):
+        raise ValueError(f"expected --init to be a network of fastdmd, got a {type(network).__name__}")
+    return network.requires_grad_(True)
 
 
 def try_architecture(config: PretrainConfig, architecture: UNetConfig, device: torch.device) -> None:

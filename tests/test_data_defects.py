@@ -185,7 +185,7 @@ def test_broken_json(tmp_path, packed):
     a, b = ([name, 0] for name in names)
     refuses_json(b"{", "a readable JSON file", "")
     refuses_json(b"\xff\xfe", "a readable JSON file", "")
-    for description in ([], {}, {"labels": 3}, {"labels": [0, 1]}, {"labels": [["a", "b", "c"]]}):
+    for description in ([], {"labels": 3}, {"labels": [0, 1]}, {"labels": [["a", "b", "c"]]}):
         refuses_json(description, "'labels', null or a list of [name, class]", "something else in ")
     refuses_json({"labels": [a]}, "one label for each of 2 images", f"none for {names[1]} in ")
     refuses_json({"labels": []}, "one label for each of 2 images", f"none for {names[0]} in ")

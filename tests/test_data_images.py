@@ -206,7 +206,8 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
         make(pipe := tmp_path / f"{folder.name}.npz")
         with pytest.raises((ValueError, FileNotFoundError), match="expected a (regular file|dataset), got .*npz"):
             data.load(pipe)
-    folder = write_folder(tmp_path / "idx", {"a.png": png(GREY)})
+    folder = write_folder(tmp_path / "idx", {})
+    folder.mkdir()
     os.mkfifo(folder / "train-images-idx3-ubyte")
     refuses(folder, "a regular file", f"{folder}/train-images-idx3-ubyte")
 

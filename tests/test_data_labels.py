@@ -102,6 +102,7 @@ def test_numbers_that_are_sorted_as_text_are_told(tmp_path):
         ("./a.png\tcat\nb.png\tant\nx\\c.png\tbee\n\n", [2, 0, 1]),
         ('"a.png","cat, big"\nb.png, ant\nc.png,ant', [1, 0, 0]),
         ("a,1\nb,1\nc,0\n", [1, 1, 0]),
+        ("a,12_34\nb,1st\nc,1.0.1\n", [1, 2, 0]),  # no numbers
     ],
 )
 def test_tables(tmp_path, table, text, expected):
@@ -119,6 +120,15 @@ def test_tables(tmp_path, table, text, expected):
         ("a,\nb,0", "lines of name,class", "'a,'"),
         ("a,-1\nb,0", "labels >= 0", "-1"),
         ("a,1\nb,nan", "classes that are all integers or all names", "1 and nan"),
+        *(
+            (
+                f"a,{spelt}\nb,{other}",
+                "classes that are all integers or all names",
+                spelt if other == "cat" else f"10 and {spelt}",
+            )
+            for spelt in ("1e0", "+10", "0.5", "\u0661\u0662", "\uff11", "nan", "NaN", "-inf")
+            for other in ("cat", "10")
+        ),
         ("a,100000\nb,0", "labels from 0 to 99999", "100000"),
         (f"a,{10**30}\nb,0", "labels from 0 to 99999", f"{10**30}"),
         (b"\xff\xfea\0,\0001\0", "a readable CSV file", ""),

@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import io
 import math
-import os
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -15,44 +14,36 @@ from typing import IO
 
 import numpy as np
 
-from fastdmd.data.content import Content, decoding, mismatch, open_regular
-from fastdmd.data.labels import checked
-from fastdmd.data.members import SUFFIXES
+from fastdmd.data.content import Content, decoding, mismatch
+from fastdmd.data.labels import checked, warn_of_unread
+from fastdmd.data.members import MAX_DEFLATE, Members
 
 CHUNK_BYTES = 2**24
-MAX_DEFLATE = 1032  # bytes that one byte of a deflate stream can become
 MAX_HEADER_BYTES = 2**14  # of an array in an .npz; numpy refuses those of more than 10,000
 
 
-def idx_files(folder: Path) -> dict[str, Path]:
-    """IDX files by their lower-case name without `.gz`; of a file and its `.gz`, the file."""
-    files = {}
-    for path in sorted(folder.iterdir(), reverse=True):
-        name = path.name.lower().removesuffix(".gz")
-        if ("images" in name or "labels" in name) and "idx" in name and not name.endswith(SUFFIXES):
-            files[name] = path
-    return files
-
-
-def read_idx(stack: contextlib.ExitStack, folder: Path, files: dict[str, Path], split: str) -> Content:
-    """Content of a folder, of `split` if it holds that; `files` are its `idx_files`."""
+def read_idx(stack: contextlib.ExitStack, members: Members, split: str) -> Content:
+    """Content of `members.idx_files`, of `split` if they hold that."""
     any_split = {"train", "test", None}
-    path = _choose_idx(folder, files, "images", {split}) or _choose_idx(folder, files, "images", any_split)
-    if path is None:
-        raise mismatch("an IDX file of images, such as train-images-idx3-ubyte", f"none in {folder}")
-    found_split = _idx_split(path.name.lower())
-    labels_path = _choose_idx(folder, files, "labels", {found_split, None} if found_split else any_split)
-    stream, (num_images, height, width) = _open_idx(stack, path, num_axes=3)
+    images = _choose_idx(members, "images", {split}) or _choose_idx(members, "images", any_split)
+    if images is None:
+        raise mismatch("an IDX file of images, such as train-images-idx3-ubyte", f"none in {members.path}")
+    found_split = _idx_split(images)
+    labels = _choose_idx(members, "labels", {found_split, None} if found_split else any_split)
+    stream, (num_images, height, width) = _open_idx(stack, members, images, num_axes=3)
 
     def read_labels() -> np.ndarray | None:
-        if labels_path is None:
+        if labels is None:
+            warn_of_unread([name for name in members.files if "idx1" in name.lower()], members.path)
             return None
-        labels_stream, (num_labels,) = _open_idx(stack, labels_path, num_axes=1)
-        _require_count(num_labels, num_images, labels_path)
-        (labels,) = _chunks(labels_stream, (num_labels,), labels_path, f"IDX shape ({num_labels},)", num_labels)
-        return checked(labels, labels_path)
+        path = members.path / labels
+        labels_stream, (num_labels,) = _open_idx(stack, members, labels, num_axes=1)
+        _require_count(num_labels, num_images, path)
+        (values,) = _chunks(labels_stream, (num_labels,), path, f"IDX shape ({num_labels},)", num_labels)
+        return checked(values, path)
 
     shape = (num_images, 1, height, width)
+    path = members.path / images
     chunks = _chunks(stream, shape, path, f"IDX shape {(num_images, height, width)}")
     return Content(shape, read_labels, chunks, path)
 
@@ -72,6 +63,7 @@ def read_npz(stack: contextlib.ExitStack, archive: zipfile.ZipFile, path: Path) 
 
     def read_labels() -> np.ndarray | None:
         if "labels.npy" not in names:
+            warn_of_unread([name for name in names if name != "images.npy"], path)
             return None
         labels_stream, labels_shape, labels_dtype = _open_npy(stack, archive, "labels", path)
         if len(labels_shape) != 1 or labels_dtype.kind not in "iu":
@@ -117,23 +109,32 @@ def _chunks(
 
 
 def _idx_split(name: str) -> str | None:
+    name = name.rpartition("/")[2].lower()
     if "train" in name:
         return "train"
     return "test" if "t10k" in name or "test" in name else None
 
 
-def _choose_idx(folder: Path, files: dict[str, Path], kind: str, splits: set[str | None]) -> Path | None:
-    found = [path for name, path in files.items() if kind in name and _idx_split(name) in splits]
+def _choose_idx(members: Members, kind: str, splits: set[str | None]) -> str | None:
+    """The one IDX file of `kind`, images or labels, of these splits; of a file and its `.gz`, the file."""
+    found = {
+        name.lower().removesuffix(".gz"): name
+        for name in sorted(members.idx_files, reverse=True)
+        if kind in name.rpartition("/")[2].lower() and _idx_split(name) in splits
+    }
     if len(found) > 1:
-        names = ", ".join(sorted(path.name for path in found))
-        raise mismatch(f"one IDX file of {kind}", f"{names} in {folder}")
-    return found[0] if found else None
+        raise mismatch(f"one IDX file of {kind}", f"{', '.join(sorted(found.values()))} in {members.path}")
+    return next(iter(found.values()), None)
 
 
-def _open_idx(stack: contextlib.ExitStack, path: Path, *, num_axes: int) -> tuple[IO[bytes], tuple[int, ...]]:
+def _open_idx(
+    stack: contextlib.ExitStack, members: Members, name: str, *, num_axes: int
+) -> tuple[IO[bytes], tuple[int, ...]]:
     """The stream after its header, and its shape, once the file is known to be able to hold that much."""
-    file = stack.enter_context(open_regular(path))
-    is_compressed = path.suffix.lower() == ".gz"
+    path = members.path / name
+    is_compressed = name.lower().endswith(".gz")
+    with decoding("IDX", path):
+        file = stack.enter_context(members.open(name))
     stream = stack.enter_context(gzip.open(file)) if is_compressed else file
     header_bytes = 4 + 4 * num_axes
     with decoding("IDX", path):
@@ -144,7 +145,7 @@ def _open_idx(stack: contextlib.ExitStack, path: Path, *, num_axes: int) -> tupl
     if len(header) < header_bytes:
         raise mismatch(f"an IDX header of {header_bytes} bytes", f"{len(header)} in {path}")
     shape = struct.unpack(f">{num_axes}I", header[4:])
-    stored_bytes = os.fstat(file.fileno()).st_size
+    stored_bytes = members.size(name)
     held_bytes = stored_bytes * MAX_DEFLATE if is_compressed else stored_bytes - header_bytes
     if math.prod(shape) > held_bytes or not is_compressed and math.prod(shape) < held_bytes:
         got = f"at most {held_bytes}" if is_compressed else held_bytes

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,6 +22,35 @@ class Content:
     read_labels: Callable[[], np.ndarray | None]  # int64 [N], checked; None: there are none
     chunks: Iterator[np.ndarray]  # uint8 [n, C, H, W] each, N in all
     path: Path  # of the images, for messages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Requirement:
+    """What a network takes; None accepts any. All of it can be asked before pixels are read."""
+
+    image_shape: tuple[int, int, int] | None = None  # (C, H, W)
+    num_classes: int | None = None  # labels lie below; 0, an unconditional network: they are dropped
+    labels_optional: bool = False
+
+    def check_size(self, width: int, height: int, name: object) -> None:
+        """Raises ValueError for images of another size, whatever their channels."""
+        if self.image_shape is not None and tuple(self.image_shape[1:]) != (height, width):
+            raise mismatch(f"images of shape {tuple(self.image_shape)}", f"{width}x{height} in {name}")
+
+    def check_shape(self, shape: tuple[int, ...], name: object) -> None:
+        """Raises ValueError for images of another shape (C, H, W)."""
+        if self.image_shape is not None and tuple(self.image_shape) != shape:
+            raise mismatch(f"images of shape {tuple(self.image_shape)}", f"{shape} in {name}")
+
+    def labels(self, labels: Any, name: object) -> Any:
+        """What is left of labels `[N]`, an array, a tensor or None. Raises ValueError for missing or large ones."""
+        if self.num_classes == 0 or (labels is None and self.labels_optional):
+            return None
+        largest = -1 if labels is None else int(labels.max())
+        if self.num_classes is not None and not 0 <= largest < self.num_classes:
+            got = "no labels" if labels is None else f"labels up to {largest}"
+            raise mismatch(f"labels from 0 to {self.num_classes - 1}", f"{got} in {name}")
+        return labels
 
 
 class Mismatch(ValueError):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdmd.data.content import mismatch
+from fastdmd.data.content import Requirement, mismatch
 from fastdmd.data.formats import open_content
 from fastdmd.data.framing import Framing
 from fastdmd.diffusion import random_generator
@@ -30,6 +30,9 @@ def load(
     labels: str | None = None,
     resize: int | None = None,
     crop: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    labels_optional: bool = False,
     device: torch.device | str = "cpu",
     memory_limit_bytes: int | None = None,
 ) -> Dataset:
@@ -38,7 +41,7 @@ def load(
     Args:
         source: one of
             None: the embedded MNIST test split, 10,000 digits;
-            a folder of IDX files, plain or `.gz`, of images and perhaps labels;
+            a folder or zip of IDX files, plain or `.gz`, of images and perhaps labels, in whichever subfolders;
             a `.npz` with uint8 `images` `[N, H, W, C]`, `[N, C, H, W]` or `[N, H, W]`, and perhaps integer
             `labels` `[N]`;
             a folder of images, unlabelled, or labelled by their subfolder's place among the sorted names;
@@ -52,6 +55,8 @@ def load(
             subfolders; the path of a CSV with lines `name,class`; or "none".
         resize: the shorter side becomes so many pixels (Lanczos, antialiased), and the centre square is kept.
         crop: of that, or without `resize` of the image as it is, the centre square of so many pixels is kept.
+        image_shape, num_classes: as `Dataset.require` asks for them, but before pixels are read.
+        labels_optional: `num_classes` accepts a dataset without labels.
         device: a CUDA device to move the dataset to, if it fits in half of the free memory there; otherwise,
             and for any other device, it stays on the host.
         memory_limit_bytes: images that decode to more than this are mapped from an unnamed temporary file (in
@@ -59,7 +64,8 @@ def load(
 
     Raises FileNotFoundError if `source` does not exist, OSError if the temporary file does not fit its disk,
     and ValueError with the file, what was expected and what came, if `source` is not such a dataset. Warns of classes
-    without an image, of files that look like images and are not read, and of names with labels and no image.
+    without an image, of files that look like images, or may hold labels, and are not read, and of names with labels
+    and no image.
     """
     if split not in ("train", "test"):
         raise mismatch("split 'train' or 'test'", repr(split))
@@ -67,10 +73,12 @@ def load(
         available_bytes = available_memory_bytes()
         memory_limit_bytes = 2**32 if available_bytes is None else available_bytes // 2
     framing = Framing(resize, crop)
+    requirement = Requirement(image_shape=image_shape, num_classes=num_classes, labels_optional=labels_optional)
     name = "embedded MNIST digits" if source is None else str(source)
-    with open_content(EMBEDDED if source is None else Path(source), split, labels, framing) as content:
+    path = EMBEDDED if source is None else Path(source)
+    with open_content(path, split, labels, framing, requirement) as content:
+        classes = requirement.labels(content.read_labels(), content.path)
         images = _allocate(content.shape, memory_limit_bytes)
-        classes = content.read_labels()
         _fill(images, content.chunks)
     dataset = Dataset(
         torch.from_numpy(images), None if classes is None else torch.from_numpy(classes),
@@ -141,14 +149,10 @@ class Dataset:
         """
         if len(self) < least_images:
             raise mismatch(f"at least {least_images} images to measure against", f"{len(self)} in {self.name}")
-        if image_shape is not None and self.image_shape != tuple(image_shape):
-            raise mismatch(f"images of shape {tuple(image_shape)}", f"{self.image_shape} in {self.name}")
-        if num_classes == 0:
-            return dataclasses.replace(self, labels=None)
-        if num_classes is not None and not 0 < self.num_classes <= num_classes:
-            labels = "no labels" if self.labels is None else f"labels up to {self.num_classes - 1}"
-            raise mismatch(f"labels from 0 to {num_classes - 1}", f"{labels} in {self.name}")
-        return self
+        requirement = Requirement(image_shape=image_shape, num_classes=num_classes)
+        requirement.check_shape(self.image_shape, self.name)
+        labels = requirement.labels(self.labels, self.name)
+        return self if labels is self.labels else dataclasses.replace(self, labels=labels)
 
 
 def _allocate(shape: tuple[int, ...], memory_limit_bytes: int) -> np.ndarray:

@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastdmd.data import members
-from fastdmd.data.array_files import idx_files, read_idx, read_npz
-from fastdmd.data.content import Content, decoding, mismatch, open_regular
+from fastdmd.data.array_files import read_idx, read_npz
+from fastdmd.data.content import Content, Requirement, decoding, mismatch, open_regular
 from fastdmd.data.framing import Framing
 from fastdmd.data.image_files import read_images
 from fastdmd.data.labels import require_choice
 
 
 @contextlib.contextmanager
-def open_content(path: Path, split: str, labels: str | None, framing: Framing) -> Iterator[Content]:
+def open_content(
+    path: Path, split: str, labels: str | None, framing: Framing, requirement: Requirement
+) -> Iterator[Content]:
     """The checked content of a dataset; its labels and chunks can be read while the context is open.
 
     The arguments are those of `fastdmd.data.load`; so are the errors.
@@ -30,24 +32,29 @@ def open_content(path: Path, split: str, labels: str | None, framing: Framing) -
     if not path.is_dir() and suffix not in (".npz", ".zip"):
         raise mismatch("a folder, .npz or .zip", path)
     with contextlib.ExitStack() as stack:
+        archive = None
         if not path.is_dir():
             file = stack.enter_context(open_regular(path))
             with decoding(suffix, path):
                 archive = stack.enter_context(zipfile.ZipFile(file))
-            if suffix == ".npz":
-                content = _framed(read_npz(stack, archive, path), labels, framing)
-            else:
-                content = read_images(members.of_zip(path, archive), framing, labels)
-        elif files := idx_files(path):
-            content = _framed(read_idx(stack, path, files, split), labels, framing)
+        if archive is not None and suffix == ".npz":
+            content = _framed(read_npz(stack, archive, path), labels, framing)
         else:
-            content = read_images(members.of_folder(path), framing, labels)
+            files = members.of_folder(path) if archive is None else members.of_zip(path, archive)
+            if files.idx_files:
+                if beside := files.images:
+                    message = f"{len(beside)} images beside the IDX files in {path} are not read, such as {beside[0]}"
+                    warnings.warn(f"fastdmd.data: {message}", stacklevel=2)
+                content = _framed(read_idx(stack, files, split), labels, framing)
+            else:
+                content = read_images(files, framing, labels, requirement)
         num_images, channels, height, width = content.shape
         if num_images < 1:
             raise mismatch("at least one image", f"none in {content.path}")
         if height != width or height < 1 or channels not in (1, 3):
             got = f"{width}x{height} of {channels} channels in {content.path}"
             raise mismatch("square grey or RGB images, or --resize N", got)
+        requirement.check_shape(content.shape[1:], content.path)
         yield content
 
 

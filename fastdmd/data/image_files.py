@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastdmd.data import labels
-from fastdmd.data.content import Content, decoding, mismatch
+from fastdmd.data.content import Content, Requirement, decoding, mismatch
 from fastdmd.data.framing import Framing, from_picture
 from fastdmd.data.members import SUFFIXES, Members
 
 # By name: left to itself, Pillow goes by the content, and runs Ghostscript for an EPS file that is called .png.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+MAX_PIXELS = 2**27  # of one image; transparent ones take 13 bytes each while they are laid on the background
 BACKGROUND = "white"
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 UPRIGHT = {
@@ -26,7 +27,7 @@ UPRIGHT = {
 }  # fmt: skip
 
 
-def read_images(members: Members, framing: Framing, label_choice: str | None) -> Content:
+def read_images(members: Members, framing: Framing, label_choice: str | None, requirement: Requirement) -> Content:
     """Content of a folder or zip, once all headers are known to fit each other. Pixels follow when asked for."""
     if unread := members.unread:
         _warn(f"{len(unread)} files in {members.path} look like images and are not read", unread[0])
@@ -34,7 +35,9 @@ def read_images(members: Members, framing: Framing, label_choice: str | None) ->
     images = members.images
     if not images:
         raise mismatch(f"IDX files or images ({', '.join(SUFFIXES)})", f"none in {members.path}")
-    size, is_grey = _survey(members, images, framing)
+    size, modes = _survey(members, images, framing)
+    requirement.check_size(*size, members.path)
+    is_grey = _all_grey(members, modes)
     shape = (len(images), 1 if is_grey else 3, size[1], size[0])
 
     def read_labels() -> np.ndarray | None:
@@ -44,21 +47,18 @@ def read_images(members: Members, framing: Framing, label_choice: str | None) ->
     return Content(shape, read_labels, pixels, members.path)
 
 
-def _survey(members: Members, images: list[str], framing: Framing) -> tuple[tuple[int, int], bool]:
-    """Width and height of all images once framed, and whether all are grey; reads hardly more than headers.
-
-    Modes 1, L and LA are grey, a palette is if all colours that the image uses are, everything else is in colour.
-    """
-    common, is_grey, small = None, True, []
+def _survey(members: Members, images: list[str], framing: Framing) -> tuple[tuple[int, int], dict[str, str]]:
+    """Width and height of all images once framed, and the mode of each by its name; reads no pixels."""
+    common, modes, small = None, {}, []
     for name in images:
         with _opened(members, name) as image:
             mode, (width, height) = image.mode, image.size
-            if is_grey and mode in ("P", "PA"):
-                is_grey = _has_grey_colours(_opaque(image)[0])
         path = members.path / name
         if mode[0] in "IF":
             raise mismatch("images of 8 bits a channel", f"mode {mode} in {path}")
-        is_grey = is_grey and mode in ("1", "L", "LA", "P", "PA")
+        if width * height > MAX_PIXELS:
+            raise mismatch(f"images of at most {MAX_PIXELS} pixels", f"{width}x{height} in {path}")
+        modes[name] = mode
         size = framing.size_of(width, height, path)
         common = common or size
         if size != common or size[0] != size[1]:
@@ -68,7 +68,21 @@ def _survey(members: Members, images: list[str], framing: Framing) -> tuple[tupl
             small.append(name)
     if small:
         _warn(f"{len(small)} images in {members.path} are smaller than --resize {framing.resize}: enlarged", small[0])
-    return common, is_grey
+    return common, modes
+
+
+def _all_grey(members: Members, modes: dict[str, str]) -> bool:
+    """Whether all images are grey: modes 1, L and LA, and a palette if all colours that the image uses are.
+
+    The pixels of palettes are read, where nothing else decides.
+    """
+    if not set(modes.values()) <= {"1", "L", "LA", "P", "PA"}:
+        return False
+    for name in (name for name, mode in modes.items() if mode in ("P", "PA")):
+        with _opened(members, name) as image:
+            if not _has_grey_colours(_opaque(image)[0]):
+                return False
+    return True
 
 
 def _pixels(
@@ -126,8 +140,13 @@ def _opaque(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def _has_grey_colours(picture: Image.Image) -> bool:
-    pixels = np.asarray(picture.convert("RGB"))
-    return bool((pixels == pixels[..., :1]).all())
+    if picture.mode == "P":  # as many pixels as it has colours are enough
+        used = [index for _, index in picture.getcolors()]
+        colours = Image.frombytes("P", (len(used), 1), bytes(used))
+        colours.putpalette(picture.getpalette())
+        picture = colours
+    red, green, blue = picture.convert("RGB").split()
+    return red.tobytes() == green.tobytes() == blue.tobytes()
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -17,7 +18,9 @@ from fastdmd.data.content import decoding, mismatch, open_regular, read_all
 from fastdmd.data.members import SUFFIXES, Members, canonical_name
 
 MAX_CLASSES = 100_000  # a network holds a few hundred numbers for each, an optimizer three times as many
-MAX_TEXT_BYTES = 2**28  # of a dataset.json or CSV; ImageNet's has 2^26
+TEXT_BYTES = (2**27, 1024)  # of a dataset.json or CSV: for any, and more for each image; ImageNet's has 2^26
+TEXT_VALUES = (2**22, 8)  # in it; an image has two in a CSV and three in a dataset.json, and each takes 100 bytes
+INTEGER = re.compile(r"-?[0-9]{1,300}(\.0*)?")  # "3.0": of a float column
 
 
 def require_choice(choice: str | None) -> None:
@@ -40,6 +43,13 @@ def checked(labels: np.ndarray, path: Path) -> np.ndarray:
     return labels
 
 
+def warn_of_unread(names: list[str], path: Path) -> None:
+    """Says which of the files beside unlabelled images are not read, if any: they may hold labels."""
+    if names:
+        some = f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+        _warn(f"no labels for the images of {path}; beside them, unread: {some}")
+
+
 def of_images(members: Members, images: list[str], choice: str | None) -> np.ndarray | None:
     """Labels int64 `[N]` of images by their names, as `choice`, `fastdmd.data.load`'s `labels`, has it."""
     if choice == "none":
@@ -48,20 +58,36 @@ def of_images(members: Members, images: list[str], choice: str | None) -> np.nda
         labels, path = _prefix_labels(images, members.path), members.path
     elif choice is not None:
         path = Path(choice)
-        labels = _csv_labels(path, images)
+        labels = _csv_labels(path, images, members.path)
     elif members.description:
         path = members.path / members.description
         with decoding("JSON", path), members.open(members.description) as file:
-            description = json.loads(read_all(file, MAX_TEXT_BYTES))
+            description = json.loads(_read_text(file, b",:[{", len(images)))
         labels = _json_labels(description, images, path)
     else:
         labels, path = _subfolder_labels(members, images), members.path
     return None if labels is None else checked(labels, path)
 
 
+def _read_text(stream: IO[bytes], separators: bytes, num_images: int) -> bytes:
+    """A stream that describes so many images, once it cannot become many more values than they need.
+
+    Three bytes of JSON can become a hundred in memory, and a byte of a zip a thousand of JSON. Raises ValueError.
+    """
+    max_bytes, max_values = (least + each * num_images for least, each in (TEXT_BYTES, TEXT_VALUES))
+    text = read_all(stream, max_bytes)
+    num_values = sum(text.count(separator) for separator in separators)
+    if num_values > max_values:
+        raise ValueError(f"it has {num_values} values, for {num_images} images")
+    return text
+
+
 def _json_labels(description: object, images: list[str], path: Path) -> np.ndarray | None:
     """Labels as EDM writes them: {"labels": [["00000/img00000000.png", 6], ...]}, or null for none."""
-    labels = description.get("labels", ()) if isinstance(description, dict) else ()
+    if isinstance(description, dict) and "labels" not in description:
+        _warn(f"no 'labels' in {path}: the images are unlabelled")
+        return None
+    labels = description.get("labels") if isinstance(description, dict) else ()
     if labels is None:
         return None
     if not (isinstance(labels, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in labels)):
@@ -69,25 +95,27 @@ def _json_labels(description: object, images: list[str], path: Path) -> np.ndarr
     for name, label in labels:
         if type(label) is not int:
             raise mismatch("an integer class for each image", f"{label!r:.40} for {name!s:.200} in {path}")
-    by_name = _by_name(((canonical_name(str(name)), label) for name, label in labels), path)
+    known = {name.casefold() for name in images}
+    outer_names = _outer_names(path.parent)
+    names = (_inner_name(canonical_name(str(name)), known, outer_names) for name, _ in labels)
+    by_name = _by_name(zip(names, (label for _, label in labels), strict=True), path)
     folded: dict[str, set[int]] = {}  # for a system that does not tell A.png from a.png
     for name, label in by_name.items():
         folded.setdefault(name.casefold(), set()).add(label)
     found = [by_name[name] if name in by_name else _only(folded.get(name.casefold())) for name in images]
     _require_all(found, images, path)
-    known = {name.casefold() for name in images}
     _warn_of_absent([name for name in by_name if name.casefold() not in known], path)
     return _integers(found, path)
 
 
-def _csv_labels(path: Path, images: list[str]) -> np.ndarray:
+def _csv_labels(path: Path, images: list[str], source: Path) -> np.ndarray:
     """Labels of a CSV with lines `name,class`; classes are integers, or names that stand for their sorted place.
 
-    A name is an image's path inside the dataset or its last part, with suffix or without. A first line that names no
-    image is a heading.
+    A name is an image's path inside the dataset, `source`, or its last part, with suffix or without. A first line that
+    names no image is a heading.
     """
     with decoding("CSV", path), open_regular(path) as file:
-        text = read_all(file, MAX_TEXT_BYTES).decode("utf-8-sig")
+        text = _read_text(file, b",;\t\r\n", len(images)).decode("utf-8-sig")
         delimiter = next((mark for mark in ",;\t" if mark in text.partition("\n")[0]), ",")
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
     for row in rows:
@@ -95,7 +123,8 @@ def _csv_labels(path: Path, images: list[str]) -> np.ndarray:
             raise mismatch("lines of name,class", f"{delimiter.join(row)[:200]!r} in {path}")
     keys = [_spellings(name) for name in images]
     known = {key for spellings in keys for key in spellings}
-    pairs = [(canonical_name(name.strip()), label.strip()) for name, label in rows]
+    outer_names = _outer_names(source)
+    pairs = [(_inner_name(canonical_name(name.strip()), known, outer_names), label.strip()) for name, label in rows]
     if pairs and pairs[0][0] not in known and not pairs[0][0].lower().endswith(SUFFIXES):
         del pairs[0]
     by_name = _by_name(pairs, path)
@@ -106,13 +135,23 @@ def _csv_labels(path: Path, images: list[str]) -> np.ndarray:
         raise mismatch("names that tell the images apart", f"{name} for {number} images in {path}")
     _warn_of_absent(sorted(set(by_name) - set(used)), path)
     classes = set(by_name.values())
-    numbers = {label for label in classes if re.fullmatch(r"-?[0-9]{1,300}(\.0*)?", label)}  # "3.0": of a float column
-    if numbers == classes:
+    integers = {label for label in classes if INTEGER.fullmatch(label)}
+    if integers == classes:
         return _integers([int(by_name[key].partition(".")[0]) for key in used], path)
-    if numbers:  # such as a missing value that became "nan"
-        got = f"{min(numbers)} and {min(classes - numbers)} in {path}"
-        raise mismatch("classes that are all integers or all names", got)
+    numbers = {label for label in classes - integers if _is_number(label)}
+    if integers or numbers:  # sorted as names, 1e1 would come before 2e0
+        got = " and ".join(min(group) for group in (integers, numbers or classes - integers) if group)
+        raise mismatch("classes that are all integers or all names, integers in digits 0 to 9", f"{got} in {path}")
     return _places([by_name[key] for key in used], classes, path)
+
+
+def _is_number(label: str) -> bool:
+    """Whether it is a number in any spelling: 1e0, +10, 0.5, digits of any script, or a missing value, nan."""
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return "_" not in label  # which Python, but nobody else, takes inside a number
 
 
 def _prefix_labels(images: list[str], path: Path) -> np.ndarray:
@@ -170,6 +209,19 @@ def _spellings(name: str) -> list[str]:
     """An image's name, and what a table may call it: less and less of it."""
     last = name.rpartition("/")[2]
     return [name, name.rpartition(".")[0], last, last.rpartition(".")[0]]
+
+
+def _outer_names(source: Path) -> list[str]:
+    """What a table may put before a name inside `source`: the folders around it, all of them or the last few."""
+    folders = canonical_name(str(source.absolute())).split("/")
+    return ["/".join(folders[start:]) + "/" for start in range(len(folders))]
+
+
+def _inner_name(name: str, known: set[str], outer_names: list[str]) -> str:
+    """A name in a table without the folders around the dataset; `known` names, casefolded or not, stay as they are."""
+    if name in known or name.casefold() in known:
+        return name
+    return name.removeprefix(next((outer for outer in outer_names if name.startswith(outer)), ""))
 
 
 def _only(labels: set[int] | None) -> int | None:

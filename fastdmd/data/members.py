@@ -11,18 +11,24 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
+from fastdmd.data import signatures
 from fastdmd.data.content import mismatch, open_regular
 
 SUFFIXES = (  # of images that are read
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jfif",
     ".jpe", ".apng", ".avif",
 )  # fmt: skip
-UNREAD_SUFFIXES = (  # of images that are not
+UNREAD_SUFFIXES = (  # of images that are not, whatever they begin with
     ".arw", ".cr2", ".cr3", ".cur", ".dcm", ".dds", ".dib", ".dng", ".emf", ".eps", ".exr", ".fits", ".hdr", ".heic",
     ".heif", ".icns", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".nef", ".orf", ".pcx", ".pfm", ".psd", ".qoi", ".raf",
     ".raw", ".rw2", ".sgi", ".svg", ".tga", ".wmf", ".xbm", ".xcf", ".xpm",
 )  # fmt: skip
+MAX_DEFLATE = 1032  # bytes that one byte of a deflate stream can become
 DESCRIPTION = "dataset.json"
+IDX_NAME = re.compile(r"(images|labels).*([-._]idx[0-9]?[-._]ubyte|[-._]idx[0-9]|\.idx)(\.gz)?$", re.IGNORECASE)
+SYSTEM_FOLDERS = (  # of thumbnails, forks and waste
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Members:
     files: dict[str, str]  # name -> the name that `open_raw` takes
     folders: frozenset[str]  # those that are named, and those of files
     open_raw: Callable[[str], IO[bytes]]
+    raw_size: Callable[[str], int]  # bytes that `open_raw` can give at most
 
     @property
     def images(self) -> list[str]:
@@ -40,9 +47,16 @@ class Members:
         return sorted(name for name in self.files if name.lower().endswith(SUFFIXES))
 
     @property
+    def idx_files(self) -> list[str]:
+        """Sorted names of IDX files: those in no subfolder, or, if there are neither such nor images, all."""
+        found = sorted(name for name in self.files if IDX_NAME.search(_last(name)))
+        return [name for name in found if "/" not in name] or ([] if self.images else found)
+
+    @property
     def unread(self) -> list[str]:
-        """Sorted names of what looks like an image and cannot be read."""
-        return sorted(name for name in self.files if name.lower().endswith(UNREAD_SUFFIXES))
+        """Sorted names of what is an image, by its suffix or its first bytes, and is not among `images`."""
+        others = (name for name in self.files if not name.lower().endswith(SUFFIXES))
+        return sorted(name for name in others if name.lower().endswith(UNREAD_SUFFIXES) or self._is_picture(name))
 
     @property
     def description(self) -> str | None:
@@ -52,8 +66,23 @@ class Members:
     def open(self, name: str) -> IO[bytes]:
         return self.open_raw(self.files[name])
 
+    def size(self, name: str) -> int:
+        """Bytes of a file, at most."""
+        return self.raw_size(self.files[name])
+
+    def _is_picture(self, name: str) -> bool:
+        try:
+            with self.open(name) as file:
+                return signatures.is_picture(file.read(signatures.NUM_BYTES))
+        except Exception:  # of any kind, from a lack of rights to an encrypted member: nobody asked for this file
+            return False
+
     def unwrapped(self) -> Members:
-        """Without folders around everything: those that hold one folder, and neither images nor a dataset.json."""
+        """Without folders around everything: those that hold one folder, and neither images nor a dataset.json.
+
+        Folders without images count only beside a single one with: `x`, beside an empty `y`, may be one class of two,
+        but `w/x` and `w/y` are classes in `w`, whatever lies beside that.
+        """
         read = (name for name in self.files if name.lower().endswith(SUFFIXES) or _last(name).lower() == DESCRIPTION)
         holding = {name.rpartition("/")[0] for name in read}
         paths = sorted(name.split("/") for name in self.folders)
@@ -63,22 +92,32 @@ class Members:
             for path, follower in zip(paths, followers, strict=False)
             if follower[: len(path)] != path or "/".join(path) in holding
         ]
+        if len(holding) > 1:
+            ends = [name.split("/") for name in holding]
         top = "" if "" in holding else "/".join(os.path.commonprefix(ends))
         if not top:
             return self
         start = len(top) + 1
         files = {name[start:]: raw for name, raw in self.files.items() if name.startswith(f"{top}/")}
         folders = frozenset(name[start:] for name in self.folders if name.startswith(f"{top}/"))
-        return Members(self.path / top, files, folders, self.open_raw)
+        return dataclasses.replace(self, path=self.path / top, files=files, folders=folders)
 
 
 def of_zip(path: Path, archive: zipfile.ZipFile) -> Members:
-    return _members(path, archive.namelist(), archive.open)
+    def raw_size(name: str) -> int:
+        info = archive.getinfo(name)  # its sizes are not to be trusted, but nothing more is ever read
+        most = info.compress_size * (MAX_DEFLATE if info.compress_type == zipfile.ZIP_DEFLATED else 1)
+        is_bounded = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        return min(info.file_size, most) if is_bounded else info.file_size
+
+    return _members(path, archive.namelist(), archive.open, raw_size)
 
 
 def of_folder(path: Path) -> Members:
     """Everything below a folder, links followed; ValueError for what would never end, or cannot be looked into."""
-    return _members(path, _walk(path), lambda name: open_regular(path / name))
+    return _members(
+        path, _walk(path), lambda name: open_regular(path / name), lambda name: (path / name).stat().st_size
+    )
 
 
 def canonical_name(name: str) -> str:
@@ -90,7 +129,9 @@ def canonical_name(name: str) -> str:
     return "/".join(parts)
 
 
-def _members(path: Path, raw_names: Iterable[str], open_raw: Callable[[str], IO[bytes]]) -> Members:
+def _members(
+    path: Path, raw_names: Iterable[str], open_raw: Callable[[str], IO[bytes]], raw_size: Callable[[str], int]
+) -> Members:
     """Raw names of folders end with a slash. Raises ValueError where two files have one name."""
     files: dict[str, str] = {}
     folders = set()
@@ -99,16 +140,24 @@ def _members(path: Path, raw_names: Iterable[str], open_raw: Callable[[str], IO[
         parts = name.split("/")
         if ".." in parts:
             raise mismatch("names that stay inside", f"{raw} in {path}")
-        if any(part.startswith(".") or part.upper() == "__MACOSX" for part in parts):
+        if any(map(_is_hidden, parts)):
             continue
         is_folder = raw.endswith(("/", "\\"))
         folders.add(name if is_folder else name.rpartition("/")[0])
         if is_folder:
             continue
-        if name in files and name.lower().endswith((*SUFFIXES, DESCRIPTION)):
+        if name in files and _is_read(name):
             raise mismatch("every name once", f"{name} twice in {path}")
         files[name] = raw
-    return Members(path, files, frozenset(folders - {""}), open_raw)
+    return Members(path, files, frozenset(folders - {""}), open_raw, raw_size)
+
+
+def _is_read(name: str) -> bool:
+    return name.lower().endswith((*SUFFIXES, DESCRIPTION)) or IDX_NAME.search(_last(name)) is not None
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part.lower() in SYSTEM_FOLDERS
 
 
 def _walk(folder: Path) -> list[str]:
@@ -126,7 +175,7 @@ def _walk(folder: Path) -> list[str]:
             raise mismatch("folders that can be read", f"{folder / prefix}: {error.strerror}") from error
         for entry in entries:
             name = f"{prefix}{entry.name}"
-            if entry.name.startswith("."):
+            if _is_hidden(entry.name):
                 continue
             if os.path.isdir(entry.path):
                 if (real := os.path.realpath(entry.path)) in seen:
@@ -134,7 +183,7 @@ def _walk(folder: Path) -> list[str]:
                 seen.add(real)
                 names.append(f"{name}/")
                 pending.append(f"{name}/")
-            elif os.path.isfile(entry.path) or name.lower().endswith((*SUFFIXES, DESCRIPTION)):
+            elif os.path.isfile(entry.path) or _is_read(name):
                 names.append(name)  # what is no file is an error when it is opened
     return names
 
