@@ -239,7 +239,7 @@ def _torch_load(path: Path, start: bytes) -> Any:
 
 
 def _require_no_inflation(path: Path) -> None:
-    """Raises ValueError for an archive whose tensors take many times its size: it fills the memory before it is read."""
+    """Raises ValueError for an archive whose tensors take many times its size, before they fill the memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             num_bytes = sum(member.file_size for member in archive.infolist())
