@@ -19,7 +19,8 @@ from torch import nn
 
 from fastdmd import teachers
 from fastdmd.adapters import Adapted
-from fastdmd.checkpoint import load_network, load_weights, save_network
+from fastdmd.checkpoint import RECORDED, load_network, load_weights, save_network
+from fastdmd.quality import Measurement
 from fastdmd.weight_files import open_weights
 
 
@@ -289,6 +290,11 @@ def test_a_dictionary_that_holds_itself_ends(tmp_path):
 
 # fastdmd's own files.
 
+RECORD = {
+    "settings": {"num_samples": 10, "reference": None},
+    "quality": dataclasses.asdict(Measurement(0.25, 0.99, 31.5, 35, 10)),
+}
+
 
 def rewritten(path, **changes):
     """The file of a small network whose metadata claims something else."""
@@ -324,12 +330,37 @@ def rewritten(path, **changes):
         ({"network": {"source": "a:b", "options": []}}, "--network package.module:name for .*, whose network is a:b"),
         ({"network": {"diffusers": [], "options": []}}, "in .*w.safetensors, got options that are a list"),
         ({"kind": ["teacher"]}, "expected a teacher or generator in .*, got another kind"),
-        ({"kind": "generator", "conditioning_sigma": "80"}, "expected a finite conditioning_sigma > 0 in .*, got 80"),
+        (
+            {"kind": "generator", "conditioning_sigma": "80"},
+            "expected conditioning_sigma from 1.18e-38 to 1e.30 in .*, got 80",
+        ),
+        ({"kind": "generator", "conditioning_sigma": 1e-300}, "expected conditioning_sigma from .*, got 1e-300"),
+        ({"kind": "generator", "conditioning_sigma": True}, "expected conditioning_sigma from .*, got True"),
+        ({"kind": "generator", "conditioning_sigma": None}, "expected conditioning_sigma from .*, got None"),
+        ({"record": "x"}, "expected a record of settings and figures in .*w.safetensors, got 'x'"),
+        ({"record": [1]}, "expected a record of"),
+        ({"record": 5}, "expected a record"),
+        ({"record": {}}, "got {}"),
+        ({"record": RECORD | {"settings": 1}}, "expected a record of"),
+        ({"record": {"settings": {}}}, "expected a rec"),
+        *(
+            ({"record": RECORD | {"quality": RECORD["quality"] | change}}, "expected a record of")
+            for change in (
+                {"frechet_distance": "0.1"},
+                {"class_accuracy": math.nan},
+                {"evaluations": 35.5},
+                {"num_images": True},
+                {"images_per_second": math.inf},
+                {"recorded": 1},
+                {"other": 1},
+            )
+        ),
+        ({"record": RECORD | {"quality": {"class_accuracy": 1.0}}}, "expected a record of"),
         (
             {"kind": "generator", "conditioning_sigma": 10**400},
-            "expected a finite conditioning_sigma > 0 in .*, got 10",
+            "expected conditioning_sigma from .* in .*, got 10",
         ),
-        ({"kind": "generator", "conditioning_sigma": math.nan}, "expected a finite conditioning_sigma .*, got nan"),
+        ({"kind": "generator", "conditioning_sigma": math.nan}, "expected conditioning_sigma .*, got nan"),
         ({"kind": "generator"}, "expected a generator's conditioning_sigma, got .*w.safetensors without"),
     ],
 )
@@ -338,6 +369,12 @@ def test_descriptions_that_the_tensors_do_not_bear_out(changes, message, tmp_pat
     with pytest.raises(ValueError, match=f"^fastdmd.*{message}") as error:
         teachers.read(rewritten(tmp_path / "w.safetensors", **changes))
     assert "\n" not in str(error.value) and time.monotonic() - started < 10
+
+
+def test_a_record_is_taken_as_it_was_measured(tmp_path):
+    assert RECORDED.keys() == {field.name for field in dataclasses.fields(Measurement)}
+    for record in (RECORD, RECORD | {"quality": {"frechet_distance": 1, "class_accuracy": None}}, None):
+        assert teachers.read(rewritten(tmp_path / "w.safetensors", record=record))[1]["record"] == record
 
 
 def test_metadata_that_is_no_description(tmp_path):
