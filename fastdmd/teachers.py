@@ -120,7 +120,7 @@ def verify(denoiser: Adapted, conditioning_sigma: float | None = None) -> None:
     or if it changes its input. Warns where what it gives is not what a denoiser would give: it may be a network of
     another parameterization, or one that is not trained.
     """
-    sigmas = VERIFIED_SIGMAS if conditioning_sigma is None else (conditioning_sigma,)
+    sigmas = VERIFIED_SIGMAS if conditioning_sigma is None else (conditioning_sigma,) * 2
     images, inputs = _trial(denoiser, sigmas)
     device, name = next(denoiser.parameters()).device, type(denoiser.network).__name__
     passed = [tensor.to(device, copy=True) for tensor in inputs]
@@ -132,7 +132,7 @@ def verify(denoiser: Adapted, conditioning_sigma: float | None = None) -> None:
             raise ValueError(f"fastdmd.teachers: expected {name} to leave its input as it is, got another {argument}")
     D_x = D_x.cpu()
     if not D_x.isfinite().all():
-        levels = [level for level, D in zip(sigmas, D_x, strict=True) if not D.isfinite().all()]
+        levels = sorted({level for level, D in zip(sigmas, D_x, strict=True) if not D.isfinite().all()})
         raise ValueError(f"fastdmd.teachers: expected finite images of {name}, got NaN or infinity at sigma {levels}")
     if conditioning_sigma is not None:
         return
