@@ -89,6 +89,8 @@ class AdapterOptions:
         applicable, context = _applicable(self)
         for name in (*SCHEDULE_OPTIONS, *FLOW_OPTIONS):
             if name not in applicable and found[name] is not None:
+                if name == "alphas_cumprod":  # which has no flag, and a thousand numbers
+                    raise _error(f"no noise schedule of the network's own with {context}", f"{len(found[name])} {name}")
                 raise _error(f"no {flag(name)} with {context}", found[name])
         found |= {name: default for name, default in applicable.items() if found[name] is None}
         if (length := found["num_train_timesteps"]) is not None and not 2 <= length <= MAX_TIMESTEPS:
@@ -233,7 +235,7 @@ def _shape_and_labels(options: AdapterOptions, network: nn.Module) -> dict[str, 
     if num_classes is None:
         raise _missing("num-classes", "num_classes", network)
     if not isinstance(num_classes, Integral) or num_classes > MAX_CLASSES:
-        raise _error(f"--num-classes of at most {MAX_CLASSES}", num_classes)
+        raise _error(f"--num-classes to be a whole number of at most {MAX_CLASSES}", f"{num_classes!r:.80}")
     if num_classes < 0 or (num_classes > 0) != (labels != "none") and labels is not None:
         raise _error(
             "--num-classes > 0 with --teacher-labels int or one_hot, 0 with none", f"{num_classes} and {labels}"

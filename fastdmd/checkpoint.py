@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from fastdmd.weight_files import WeightFile, fill, find, open_weights, require_s
 
 METADATA_KEY = "fastdmd"
 KINDS = ("teacher", "generator")
-MAX_SIGMA = 1e30  # that a generator starts from: a float32, which JSON does not promise
+MIN_SIGMA, MAX_SIGMA = 2.0**-126, 1e30  # that a generator starts from: a float32, which JSON does not promise
+# Of a measurement that is on record, with the types that JSON gives; the first two in any case.
+RECORDED = {
+    "frechet_distance": (float, int), "class_accuracy": (float, int), "images_per_second": (float, int),
+    "evaluations": (int,), "num_images": (int,), "recorded": (bool,),
+}  # fmt: skip
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -76,10 +82,9 @@ def load_network(path: str | Path, *, device: str | torch.device = "cpu",
     metadata = _metadata(weights)
     loaded = _rebuild(metadata["network"], network, weights)
     fill(loaded.network if isinstance(loaded, Adapted) else loaded, weights, {name: name for name in weights.described})
-    loaded = loaded.float().to(device)
-    if isinstance(loaded, UNet):
-        loaded = loaded.to(memory_format=torch.channels_last)
-    return loaded.eval().requires_grad_(False), metadata
+    with user_code("load_network", f"the network of {path} on {device}, in eval mode"):
+        loaded = loaded.float().to(device).eval().requires_grad_(False)
+    return loaded.to(memory_format=torch.channels_last) if isinstance(loaded, UNet) else loaded, metadata
 
 
 def _metadata(weights: WeightFile) -> dict[str, Any]:
@@ -94,11 +99,28 @@ def _metadata(weights: WeightFile) -> dict[str, Any]:
     if metadata["kind"] not in KINDS:
         raise ValueError(f"fastdmd.load_network: expected a {' or '.join(KINDS)} in {weights.path}, got another kind")
     sigma = metadata.get("conditioning_sigma", 1.0)
-    if not isinstance(sigma, (int, float)) or not 0 < sigma <= MAX_SIGMA:
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not MIN_SIGMA <= sigma <= MAX_SIGMA:
         raise ValueError(
-            f"fastdmd.load_network: expected a finite conditioning_sigma > 0 in {weights.path}, got {sigma!s:.80}"
+            f"fastdmd.load_network: expected conditioning_sigma from {MIN_SIGMA:.3g} to {MAX_SIGMA:g} in "
+            f"{weights.path}, got {sigma!s:.80}"
+        )
+    record = metadata.get("record") if metadata["kind"] == "teacher" else None  # of a generator, nobody reads it
+    if record is not None and not _is_record(record):
+        raise ValueError(
+            f"fastdmd.load_network: expected a record of settings and figures in {weights.path}, got {record!r:.80}"
         )
     return metadata
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it is what `Evaluation.record` makes of a measurement."""
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), dict) for name in ("settings", "quality")):
+        return False
+    quality = record["quality"]
+    if not set(list(RECORDED)[:2]) <= quality.keys() <= RECORDED.keys():
+        return False
+    known = {name: value for name, value in quality.items() if value is not None}
+    return all(type(value) in RECORDED[name] and abs(value) < math.inf for name, value in known.items())
 
 
 def _rebuild(description: dict[str, Any], code: str | nn.Module | Callable[[], nn.Module] | None,

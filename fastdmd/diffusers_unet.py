@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,16 @@ from fastdmd.imports import user_code
 from fastdmd.weight_files import fill, open_weights, read_json, require_same
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+FLOW = "FlowMatchEulerDiscreteScheduler"
+# Schedulers whose network takes alpha x and a timestep of their betas; what else they have concerns sampling alone, but
+# for the settings of INTERFACE, in which any other value changes what the network takes.
+WITH_BETAS = (
+    "DDIMInverse", "DDIMParallel", "DDIM", "DDPMParallel", "DDPM", "DEISMultistep", "DPMSolverMultistepInverse",
+    "DPMSolverMultistep", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete",
+    "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "RePaint", "SASolver", "TCD",
+    "UniPCMultistep",
+)  # fmt: skip
+INTERFACE = {"timestep_type": "discrete", "use_flow_sigmas": False, "snr_shift_scale": 1.0, "invert_sigmas": False}
 WEIGHTS = "diffusion_pytorch_model"
 AVERAGED = "unet_ema"  # which the training scripts of diffusers save beside unet
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention, until 2023
@@ -26,8 +37,9 @@ def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
 
     The folder holds `config.json` and weights, itself or in `unet`; of `unet` and `unet_ema` the average is taken.
     Weights are `diffusion_pytorch_model.safetensors`, whole or in parts; else its only variant (`.fp16.safetensors`);
-    else `.bin`, read without running its code. Beside `unet`, `scheduler` tells what the network predicts and at which
-    noise levels; without, the options lack the parameterization. stderr says what was taken where there was a choice.
+    else `.bin`, or its only variant, read without running its code. `scheduler`, in the folder or beside that of the
+    network, tells what it predicts and at which noise levels; without, the options lack the parameterization. stderr
+    says what was taken where there was a choice.
     """
     folder, which = _network_folder(path)
     if not (folder / "config.json").is_file():
@@ -37,9 +49,11 @@ def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"fastdmd.teachers: expected a UNet2DModel, got {config.get('_class_name')} in {folder}")
     options = _of_network(arguments, folder)
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        options |= _of_scheduler(read_json(scheduler), path)
+    for place in (path, Path(os.path.abspath(folder)).parent):  # that of a pipeline, also where its unet is named
+        scheduler = place / "scheduler" / "scheduler_config.json"
+        if scheduler.is_file():
+            options |= _of_scheduler(read_json(scheduler), scheduler)
+            break
     file, variant = _weights_file(folder)
     weights = open_weights(file)
     weights.notice = ". ".join(filter(None, (which, variant)))
@@ -86,16 +100,22 @@ def _weights_file(folder: Path) -> tuple[Path, str]:
     for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"):
         if (folder / name).is_file():
             return folder / name, ""
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
-    pattern = rf"{WEIGHTS}\.(\w+\.safetensors|safetensors\.index\.\w+\.json)"
-    variants = [name for name in others if re.fullmatch(pattern, name)]
+    suffixes = (".safetensors", ".bin", ".json")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in suffixes)
     binary = [name for name in (f"{WEIGHTS}.bin", f"{WEIGHTS}.bin.index.json") if name in others][:1]
-    taken = variants or binary
+    taken = _variants(others, "safetensors") or binary or _variants(others, "bin")
     if len(taken) != 1:
         got = ", ".join(name for name in others if name != "config.json") or "none"
         expected = f"{WEIGHTS}.safetensors, or one variant of it,"
         raise ValueError(f"fastdmd.teachers: expected {expected} in {folder}, got {got}")
     return folder / taken[0], f"{folder}: took {taken[0]}"
+
+
+def _variants(names: list[str], kind: str) -> list[str]:
+    """Those of a variant (fp16, non-ema), whole or the index of its parts."""
+    variant = r"(?!\S*-\d+-of-\d)[\w-]+"
+    pattern = rf"{WEIGHTS}\.({variant}\.{kind}|{kind}\.index\.{variant}\.json)"
+    return [name for name in names if re.fullmatch(pattern, name)]
 
 
 def _library():
@@ -135,8 +155,12 @@ def _of_network(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     size, num_classes = config.get("sample_size"), config.get("num_class_embeds") or 0
     options = {"num_classes": num_classes, "labels": "int" if num_classes else "none"}
     if size is not None:
-        with user_code("teachers", f"sample_size of one or two numbers in {folder}"):
-            height, width = (size, size) if isinstance(size, int) else size
+        sizes = (size, size) if type(size) is int else size
+        if not isinstance(sizes, (list, tuple)) or len(sizes) != 2 or any(type(number) is not int for number in sizes):
+            raise ValueError(
+                f"fastdmd.teachers: expected sample_size of one or two numbers in {folder}, got {size!r:.80}"
+            )
+        height, width = sizes
         options["image_shape"] = (config.get("in_channels", 3), height, width)
     return options
 
@@ -146,13 +170,21 @@ def _of_scheduler(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     length = config.get("num_train_timesteps", 1000)
     if not isinstance(length, int) or not 2 <= length <= MAX_NUMBER:
         raise ValueError(f"fastdmd.teachers: expected num_train_timesteps of 2 to {MAX_NUMBER} in {path}, got {length}")
-    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+    name = config.get("_class_name")
+    for setting, usual in INTERFACE.items():
+        if config.get(setting, usual) not in (usual, None):
+            raise ValueError(
+                f"fastdmd.teachers: expected {setting} {usual} in {path}, got {config[setting]!r:.80}, with which the "
+                "network takes other inputs"
+            )
+    if name == FLOW:
         return {"parameterization": "flow", "time_scale": float(length)}
     prediction = config.get("prediction_type", "epsilon")
-    if "beta_schedule" not in config or prediction not in tuple(PREDICTION_TYPES):
+    known = name in [f"{kind}Scheduler" for kind in WITH_BETAS] and "beta_schedule" in config
+    if not known or prediction not in tuple(PREDICTION_TYPES):
         raise ValueError(
             f"fastdmd.teachers: expected a scheduler with betas that predicts {', '.join(PREDICTION_TYPES)}, "
-            f"got {config.get('_class_name')} with {prediction} in {path}"
+            f"got {name!s:.80} with {prediction!s:.80} in {path}"
         )
     betas = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
              "rescale_betas_zero_snr")  # fmt: skip

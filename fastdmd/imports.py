@@ -10,9 +10,11 @@ import sys
 import sysconfig
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
 LIBRARIES = {str(Path(__file__).parent)} | {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
@@ -25,14 +27,30 @@ def user_code(function: str, expected: str) -> Iterator[None]:
 
     `fastdmd.<function>: expected <expected>, got <type>: <message> (<file>, line <n>)`, with the innermost line of a
     file that belongs to no library, and what was raised as its cause. `sys.exit` counts as raised; errors of ours,
-    and KeyboardInterrupt, pass through.
+    and KeyboardInterrupt, pass through. What it changes of the process's modes is undone, see `modes_kept`.
     """
     try:
-        yield
+        with modes_kept():
+            yield
     except (Exception, SystemExit) as error:
         if isinstance(error, (ValueError, TypeError, OSError)) and str(error).startswith("fastdmd."):
             raise
         raise ValueError(f"fastdmd.{function}: expected {expected}, got {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def modes_kept() -> Iterator[None]:
+    """Gradients on or off, torch's default dtype and device and the filters of warnings are afterwards as before."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()), warnings.catch_warnings():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None)  # no mode at all, where there was none
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 def import_network(source: str, function: str) -> nn.Module:

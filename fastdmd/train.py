@@ -75,6 +75,7 @@ def load_teacher(config: TrainConfig, device: torch.device) -> tuple[nn.Module, 
     teacher, metadata = teachers.read(config.teacher, config.adapter, device)
     if metadata["kind"] != "teacher":
         raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
+    teachers.verify_training(teacher)
     if preset.network is not None:
         expected, got = (
             f"{'x'.join(map(str, network.image_shape))} images of {network.num_classes or 'no'} classes"

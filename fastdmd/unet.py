@@ -46,7 +46,8 @@ class UNet(nn.Module):
             linear(noise_channels, embedding_channels), nn.SiLU(), linear(embedding_channels, embedding_channels)
         )
 
-        channels = config.model_channels
+        # EDM's ADM enters at the width of its finest level.
+        channels = config.model_channels * (config.channel_multipliers[0] if config.adm else 1)
         resolution = config.image_size // config.patch_size
         folded_channels = config.image_channels * config.patch_size**2
         self.conv_in = conv(folded_channels, channels)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ DTYPES = {
 COMPILED = "_orig_mod."  # what torch.compile writes before the names inside; no module of anybody's is called so
 MAX_DEPTH = 8  # dictionaries in dictionaries
 MAX_NAMED = 5  # tensors that an error names
+MAX_JSON_BYTES = 1 << 24  # of an index or a configuration; the largest in use has some 10 MB
+MAX_INFLATION = 10  # of a compressed archive, which torch.save never writes; weights compress to half at best
+PICKLED = (b"PK", b"\x80")  # how what torch.save writes begins
 
 
 @dataclasses.dataclass
@@ -65,21 +69,25 @@ def open_weights(path: Path) -> WeightFile:
     if not path.is_file():
         missing = "which is no file" if path.exists() else "which does not exist"
         raise FileNotFoundError(f"fastdmd.weights: expected a weight file, got {path}, {missing}")
-    if path.name.endswith(".json"):
+    if path.suffix.lower() == ".json":
         return _open_index(path)
     with open(path, "rb") as file:
-        start = file.read(9)
+        start = file.read(16)
     if not start:
         raise _error("a weight file", f"{path}, which is empty")
-    if path.suffix == ".safetensors" or start[8:] == b"{":
+    if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
         return _open_safetensors(path)
-    return WeightFile(path, _flat(_torch_load(path), path))
+    return WeightFile(path, _flat(_torch_load(path, start), path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ValueError for any other."""
+    """A JSON file that holds an object, of 16 MiB at most. Raises ValueError for any other."""
+    with open(path, "rb") as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise _error(f"at most {MAX_JSON_BYTES >> 20} MiB of JSON in {path}", "more")
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _error(f"JSON in {path}", reason(error)) from error
     if not isinstance(content, dict):
@@ -193,23 +201,26 @@ def _open_safetensors(path: Path) -> WeightFile:
 
 
 def _open_index(path: Path) -> WeightFile:
-    """Several files of a folder, with `weight_map` of tensors' names to files' names."""
+    """Several files of a folder, with `weight_map` of tensors' names to files' names; what else they hold, another copy
+    of a tensor among it, is none of theirs."""
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise _error(f"a weight_map of names to files in {path}", "none")
     whole = WeightFile(path, {})
     for name in sorted(set(places.values())):
-        if Path(name).name != name or name.endswith(".json"):
+        if Path(name).name != name or name.lower().endswith(".json"):
             raise _error(f"weight files beside {path} in its weight_map", name[:80])
         part = open_weights(path.parent / name)
-        if absent := [tensor for tensor, place in places.items() if place == name and tensor not in part.described]:
+        mapped = [tensor for tensor, place in places.items() if place == name]
+        if absent := [tensor for tensor in mapped if tensor not in part.described]:
             raise _error(f"the tensors of {path} in {name}", f"no {_some(absent)}")
-        whole.described |= part.described
-        whole.places |= part.places
+        whole.described |= {tensor: part.described[tensor] for tensor in mapped}
+        whole.places |= {tensor: part.places[tensor] for tensor in mapped if tensor in part.places}
     return whole
 
 
-def _torch_load(path: Path) -> Any:
+def _torch_load(path: Path, start: bytes) -> Any:
+    _require_no_inflation(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -220,9 +231,24 @@ def _torch_load(path: Path) -> Any:
             got = f"a {code[1]} in it, whose code would have to run"
         elif "TorchScript" in str(error):
             got = "a TorchScript archive"
+        elif not start.startswith(PICKLED) and ".tar" not in str(error):
+            got = f"a file that begins with {start!r}"
         else:
             got = reason(error).split(" In PyTorch 2.6")[0]
         raise _error(f"{expected} in {path}", got) from error
+
+
+def _require_no_inflation(path: Path) -> None:
+    """Raises ValueError for an archive whose tensors take many times its size, before they fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            num_bytes = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # torch says what it is, or reads it
+        return
+    if num_bytes > MAX_INFLATION * (size := path.stat().st_size):
+        raise _error(
+            f"an archive of at most {MAX_INFLATION} times its own size in {path}", f"{num_bytes} bytes in {size}"
+        )
 
 
 def _flat(content: Any, path: Path) -> dict[str, Tensor]:

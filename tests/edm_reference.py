@@ -137,7 +137,7 @@ def network(c, weights, x, c_noise, class_labels, augment_labels):
     emb = F.silu(emb)
 
     size = c["img_resolution"]
-    aux, x = x, conv(f"enc.{size}x{size}_conv", x, width)
+    aux, x = x, conv(f"enc.{size}x{size}_conv", x, width * c["channel_mult"][0] if adm else width)
     skips = [x]
     for level, factor in enumerate(c["channel_mult"]):
         if level:

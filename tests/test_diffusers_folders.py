@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_teachers import distill, refuses
 from torch.testing import assert_close
 
-from fastdmd import sample, teachers
+from fastdmd import diffusers_unet, sample, teachers
 from fastdmd.checkpoint import load_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* does not denoise as")  # these networks are not trained
@@ -71,7 +72,10 @@ def test_a_diffusers_folder_is_distilled_and_its_generator_needs_no_code(tmp_pat
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 8, 8, 3)
     refuses(sample, [str(file), "--network", "foreign:build"], "expected no --network for", capsys)
     # Without a scheduler beside it, the flags say what it predicts.
-    bare = teachers.load(tmp_path / "model" / "unet", parameterization="epsilon")
+    (tmp_path / "model" / "unet").rename(tmp_path / "bare")
+    with pytest.raises(ValueError, match="expected --parameterization out of"):
+        teachers.load(tmp_path / "bare")
+    bare = teachers.load(tmp_path / "bare", parameterization="epsilon")
     assert bare.options.noise_schedule == "linear"
     x, sigma, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 5.0]), torch.tensor([3, 1])
     assert_close(bare(x, sigma, labels), teacher(x, sigma, labels), rtol=1e-4, atol=1e-4)
@@ -101,6 +105,11 @@ def test_diffusers_folders_that_cannot_be_taken(tmp_path):
         (("unet", {"time_embedding_type": "fourier"}), "expected time_embedding_type positional .* got fourier"),
         (("unet", {"class_embed_type": "timestep"}), "expected class_embed_type None, got timestep"),
         (("unet", {"sample_size": None}), "expected --image-shape for a network without"),
+        (
+            ("scheduler", {"_class_name": "CogVideoXDDIMScheduler"}),
+            "got CogVideoXDDIMScheduler with epsilon in .*config",
+        ),
+        (("scheduler", {"_class_name": "absent"}), "expected a scheduler with betas that predicts .*, got None with"),
         (("scheduler", {"prediction_type": "flow_prediction"}), "expected a scheduler with betas that predicts"),
         (("scheduler", {"_class_name": "EDMEulerScheduler", "beta_schedule": "absent"}), "got EDMEulerScheduler with"),
     ):
@@ -139,6 +148,13 @@ def test_every_form_of_weights(tmp_path, capsys):
         (lambda: network.save_pretrained(folder, max_shard_size="20KB"), ""),
         (lambda: network.save_pretrained(folder, max_shard_size="20KB", variant="fp16"), "took .*index.fp16.json"),
         (lambda: network.save_pretrained(folder, safe_serialization=False), f"took {WEIGHTS}.bin"),
+        (lambda: network.save_pretrained(folder, safe_serialization=False, variant="fp16"), "took .*.fp16.bin"),
+        (
+            lambda: network.save_pretrained(folder, safe_serialization=False, variant="fp16", max_shard_size="20KB"),
+            "took .*.bin.index.fp16.json",
+        ),
+        (lambda: network.save_pretrained(folder, variant="non-ema"), "took .*.non-ema.safetensors"),
+        (lambda: network.save_pretrained(folder, variant="non-ema", max_shard_size="20KB"), "index.non-ema.json"),
         (lambda: save_file(old, folder / f"{WEIGHTS}.safetensors"), ""),
         (lambda: torch.save(old, folder / f"{WEIGHTS}.bin"), f"took {WEIGHTS}.bin"),
     ):
@@ -151,6 +167,51 @@ def test_every_form_of_weights(tmp_path, capsys):
             file.unlink()
     network.half().save_pretrained(folder, variant="fp16")
     expected_of(network, tmp_path)
+
+
+@pytest.mark.parametrize("named", ["unet", "unet/", "unet/../unet", "unet_ema", "."])
+def test_a_scheduler_counts_wherever_the_network_is_named(named, tmp_path, monkeypatch):
+    diffusers_folder(tmp_path, "v_prediction", beta_schedule="squaredcos_cap_v2")
+    expected = teachers.load(tmp_path).options
+    assert expected.parameterization == "v" and expected.alphas_cumprod[-1] < 1e-4
+    (tmp_path / "unet").rename(tmp_path / "unet_ema") if named == "unet_ema" else None
+    assert teachers.load(f"{tmp_path}/{named}").options == expected
+    monkeypatch.chdir(tmp_path / named)
+    assert teachers.load(Path(".")).options == expected
+    with pytest.raises(ValueError, match="expected no --noise-schedule with alphas_cumprod, got linear$"):
+        teachers.load(".", noise_schedule="linear")
+    with pytest.raises(ValueError, match="no noise schedule .* with --parameterization flow, got 1000 alphas_cumprod$"):
+        teachers.load(".", parameterization="flow")
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers, with a new numpy
+def test_schedulers_with_other_inputs_of_the_network_are_refused(tmp_path):
+    """What a scheduler of diffusers puts into its network decides, not whether it has betas."""
+    diffusers_folder(tmp_path)
+    import diffusers
+
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    for scheduler, expected in (
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+         "expected timestep_type discrete in .*scheduler_config.json, got 'continuous'"),
+        (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "expected use_flow_sigmas False in .*, got True"),
+        (diffusers.CogVideoXDDIMScheduler(), "expected snr_shift_scale 1.0 in .*, got 3.0"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "expected invert_sigmas False in .*, got True"),
+        (diffusers.EDMEulerScheduler(), "expected a scheduler with betas .*, got EDMEulerScheduler"),
+        (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, timestep_spacing="trailing"), None),
+        (diffusers.LCMScheduler(), None),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), None),
+    ):  # fmt: skip
+        file.write_text(scheduler.to_json_string())
+        if expected is None:
+            teachers.load(tmp_path)
+        else:
+            with pytest.raises(ValueError, match=expected):
+                teachers.load(tmp_path)
+    for name in diffusers_unet.WITH_BETAS:
+        scheduler = getattr(diffusers, f"{name}Scheduler")()
+        options = diffusers_unet._of_scheduler(dict(scheduler.config) | {"_class_name": f"{name}Scheduler"}, file)
+        assert_close(torch.tensor(options["alphas_cumprod"]).float(), scheduler.alphas_cumprod.float())
 
 
 def test_the_average_is_what_is_taken(tmp_path, capsys):
@@ -213,7 +274,10 @@ def test_folders_that_hold_no_network_get_one_line(tmp_path, capsys):
         (config, {"num_class_embeds": 10**12}, "up to 1048576"),
         (config, {"norm_num_groups": 5}, "got ValueError: num_channels"),
         (config, {"down_block_types": ["DownBlock2D", "NoBlock2D"]}, "got ValueError: NoBlock2D does not exist"),
-        (config, {"sample_size": "large"}, "expected sample_size of one or two numbers in .*, got ValueError"),
+        (config, {"sample_size": "large"}, "expected sample_size of one or two numbers in .*, got 'large'"),
+        (config, {"sample_size": True}, "expected sample_size of one or two numbers in .*, got True"),
+        (config, {"sample_size": [8]}, r"expected sample_size of one or two numbers in .*, got \[8\]"),
+        (config, {"sample_size": [8, None]}, "expected sample_size of one or two numbers in .*, got"),
         (config, {"sample_size": 10**6}, "expected --image-shape of at most"),
         (scheduler, "{", "expected JSON in .*scheduler_config.json"),
         (scheduler, {"num_train_timesteps": 10**12}, "expected num_train_timesteps of 2 to .* got 1000000000000"),

@@ -195,6 +195,8 @@ CORNERS = {
     "adm, too narrow for a head anywhere": small("imagenet-64x64-cond-adm") | {"channel_mult": [1, 1]},
     "adm, labels of augmentation but none of classes": small("imagenet-64x64-cond-adm") | {"label_dim": 0},
     "adm, heads wider than 64": small("imagenet-64x64-cond-adm") | {"model_channels": 96, "channel_mult": [1, 2]},
+    "adm, wider at its finest level": small("imagenet-64x64-cond-adm") | {"channel_mult": [2, 3]},
+    "adm, one level": small("imagenet-64x64-cond-adm") | {"channel_mult": [3]},
     "one level": small("cifar10-32x32-cond-vp") | {"channel_mult": [2]},
     "one level, residual, a filter that nothing uses": small("cifar10-32x32-cond-ve") | {
         "channel_mult": [1], "resample_filter": [1, 2, 1]},

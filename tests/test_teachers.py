@@ -158,16 +158,20 @@ def test_code_in_the_working_directory_is_found(tmp_path):
         (["mnist", "--parameterization", "v"], "expected no --parameterization with mnist, which brings its own"),
         (["mnist", "--teacher-weights", "w.pt"], "expected --teacher-weights with package.module:name only, got mnist"),
         (["mnist", "--network", "foreign:build"], "expected no --network for .*, which needs no code"),
+        (["run"], "expected mnist, .* got the run run, which holds run/generator.safetensors"),
         (["nowhere"], "expected mnist, a .safetensors file .* or package.module:name, got nowhere"),
         (["nowhere.npz"], "expected mnist, .* got nowhere.npz"),
         (["foreign:build", "--parameterization", "v", "--teacher-weights", "nowhere.pt"], "nowhere.pt, which does not"),
     ],
 )  # fmt: skip
 def test_teachers_that_cannot_be_taken_get_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "generator.safetensors"):
+        (tmp_path / "run" / name).write_text("{}")
     monkeypatch.chdir(tmp_path)
     refuses(train, ["--teacher", *arguments], message, capsys)
     refuses(sample, arguments, message, capsys)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
 def test_weights_for_imported_code(tmp_path):
@@ -242,7 +246,7 @@ def test_the_trial_run_warns_of_a_wrong_name_and_is_silent_at_the_right_one():
         unet = teachers.load("mnist")
         recast = Recast("x0")
         recast.forward = lambda x, level, one_hot: unet.raw(x, level / 1000, one_hot)
-        teachers.load(recast, parameterization="epsilon")
+        teachers.read(recast, teachers.TeacherOptions(parameterization="epsilon"))
 
 
 def test_sources_that_are_ours_come_as_they_are(tmp_path, teacher_file):

@@ -19,7 +19,8 @@ from torch import nn
 
 from fastdmd import teachers
 from fastdmd.adapters import Adapted
-from fastdmd.checkpoint import load_network, load_weights, save_network
+from fastdmd.checkpoint import RECORDED, load_network, load_weights, save_network
+from fastdmd.quality import Measurement
 from fastdmd.weight_files import open_weights
 
 
@@ -116,9 +117,45 @@ def test_a_network_that_is_wrapped_itself_takes_plain_tensors(tmp_path):
         save_file({tensor: TRAINED[tensor].clone() for tensor in part}, tmp_path / f"{name}.safetensors")
     places = {name: "a.safetensors" if name == "mix.weight" else "b.safetensors" for name in TRAINED}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    for name in ("renamed.bin", "old.pth", "model.safetensors.index.json"):
+    (tmp_path / "UPPER.SAFETENSORS").write_bytes((tmp_path / "w.safetensors").read_bytes())
+    for name in ("renamed.bin", "old.pth", "model.safetensors.index.json", "UPPER.SAFETENSORS"):
         load_weights(network := Inner(), tmp_path / name)
         assert took_all(network)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_an_index_decides_where_a_tensor_comes_from(kind, tmp_path):
+    """Parts may hold stale copies of what other parts are named for, and more; before and after the right one."""
+    state = {name: tensor for name, tensor in TRAINED.items() if name != "again"}
+    names = {"a": ["mix.weight", "count"], "b": ["mix.bias"], "c": ["mask"]}
+    for part, own in names.items():
+        stale = {name: torch.zeros_like(tensor) for name, tensor in state.items() if name not in own}
+        content = stale | {name: state[name] for name in own} | {f"more.{part}": torch.zeros(1)}
+        saved(tmp_path / f"{part}.{kind}", content)
+    places = {name: f"{part}.{kind}" for part, own in names.items() for name in own}
+    (tmp_path / "w.index.json").write_text(json.dumps({"weight_map": places}))
+    load_weights(network := Inner(), tmp_path / "w.index.json")
+    assert took_all(network)
+    places |= {"more.a": f"a.{kind}"}
+    (tmp_path / "w.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match="got also more.a$"):
+        load_weights(Inner(), tmp_path / "w.index.json")
+
+
+def test_an_archive_that_inflates_is_refused_before_it_does(tmp_path):
+    path = saved(tmp_path / "w.pt", {"model": TRAINED, "zeros": torch.zeros(1 << 20)})
+    for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "c.pt", "w", compression) as packed:
+            for name in archive.namelist():
+                packed.writestr(name, archive.read(name))
+        if compression == zipfile.ZIP_DEFLATED:
+            with pytest.raises(
+                ValueError, match=r"at most 10 times its own size in .*c.pt, got 419\d{4} bytes in \d{4}$"
+            ):
+                open_weights(tmp_path / "c.pt")
+        else:
+            load_weights(network := Inner(), tmp_path / "c.pt", "model")
+            assert took_all(network)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +237,11 @@ def torch_bytes(**options):
     [
         ("w.pt", b"", "expected a weight file, got .*w.pt, which is empty"),
         ("w.safetensors", b"", "expected a weight file, got .*w.safetensors, which is empty"),
-        ("w.pt", b"hello\n", "alone .* in .*w.pt, got KeyError"),
+        ("w.pt", b"hello\n", "alone .* in .*w.pt, got a file that begins with b'hello.n'$"),
+        ("w.pt", b"version https://git-lfs.github.com/spec/v1", "got a file that begins with b'version https://'$"),
         ("w.pt", b"\x80\x02", "alone .* in .*w.pt, got EOFError"),
         ("w.pt", b"\x80\x02" + b"]" * 100_000 + b".", "alone .* in .*w.pt, got"),
-        ("w.pt", b"\x93NUMPY" + bytes(90), "alone .* in .*w.pt, got UnpicklingError: Weights only load failed.$"),
+        ("w.pt", b"\x93NUMPY" + bytes(90), "alone .* in .*w.pt, got a file that begins with b'.x93NUMPY"),
         ("w.pt", archive(["a.txt"]), "alone .* in .*w.pt, got RuntimeError"),
         ("w.pt", archive([]), "alone .* in .*w.pt, got"),
         ("w.pt", tar(["storages", "tensors", "pickle", "sys_info"]), "legacy .tar format.$"),
@@ -214,6 +252,7 @@ def torch_bytes(**options):
         ("w.index.json", b"{", "expected JSON in .*w.index.json, got JSONDecodeError"),
         ("w.index.json", b"\xff", "expected JSON in .*, got UnicodeDecodeError"),
         ("w.index.json", b"[" * 100_000, "expected JSON in .*, got RecursionError"),
+        ("w.index.json", b" " * ((16 << 20) + 1), "expected at most 16 MiB of JSON in .*w.index.json, got more"),
         ("w.index.json", b"[]", "expected a JSON object in .*, got a list"),
         ("w.index.json", b"{}", "expected a weight_map of names to files in .*, got none"),
         ("w.index.json", b'{"weight_map": {"a": "../a.pt"}}', "expected weight files beside .*, got ../a.pt"),
@@ -251,6 +290,11 @@ def test_a_dictionary_that_holds_itself_ends(tmp_path):
 
 # fastdmd's own files.
 
+RECORD = {
+    "settings": {"num_samples": 10, "reference": None},
+    "quality": dataclasses.asdict(Measurement(0.25, 0.99, 31.5, 35, 10)),
+}
+
 
 def rewritten(path, **changes):
     """The file of a small network whose metadata claims something else."""
@@ -286,12 +330,37 @@ def rewritten(path, **changes):
         ({"network": {"source": "a:b", "options": []}}, "--network package.module:name for .*, whose network is a:b"),
         ({"network": {"diffusers": [], "options": []}}, "in .*w.safetensors, got options that are a list"),
         ({"kind": ["teacher"]}, "expected a teacher or generator in .*, got another kind"),
-        ({"kind": "generator", "conditioning_sigma": "80"}, "expected a finite conditioning_sigma > 0 in .*, got 80"),
+        (
+            {"kind": "generator", "conditioning_sigma": "80"},
+            "expected conditioning_sigma from 1.18e-38 to 1e.30 in .*, got 80",
+        ),
+        ({"kind": "generator", "conditioning_sigma": 1e-300}, "expected conditioning_sigma from .*, got 1e-300"),
+        ({"kind": "generator", "conditioning_sigma": True}, "expected conditioning_sigma from .*, got True"),
+        ({"kind": "generator", "conditioning_sigma": None}, "expected conditioning_sigma from .*, got None"),
+        ({"record": "x"}, "expected a record of settings and figures in .*w.safetensors, got 'x'"),
+        ({"record": [1]}, "expected a record of"),
+        ({"record": 5}, "expected a record"),
+        ({"record": {}}, "got {}"),
+        ({"record": RECORD | {"settings": 1}}, "expected a record of"),
+        ({"record": {"settings": {}}}, "expected a rec"),
+        *(
+            ({"record": RECORD | {"quality": RECORD["quality"] | change}}, "expected a record of")
+            for change in (
+                {"frechet_distance": "0.1"},
+                {"class_accuracy": math.nan},
+                {"evaluations": 35.5},
+                {"num_images": True},
+                {"images_per_second": math.inf},
+                {"recorded": 1},
+                {"other": 1},
+            )
+        ),
+        ({"record": RECORD | {"quality": {"class_accuracy": 1.0}}}, "expected a record of"),
         (
             {"kind": "generator", "conditioning_sigma": 10**400},
-            "expected a finite conditioning_sigma > 0 in .*, got 10",
+            "expected conditioning_sigma from .* in .*, got 10",
         ),
-        ({"kind": "generator", "conditioning_sigma": math.nan}, "expected a finite conditioning_sigma .*, got nan"),
+        ({"kind": "generator", "conditioning_sigma": math.nan}, "expected conditioning_sigma .*, got nan"),
         ({"kind": "generator"}, "expected a generator's conditioning_sigma, got .*w.safetensors without"),
     ],
 )
@@ -300,6 +369,12 @@ def test_descriptions_that_the_tensors_do_not_bear_out(changes, message, tmp_pat
     with pytest.raises(ValueError, match=f"^fastdmd.*{message}") as error:
         teachers.read(rewritten(tmp_path / "w.safetensors", **changes))
     assert "\n" not in str(error.value) and time.monotonic() - started < 10
+
+
+def test_a_record_is_taken_as_it_was_measured(tmp_path):
+    assert RECORDED.keys() == {field.name for field in dataclasses.fields(Measurement)}
+    for record in (RECORD, RECORD | {"quality": {"frechet_distance": 1, "class_accuracy": None}}, None):
+        assert teachers.read(rewritten(tmp_path / "w.safetensors", record=record))[1]["record"] == record
 
 
 def test_metadata_that_is_no_description(tmp_path):
