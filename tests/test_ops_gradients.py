@@ -206,7 +206,7 @@ def test_the_derivative_of_dm_loss_is_its_gradient():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 def test_forward_mode_over_backward_is_that_of_torch(layout):
-    """The tangent comes in behind the op, so that its backward alone sees it: a Hessian product, forward over reverse."""
+    """The tangent comes in behind the op, and its backward alone sees it: a Hessian product, forward over reverse."""
     x, v, t = (random(4, 16, 8, 8, dtype=torch.float32, seed=k).contiguous(memory_format=layout) for k in range(3))
     kernel, weight = random(16, 16, 3, 3, dtype=torch.float32), random(16, dtype=torch.float32)
     table, sigma = random(4, 16, dtype=torch.float32), torch.tensor([0.3, 2.0, 1.0, 5.0])
