@@ -41,7 +41,7 @@ class AdamWEMA(FlatOptimizer):
 
     `groups` maps regular expressions, searched in parameter names, to what differs there: `{"norm|bias":
     {"weight_decay": 0.0}, "^map_": {"learning_rate_factor": 0.1}}`; the first that matches counts. Clipping stays
-    global. More than one group costs a pass over the gradients.
+    global. More than one group costs a pass over the gradients, and with `compute_dtype` a wide copy of each group's.
 
     It is a `torch.optim.Optimizer`: `zero_grad()`, `loss.backward()`, `step()` and torch's schedulers work;
     `backward(loss)` saves the copy that gradients cost after `zero_grad()`. The rate of a group is `lr` times

@@ -20,7 +20,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> NoReturn:
-        """Where torch keeps moments. `torch.distributed.checkpoint` looks here, and makes a step where there are none."""
+        """Where torch keeps moments; `torch.distributed.checkpoint` looks here, and would make a step to get some."""
         raise ValueError("fastdmd.AdamWEMA: expected state_dict(), got a look at `state`: moments are in flat buffers")
 
     @state.setter
@@ -45,10 +45,11 @@ def check_groups(groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tenso
     members = itertools.chain.from_iterable(options["params"] for options in groups)
     if [*map(id, members)] != [*map(id, parameters)]:
         raise ValueError("fastdmd.AdamWEMA: expected the parameters of its groups as at construction, got others")
-    now = list(map(_options, groups))
+    options = list(map(_options, groups))
+    now = [(tuple(map(type, values)), values) for values in options]  # a tensor equals a number, and would wait for it
     if now != seen:
-        for options in now:
-            check_options("AdamWEMA", **dict(zip(OPTIONS, options, strict=True)))
+        for values in options:
+            check_options("AdamWEMA", **dict(zip(OPTIONS, values, strict=True)))
     return now
 
 

@@ -169,9 +169,8 @@ def _backward(ctx, grad_y: Tensor | None, *_):
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     grad_y = grad_y.contiguous(memory_format=memory_format(x))
     compute = _group_norm_silu_backward
-    if torch.is_grad_enabled() or has_tangent(
-        grad_y
-    ):  # PyTorch's own operations can be differentiated, and the moments depend on x
+    # PyTorch's own operations can be differentiated, backward or forward, and the moments depend on x.
+    if torch.is_grad_enabled() or has_tangent(grad_y):
         compute = reference_backward
         mean, rstd = _moments(x, ctx.num_groups, ctx.eps)
     grad_x, grad_weight, grad_bias, *tables = compute(
