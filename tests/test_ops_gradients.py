@@ -248,3 +248,19 @@ def test_forward_mode_over_backward_is_that_of_torch(layout):
             grad = forward_ad.unpack_dual(grad)
         assert_close(grad.primal, 2 * exact)
         assert_close(grad.tangent, 3 * exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_batched_gradients_are_those_of_one_after_the_other(layout):
+    kernel, weight = random(16, 16, 3, 3, dtype=torch.float32), random(16, dtype=torch.float32)
+    sigma = torch.tensor([0.3, 2.0, 1.0, 5.0])
+    for function in (
+        lambda x: ops.conv3x3(x, kernel), lambda x: ops.group_norm_silu(x, weight, num_groups=4),
+        lambda x: ops.add_noise(x, sigma, noise=x.detach(), scale=sigma), lambda x: ops.fake_loss(x, x.detach() + 1, sigma),
+    ):  # fmt: skip
+        x = random(4, 16, 8, 8, dtype=torch.float32).contiguous(memory_format=layout).requires_grad_()
+        y = function(x)
+        grads = random(3, *y.shape, dtype=torch.float32, seed=1)
+        (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+        for own, grad in zip(batched, grads, strict=True):
+            assert_close(own, torch.autograd.grad(y, x, grad, retain_graph=True)[0])

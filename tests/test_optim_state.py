@@ -120,8 +120,8 @@ def test_states_that_cannot_have_been_saved_change_nothing(kind):
 
 BAD_OPTIONS = [
     ("lr", math.nan, ValueError), ("lr", -0.1, ValueError), ("lr", "x", TypeError),
-    ("lr", torch.tensor(0.1), TypeError), ("learning_rate_factor", -1, ValueError), ("weight_decay", None, TypeError), ("betas", (0.9,), TypeError),
-    ("eps", math.inf, ValueError),
+    ("lr", torch.tensor(0.1), TypeError), ("learning_rate_factor", -1, ValueError), ("weight_decay", None, TypeError),
+    ("betas", (0.9,), TypeError), ("eps", math.inf, ValueError),
 ]  # fmt: skip
 
 

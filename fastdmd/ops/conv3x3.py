@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_tensor, check_vector, has_tangent
+from fastdmd.ops._validate import check_images, check_tensor, check_vector, has_tangent, laid_out
 
 MIN_TILES = 64  # of 2x2 outputs
 CHANNELS = 16  # both numbers of channels must be multiples of it
@@ -112,7 +112,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_y: Tensor):
     x, weight = ctx.saved_tensors
     of_input, *of_parameters = ctx.needs_input_grad
-    grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+    grad_y = laid_out(grad_y, torch.channels_last)
     # torch's own can be differentiated, backward or forward
     differentiated = torch.is_grad_enabled() or has_tangent(grad_y)
     compute = reference_backward if differentiated else _conv3x3_backward
