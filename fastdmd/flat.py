@@ -96,7 +96,8 @@ class Watch:
             if named.get(name) is not self._named.get(name):
                 raise ValueError(
                     "fastdmd.AdamWEMA: expected modules and parameters as at construction, got "
-                    f"{name} of the {type(self._network).__name__} added, removed or replaced"
+                    f"{name} of the {type(self._network).__name__} added, removed or replaced; what does that (another "
+                    "head, torch.compile of a part, parametrizations) comes before it"
                 )
         for (name, parameter), flag in zip(self._network.named_parameters(), self._seen[2], strict=False):
             if parameter.requires_grad != flag:
@@ -180,6 +181,8 @@ def check_network(network: nn.Module) -> None:
             fail("parameters from outside of torch.inference_mode", f"{name} from inside")
         if is_traceable_wrapper_subclass(parameter):
             fail("plain tensors as parameters", f"{name}, a {type(parameter.data).__name__}", TypeError)
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            fail("dense gradients", f"that of {name} in {parameter.grad.layout}", TypeError)
         if parameter.dtype not in (torch.float32, torch.float64):
             fail("parameters in float32 or float64 (compute_dtype: what the network computes in)",
                  f"{name} in {parameter.dtype}", TypeError)  # fmt: skip

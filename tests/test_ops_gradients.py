@@ -256,7 +256,8 @@ def test_batched_gradients_are_those_of_one_after_the_other(layout):
     sigma = torch.tensor([0.3, 2.0, 1.0, 5.0])
     for function in (
         lambda x: ops.conv3x3(x, kernel), lambda x: ops.group_norm_silu(x, weight, num_groups=4),
-        lambda x: ops.add_noise(x, sigma, noise=x.detach(), scale=sigma), lambda x: ops.fake_loss(x, x.detach() + 1, sigma),
+        lambda x: ops.add_noise(x, sigma, noise=x.detach(), scale=sigma),
+        lambda x: ops.fake_loss(x, x.detach() + 1, sigma),
     ):  # fmt: skip
         x = random(4, 16, 8, 8, dtype=torch.float32).contiguous(memory_format=layout).requires_grad_()
         y = function(x)

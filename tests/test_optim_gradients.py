@@ -119,9 +119,15 @@ def test_gradients_from_before_count(compute_dtype):
     assert_alike(net, copied.network, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("route", ["backward", "zero_grad"])
+@pytest.mark.parametrize("route", ["backward", "zero_grad", "before"])
 def test_sparse_gradients_are_refused(route):
     net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    loss = net(torch.tensor([1, 1, 3])).square().mean()
+    if route == "before":
+        loss.backward()
+        with pytest.raises(TypeError, match="expected dense gradients, got that of 0.weight in torch.sparse_coo"):
+            AdamWEMA(net, learning_rate=0.1)
+        return
     optimizer = AdamWEMA(net, learning_rate=0.1)
     loss = net(torch.tensor([1, 1, 3])).square().mean()
     with pytest.raises(TypeError, match="expected a dense gradient of 0.weight, got one in torch.sparse_coo"):
