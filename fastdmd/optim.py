@@ -170,16 +170,13 @@ class AdamWEMA(FlatOptimizer):
                 loss = closure()
         self._check()
         self._gradients.collect(required=True)  # raises before the learning rate advances
-        self._advance()
+        self.advance()
         norm = self._update()
         return norm if closure is None else loss
 
     def advance(self) -> None:
         """The host's part of a step: checks, and the learning rate of the next update, into its place on the device."""
         self._check()
-        self._advance()
-
-    def _advance(self) -> None:
         self._adopt()
         factor = schedule(self.num_updates, self.warmup_steps, self.decay_steps)
         for group, options in zip(self._groups, self.param_groups, strict=True):

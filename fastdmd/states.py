@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,17 +15,22 @@ from fastdmd.ops.adamw_ema import check_options
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "learning_rate_factor")
 
 
+class NoState(dict):
+    """Where torch keeps moments; `torch.distributed.checkpoint` looks for some, and makes a step if there are none."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("fastdmd.AdamWEMA: expected state_dict(), got a look at `state`: moments are in flat buffers")
+
+    def __missing__(self, key: object) -> NoReturn:
+        bool(self)
+
+
 class FlatOptimizer(torch.optim.Optimizer):
     """What torch's optimizers offer and flat buffers cannot: refused, as it would be without effect or half done."""
 
-    @property
-    def state(self) -> NoReturn:
-        """Where torch keeps moments; `torch.distributed.checkpoint` looks here, and would make a step to get some."""
-        raise ValueError("fastdmd.AdamWEMA: expected state_dict(), got a look at `state`: moments are in flat buffers")
-
-    @state.setter
-    def state(self, value: object) -> None:
-        """Torch's constructor sets it."""
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
+        super().__init__(params, defaults)
+        self.state = NoState()
 
     def _refuse_hook(self, *_, **__) -> NoReturn:
         raise NotImplementedError("fastdmd.AdamWEMA: expected hooks on step alone, got one on its state_dict")

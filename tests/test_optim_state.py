@@ -160,6 +160,8 @@ def test_what_would_have_no_effect_is_refused():
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"expected state_dict\(\), got a look at `state`"):
         get_optimizer_state_dict(optimizer.network, optimizer)
+    with pytest.raises(ValueError, match=r"expected state_dict\(\), got a look at `state`"):
+        optimizer.state[optimizer.parameters[0]]
     after = optimizer.state_dict()
     assert after["num_updates"] == 2 and torch.equal(after["exp_avg"]["0.bias"], before["exp_avg"]["0.bias"])
     train(optimizer)
@@ -178,3 +180,17 @@ def test_networks_of_inference_mode_are_refused():
         net = network()
     with pytest.raises(ValueError, match="expected parameters from outside of torch.inference_mode, got 0.weight from"):
         AdamWEMA(net, learning_rate=0.1)
+
+
+def test_a_compiled_step_is_the_same():
+    """Torch would trace it in pieces, and has lost the number of updates then."""
+    optimizer, other = (AdamWEMA(network(), learning_rate=0.1, warmup_steps=4) for _ in range(2))
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(optimizer.network).backward()
+        compiled()
+    train(other, num_steps=3)
+    assert optimizer.num_updates == 3
+    for own, exact in zip(optimizer.network.parameters(), other.network.parameters(), strict=True):
+        assert torch.equal(own, exact)
