@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ALIGNMENT = 16  # elements: every parameter starts a cache line
+SHAPE, REQUIRES_GRAD = operator.attrgetter("shape"), operator.attrgetter("requires_grad")
 
 
 def flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -45,71 +48,110 @@ def padded_size(tensor: Tensor) -> int:
     return -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
 
 
-def same_storage(tensor: Tensor, storage: torch.UntypedStorage) -> bool:
-    """Whether the tensor still lies in this storage, which must be held: the address of a freed one comes again."""
-    return tensor.untyped_storage()._cdata == storage._cdata
+def places(tensors: Sequence[Tensor]) -> list[tuple]:
+    """Where and how the tensors lie in memory, to be compared; never asks the device.
+
+    As long as the memory is held, nothing else can have its address. Storages do not tell: that of a tensor which
+    `share_memory_` or a queue of processes takes stays, and its memory is another.
+    """
+    address = Tensor.data_ptr
+    if tensors[0].untyped_storage().device.type == "meta":  # meta and fake tensors have none
+        address = _storage
+    return list(zip(map(address, tensors), map(Tensor.stride, tensors), map(SHAPE, tensors), strict=True))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 class Watch:
-    """Whether the parameters of a network are still what they were, in the same memory; never asks the device."""
+    """Whether a network still has its modules and parameters, those trained in the same memory."""
 
-    def __init__(self, network: nn.Module, names: Mapping[nn.Parameter, str], *, flags: bool):
-        self._places = [
-            (names[parameter], module._parameters, key, parameter, parameter.untyped_storage(), parameter.stride())
-            for module in network.modules() for key, parameter in module._parameters.items() if parameter in names
-        ]  # fmt: skip
-        parameters = network.named_parameters() if flags else ()
-        self._flags = [(name, parameter, parameter.requires_grad) for name, parameter in parameters]
+    def __init__(self, network: nn.Module, trained: Mapping[nn.Parameter, str], *, flags: bool):
+        self._network, self._trained = network, trained
+        self._contents = [own for module in network.modules() for own in (module._modules, module._parameters)]
+        self._named = _named(network)  # held: an address of Python's comes again, too
+        self._parameters = list(network.parameters()) if flags else []
+        self._seen = self._look()
+
+    def _look(self) -> tuple[list, list, list]:
+        ids = [*map(id, itertools.chain.from_iterable(map(dict.values, self._contents)))]
+        return ids, places(list(self._trained)), [*map(REQUIRES_GRAD, self._parameters)]
 
     def check(self) -> None:
         """Raises ValueError for the first that was moved or replaced, or whose `requires_grad` has changed."""
-        for name, owner, key, parameter, storage, strides in self._places:
-            same = owner.get(key) is parameter and same_storage(parameter, storage)
-            if not same or parameter.stride() != strides:
+        now = self._look()
+        if now == self._seen:
+            return
+        named = _named(self._network)
+        present = set(map(id, named.values()))
+        for (parameter, name), place, before in zip(self._trained.items(), now[1], self._seen[1], strict=True):
+            if place != before or id(parameter) not in present:
                 raise ValueError(
                     f"fastdmd.AdamWEMA: expected {name} where the optimizer put it, got it moved or replaced; what "
-                    "does that (.to, .double, load_state_dict(assign=True), sharding, another AdamWEMA) comes before it"
+                    "does that (.to, .double, load_state_dict(assign=True), share_memory, a queue of processes, "
+                    "sharding, another AdamWEMA) comes before it"
                 )
-        for name, parameter, flag in self._flags:
+        for name in self._named | named:
+            if named.get(name) is not self._named.get(name):
+                raise ValueError(
+                    "fastdmd.AdamWEMA: expected modules and parameters as at construction, got "
+                    f"{name} of the {type(self._network).__name__} added, removed or replaced; what does that (another "
+                    "head, torch.compile of a part, parametrizations) comes before it"
+                )
+        for (name, parameter), flag in zip(self._network.named_parameters(), self._seen[2], strict=False):
             if parameter.requires_grad != flag:
                 raise ValueError(
                     f"fastdmd.AdamWEMA: expected requires_grad of {name} as at construction, {flag}, got {not flag}"
                 )
 
 
+def _named(network: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """Modules and parameters, those in more than one place under each name."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    return modules | dict(network.named_parameters(remove_duplicate=False))
+
+
 class Mirror:
     """The buffers and fixed parameters of a copy of a network, which follow those of the network."""
 
     def __init__(self, network: nn.Module, twin: nn.Module, trained: set[nn.Parameter]):
-        self._places = [
-            (own, other, key)
-            for module, counterpart in zip(network.modules(), twin.modules(), strict=True)
-            for own, other in (
-                (module._buffers, counterpart._buffers), (module._parameters, counterpart._parameters)
-            ) for key in own if own[key] not in trained
-        ]  # fmt: skip
-        self._seen: list[tuple[Tensor | None, int]] = []
+        pairs = list(zip(network.modules(), twin.modules(), strict=True))
+        self._buffers = [(module._buffers, other._buffers) for module, other in pairs]
+        fixed = dict(zip(network.parameters(), twin.parameters(), strict=True))
+        self._fixed = [(own, other) for own, other in fixed.items() if own not in trained]
+        self._versions: list[int] | None = None
         self.follow()
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Copies all of them where one has changed, which a forward pass in train mode does to one at least."""
-        now = [(own[key], -1 if own[key] is None else own[key]._version) for own, _, key in self._places]
-        if self._seen and all(
-            a is b and version == seen for (a, version), (b, seen) in zip(now, self._seen, strict=True)
-        ):
-            return
-        self._seen = now
-        sources, targets = [], []
-        for own, other, key in self._places:
-            source, target = own[key], other[key]
-            if source is None or target is None or source.shape != target.shape or source.dtype != target.dtype:
-                other[key] = None if source is None else source.detach().clone()
-            else:
-                sources.append(source)
-                targets.append(target)
-        if sources:
-            torch._foreach_copy_(targets, sources)
+        """Copies all buffers, as batch_norm changes them without counting, and fixed parameters that have changed."""
+        copies = []
+        for own, twin in self._buffers:
+            for key, source in own.items():
+                target = twin.get(key)
+                if source is not None and _alike(source, target):
+                    copies.append((target, source))
+                else:
+                    twin[key] = None if source is None else source.detach().clone()
+        versions = [source._version for source, _ in self._fixed]
+        if versions != self._versions:
+            self._versions = versions
+            for source, target in self._fixed:
+                if _alike(source, target):
+                    copies.append((target, source))
+                else:
+                    target.data = source.detach().clone()
+        if copies:
+            torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+
+
+def _alike(source: Tensor, target: Tensor | None) -> bool:
+    """Whether a copy of the source can be written into the target."""
+    return (
+        target is not None and source.shape == target.shape and source.dtype == target.dtype
+        and source.device == target.device and not target.is_inference()
+    )  # fmt: skip
 
 
 def check_network(network: nn.Module) -> None:
@@ -126,6 +168,8 @@ def check_network(network: nn.Module) -> None:
         fsdp = sys.modules.get("torch.distributed.fsdp")  # who has made one has imported it
         if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             fail("a network whose parameters are whole", "FullyShardedDataParallel, which shards them", TypeError)
+        if isinstance(module, torch.jit.ScriptModule):
+            fail("modules of Python", f"a {type(module).__name__}, which torch.jit made", TypeError)
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not trained:
         fail("a network with parameters that require a gradient", f"a {type(network).__name__} without")
@@ -133,8 +177,12 @@ def check_network(network: nn.Module) -> None:
     for name, parameter in trained.items():
         if is_lazy(parameter):
             fail("parameters that have their shape", f"{name}, which waits for a first forward")
+        if parameter.is_inference():
+            fail("parameters from outside of torch.inference_mode", f"{name} from inside")
         if is_traceable_wrapper_subclass(parameter):
             fail("plain tensors as parameters", f"{name}, a {type(parameter.data).__name__}", TypeError)
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            fail("dense gradients", f"that of {name} in {parameter.grad.layout}", TypeError)
         if parameter.dtype not in (torch.float32, torch.float64):
             fail("parameters in float32 or float64 (compute_dtype: what the network computes in)",
                  f"{name} in {parameter.dtype}", TypeError)  # fmt: skip

@@ -1,8 +1,9 @@
-"""Parameter groups: which parameters of a network, by regular expressions, have options of their own."""
+"""Parameter groups: which parameters of a network, by regular expressions, have options of their own; their rate."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import re
 from collections.abc import Mapping
@@ -47,6 +48,14 @@ def members(network: nn.Module, groups: Mapping[str, Mapping[str, float]]) -> li
 def named(network: nn.Module, names: list[str]) -> list[nn.Parameter]:
     parameters = dict(network.named_parameters())
     return [parameters[name] for name in names]
+
+
+def schedule(update: int, warmup_steps: int, decay_steps: int | None) -> float:
+    """The share of the learning rate that the update with this index has, from 0."""
+    factor = min(1.0, (update + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+    if decay_steps is not None:
+        factor *= 0.5 + 0.5 * math.cos(math.pi * min(1.0, update / decay_steps))
+    return factor
 
 
 def check_count(name: str, value: int, *, least: int) -> None:

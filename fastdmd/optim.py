@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,14 +15,15 @@ from torch import Tensor, nn
 from fastdmd import ops
 from fastdmd.flat import Mirror, Watch, check_network, flatten, padded_size, views
 from fastdmd.gradients import Gradients
-from fastdmd.groups import Group, check_count, members, named
+from fastdmd.groups import Group, check_count, members, named, schedule
 from fastdmd.ops.adamw_ema import check_options
+from fastdmd.states import FlatOptimizer, check_groups, check_state
 
-LINKS = ("_masters", "_gradients", "_watches", "_averages", "_mirror", "_captured_options", "_versions")
+LINKS = ("_masters", "_gradients", "_watches", "_averages", "_mirror", "_captured_options", "_versions", "_seen")
 EMA_WARMUP = 10.0  # the n-th update averages with at most n / (n + 10), so that a short run does not remember its start
 
 
-class AdamWEMA(torch.optim.Optimizer):
+class AdamWEMA(FlatOptimizer):
     """AdamW (Loshchilov & Hutter 2019) for every parameter of one network that requires a gradient.
 
     Parameters and gradients of the network become views of flat buffers, in their own memory layout; one call of
@@ -38,16 +41,17 @@ class AdamWEMA(torch.optim.Optimizer):
 
     `groups` maps regular expressions, searched in parameter names, to what differs there: `{"norm|bias":
     {"weight_decay": 0.0}, "^map_": {"learning_rate_factor": 0.1}}`; the first that matches counts. Clipping stays
-    global. More than one group costs a pass over the gradients.
+    global. More than one group costs a pass over the gradients, and with `compute_dtype` a wide copy of each group's.
 
     It is a `torch.optim.Optimizer`: `zero_grad()`, `loss.backward()`, `step()` and torch's schedulers work;
     `backward(loss)` saves the copy that gradients cost after `zero_grad()`. The rate of a group is `lr` times
     `learning_rate_factor` times warm-up and decay. What differs from torch's AdamW:
     - A parameter that the loss does not reach has a gradient of zero, and decays; torch does that for zeros and skips
       None. One whose gradient `zero_grad()` made None and no backward pass filled is an error.
-    - Parameters have moved, and must stay: `.to(...)` of device, dtype or layout, wrappers that shard, `requires_grad_`
-      and another AdamWEMA come before the optimizer, else the next step raises. Tensors outside the network that shared
-      memory with a parameter no longer do.
+    - Parameters have moved, and must stay, as must modules: `.to(...)` of device, dtype or layout, wrappers that shard,
+      `share_memory`, another head, `requires_grad_` and another AdamWEMA come before the optimizer, else the next step
+      raises. Tensors outside the network that shared memory with a parameter no longer do.
+    - Moments are in `state_dict()` alone, by parameter name, and hooks on it are refused.
 
     Raises TypeError or ValueError, naming what was expected and what came.
     """
@@ -94,10 +98,8 @@ class AdamWEMA(torch.optim.Optimizer):
             step = torch.zeros(1, dtype=torch.int64, device=self._param.device)
             self._groups.append(Group(slice(start, stop), step, self._param.new_zeros(())))
             start = stop
-        shared = {
-            "lr": learning_rate, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
-            "learning_rate_factor": 1.0,
-        }  # fmt: skip
+        shared = {"lr": learning_rate, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        shared["learning_rate_factor"] = 1.0
         super().__init__([{"params": named(network, names), **changes} for names, changes in parts], shared)
         self._link()
 
@@ -117,7 +119,7 @@ class AdamWEMA(torch.optim.Optimizer):
             names = (f"{name} of ema_network" for name in self._names)
             self._watches.append(Watch(self.ema_network, dict(zip(self._averages, names, strict=True)), flags=False))
             self._mirror = Mirror(self.network, self.ema_network, set(self.parameters))
-        self._captured_options = None
+        self._captured_options = self._seen = None
         self._versions = [parameter._version for parameter in self.parameters]
 
     @property
@@ -132,13 +134,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def learning_rate(self, update: int) -> float:
         """That of the update with this index, which starts at 0."""
-        return self.peak_learning_rate * self._schedule(update)
-
-    def _schedule(self, update: int) -> float:
-        factor = min(1.0, (update + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
-        if self.decay_steps is not None:
-            factor *= 0.5 + 0.5 * math.cos(math.pi * min(1.0, update / self.decay_steps))
-        return factor
+        return self.peak_learning_rate * schedule(update, self.warmup_steps, self.decay_steps)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for torch's own constructor: the buffers are laid out once. Raises ValueError after that."""
@@ -155,8 +151,9 @@ class AdamWEMA(torch.optim.Optimizer):
         """`loss.backward()` for the parameters alone, a few launches instead of one addition per parameter.
 
         Overwrites the gradients, or adds to them with `accumulate`. A parameter that the loss does not depend on has a
-        gradient of zero. It runs no hooks of the parameters, and so reduces nothing over processes: where there are
-        several, ValueError.
+        gradient of zero. Raises ValueError for what only `loss.backward()` does right: several processes, hooks of
+        `register_post_accumulate_grad_hook` (those of `register_hook` run), and functions whose backward pass reaches
+        parameters by itself, as in a reentrant checkpoint.
         """
         self._check()
         self._gradients.fill(loss, accumulate=accumulate)
@@ -174,16 +171,16 @@ class AdamWEMA(torch.optim.Optimizer):
         self._check()
         self._gradients.collect(required=True)  # raises before the learning rate advances
         self.advance()
-        norm = self.update()
+        norm = self._update()
         return norm if closure is None else loss
 
     def advance(self) -> None:
         """The host's part of a step: checks, and the learning rate of the next update, into its place on the device."""
         self._check()
         self._adopt()
-        schedule = self._schedule(self.num_updates)
+        factor = schedule(self.num_updates, self.warmup_steps, self.decay_steps)
         for group, options in zip(self._groups, self.param_groups, strict=True):
-            group.learning_rate.fill_(schedule * options["lr"] * options["learning_rate_factor"])
+            group.learning_rate.fill_(factor * options["lr"] * options["learning_rate_factor"])
         self.num_updates += 1
 
     @torch.no_grad()
@@ -194,27 +191,34 @@ class AdamWEMA(torch.optim.Optimizer):
         """
         self._gradients.collect(required=True)
         self._adopt()
+        return self._update()
+
+    def _update(self) -> Tensor:
         if self._param.is_cuda and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
             self._captured_options = self._fixed_options()
         if len(self._groups) == 1:
             norm = self._update_group(0, self._max_grad_norm)
         else:
             norm = torch.linalg.vector_norm(self._grad, dtype=self._param.dtype)
-            factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1)
-            self._grad.mul_(factor + 0 * norm)  # NaN where the norm is not finite: no group moves
+            # NaN where the norm is not finite: no group moves.
+            factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1) + 0 * norm
             for index in range(len(self._groups)):
-                self._update_group(index, math.inf)
+                self._update_group(index, math.inf, factor)
+            if self._shadow is not None:
+                self._grad.zero_()
         if self._mirror is not None:
             self._mirror.follow()
         self._note_change()
         return norm
 
-    def _update_group(self, index: int, max_grad_norm: float) -> Tensor:
+    def _update_group(self, index: int, max_grad_norm: float, factor: Tensor | None = None) -> Tensor:
         group, options = self._groups[index], self.param_groups[index]
         buffers = (self._param, self._grad, self._exp_avg, self._exp_avg_sq, self._ema, self._shadow)
-        *buffers, ema, shadow = (None if buffer is None else buffer[group.part] for buffer in buffers)
+        param, grad, *moments, ema, shadow = (None if buffer is None else buffer[group.part] for buffer in buffers)
+        if factor is not None:  # a clipped gradient may be below the range of float16
+            grad = grad.mul_(factor) if shadow is None else grad.to(param.dtype).mul_(factor)
         return ops.adamw_ema_(
-            *buffers, group.step, group.learning_rate, ema=ema, shadow=shadow, betas=options["betas"],
+            param, grad, *moments, group.step, group.learning_rate, ema=ema, shadow=shadow, betas=options["betas"],
             eps=options["eps"], weight_decay=options["weight_decay"], max_grad_norm=max_grad_norm, **self._options,
         )  # fmt: skip
 
@@ -224,6 +228,7 @@ class AdamWEMA(torch.optim.Optimizer):
         """Raises ValueError where an update would not reach the network, or would not be what was asked for."""
         for watch in self._watches:
             watch.check()
+        self._seen = check_groups(self.param_groups, self.parameters, self._seen)
         if self._captured_options not in (None, self._fixed_options()):
             raise ValueError(
                 "fastdmd.AdamWEMA: expected lr alone to change under a captured graph, got other options: "
@@ -238,11 +243,11 @@ class AdamWEMA(torch.optim.Optimizer):
         """Low-precision weights that somebody changed in place become master weights; equal ones keep their digits."""
         if self._shadow is None:
             return
-        for index, parameter in enumerate(self.parameters):
-            if parameter._version != self._versions[index]:
-                master = self._masters[index]
-                master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
-                self._versions[index] = parameter._version
+        versions = [parameter._version for parameter in self.parameters]
+        for index in itertools.compress(range(len(versions)), map(operator.ne, versions, self._versions)):
+            master, parameter = self._masters[index], self.parameters[index]
+            master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
+        self._versions = versions
 
     # Saving and copying.
 
@@ -261,32 +266,23 @@ class AdamWEMA(torch.optim.Optimizer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a state, the options of its groups included, as torch's optimizers do.
 
-        Raises ValueError, before anything has changed, where it is of another network, or has other groups.
+        The average's buffers become those that the network has by now. Raises TypeError or ValueError, before anything
+        has changed, where the state is of another network, has other groups, or is not one that could have been saved.
         """
+        self._check()
         kinds = self._state()
-        if others := {"num_updates", "steps", *kinds} ^ (state.keys() - {"param_groups"}):
-            raise ValueError(f"fastdmd.AdamWEMA: expected the entries of this optimizer, got others: {sorted(others)}")
-        options = state.get("param_groups", [{}] * len(self._groups))  # which states did not always have
-        if {len(state["steps"]), len(options)} != {len(self._groups)}:
-            raise ValueError(
-                f"fastdmd.AdamWEMA: expected {len(self._groups)} parameter groups, got {len(state['steps'])}"
-            )
-        for kind, own in kinds.items():
-            shapes = {name: tuple(view.shape) for name, view in own.items()}
-            got = {name: tuple(tensor.shape) for name, tensor in state[kind].items()}
-            if name := next((name for name in shapes | got if shapes.get(name) != got.get(name)), None):
-                raise ValueError(
-                    f"fastdmd.AdamWEMA: expected {kind} of {name} of shape {shapes.get(name)}, got {got.get(name)}"
-                )
+        options = check_state(state, kinds, self.param_groups)
         for kind, own in kinds.items():
             for name, view in own.items():
                 view.copy_(state[kind][name])
         for group, step, changes, saved in zip(self._groups, state["steps"], self.param_groups, options, strict=True):
             group.step.copy_(step)
-            changes.update(saved)
+            changes.update({name: value for name, value in saved.items() if name != "params"})
         self.num_updates = state["num_updates"]
         if self._shadow is not None:
             self._shadow.copy_(self._param)
+        if self._mirror is not None:
+            self._mirror.follow()
         self._note_change()
 
     def _state(self) -> dict[str, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -155,3 +156,13 @@ def test_its_flops_are_those_of_the_definition():
     with FlopCounterMode(display=False) as counter:
         ops.conv3x3(x.requires_grad_(), weight.requires_grad_(), bias).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 4 * 14 * 14 * weight.numel()
+
+
+def test_what_is_traced_has_the_strides_of_what_runs():
+    """Where a size is 1, more than one set of strides is channels_last."""
+    for shape in ((80, 16, 1, 1), (80, 16, 1, 3), (1, 16, 32, 32)):
+        x = torch.randn(shape).to(memory_format=torch.channels_last)
+        weight = torch.randn(16, 16, 3, 3)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            traced = ops.conv3x3(mode.from_tensor(x), mode.from_tensor(weight))
+        assert traced.stride() == ops.conv3x3(x, weight).stride()

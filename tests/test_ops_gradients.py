@@ -202,3 +202,66 @@ def test_the_derivative_of_dm_loss_is_its_gradient():
     assert_close(torch.autograd.grad(raw, x_gen)[0], x_gen.grad / 3)
     fake_raw = ops.fake_loss_raw(F_fake, x_gen, x_t, sigma.flatten(), sigma_data=sigma_data)
     assert_close(fake_raw, ops.fake_loss(D_fake, x_gen, sigma.flatten(), sigma_data=sigma_data))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_forward_mode_over_backward_is_that_of_torch(layout):
+    """The tangent comes in behind the op, and its backward alone sees it: a Hessian product, forward over reverse."""
+    x, v, t = (random(4, 16, 8, 8, dtype=torch.float32, seed=k).contiguous(memory_format=layout) for k in range(3))
+    kernel, weight = random(16, 16, 3, 3, dtype=torch.float32), random(16, dtype=torch.float32)
+    table, sigma = random(4, 16, dtype=torch.float32), torch.tensor([0.3, 2.0, 1.0, 5.0])
+    spread, factor = table[:, :, None, None], weight[:, None, None]
+
+    def normalised(x):  # torch's own knows no forward mode over its backward
+        groups = x.unflatten(1, (4, 4))
+        variance = groups.var(dim=(2, 3, 4), correction=0, keepdim=True)
+        return ((groups - groups.mean(dim=(2, 3, 4), keepdim=True)) / (variance + 1e-5).sqrt()).flatten(1, 2)
+
+    def silu(x):  # the same
+        return x * x.sigmoid()
+
+    for own, plain in (
+        (lambda x: ops.add_noise(x, sigma, noise=v, scale=sigma), lambda x: x * sigma[:, None, None, None]),
+        (lambda x: ops.conv3x3(x, kernel, weight), lambda x: F.conv2d(x, kernel, weight, padding=1)),
+        (lambda x: ops.group_norm(x, weight, num_groups=4), lambda x: normalised(x) * factor),
+        (lambda x: ops.group_norm_silu(x, weight, weight, num_groups=4, scale=table, shift=table),
+         lambda x: silu((normalised(x) * factor + factor) * (1 + spread) + spread)),
+    ):  # fmt: skip
+        results = []
+        for function in (own, plain):
+            leaf = x.clone().requires_grad_()
+            y = function(leaf)
+            with forward_ad.dual_level():
+                (grad,) = torch.autograd.grad(y, leaf, forward_ad.make_dual(v, t))
+                results.append(forward_ad.unpack_dual(grad))
+        assert_close(results[0].primal, results[1].primal, rtol=1e-4, atol=1e-4)
+        assert_close(results[0].tangent, results[1].tangent, rtol=1e-4, atol=1e-4)
+    x.requires_grad_()
+    for loss in (
+        ops.fake_loss(x, v, sigma), ops.fake_loss_raw(x, v, t, sigma), ops.dm_loss(x, v, t),
+        ops.dm_loss_raw(x, v, sigma, t, v),
+    ):  # fmt: skip
+        (exact,) = torch.autograd.grad(loss, x, retain_graph=True)
+        with forward_ad.dual_level():
+            factor = forward_ad.make_dual(torch.tensor(2.0), torch.tensor(3.0))
+            (grad,) = torch.autograd.grad(loss * factor, x)
+            grad = forward_ad.unpack_dual(grad)
+        assert_close(grad.primal, 2 * exact)
+        assert_close(grad.tangent, 3 * exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_batched_gradients_are_those_of_one_after_the_other(layout):
+    kernel, weight = random(16, 16, 3, 3, dtype=torch.float32), random(16, dtype=torch.float32)
+    sigma = torch.tensor([0.3, 2.0, 1.0, 5.0])
+    for function in (
+        lambda x: ops.conv3x3(x, kernel), lambda x: ops.group_norm_silu(x, weight, num_groups=4),
+        lambda x: ops.add_noise(x, sigma, noise=x.detach(), scale=sigma),
+        lambda x: ops.fake_loss(x, x.detach() + 1, sigma),
+    ):  # fmt: skip
+        x = random(4, 16, 8, 8, dtype=torch.float32).contiguous(memory_format=layout).requires_grad_()
+        y = function(x)
+        grads = random(3, *y.shape, dtype=torch.float32, seed=1)
+        (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+        for own, grad in zip(batched, grads, strict=True):
+            assert_close(own, torch.autograd.grad(y, x, grad, retain_graph=True)[0])

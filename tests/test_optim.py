@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -36,6 +37,12 @@ MOVES = {
     "vector_to_parameters": lambda opt: nn.utils.vector_to_parameters(torch.ones(467), opt.network.parameters()),
     "the average in double": lambda opt: opt.ema_network.double(),
     "the average replaced": lambda opt: replace(opt.ema_network),
+    "share_memory": lambda opt: opt.network.share_memory(),
+    "the average shared": lambda opt: opt.ema_network.share_memory(),
+    "a queue of processes": lambda opt: ForkingPickler.dumps(opt.network.state_dict()),
+    "another head": lambda opt: opt.network.__setitem__(2, nn.Conv2d(8, 5, 3)),
+    "a head removed": lambda opt: opt.network.__delitem__(2),
+    "the average's head": lambda opt: opt.ema_network.__setitem__(2, nn.Conv2d(8, 5, 3)),
     "pruning": lambda opt: nn.utils.parametrizations.weight_norm(opt.network[0]),
 }
 
@@ -57,6 +64,53 @@ def test_what_moves_parameters_raises_at_the_next_step(move, compute_dtype):
             step()
     assert optimizer.num_updates == 1
     assert all(torch.equal(value, before[name]) for name, value in optimizer.state_dict()["param"].items())
+
+
+OTHER_STRUCTURE = {
+    "a module appended": (lambda net: net.append(nn.Conv2d(3, 3, 1)), "5 of the Sequential added"),
+    "a module without parameters": (lambda net: net.__setitem__(3, nn.ReLU()), "3 of the Sequential added, removed or"),
+    "a parameter added": (lambda net: net[0].register_parameter("gain", nn.Parameter(torch.ones(1))), "0.gain of the"),
+    "a fixed one replaced": (lambda net: setattr(net[1], "weight", nn.Parameter(torch.ones(8))), "1.weight of the"),
+    "a tie cut": (lambda net: setattr(net[4], "bias", nn.Parameter(torch.ones(8))), "4.bias of the Sequential"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_STRUCTURE)
+def test_other_modules_and_parameters_raise_at_the_next_step(kind):
+    """Nothing would train them, and the average would be one of another network."""
+    net = network().extend([nn.SiLU(), nn.Conv2d(3, 8, 1)])
+    net[1].weight.requires_grad_(False)
+    net[4].bias = net[0].bias
+    optimizer = AdamWEMA(net, learning_rate=0.1, ema_decay=0.9)
+    train(optimizer)
+    change, message = OTHER_STRUCTURE[kind]
+    change(net)
+    for step in (optimizer.step, optimizer.advance, optimizer.zero_grad, lambda: copy.deepcopy(optimizer)):
+        with pytest.raises(ValueError, match="expected modules and parameters as at construction, got " + message):
+            step()
+    assert optimizer.num_updates == 2
+
+
+def test_removed_parametrizations_raise():
+    net = network()
+    nn.utils.parametrizations.weight_norm(net[0])
+    optimizer = AdamWEMA(net, learning_rate=0.1)
+    train(optimizer)
+    nn.utils.parametrize.remove_parametrizations(net[0], "weight")
+    with pytest.raises(ValueError, match="expected 0.parametrizations.weight.original0 where the optimizer put it"):
+        optimizer.step()
+
+
+def test_shared_gradients_are_collected():
+    """What `share_memory_` does to them: they keep their storage, and its memory is another."""
+    optimizer, reference, (net, other) = pair()
+    for _ in range(2):
+        loss_of(net).backward()
+        for parameter in net.parameters():
+            parameter.grad.share_memory_()
+        optimizer.step()
+        train(reference, other, 1)
+    assert_alike(net, other)
 
 
 def test_what_moves_nothing_is_allowed():

@@ -112,9 +112,12 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
 def test_an_update_is_one_launch_a_group(compute_dtype):
+    """One for the fused op, and one for all buffers; groups take the clipping upon themselves."""
+    clip = ["aten::mul_"] if compute_dtype is None else ["aten::_to_copy", "aten::mul_"]
+    clear = [] if compute_dtype is None else ["aten::zero_"]
     for groups, expected in (
-        (None, ["fastdmd::adamw_ema_"]),
-        ({"bias": {"weight_decay": 0.0}}, ["aten::mul_", "fastdmd::adamw_ema_", "fastdmd::adamw_ema_"]),
+        (None, ["fastdmd::adamw_ema_", "aten::_foreach_copy_"]),
+        ({"bias": {"weight_decay": 0.0}}, 2 * [*clip, "fastdmd::adamw_ema_"] + clear + ["aten::_foreach_copy_"]),
     ):
         net = network()
         net.register_buffer("frequencies", torch.ones(4))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdmd.ops._registry import define, no_second_derivative
-from fastdmd.ops._validate import gradient_dtype, per_sample, wide_dtype
+from fastdmd.ops._validate import gradient_dtype, has_tangent, per_sample, wide_dtype
 
 
 def loss_weight(sigma: Tensor, sigma_data: float, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def derivatives(op: str, weight: Callable | None = None) -> dict[str, Callable]:
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or has_tangent(grad_loss):
         return _reference(gradient, grad_loss, dtype)
     # A CPU waits for nothing to look at a value, and saves a third of the memory traffic. Unless backward may come
     # again: then what is saved stays ours.

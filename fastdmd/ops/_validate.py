@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+BATCHED = torch._C._parse_dispatch_key("Batched")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -57,6 +58,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """channels_last where `x` is that and nothing else, or contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def laid_out(grad: Tensor, layout: torch.memory_format) -> Tensor:
+    """Dense in this order; also under `is_grads_batched=True`, whose vmap does not know channels_last."""
+    if layout == torch.channels_last and torch._C._dispatch_keys(grad).has(BATCHED):
+        return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return grad.contiguous(memory_format=layout)
 
 
 def check_vector(op: str, name: str, vector: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:

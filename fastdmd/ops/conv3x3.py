@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_tensor, check_vector, has_tangent
+from fastdmd.ops._validate import check_images, check_tensor, check_vector, has_tangent, laid_out
 
 MIN_TILES = 64  # of 2x2 outputs
 CHANNELS = 16  # both numbers of channels must be multiples of it
@@ -94,7 +94,7 @@ def reference_backward(grad_y: Tensor, x: Tensor, weight: Tensor, of_input: bool
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = x.shape[0], weight.shape[0], *x.shape[2:]
-    return torch.empty(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _fake_backward(grad_y: Tensor, x: Tensor, weight: Tensor, of_input: bool, of_parameters: bool
@@ -112,8 +112,10 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_y: Tensor):
     x, weight = ctx.saved_tensors
     of_input, *of_parameters = ctx.needs_input_grad
-    grad_y = grad_y.contiguous(memory_format=torch.channels_last)
-    compute = reference_backward if torch.is_grad_enabled() else _conv3x3_backward  # torch's can be differentiated
+    grad_y = laid_out(grad_y, torch.channels_last)
+    # torch's own can be differentiated, backward or forward
+    differentiated = torch.is_grad_enabled() or has_tangent(grad_y)
+    compute = reference_backward if differentiated else _conv3x3_backward
     grad_x, grad_weight, grad_bias = compute(grad_y, x, weight, of_input, any(of_parameters))
     wanted = zip(ctx.needs_input_grad, (grad_x, grad_weight, grad_bias), strict=True)
     return tuple(grad if needed else None for needed, grad in wanted)

@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_positive, check_vector, has_tangent, memory_format, wide_dtype
+from fastdmd.ops._validate import (
+    check_images,
+    check_positive,
+    check_vector,
+    has_tangent,
+    laid_out,
+    memory_format,
+    wide_dtype,
+)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int = 32,
@@ -167,9 +175,10 @@ def _backward(ctx, grad_y: Tensor | None, *_):
     if grad_y is None:
         return (None,) * 8
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
-    grad_y = grad_y.contiguous(memory_format=memory_format(x))
+    grad_y = laid_out(grad_y, memory_format(x))
     compute = _group_norm_silu_backward
-    if torch.is_grad_enabled():  # PyTorch's own operations can be differentiated, and the moments depend on x
+    # PyTorch's own operations can be differentiated, backward or forward, and the moments depend on x.
+    if torch.is_grad_enabled() or has_tangent(grad_y):
         compute = reference_backward
         mean, rstd = _moments(x, ctx.num_groups, ctx.eps)
     grad_x, grad_weight, grad_bias, *tables = compute(
