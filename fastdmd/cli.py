@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import tyro
 
-from fastdmd import data, ops, terminal
+from fastdmd import data, ops, outputs, terminal
 from fastdmd.adapters import Adapted
 from fastdmd.budget import available_bytes
 from fastdmd.config import EvaluationConfig
@@ -22,7 +22,7 @@ from fastdmd.quality import Evaluation
 from fastdmd.unet import UNet
 
 Config = TypeVar("Config")
-
+INPUTS = ("weights", "network", "teacher", "init", "data", "labels", "feature_network", "reference")  # fields
 
 OUT_OF_MEMORY = re.compile(
     "out of memory|n[o']t allocate memory|unable to allocate|not enough memory|bad_alloc|STATUS_ALLOC_FAILED"
@@ -123,7 +123,19 @@ def parse(config_class: type[Config], command: str, arguments: list[str] | None 
         with terminal.readable_width():
             config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
         config.check()
+        if (out := getattr(config, "resolved_out", config.out)) is not None:
+            outputs.require_apart(out, inputs(config))
         return config
+
+
+def inputs(config: Any) -> Iterator[str | Path]:
+    """What a configuration names to be read, but for `mnist`, which is part of the package."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from inputs(value)
+        elif field.name in INPUTS and value not in (None, "mnist"):
+            yield value
 
 
 def resolve_device(name: str) -> torch.device:

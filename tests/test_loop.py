@@ -191,8 +191,9 @@ def test_training_goes_on_where_the_disk_does_not(tmp_path, monkeypatch, capsys)
     settings = TrainConfig(iterations=10, batch_size=10, log_every=10, snapshots=10)
     summary, _, weights = run(tmp_path / "run", [1.0] * 10, events={4: full, 8: free}, settings=settings)
     assert summary["outcome"] == "complete" and weights["iteration"] == 10
-    assert capsys.readouterr().out.count("not written: [Errno 28] No space left on device; training goes on") == 1
-    assert not list((tmp_path / "run").glob("*.partial"))
+    notice = f"not written: [Errno 28] No space left on device: '{tmp_path}/run/weights.json'; training goes on"
+    assert capsys.readouterr().out.count(notice) == 1
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_result_that_cannot_be_written_is_one_line(tmp_path, capsys):
