@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +24,17 @@ from fastdmd.quality import Evaluation
 from fastdmd.unet import UNet
 
 Config = TypeVar("Config")
-INPUTS = ("weights", "network", "teacher", "init", "data", "labels", "feature_network", "reference")  # fields
+INPUTS = (
+    "weights",
+    "network",
+    "teacher",
+    "init",
+    "data",
+    "labels",
+    "feature_network",
+    "reference",
+)  # of configurations
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # that no flag causes
 
 OUT_OF_MEMORY = re.compile(
     "out of memory|n[o']t allocate memory|unable to allocate|not enough memory|bad_alloc|STATUS_ALLOC_FAILED"
@@ -35,8 +47,13 @@ SMALLER = "a smaller --batch-size or more --accumulation-steps need less"
 
 @contextlib.contextmanager
 def user_errors(command: str, doing: str = "setting up", advice: str = SMALLER) -> Iterator[None]:
-    """One line and exit code 2 for what a user got wrong, 1 where memory ends. Around set-up, never around training."""
-    with _one_line(command, doing, advice, lambda error: (str(error), 2)):
+    """One line and exit code 2 for what a user got wrong, 1 where memory or a disk ends. Around set-up, never around
+    training."""
+
+    def expected(error: Exception) -> tuple[str, int]:
+        return str(error), 1 if isinstance(error, OSError) and error.errno in DISK_ERRORS else 2
+
+    with _one_line(command, doing, advice, expected):
         yield
 
 
@@ -59,8 +76,6 @@ def _one_line(command: str, doing: str, advice: str,
     """`expected` gives the line and the exit code for an error of the kinds that a user's input raises."""
     try:
         yield
-    except BrokenPipeError:
-        raise
     except Exception as error:
         if ran_out_of_memory(error):
             line, code = f"out of memory while {doing}; {advice}", 1

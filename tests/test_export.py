@@ -207,7 +207,7 @@ def test_tolerance_can_be_set(tmp_path, capsys, monkeypatch):
     [
         (["--out", "a.pth"], "expected a file ending in .safetensors, .pt2, .onnx, got a.pth"),
         (["--out", "no/folder/a.pt2"], "expected --out in an existing folder, got no/folder/a.pt2"),
-        (["--out", "generator.safetensors"], "expected --out apart from what the command reads, got generator.safetensors"),
+        (["--out", "generator.safetensors"], "expected --out apart from what the command reads"),
         (["--out", "a.pt2", "--weights-dtype", "float16"], "expected weights_dtype float32 for .pt2, got torch"),
         (["--out", "a.pt2", "--tolerance", "0"], "expected --tolerance > 0 and finite, got 0"),
     ],
