@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import sys
 import zipfile
 
 import numpy as np
@@ -39,15 +40,43 @@ def leave(images):
         (lambda x: x.flatten(1)[:, :0], "expected 1 to 16384 features of it, got 0"),
         (lambda x: x.flatten(1).repeat(1, 21), "expected 1 to 16384 features of it, got 16464"),
         (lambda x: x, r"expected features \(2, D\), floating point, got"),
-        (lambda x: [][1], r"expected it to take images of shape \(2, 1, 28, 28\), got IndexError: list index"),
-        (leave, "expected it to take images of shape .*, got SystemExit: 0"),
-        (lambda x: nn.Conv2d(3, 4, 3)(x), "expected it to take images .* got RuntimeError: Given groups=1"),
+        (lambda x: [][1], r"expected Made to take images of shape \(2, 1, 28, 28\), got IndexError: list index"),
+        (leave, "expected Made to take images of shape .*, got SystemExit: 0"),
+        (lambda x: nn.Conv2d(3, 4, 3)(x), "expected Made to take images .* got RuntimeError: Given groups=1"),
     ],
 )
 def test_a_feature_network_is_tried_once(make, message):
     with pytest.raises(ValueError, match=message) as error:
         verify(load_feature_network(Made(make)), SHAPE, "it")
     assert "\n" not in str(error.value)
+
+
+def only_two(images):
+    if len(images) != 2:
+        sys.exit(0)
+    return images.flatten(1)
+
+
+class OnlyTwo(nn.Module):
+    def forward(self, images):
+        return images.view(2, 784)
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda: Made(only_two), r"Made .* SystemExit: 0 \(.*test_foreign_metrics.py, line \d+\)"),
+        (lambda: Made(lambda x: {2: x.flatten(1)}[len(x)]), r"Made .* KeyError: 500 \(.*, line \d+\)"),
+        (lambda: "only_two.pt", r"only_two.pt .* RuntimeError: shape '\[2, 784\]' is invalid for input of size 392000"),
+    ],
+)
+def test_a_feature_network_that_fails_later_is_one_line(make, got, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(OnlyTwo()).save("only_two.pt")
+    with pytest.raises(ValueError) as error:
+        quality.Evaluation(SHAPE, 10, num_samples=500, feature_network=make())
+    expected = got.replace(" .*", r" to take images of shape \(500, 1, 28, 28\), got", 1)
+    assert re.fullmatch(f"fastdmd.features: expected {expected}", str(error.value))
 
 
 def test_good_feature_networks_pass():
