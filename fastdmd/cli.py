@@ -17,7 +17,7 @@ import tyro
 
 from fastdmd import data, ops, outputs, terminal
 from fastdmd.adapters import Adapted
-from fastdmd.budget import available_bytes
+from fastdmd.budget import SMALLER
 from fastdmd.config import EvaluationConfig
 from fastdmd.diffusion import Denoiser
 from fastdmd.quality import Evaluation
@@ -42,7 +42,6 @@ OUT_OF_MEMORY = re.compile(
     '|dispatcher\\( *"aten::(new_)?empty|could not create a (memory|primitive)',
     re.IGNORECASE,
 )
-SMALLER = "a smaller --batch-size or more --accumulation-steps need less"
 
 
 @contextlib.contextmanager
@@ -92,16 +91,6 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError, ValueError)) and bool(OUT_OF_MEMORY.search(str(error)))
-
-
-def require_memory(num_bytes: float, device: torch.device, what: str, advice: str = SMALLER) -> None:
-    """Raises ValueError where the device cannot hold so many bytes, before anything takes them."""
-    available = available_bytes(device)
-    if available is not None and num_bytes > available:
-        raise ValueError(
-            f"expected {what} to fit into memory, got {num_bytes / 1e9:.1f} GB at the least, with "
-            f"{available / 1e9:.1f} GB free; {advice}"
-        )
 
 
 def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
@@ -160,6 +149,8 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            raise NotImplementedError("not one that the ops know")
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if ran_out_of_memory(error):  # of a GPU that another process fills

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Training(Protocol):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run came. `outcome` is "complete", "interrupted" or "diverged", and `reason` says why."""
+    """How far a run came. `outcome` is "complete", "interrupted", "diverged" or "failed"; `reason` says why."""
 
     iterations: int = 0
     outcome: str = "complete"
@@ -81,10 +82,11 @@ class Loop:
         """Trains, saves, measures; returns the summary that it wrote.
 
         Its `outcome` is "complete", "interrupted" (by a signal: what was reached is saved) or "diverged" (the last
-        snapshot whose weights and images were finite stays). Raises OSError where the result cannot be written.
+        snapshot whose weights and images were finite stays). Raises OSError where the result cannot be written; what is
+        raised leaves a summary of `outcome` "failed".
         """
-        with interrupts.deferred() as received:
-            progress = self._train(received)
+        with interrupts.deferred() as received, self._ended() as progress:
+            self._train(progress, received)
             rows = self._measure(evaluation, progress, received)
             floor = evaluation.floor if evaluation else Measurement(None, None)
             summary = {
@@ -97,8 +99,20 @@ class Loop:
             print(table({**dict(reversed(rows.items())), "floor: real images": floor}))
         return summary
 
-    def _train(self, received: Callable[[], int | None]) -> Progress:
-        settings, progress, logged_at = self._settings, Progress(), 0
+    @contextlib.contextmanager
+    def _ended(self) -> Iterator[Progress]:
+        """What raises inside, memory that ends or a fault, leaves a summary of how far the run came."""
+        progress = Progress()
+        try:
+            yield progress
+        except Exception as error:
+            progress.outcome, progress.reason = "failed", " ".join(f"{type(error).__name__}: {error}".split())
+            with contextlib.suppress(OSError):
+                self._folder.write_json("summary.json", dataclasses.asdict(progress))
+            raise
+
+    def _train(self, progress: Progress, received: Callable[[], int | None]) -> None:
+        settings, logged_at = self._settings, 0
         snapshot_every = -(-settings.iterations // settings.snapshots)
         started = logged = time.perf_counter()
         with tqdm(total=settings.iterations, unit="it", dynamic_ncols=True) as bar:
@@ -128,7 +142,6 @@ class Loop:
             self._training.finish()
             self._snapshot_or_end(progress)
         progress.train_seconds = time.perf_counter() - self._started
-        return progress
 
     def _measure(self, evaluation: Evaluation | None, progress: Progress,
                  received: Callable[[], int | None]) -> dict[str, Measurement]:  # fmt: skip

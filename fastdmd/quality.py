@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,9 @@ from tqdm import tqdm
 
 from fastdmd import data, dmd2, features, metrics
 from fastdmd.adapters import Adapted
+from fastdmd.budget import require_memory
 from fastdmd.diffusion import Denoiser, random_generator, sample_heun
+from fastdmd.frechet import COVARIANCES
 from fastdmd.imports import user_code
 
 Sampler = Callable[[Tensor, "Tensor | None"], Tensor]  # standard normal noise [B, C, H, W], labels [B] -> images
@@ -23,6 +26,7 @@ SAMPLING_STREAM = 2  # random_generator's stream for evaluation, apart from thos
 
 
 BATCH_SIZE = 250  # images per forward pass
+SLOW_FEATURES = 4096  # of which an eigendecomposition, cubic in them, takes half a minute on two cores
 SPEED_IMAGES = 250  # enough to time a sampler whose quality is on record
 
 
@@ -104,12 +108,14 @@ class Evaluation:
             return
         self._feature_network = metrics.load_feature_network(feature_network, device)
         num_features = features.verify(self._feature_network, image_shape, feature_network or "the digit classifier")
+        require_memory(
+            8 * COVARIANCES * num_features**2, torch.device("cpu"), f"covariances of {num_features} features",
+            "a --feature-network of fewer features needs less",
+        )  # fmt: skip
+        if num_features > SLOW_FEATURES:
+            warnings.warn(f"a Fréchet distance in {num_features} features takes minutes, each time", stacklevel=2)
         if reference is not None:
-            self._reference = metrics.FeatureStatistics.from_npz(reference)
-            if len(self._reference.mean) != num_features:
-                raise ValueError(
-                    f"expected a --reference of {num_features} features, got {len(self._reference.mean)} in {reference}"
-                )
+            self._reference = metrics.FeatureStatistics.from_npz(reference, num_features)
         is_embedded = dataset is None
         least_images = 4 if reference is None else 2  # two have a covariance; without a reference, two halves are
         dataset = (data.load() if is_embedded else dataset).require(image_shape=image_shape, least_images=least_images)

@@ -1,5 +1,6 @@
 """Feature networks, references and images that are not what the metrics take: said in a line, before anything long."""
 
+import contextlib
 import io
 import os
 import re
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdmd import data, quality
+from fastdmd import budget, data, quality
 from fastdmd.features import load_feature_network, verify
 from fastdmd.frechet import FeatureStatistics
 
@@ -49,6 +50,50 @@ def test_a_feature_network_is_tried_once(make, message):
     with pytest.raises(ValueError, match=message) as error:
         verify(load_feature_network(Made(make)), SHAPE, "it")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "fault"),
+    [
+        ([[1.0, 2.0], [2.0, 1.0]], "expected sigma without a negative eigenvalue, got one below"),
+        ([[1.0, 1.0], [1.0, 1.0 - 1e-4]], "expected sigma without a negative eigenvalue, got one below"),
+        ([[1.0, 1.0], [1.0, 1.0]], None),  # of two images
+        ([[1.0, 1.0], [1.0, 1.0 - 1e-8]], None),  # rounded
+        ([[0.0, 0.0], [0.0, 0.0]], None),
+    ],
+)
+def test_a_covariance_has_no_negative_eigenvalue(tmp_path, sigma, fault):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.array(sigma))
+    with pytest.raises(ValueError, match=fault) if fault else contextlib.nullcontext():
+        assert FeatureStatistics.from_npz(tmp_path / "a.npz").covariance.tolist() == sigma
+
+
+def test_a_reference_of_other_features_is_not_read(tmp_path):
+    """Its declared 2 GB are not even there."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("mu.npy", member((2**14,)))
+        archive.writestr("sigma.npy", member((2**14, 2**14)))
+    with pytest.raises(ValueError, match=f"expected a reference of 784 features, got 16384 in {tmp_path}/a.npz"):
+        quality.Evaluation(
+            SHAPE, 10, num_samples=10, feature_network=nn.Flatten(), reference=str(tmp_path / "a.npz")
+        )  # fmt: skip
+
+
+def test_more_features_than_memory_are_refused(monkeypatch):
+    """10 covariances of 784 features are 49 MB; nothing is gathered before that is known."""
+    monkeypatch.setattr(quality.data, "load", lambda: pytest.fail("something long began"))
+    monkeypatch.setattr(budget, "available_bytes", lambda _: 10 * 8 * 784**2 - 1)
+    with pytest.raises(
+        ValueError, match="expected covariances of 784 features to fit .* fewer features"
+    ):
+        quality.Evaluation(SHAPE, 10, num_samples=10, feature_network=nn.Flatten())
+
+
+def test_slow_features_are_announced(monkeypatch):
+    monkeypatch.setattr(quality, "SLOW_FEATURES", 783)
+    monkeypatch.setattr(quality.data, "load", lambda: 1 / 0)
+    with pytest.warns(UserWarning, match="Fréchet distance in 784 features"), pytest.raises(ZeroDivisionError):
+        quality.Evaluation(SHAPE, 10, num_samples=10, feature_network=nn.Flatten())
 
 
 def only_two(images):
@@ -234,5 +279,5 @@ def test_a_reference_needs_features_of_its_images(tmp_path):
     np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="expected --feature-network with --reference for 3×8×8 images, got none"):
         quality.Evaluation((3, 8, 8), 0, num_samples=10, reference=str(tmp_path / "a.npz"))
-    with pytest.raises(ValueError, match="expected a --reference of 64 features, got 3 in "):
+    with pytest.raises(ValueError, match="expected a reference of 64 features, got 3 in "):
         quality.Evaluation(SHAPE, 10, num_samples=10, reference=str(tmp_path / "a.npz"))

@@ -177,6 +177,17 @@ def test_a_folder_with_something_of_a_run_is_refused(tmp_path):
         assert [(file.name, file.read_text()) for file in path.iterdir()] == [(name, "earlier")]
 
 
+def test_a_run_that_raises_says_how_far_it_came(tmp_path):
+    def end(self):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path / "run", [1.0] * 6, events={4: end})
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["outcome"], summary["iterations"]) == ("failed", 3)
+    assert summary["reason"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+
+
 def test_training_goes_on_where_the_disk_does_not(tmp_path, monkeypatch, capsys):
     """A disk that is full for a while costs the snapshots of that while; every file is whole at any time."""
     fsync = os.fsync
