@@ -24,16 +24,8 @@ from fastdmd.quality import Evaluation
 from fastdmd.unet import UNet
 
 Config = TypeVar("Config")
-INPUTS = (
-    "weights",
-    "network",
-    "teacher",
-    "init",
-    "data",
-    "labels",
-    "feature_network",
-    "reference",
-)  # of configurations
+# Fields of configurations that name what is read.
+INPUTS = ("weights", "network", "teacher", "init", "data", "labels", "feature_network", "reference")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # that no flag causes
 
 OUT_OF_MEMORY = re.compile(

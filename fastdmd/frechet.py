@@ -107,7 +107,8 @@ class FeatureStatistics:
         if gap > 1e-6 * np.abs(covariance).max() or lowest < 0:  # float32 rounds to 1e-7
             got = f"asymmetry {gap:.3g} and lowest variance {lowest:.3g} in {path}"
             raise _error("from_npz", "symmetric sigma with variances >= 0", got)
-        rounding = max(np.finfo(arrays["sigma"].dtype).eps, np.finfo(np.float32).eps) * len(covariance) * greatest
+        eps = max(np.finfo(arrays["sigma"].dtype).eps, np.finfo(np.float32).eps)
+        rounding = eps * len(covariance) * np.abs(covariance).max()
         shifted = torch.from_numpy(covariance + (rounding or 1.0) * np.eye(len(covariance)))
         if torch.linalg.cholesky_ex(shifted).info:
             raise _error("from_npz", "sigma without a negative eigenvalue", f"one below {-rounding:.3g} in {path}")

@@ -58,7 +58,7 @@ def parse_labels(text: str | None, num_images: int, num_classes: int) -> torch.T
     if num_classes == 0:
         raise ValueError(f"expected no --labels for an unconditional network, got {text}")
     words = text.split(",")
-    if not all(re.fullmatch(r"\s*0*\d{1,9}\s*", word) and int(word) < num_classes for word in words):
+    if not all(re.fullmatch(r"\s*\d{1,9}\s*", word) and int(word) < num_classes for word in words):
         raise ValueError(f"expected --labels from 0 to {num_classes - 1}, separated by commas, got {text:.80}")
     labels = torch.tensor([int(word) for word in words])
     return labels.repeat(-(-num_images // len(labels)))[:num_images]

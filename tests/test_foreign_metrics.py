@@ -83,9 +83,7 @@ def test_more_features_than_memory_are_refused(monkeypatch):
     """10 covariances of 784 features are 49 MB; nothing is gathered before that is known."""
     monkeypatch.setattr(quality.data, "load", lambda: pytest.fail("something long began"))
     monkeypatch.setattr(budget, "available_bytes", lambda _: 10 * 8 * 784**2 - 1)
-    with pytest.raises(
-        ValueError, match="expected covariances of 784 features to fit .* fewer features"
-    ):
+    with pytest.raises(ValueError, match="expected covariances of 784 features to fit .* fewer features"):
         quality.Evaluation(SHAPE, 10, num_samples=10, feature_network=nn.Flatten())
 
 
