@@ -17,6 +17,8 @@ from fastdmd.dmd2 import Draws
 from fastdmd.memory import available_memory_bytes
 from fastdmd.step import DMD2
 
+SMALLER = "a smaller --batch-size or more --accumulation-steps need less"
+
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
@@ -94,6 +96,16 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory_bytes()
+
+
+def require_memory(num_bytes: float, device: torch.device, what: str, advice: str = SMALLER) -> None:
+    """Raises ValueError where the device cannot hold so many bytes, before anything takes them."""
+    available = available_bytes(device)
+    if available is not None and num_bytes > available:
+        raise ValueError(
+            f"expected {what} to fit into memory, got {num_bytes / 1e9:.1f} GB at the least, with "
+            f"{available / 1e9:.1f} GB free; {advice}"
+        )
 
 
 def _dry_run(meta: nn.Module, build: Callable[[nn.Module], DMD2], batch_size: int):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import tyro
 
-from fastdmd import data, ops, terminal
+from fastdmd import data, ops, outputs, terminal
 from fastdmd.adapters import Adapted
-from fastdmd.budget import available_bytes
+from fastdmd.budget import SMALLER
 from fastdmd.config import EvaluationConfig
 from fastdmd.diffusion import Denoiser
 from fastdmd.imports import place_in_user_code, reason
@@ -23,7 +25,9 @@ from fastdmd.quality import Evaluation
 from fastdmd.unet import UNet
 
 Config = TypeVar("Config")
-
+# Fields of configurations that name what is read.
+INPUTS = ("weights", "network", "teacher", "init", "data", "labels", "feature_network", "reference")
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # that no flag causes
 
 OUT_OF_MEMORY = re.compile(
     "out of memory|n[o']t allocate memory|unable to allocate|not enough memory|bad_alloc|STATUS_ALLOC_FAILED"
@@ -31,12 +35,12 @@ OUT_OF_MEMORY = re.compile(
     '|dispatcher\\( *"aten::(new_)?empty|could not create a (memory|primitive)',
     re.IGNORECASE,
 )
-SMALLER = "a smaller --batch-size or more --accumulation-steps need less"
 
 
 @contextlib.contextmanager
 def user_errors(command: str, doing: str = "setting up", advice: str = SMALLER) -> Iterator[None]:
-    """One line and exit code 2 for what a user got wrong, 1 where memory ends. Around set-up, never around training."""
+    """One line and exit code 2 for what a user got wrong, 1 where memory or a disk ends. Around set-up, never around
+    training."""
     with _one_line(command, doing, advice, 2, lambda error: isinstance(error, (ValueError, TypeError, OSError))):
         yield
 
@@ -55,13 +59,12 @@ def _one_line(command: str, doing: str, advice: str, code: int,
               says_it_all: Callable[[BaseException], bool]) -> Iterator[None]:  # fmt: skip
     try:
         yield
-    except BrokenPipeError:
-        raise
     except (Exception, SystemExit) as error:
         if ran_out_of_memory(error):
             line, code = f"out of memory while {doing}; {advice}", 1
         elif not isinstance(error, SystemExit) and says_it_all(error):
             line = str(error) if code == 2 else f"{error} (while {doing})"
+            code = 1 if isinstance(error, OSError) and error.errno in DISK_ERRORS else code
         elif place_in_user_code(error) is not None:  # a SystemExit of other code has its reasons
             line = f"expected your code to run, got {reason(error)}, while {doing}"
         else:
@@ -75,16 +78,6 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError, ValueError)) and bool(OUT_OF_MEMORY.search(str(error)))
-
-
-def require_memory(num_bytes: float, device: torch.device, what: str, advice: str = SMALLER) -> None:
-    """Raises ValueError where the device cannot hold so many bytes, before anything takes them."""
-    available = available_bytes(device)
-    if available is not None and num_bytes > available:
-        raise ValueError(
-            f"expected {what} to fit into memory, got {num_bytes / 1e9:.1f} GB at the least, with "
-            f"{available / 1e9:.1f} GB free; {advice}"
-        )
 
 
 def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
@@ -121,7 +114,19 @@ def parse(config_class: type[Config], command: str, arguments: list[str] | None 
         with terminal.readable_width():
             config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
         config.check()
+        if (out := getattr(config, "resolved_out", config.out)) is not None:
+            outputs.require_apart(out, inputs(config))
         return config
+
+
+def inputs(config: Any) -> Iterator[str | Path]:
+    """What a configuration names to be read, but for `mnist`, which is part of the package."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from inputs(value)
+        elif field.name in INPUTS and value not in (None, "mnist"):
+            yield value
 
 
 def resolve_device(name: str) -> torch.device:
@@ -131,6 +136,8 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            raise NotImplementedError("not one that the ops know")
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if ran_out_of_memory(error):  # of a GPU that another process fills

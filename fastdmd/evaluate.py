@@ -34,12 +34,12 @@ def main(arguments: list[str] | None = None) -> None:
         evaluation = cli.make_evaluation(config, network, dataset, device)
     with cli.run_errors("fastdmd.evaluate", "measuring", ADVICE):
         row = evaluation.measure(sampler, evaluations=evaluations, name=metadata["kind"])
-    print(table({metadata["kind"]: row, "floor: real images": evaluation.floor}))
     if config.out is not None:
         figures = {metadata["kind"]: dataclasses.asdict(row), "floor": dataclasses.asdict(evaluation.floor)}
         text = json.dumps({**figures, "seed": config.seed, "versions": versions(device)}, indent=2) + "\n"
         with cli.run_errors("fastdmd.evaluate", "writing the figures"):
             write_atomically(config.out, lambda file: file.write(text.encode()))
+    print(table({metadata["kind"]: row, "floor: real images": evaluation.floor}))
 
 
 if __name__ == "__main__":

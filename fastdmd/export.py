@@ -11,10 +11,9 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
+import io
 import json
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from fastdmd.bounds import above
 from fastdmd.checkpoint import METADATA_KEY, load_network, save_network
 from fastdmd.config import Switch
 from fastdmd.diffusion import random_generator
+from fastdmd.files import replacing, write_atomically
 from fastdmd.quality import Sampler, balanced_labels, one_step_sampler
 from fastdmd.unet import UNet
 from fastdmd.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
@@ -58,14 +58,12 @@ class ExportConfig:
 
     def check(self) -> None:
         bounds.check(self)
-        if os.path.realpath(self.out) == os.path.realpath(self.weights):
-            raise ValueError(f"expected --out other than the weights themselves, got {self.out}")
 
 
 @terminal.command("fastdmd.export")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(ExportConfig, "fastdmd.export", arguments)
-    with cli.user_errors("fastdmd.export", "exporting", "it needs five times the weights"):
+    with cli.user_errors("fastdmd.export", "exporting", "it needs six times the weights"):
         cli.resolve_device("cpu")
         outputs.require_file(config.out)
         network, metadata = load_network(config.weights)
@@ -102,8 +100,7 @@ def export_generator(network: UNet, path: Path, *, conditioning_sigma: float,
     if path.is_dir() or not path.parent.is_dir():
         raise FileNotFoundError(f"fastdmd.export_generator: expected a file in an existing folder, got {path}")
     network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        written = Path(folder) / path.name
+    with replacing(path) as written:
         sampler = WRITERS[path.suffix](network, written, conditioning_sigma, weights_dtype)
         rounded = copy.deepcopy(network).to(weights_dtype).float()
         error = greatest_difference(network, sampler, one_step_sampler(rounded, conditioning_sigma))
@@ -112,7 +109,6 @@ def export_generator(network: UNet, path: Path, *, conditioning_sigma: float,
                 f"fastdmd.export_generator: expected images within {tolerance:g} of the generator's, "
                 f"got a difference of {error:.1e} from {path.suffix}; nothing was written to {path}"
             )
-        os.replace(written, path)
     return greatest_difference(network, sampler, one_step_sampler(network, conditioning_sigma))
 
 
@@ -191,8 +187,10 @@ def write_weights(network: UNet, path: Path, conditioning_sigma: float, weights_
 
 def write_program(network: UNet, path: Path, conditioning_sigma: float, _: torch.dtype) -> Sampler:
     metadata = json.dumps(program_metadata(network, conditioning_sigma))
+    buffer = io.BytesIO()  # on a disk that fills up, PyTorch's own writer aborts the process
     with quiet():
-        torch.export.save(trace(network, conditioning_sigma), path, extra_files={PROGRAM_METADATA: metadata})
+        torch.export.save(trace(network, conditioning_sigma), buffer, extra_files={PROGRAM_METADATA: metadata})
+        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
         program = torch.export.load(path).module()
     return torch.no_grad()(lambda *inputs: program(*(value for value in inputs if value is not None)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastdmd.frechet import MAX_FEATURES
-from fastdmd.imports import import_network
+from fastdmd.imports import import_network, user_code
 
 ASSETS = Path(__file__).parent / "assets"
 FeatureNetwork = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]  # features [B, D], logits
@@ -55,32 +54,35 @@ def load_feature_network(
         device: where the network runs; images are moved there.
 
     Raises FileNotFoundError; ValueError if a string is neither a TorchScript file nor an import, or (from the
-    returned function) if the output is wrong; TypeError if the import gives something else than a module. `verify`
-    tries what was loaded.
+    returned function, at any call) if the network fails or its output is wrong; TypeError if the import gives something
+    else than a module. `verify` tries what was loaded.
     """
+    name = "the digit classifier" if source is None else str(source)
     if source is None:
         with torch.device("meta"):  # draws no initial weights: the caller's random state stays as it was
             module = DigitClassifier()
         module.load_state_dict(load_file(ASSETS / "feature_network.safetensors"), assign=True)
     elif isinstance(source, torch.nn.Module):
-        module = source
+        module, name = source, type(source).__name__
     elif Path(source).suffix in (".pt", ".ts"):
         module = _load_script(Path(source))
     elif not all(str(source).partition(":")):
         raise _error("a .pt or .ts file or 'package.module:name'", repr(source))
     else:
         module = import_network(str(source), "features")
-    module = module.eval().to(device)
+    with user_code("features", f"{name} to run on {device}"):
+        module = module.eval().to(device)
 
     @torch.no_grad()
     def feature_network(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output = module(images.to(device))
+        with user_code("features", f"{name} to take images of shape {tuple(images.shape)}"):
+            output = module(images.to(device))
         features, logits = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-        for name, found in (("features", features), ("logits", logits))[: 1 if logits is None else 2]:
+        for kind, found in (("features", features), ("logits", logits))[: 1 if logits is None else 2]:
             is_matrix = isinstance(found, torch.Tensor) and found.is_floating_point() and found.ndim == 2
             if not is_matrix or len(found) != len(images):
                 got = (tuple(found.shape), found.dtype) if isinstance(found, torch.Tensor) else type(found)
-                raise _error(f"{name} ({len(images)}, D), floating point", got)
+                raise _error(f"{kind} ({len(images)}, D), floating point", got)
         return features, logits
 
     return feature_network
@@ -93,15 +95,7 @@ def verify(feature_network: FeatureNetwork, image_shape: tuple[int, int, int], n
     a covariance can hold, NaN or infinity.
     """
     images = torch.randint(0, 256, (2, *image_shape), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
-    try:
-        features, logits = feature_network(images)
-    except (Exception, SystemExit) as error:  # whatever code of the user's own may raise
-        if str(error).startswith("fastdmd."):
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        last = lines[-1] if lines else "nothing said"  # where TorchScript has the cause, after a traceback of its own
-        reason = last if re.match(r"\w*Error: ", last) else f"{type(error).__name__}: {last}"
-        raise _error(f"{name} to take images of shape {tuple(images.shape)}", reason) from error
+    features, logits = feature_network(images)
     num_features = features.shape[1]
     if not 1 <= num_features <= MAX_FEATURES:
         raise _error(f"1 to {MAX_FEATURES} features of {name}", num_features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,15 +15,27 @@ _undo: list[Callable[[], None]] = []  # of what is half done at this moment
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """A reader sees the old file or the new one, never half of one, whatever happens in between.
 
-    Whatever `write` or the disk raises passes through; the old file is whole then, and nothing lies beside it.
+    Whatever `write` or the disk raises passes through, the latter naming `path`; the old file is whole then, and
+    nothing lies beside it.
     """
-    partial = path.with_name(path.name + ".partial")
+    with replacing(path) as partial, open(partial, "xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` that nobody uses: the file that is made there takes the place of `path` at the end."""
+    partial = path.with_name(f".fastdmd-{secrets.token_hex(8)}")
     with undone_on_failure(lambda: partial.unlink(missing_ok=True)):
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            yield partial
+            os.replace(partial, path)
+        except OSError as error:
+            if error.errno is not None and error.filename in (None, str(partial)):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
 
 
 @contextlib.contextmanager

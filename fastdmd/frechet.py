@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 MAX_FEATURES = 2**14  # a covariance of 2 GB
+COVARIANCES = 10  # that a distance holds at once: of both sides and the floor, roots, products, workspace
 GREATEST_VALUE = 1e100  # of statistics in a file: products of two stay in float64
 
 
@@ -86,15 +87,15 @@ class FeatureStatistics:
         return self._scatter / (self.num_images - 1)
 
     @classmethod
-    def from_npz(cls, path: str | Path) -> FeatureStatistics:
+    def from_npz(cls, path: str | Path, num_features: int | None = None) -> FeatureStatistics:
         """Reads `mu` [D] and `sigma` [D, D] as EDM's reference files name them, `num_images` if present.
 
         What the file declares is checked before it is read. Raises FileNotFoundError, and ValueError if this is no
-        readable .npz file, an array is missing, pickled, misshapen, too large or not finite, or sigma is no covariance
-        (not symmetric, or a variance below zero).
+        readable .npz file, an array is missing, pickled, misshapen, too large or not finite, D is not `num_features`
+        where that is given, or sigma is no covariance (not symmetric, or a variance of some direction below zero).
         """
         path = Path(path)
-        arrays = _read_arrays(path)
+        arrays = _read_arrays(path, num_features)
         for name in ("mu", "sigma"):
             if not np.isfinite(arrays[name]).all():
                 raise _error("from_npz", f"finite {name}", f"NaN or infinity in {path}")
@@ -106,6 +107,11 @@ class FeatureStatistics:
         if gap > 1e-6 * np.abs(covariance).max() or lowest < 0:  # float32 rounds to 1e-7
             got = f"asymmetry {gap:.3g} and lowest variance {lowest:.3g} in {path}"
             raise _error("from_npz", "symmetric sigma with variances >= 0", got)
+        eps = max(np.finfo(arrays["sigma"].dtype).eps, np.finfo(np.float32).eps)
+        rounding = eps * len(covariance) * np.abs(covariance).max()
+        shifted = torch.from_numpy(covariance + (rounding or 1.0) * np.eye(len(covariance)))
+        if torch.linalg.cholesky_ex(shifted).info:
+            raise _error("from_npz", "sigma without a negative eigenvalue", f"one below {-rounding:.3g} in {path}")
         statistics = cls()
         statistics.num_images = int(arrays["num_images"]) if "num_images" in arrays else None
         if statistics.num_images is not None and not 2 <= statistics.num_images < 2**53:
@@ -122,7 +128,7 @@ class FeatureStatistics:
             np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **count)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, num_features: int | None) -> dict[str, np.ndarray]:
     """`mu`, `sigma` and perhaps `num_images` of an .npz file, of the right shapes and kinds of number."""
     if path.exists() and not path.is_file():
         raise _error("from_npz", "an .npz file", f"{path}, which is no regular file")
@@ -136,6 +142,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             D = int(np.prod(_read_header(archive, "mu")[0], dtype=object))
             if D > MAX_FEATURES:
                 raise _error("from_npz", f"at most {MAX_FEATURES} features", f"{D} in {path}")
+            if num_features not in (None, D):
+                raise _error("from_npz", f"a reference of {num_features} features", f"{D} in {path}")
             expected = {"mu": ("float", "f", (D,)), "sigma": ("float", "f", (D, D)), "num_images": ("int", "iu", ())}
             arrays = {}
             for name, (kind, kinds, shape) in expected.items():

@@ -19,6 +19,7 @@ from torch import nn
 
 LIBRARIES = {str(Path(__file__).parent)} | {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
 MAX_REASON = 400  # characters
+TORCHSCRIPT = "Traceback of TorchScript"  # whose messages hold a traceback of their own, and end with the cause
 
 
 @contextlib.contextmanager
@@ -83,6 +84,8 @@ def reason(error: BaseException) -> str:
     except Exception:  # __str__ is code of the user's own, too
         message = ""
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    if TORCHSCRIPT in message:
+        text = message.strip().splitlines()[-1]
     place = place_in_user_code(error)
     return textwrap.shorten(text, MAX_REASON, placeholder=" ...") + (f" ({place})" if place else "")
 

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+
+def require_apart(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raises ValueError where `out` is one of the inputs, lies in a folder that is one, or holds it.
+
+    An input is a path, or the code `package.module:name`; what is no path of anything has nothing to lose.
+    """
+    real_out = Path(os.path.realpath(out))
+    for given in inputs:
+        text = str(given)
+        package, colon, _ = text.partition(":")
+        code = [f"{package.replace('.', os.sep)}{end}" for end in (".py", f"{os.sep}__init__.py")] if colon else []
+        for path in map(Path, (text, *code)):
+            if not os.path.exists(path):
+                continue
+            real = Path(os.path.realpath(path))
+            within_folder = path.is_dir() and (real in real_out.parents or real_out in real.parents)
+            if real == real_out or within_folder or (out.exists() and os.path.samefile(out, path)):
+                raise ValueError(f"expected --out apart from what the command reads, got {out} beside {text}")
 
 
 def require_file(path: Path) -> None:
@@ -16,13 +36,11 @@ def require_file(path: Path) -> None:
             raise IsADirectoryError(f"expected --out to be a file, got the folder {path}")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"expected --out in an existing folder, got {path}")
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # refuses a name that cannot be, which `exists` may not
         if path.exists() and not path.is_file():
             raise OSError(f"expected --out to be a file, got {path}, a device or a pipe")
-        partial = path.with_name(path.name + ".partial")
-        if not partial.exists():  # one that is there lies in a folder that takes files
-            with open(partial, "xb"):
-                pass
-            partial.unlink()
+        _try_folder(path.parent)
 
 
 def require_folder(path: Path) -> None:
@@ -36,12 +54,16 @@ def require_folder(path: Path) -> None:
             for folder in reversed(missing):
                 folder.mkdir()
                 made.append(folder)
-            with tempfile.NamedTemporaryFile(dir=path, prefix=".fastdmd-"):
-                pass
+            _try_folder(path)
         finally:
             for folder in reversed(made):
                 with contextlib.suppress(OSError):  # somebody else's by now
                     folder.rmdir()
+
+
+def _try_folder(folder: Path) -> None:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastdmd-"):
+        pass
 
 
 @contextlib.contextmanager
@@ -52,4 +74,6 @@ def _naming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise type(error)(f"expected --out to be writable, got {path}: {error.strerror}") from error
+        named = type(error)(f"expected --out to be writable, got {path}: {error.strerror}")
+        named.errno = error.errno
+        raise named from error

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdmd import cli, data, diffusion, dmd2, machine, teachers, terminal
 from fastdmd.bounds import above, at_least, within
-from fastdmd.budget import training_bytes
+from fastdmd.budget import require_memory, training_bytes
 from fastdmd.checkpoint import save_network
 from fastdmd.config import (
     BatchSize,
@@ -172,7 +172,7 @@ def try_architecture(config: PretrainConfig, architecture: UNetConfig, device: t
         num_bytes = training_bytes(lambda: UNet(architecture), config.batch_size)
     except RuntimeError as error:
         raise ValueError(f"expected a network whose parts fit together, got {error}") from error
-    cli.require_memory(num_bytes, device, f"this network with --batch-size {config.batch_size}", ADVICE)
+    require_memory(num_bytes, device, f"this network with --batch-size {config.batch_size}", ADVICE)
 
 
 class Pretraining:

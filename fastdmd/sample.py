@@ -8,11 +8,13 @@ if __name__ == "__main__":
     startup.prepare("fastdmd.sample")
 
 import math
+import re
 
 import numpy as np
 import torch
 
 from fastdmd import cli, machine, outputs, teachers, terminal
+from fastdmd.budget import require_memory
 from fastdmd.config import SampleConfig
 from fastdmd.data import to_uint8
 from fastdmd.diffusion import Denoiser, random_generator
@@ -33,9 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler, _ = sampler_of(network, metadata, config.teacher_steps)
         num_values = config.num * math.prod(network.image_shape)
-        cli.require_memory(
-            BYTES_PER_VALUE * num_values, torch.device("cpu"), f"--num {config.num}", "use a smaller one"
-        )
+        require_memory(BYTES_PER_VALUE * num_values, torch.device("cpu"), f"--num {config.num}", "use a smaller one")
         labels = parse_labels(config.labels, config.num, network.num_classes)
         images = sample(network, sampler, labels, config, device)
         if num_broken := int((~images.isfinite().flatten(1).all(1)).sum()):
@@ -58,8 +58,8 @@ def parse_labels(text: str | None, num_images: int, num_classes: int) -> torch.T
     if num_classes == 0:
         raise ValueError(f"expected no --labels for an unconditional network, got {text}")
     words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) < num_classes for word in words):
-        raise ValueError(f"expected --labels from 0 to {num_classes - 1}, separated by commas, got {text}")
+    if not all(re.fullmatch(r"\s*\d{1,9}\s*", word) and int(word) < num_classes for word in words):
+        raise ValueError(f"expected --labels from 0 to {num_classes - 1}, separated by commas, got {text:.80}")
     labels = torch.tensor([int(word) for word in words])
     return labels.repeat(-(-num_images // len(labels)))[:num_images]
 

@@ -22,10 +22,12 @@ _verbose = contextvars.ContextVar("verbose", default=False)
 
 
 def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Around the `main` of a command: whatever becomes of stdout, the end is an exit code.
+    """Around the `main` of a command: whatever becomes of its output, the work is done first, and the end is an exit
+    code.
 
-    141, and no word, if who read it is gone (`| head -1`); 1 and one line if it is full; closed, it takes nothing.
-    What the encoding does not know is written without its accent, or as a question mark.
+    Of stdout: 141, and no word, if who read it is gone (`| head -1`); 1 and one line if it is full; closed, it takes
+    nothing. What stderr does not take is lost. What the encoding does not know is written without its accent, or as a
+    question mark.
     """
 
     def decorate(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,23 +36,10 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             _prepare()
             token = _verbose.set("--verbose" in (sys.argv if arguments is None else arguments))
             try:
-                result = main(arguments)
-            except BrokenPipeError:
-                _give_up()
-                raise SystemExit(CLOSED_PIPE) from None
-            except OSError as error:  # what no step of the command has expected: of stdout, most likely
-                report(name, str(error), error)
-                _give_up()
-                raise SystemExit(1) from None
-            except BaseException:
-                with _delivered(name):
-                    sys.stdout.flush()
-                raise
+                with _outlasted(name):
+                    return main(arguments)
             finally:
                 _verbose.reset(token)
-            with _delivered(name):
-                sys.stdout.flush()
-            return result
 
         return guarded
 
@@ -92,28 +81,54 @@ def _prepare() -> None:
             stream.reconfigure(errors=PLAIN)
 
 
-@contextlib.contextmanager
-def _delivered(name: str) -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        _give_up()
-        raise SystemExit(CLOSED_PIPE) from None
-    except OSError as error:
-        _give_up()
-        report(name, f"expected to write to stdout, got {error}", error)
-        raise SystemExit(1) from None
+class Lenient:
+    """A text stream that raises no OSError: what it does not take is lost, and `error` says why."""
 
+    def __init__(self, stream: Any):
+        self.error: OSError | None = None
+        self._stream = stream
 
-def _give_up() -> None:
-    """Python flushes stdout and stderr once more as it ends, and would report that, too."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
         try:
-            stream.flush()
-        except OSError:
-            os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+            if self.error is None:
+                action()
+        except OSError as error:
+            self.error = error
+            with open(os.devnull, "wb") as nowhere:  # for what is buffered, which Python tries again as it ends
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def _outlasted(name: str) -> Iterator[None]:
+    """Nothing inside learns that stdout or stderr fail; the end is the exit code of that of stdout."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
+    try:
+        try:
+            yield
+        except OSError as error:  # that no step of the command has expected
+            report(name, str(error), error)
+            raise SystemExit(1) from None
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            if isinstance(sys.stdout.error, BrokenPipeError):
+                raise SystemExit(CLOSED_PIPE) from None
+            if sys.stdout.error is not None:
+                report(name, f"expected to write to stdout, got {sys.stdout.error}", sys.stdout.error)
+                raise SystemExit(1) from None
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastdmd import cli, machine, teachers, terminal, trainer
-from fastdmd.budget import Budget, estimate
+from fastdmd.budget import Budget, estimate, require_memory
 from fastdmd.config import TrainConfig, warm_up_notice
 from fastdmd.loop import Loop
 from fastdmd.presets import PRESETS
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return
         num_values = config.batch_size * math.prod(teacher.image_shape)
-        cli.require_memory(BYTES_PER_DRAW * num_values, device, f"--batch-size {config.batch_size}")
+        require_memory(BYTES_PER_DRAW * num_values, device, f"--batch-size {config.batch_size}")
         if budget is not None and (advice := budget.advice()) is not None:
             if max(budget.state_bytes, budget.peak_bytes / HOPELESS) > budget.available_bytes:
                 raise ValueError(advice)

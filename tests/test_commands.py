@@ -59,6 +59,8 @@ def sample_noise(num):
     [
         (["--labels", "3,10"], "expected --labels from 0 to 9, separated by commas, got 3,10"),
         (["--labels", "x"], "expected --labels from 0 to 9, separated by commas, got x"),
+        (["--labels", "9" * 5000], "expected --labels from 0 to 9, separated by commas, got 9999"),
+        (["--labels", "0" * 5000], "expected --labels from 0 to 9, separated by commas, got 0000"),
         (["--num", "0"], "expected --num >= 1, got 0"),
         (["--out", "samples.gif"], "expected --out ending in .png or .npz, got samples.gif"),
         (["--out", "no/such/folder/samples.png"], "expected --out in an existing folder"),

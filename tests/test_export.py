@@ -1,5 +1,6 @@
 """Exported generators run without fastdmd, hold the same numbers, and a failed export leaves nothing behind."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import torch
 from conftest import make_network
 from torch.testing import assert_close
 
-from fastdmd import dmd2, export
+from fastdmd import dmd2, export, files
 from fastdmd.checkpoint import load_network, save_network
 from fastdmd.unet import UNetConfig
 
@@ -128,6 +129,40 @@ def fails(arguments, capsys) -> str:
     return error
 
 
+@pytest.mark.parametrize("suffix", [".pt2", ".safetensors"])
+def test_a_full_disk_ends_no_process(suffix, generator_files, tmp_path, monkeypatch, capsys):
+    """PyTorch's own writer of archives aborts there: only what Python writes asks Python to flush it."""
+    out = tmp_path / f"a{suffix}"
+    out.write_text("old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(generator_files[0]), "--out", str(out)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error == f"fastdmd.export: error: [Errno 28] No space left on device: '{out}'\n"
+    assert out.read_text() == "old" and os.listdir(tmp_path) == [out.name]
+
+
+def test_an_export_that_is_ended_leaves_nothing(generator_files, tmp_path, monkeypatch):
+    """As a signal does it, which unwinds no stack."""
+    seen = []
+
+    def end(*_):
+        seen.append(len(os.listdir(tmp_path)))
+        files.undo_all()
+        seen.append(len(os.listdir(tmp_path)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "greatest_difference", end)
+    with pytest.raises(KeyboardInterrupt):
+        export.main([str(generator_files[0]), "--out", str(tmp_path / "a.safetensors")])
+    assert seen == [1, 0] and os.listdir(tmp_path) == []
+
+
 def test_programs_run_without_fastdmd(generator_files, capsys):
     for generator, result, images in export_and_run_elsewhere(generator_files, ".pt2", RUN_PROGRAMS):
         check_result(generator, result, images)
@@ -207,7 +242,7 @@ def test_tolerance_can_be_set(tmp_path, capsys, monkeypatch):
     [
         (["--out", "a.pth"], "expected a file ending in .safetensors, .pt2, .onnx, got a.pth"),
         (["--out", "no/folder/a.pt2"], "expected --out in an existing folder, got no/folder/a.pt2"),
-        (["--out", "generator.safetensors"], "expected --out other than the weights themselves"),
+        (["--out", "generator.safetensors"], "expected --out apart from what the command reads"),
         (["--out", "a.pt2", "--weights-dtype", "float16"], "expected weights_dtype float32 for .pt2, got torch"),
         (["--out", "a.pt2", "--tolerance", "0"], "expected --tolerance > 0 and finite, got 0"),
     ],

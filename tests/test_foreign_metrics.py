@@ -1,8 +1,10 @@
 """Feature networks, references and images that are not what the metrics take: said in a line, before anything long."""
 
+import contextlib
 import io
 import os
 import re
+import sys
 import zipfile
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdmd import data, quality
+from fastdmd import budget, data, quality
 from fastdmd.features import load_feature_network, verify
 from fastdmd.frechet import FeatureStatistics
 
@@ -39,15 +41,85 @@ def leave(images):
         (lambda x: x.flatten(1)[:, :0], "expected 1 to 16384 features of it, got 0"),
         (lambda x: x.flatten(1).repeat(1, 21), "expected 1 to 16384 features of it, got 16464"),
         (lambda x: x, r"expected features \(2, D\), floating point, got"),
-        (lambda x: [][1], r"expected it to take images of shape \(2, 1, 28, 28\), got IndexError: list index"),
-        (leave, "expected it to take images of shape .*, got SystemExit: 0"),
-        (lambda x: nn.Conv2d(3, 4, 3)(x), "expected it to take images .* got RuntimeError: Given groups=1"),
+        (lambda x: [][1], r"expected Made to take images of shape \(2, 1, 28, 28\), got IndexError: list index"),
+        (leave, "expected Made to take images of shape .*, got SystemExit: 0"),
+        (lambda x: nn.Conv2d(3, 4, 3)(x), "expected Made to take images .* got RuntimeError: Given groups=1"),
     ],
 )
 def test_a_feature_network_is_tried_once(make, message):
     with pytest.raises(ValueError, match=message) as error:
         verify(load_feature_network(Made(make)), SHAPE, "it")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "fault"),
+    [
+        ([[1.0, 2.0], [2.0, 1.0]], "expected sigma without a negative eigenvalue, got one below"),
+        ([[1.0, 1.0], [1.0, 1.0 - 1e-4]], "expected sigma without a negative eigenvalue, got one below"),
+        ([[1.0, 1.0], [1.0, 1.0]], None),  # of two images
+        ([[1.0, 1.0], [1.0, 1.0 - 1e-8]], None),  # rounded
+        ([[0.0, 0.0], [0.0, 0.0]], None),
+    ],
+)
+def test_a_covariance_has_no_negative_eigenvalue(tmp_path, sigma, fault):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.array(sigma))
+    with pytest.raises(ValueError, match=fault) if fault else contextlib.nullcontext():
+        assert FeatureStatistics.from_npz(tmp_path / "a.npz").covariance.tolist() == sigma
+
+
+def test_a_reference_of_other_features_is_not_read(tmp_path):
+    """Its declared 2 GB are not even there."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("mu.npy", member((2**14,)))
+        archive.writestr("sigma.npy", member((2**14, 2**14)))
+    with pytest.raises(ValueError, match=f"expected a reference of 784 features, got 16384 in {tmp_path}/a.npz"):
+        quality.Evaluation(
+            SHAPE, 10, num_samples=10, feature_network=nn.Flatten(), reference=str(tmp_path / "a.npz")
+        )  # fmt: skip
+
+
+def test_more_features_than_memory_are_refused(monkeypatch):
+    """10 covariances of 784 features are 49 MB; nothing is gathered before that is known."""
+    monkeypatch.setattr(quality.data, "load", lambda: pytest.fail("something long began"))
+    monkeypatch.setattr(budget, "available_bytes", lambda _: 10 * 8 * 784**2 - 1)
+    with pytest.raises(ValueError, match="expected covariances of 784 features to fit .* fewer features"):
+        quality.Evaluation(SHAPE, 10, num_samples=10, feature_network=nn.Flatten())
+
+
+def test_slow_features_are_announced(monkeypatch):
+    monkeypatch.setattr(quality, "SLOW_FEATURES", 783)
+    monkeypatch.setattr(quality.data, "load", lambda: 1 / 0)
+    with pytest.warns(UserWarning, match="Fréchet distance in 784 features"), pytest.raises(ZeroDivisionError):
+        quality.Evaluation(SHAPE, 10, num_samples=10, feature_network=nn.Flatten())
+
+
+def only_two(images):
+    if len(images) != 2:
+        sys.exit(0)
+    return images.flatten(1)
+
+
+class OnlyTwo(nn.Module):
+    def forward(self, images):
+        return images.view(2, 784)
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda: Made(only_two), r"Made .* SystemExit: 0 \(.*test_foreign_metrics.py, line \d+\)"),
+        (lambda: Made(lambda x: {2: x.flatten(1)}[len(x)]), r"Made .* KeyError: 500 \(.*, line \d+\)"),
+        (lambda: "only_two.pt", r"only_two.pt .* RuntimeError: shape '\[2, 784\]' is invalid for input of size 392000"),
+    ],
+)
+def test_a_feature_network_that_fails_later_is_one_line(make, got, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(OnlyTwo()).save("only_two.pt")
+    with pytest.raises(ValueError) as error:
+        quality.Evaluation(SHAPE, 10, num_samples=500, feature_network=make())
+    expected = got.replace(" .*", r" to take images of shape \(500, 1, 28, 28\), got", 1)
+    assert re.fullmatch(f"fastdmd.features: expected {expected}", str(error.value))
 
 
 def test_good_feature_networks_pass():
@@ -205,5 +277,5 @@ def test_a_reference_needs_features_of_its_images(tmp_path):
     np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="expected --feature-network with --reference for 3×8×8 images, got none"):
         quality.Evaluation((3, 8, 8), 0, num_samples=10, reference=str(tmp_path / "a.npz"))
-    with pytest.raises(ValueError, match="expected a --reference of 64 features, got 3 in "):
+    with pytest.raises(ValueError, match="expected a reference of 64 features, got 3 in "):
         quality.Evaluation(SHAPE, 10, num_samples=10, reference=str(tmp_path / "a.npz"))

@@ -211,6 +211,17 @@ def test_a_folder_with_something_of_a_run_is_refused(tmp_path):
         assert [(file.name, file.read_text()) for file in path.iterdir()] == [(name, "earlier")]
 
 
+def test_a_run_that_raises_says_how_far_it_came(tmp_path):
+    def end(self):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path / "run", [1.0] * 6, events={4: end})
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["outcome"], summary["iterations"]) == ("failed", 3)
+    assert summary["reason"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+
+
 def test_training_goes_on_where_the_disk_does_not(tmp_path, monkeypatch, capsys):
     """A disk that is full for a while costs the snapshots of that while; every file is whole at any time."""
     fsync = os.fsync
@@ -225,8 +236,9 @@ def test_training_goes_on_where_the_disk_does_not(tmp_path, monkeypatch, capsys)
     settings = TrainConfig(iterations=10, batch_size=10, log_every=10, snapshots=10)
     summary, _, weights = run(tmp_path / "run", [1.0] * 10, events={4: full, 8: free}, settings=settings)
     assert summary["outcome"] == "complete" and weights["iteration"] == 10
-    assert capsys.readouterr().out.count("not written: [Errno 28] No space left on device; training goes on") == 1
-    assert not list((tmp_path / "run").glob("*.partial"))
+    notice = f"not written: [Errno 28] No space left on device: '{tmp_path}/run/weights.json'; training goes on"
+    assert capsys.readouterr().out.count(notice) == 1
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_result_that_cannot_be_written_is_one_line(tmp_path, capsys):

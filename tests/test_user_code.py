@@ -168,6 +168,20 @@ def test_the_command_says_it_in_one_line(code, capsys):
     assert exit_.value.code == 2 and re.match(r"fastdmd.train: error: .* got SystemExit: 0 \(.*, line 1\)$", error)
 
 
+def test_a_network_that_fails_later_is_one_line(code, tmp_path, capsys):
+    """At a batch of another size than that which it was tried with."""
+    name = code(NETWORK.replace("return super", "assert len(x) == 3, 'three'; return super"))
+    with pytest.raises(SystemExit) as exit_, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sample.main([name, "--parameterization", "x0", "--num", "4", "--out", str(tmp_path / "a.png")])
+    error = capsys.readouterr().err
+    expected = (
+        r"fastdmd.sample: error: fastdmd.quality: expected Mine to sample \(4, 1, 8, 8\), got AssertionError: three"
+    )
+    assert exit_.value.code == 2 and re.fullmatch(expected + r" \(\S+, line 11\)\n", error), error
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_what_is_no_error_of_the_code_passes():
     with pytest.raises(KeyboardInterrupt), user_code("teachers", "nothing"):
         raise KeyboardInterrupt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 from fastdmd import _native, ops, terminal
@@ -9,6 +11,7 @@ from fastdmd import _native, ops, terminal
 
 @terminal.command("fastdmd.ops")
 def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser("python -m fastdmd.ops", description=__doc__).parse_args(arguments)
     try:
         ops.require_environment()
     except ValueError as error:
