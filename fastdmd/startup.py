@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-from fastdmd import cores, interrupts
+from fastdmd import interrupts
 
 # Of OpenMP and of the runtimes that a torch may come with. Whoever sets one of them has decided.
 THREAD_SETTINGS = (
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_DYNAMIC", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_SPINCOUNT",
     "GOMP_CPU_AFFINITY", "KMP_BLOCKTIME", "KMP_AFFINITY",
 )  # fmt: skip
-SPIN_COUNT = 10_000
+SPIN_COUNT = 5000
 
 
 def prepare(command: str) -> None:
@@ -24,7 +24,9 @@ def prepare(command: str) -> None:
 
 
 def settle_threads() -> None:
-    """Threads that wait for each other soon give up their core, and leave cores that others use (`fastdmd.cores`)."""
+    """A thread that waits for another soon gives up its core, which that one may be waiting for.
+
+    GNU's OpenMP would spin for 0.1 s or more. The number of threads, and with it every rounding, stays.
+    """
     if not any(name in os.environ for name in THREAD_SETTINGS):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
-        cores.share()
