@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_step [--preset mnist] [--device cpu] [--batch-size 128] [--precision fp32] [--json FILE]
 
-One network, one batch, one run, alternating: fastdmd, the textbook loop, with --compiled the fair compiled loop, and
-the convolutions and matrix products of fastdmd's cycle alone (the floor). Medians; ratios are medians of the rounds'
-ratios. Weights and data are random, so that it runs anywhere. On a CPU each has a process of its own, so that what one
-asks of threads and memory (`fastdmd.machine`) is no other's.
+One network, one batch, one run: fastdmd, the textbook loop, with --compiled the fair compiled loop, and the
+convolutions and matrix products of fastdmd's cycle alone (the floor). Medians; ratios are medians of the rounds'
+ratios. Weights and data are random, so that it runs anywhere. Each has a process of its own, so that what one asks of
+threads, memory and arithmetic (`fastdmd.machine`) is no other's. On a CPU they alternate; on a GPU, whose memory may
+not hold them all, each is made, timed and closed before the next.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from fastdmd.unet import UNet
 from fastdmd.unet_blocks import Conv3x3
 
 SUITE = [
-    {"preset": "mnist", "batch_size": 128, "ratio": 10}, {"preset": "cifar10-cond", "batch_size": 16, "ratio": 5},
-    {"preset": "cifar10-cond", "batch_size": 64, "ratio": 5}, {"preset": "imagenet64", "batch_size": 40, "ratio": 5},
+    {"preset": "mnist", "batch_size": 128, "ratio": 10}, {"preset": "cifar10-cond", "batch_size": 64, "ratio": 5},
+    {"preset": "cifar10-cond", "batch_size": 16, "ratio": 5}, {"preset": "imagenet64", "batch_size": 40, "ratio": 5},
 ]  # fmt: skip
 
 
@@ -59,6 +60,7 @@ class Loop:
         elif name == "textbook":
             self.model = textbook_like(config, teacher)
         else:
+            torch.backends.cudnn.benchmark = True  # as ours; the textbook loop has what PyTorch starts with
             self.model = textbook_like(config, teacher, FairDMD2, bfloat16=config.precision == "bf16")
 
     def cycle(self) -> float:
@@ -75,10 +77,16 @@ class Loop:
             torch.cuda.synchronize(self.device)
 
     def peak_bytes(self) -> int:
-        """Of this process: resident on a CPU, allocated on a GPU."""
+        """Of this process: resident on a CPU; on a GPU what another cycle takes, with the memory of its graphs."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.cycle()
+            return torch.cuda.max_memory_reserved(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def facts(self) -> dict:
+        return {}
 
 
 class FloorLoop:
@@ -250,46 +258,80 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def peak_bytes(name: str, arguments: argparse.Namespace) -> int:
     """Of one cycle in a process of its own."""
+    with opened(name, arguments) as loop:
+        loop.cycle()
+        return loop.peak_bytes()
+
+
+@contextlib.contextmanager
+def opened(name: str, arguments: argparse.Namespace):
     loop = Remote(name, arguments)
-    loop.cycle()
-    peak = loop.peak_bytes()
-    loop.close()
-    return peak
+    try:
+        yield loop
+    finally:
+        loop.close()
+
+
+def alternate(names: list[str], arguments: argparse.Namespace) -> tuple[dict, dict, dict]:
+    """Seconds of each loop's cycles, a cycle of each in turn; peak bytes; what each tells about itself."""
+    memory = {name: peak_bytes(name, arguments) for name in names if name != "floor"} if arguments.memory else {}
+    with contextlib.ExitStack() as stack:
+        loops = {name: stack.enter_context(opened(name, arguments)) for name in names}
+        for loop in loops.values():
+            loop.cycle(), loop.cycle()  # compiles, warms caches
+        seconds = {name: [] for name in names}
+        for _ in range(arguments.rounds):
+            for name, loop in loops.items():
+                time.sleep(0.1)  # until the threads of the one before no longer wait for work
+                seconds[name].append(loop.cycle())
+        return seconds, memory, {name: loop.facts() for name, loop in loops.items()}
+
+
+def one_by_one(names: list[str], arguments: argparse.Namespace) -> tuple[dict, dict, dict]:
+    """The same, each with the device to itself. One that fails is left out, and says why."""
+    seconds, memory, facts = {}, {}, {}
+    for name in names:
+        try:
+            with opened(name, arguments) as loop:
+                first = [loop.cycle() for _ in range(4)]  # compiles, chooses, captures
+                seconds[name] = [loop.cycle() for _ in range(arguments.rounds)]
+                print(f"  {name}: {statistics.median(seconds[name]):.4f} s a cycle, first {first[0]:.1f} s", flush=True)
+                if arguments.memory and name != "floor":
+                    memory[name] = loop.peak_bytes()
+                facts[name] = {**loop.facts(), "first_cycles": first}
+        except EOFError:
+            print(f"  {name}: its process ended with an error, see above", flush=True)
+    return seconds, memory, facts
 
 
 def benchmark(arguments: argparse.Namespace) -> dict:
     device = resolve_device(arguments.device)
-    names = ["textbook", *(["compiled"] if arguments.compiled else []), "fastdmd"]
-    memory = {name: peak_bytes(name, arguments) for name in names} if arguments.memory else {}
-    loops = {name: (Remote if device.type == "cpu" else make)(name, arguments) for name in [*names, "floor"]}
-    for loop in loops.values():
-        for _ in range(2 if device.type == "cpu" else 4):  # compiles, captures, warms caches
-            loop.cycle()
-    seconds = {name: [] for name in loops}
-    for _ in range(arguments.rounds):
-        for name, loop in loops.items():
-            time.sleep(0.1)  # until the threads of the one before no longer wait for work
-            seconds[name].append(loop.cycle())
-    facts, floor = loops["fastdmd"].facts(), loops["floor"].facts()
-    if device.type == "cpu":
-        for loop in loops.values():
-            loop.close()
+    names = ["textbook", *(["compiled"] if arguments.compiled else []), "fastdmd", "floor"]
+    measure = alternate if device.type == "cpu" else one_by_one
+    seconds, memory, facts = measure([name for name in names if name not in arguments.without], arguments)
+    floor = facts.get("floor", {})
 
     def ratio(one: str, other: str) -> float | None:
-        if one not in seconds:
+        if one not in seconds or other not in seconds:
             return None
         return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+
+    def utilisation() -> float | None:
+        if not {"fastdmd", "floor"} <= seconds.keys():
+            return None
+        return floor["flops"] / statistics.median(seconds["fastdmd"]) / floor["matmul_peak"]
 
     images = arguments.ratio * arguments.batch_size
     return {
         **describe(device.type),
         "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "suite")},
-        "images_per_second": {name: images / statistics.median(seconds[name]) for name in names},
+        "images_per_second": {k: images / statistics.median(v) for k, v in seconds.items() if k != "floor"},
         "ratio_to_textbook": ratio("textbook", "fastdmd"), "ratio_to_compiled": ratio("compiled", "fastdmd"),
         "time_over_floor": ratio("fastdmd", "floor"), "seconds_per_cycle": seconds,
-        "floor_layouts": floor["layouts"], "flops_per_cycle": floor["flops"],
-        "utilisation": floor["flops"] / statistics.median(seconds["fastdmd"]) / floor["matmul_peak"],
-        "peak_bytes": memory, **facts,
+        "first_cycles": {name: fact.pop("first_cycles") for name, fact in facts.items() if "first_cycles" in fact},
+        "floor_layouts": floor.get("layouts"), "flops_per_cycle": floor.get("flops"),
+        "matmul_peak": floor.get("matmul_peak"), "utilisation": utilisation(), "peak_bytes": memory,
+        **facts.get("fastdmd", {}),
     }  # fmt: skip
 
 
@@ -299,6 +341,8 @@ def table(result: dict) -> str:
         if result[key] is not None:
             lines.append(f"{key:<22}{result[key]:>6.2f}")
     for kind in ("seconds_by_part", "seconds_by_op"):
+        if kind not in result:
+            continue
         total = sum(result["seconds_by_part"].values())
         lines += [f"  {name[:44]:<46}{100 * seconds / total:>5.1f} %" for name, seconds in result[kind].items()]
     lines += [f"peak of {name:<10}{value / 1e6:>8.0f} MB" for name, value in result["peak_bytes"].items()]
@@ -315,6 +359,8 @@ def main() -> None:
     parser.add_argument("--execution", default="auto", choices=["auto", "eager", "compiled", "captured"])
     parser.add_argument("--rounds", type=int, default=5, help="timed cycles of each loop")
     parser.add_argument("--compiled", action="store_true", help="the fair compiled loop too (minutes on a CPU)")
+    parser.add_argument("--without", nargs="*", default=[], choices=["textbook", "fastdmd", "floor"], metavar="LOOP",
+                        help="leave out textbook, fastdmd or floor")  # fmt: skip
     parser.add_argument("--memory", action="store_true", help="peak memory too, each loop in a process of its own")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--suite", action="store_true", help="the settings of the GPU targets, one after the other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def describe(device: str) -> dict:
             return None
 
     commit, changed = output("git", "rev-parse", "--short", "HEAD"), output("git", "status", "--porcelain")
+    commit = commit or os.environ.get("FASTDMD_COMMIT")  # of a copy without its history
     if device == "cuda":
         name = torch.cuda.get_device_name()
         driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
