@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastdmd import _native
 
@@ -74,9 +75,13 @@ def _differentiate(name: str, backward: Callable | None, setup_context: Callable
     def recall(ctx, *grads):
         if backward is None:
             raise no_second_derivative(name)
+        # Where nobody differentiates the backward pass, its ops need not go through autograd's layer, which is Python's.
+        differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        below = contextlib.nullcontext() if differentiated else torch._C._AutoDispatchBelowAutograd()
         before = _BLOCKS.set(ctx.blocks)
         try:
-            return backward(ctx, *grads)
+            with below:
+                return backward(ctx, *grads)
         finally:
             _BLOCKS.reset(before)
 
