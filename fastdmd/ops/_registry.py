@@ -75,7 +75,7 @@ def _differentiate(name: str, backward: Callable | None, setup_context: Callable
     def recall(ctx, *grads):
         if backward is None:
             raise no_second_derivative(name)
-        # Where nobody differentiates the backward pass, its ops need not go through autograd's layer, which is Python's.
+        # Where nobody differentiates the backward pass, its ops need not go through autograd's layer in Python.
         differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
         below = contextlib.nullcontext() if differentiated else torch._C._AutoDispatchBelowAutograd()
         before = _BLOCKS.set(ctx.blocks)
