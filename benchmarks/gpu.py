@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [tests|ops|step|train]
 
-Needs Python, torch, nvcc and pytest (pytest-benchmark for `ops`, the package's dependencies for `train`). Builds the
-native libraries in place and writes `benchmarks/results/<device>-<stage>.json`.
+Needs Python, torch, nvcc and pytest (the package's dependencies for `train`). Builds the native libraries in place and
+writes `benchmarks/results/<device>-<stage>.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.environment import ROOT, describe
 
 STAGES = {
     "tests": ["-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "tests"],
-    "ops": ["-m", "benchmarks.bench_ops", "--device", "cuda", "--json", "{json}"],
+    "ops": ["-m", "benchmarks.bench_kernels", "--json", "{json}"],
     "step": ["-m", "benchmarks.bench_step", "--device", "cuda", "--suite", "--json", "{json}"],
     "train": ["-m", "fastdmd.train", "--device", "cuda", "--out", "{folder}/run"],
 }
