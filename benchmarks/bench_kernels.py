@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_kernels --json FILE [-k group_norm_silu] [--seconds 90]
 
-A row is an op, an implementation, a dtype and a shape: the seconds of a call inside of a CUDA graph, over inputs that no
-cache holds (`benchmarks.gpu_timer`); the bytes it must move (`kernel_cases.bytes_moved`); their rate, also in percent of
-that of a copy of 256 MB (read and written); how far its results are from the reference's, relative L2. What raises,
+A row is an op, an implementation, a dtype and a shape: the seconds of a call inside of a CUDA graph, over inputs that
+no cache holds (`benchmarks.gpu_timer`); the bytes it must move (`kernel_cases.bytes_moved`); their rate, also as a part
+of that of a copy of 256 MB (read and written); how far its results are from the reference's, relative L2. What raises,
 hangs or comes too late for `--seconds` is a row that says so. Everything is compiled before, in parallel.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
@@ -42,8 +43,12 @@ def time_calls(calls: Sequence[Callable]) -> dict:
 
 def _capture(calls: Sequence[Callable]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        results = [call() for call in calls]
+    gc.disable()  # what it frees, such as an earlier graph, may be forbidden while one is captured
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            results = [call() for call in calls]
+    finally:
+        gc.enable()
     del results
     graph.instantiate()
     return graph

@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEGABYTES = (64, 256)  # of a tensor
 IMAGE_OPS = ("add_noise", "add_noise_rng", "dm_loss", "fake_loss", "scale_gradient")
 GROUP_NORM_OPS = ("group_norm_silu", "group_norm_silu_backward")
-# Channels and size of feature maps: of ADM at ImageNet-64, whose decoder joins two of 576, and of EDM's CIFAR-10 network.
+# Channels and size of feature maps: of ADM at ImageNet-64, whose decoder joins two of 576, and of EDM's at CIFAR-10.
 FEATURE_MAPS = ((192, 64), (384, 32), (576, 16), (768, 8), (1152, 16), (128, 32), (256, 16))
 REAL_IMAGES = ((40, 3, 64, 64), (64, 3, 32, 32))
 REAL_FEATURE_MAPS = ((40, 384, 32, 32), (64, 256, 16, 16))
@@ -45,7 +45,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Those of the largest tensors first among equals; real batches last."""
+    """Every op on large tensors and on real batches."""
     found = []
     for op in IMAGE_OPS:
         for megabytes in MEGABYTES:
@@ -132,14 +132,14 @@ def bytes_moved(op: str, given: tuple, returned: tuple[Tensor, ...]) -> int:
 
 
 def bind(case: Case, implementation: str, given: tuple, device: str) -> Callable:
-    """A call without arguments. Raises KeyError for an implementation that is not there."""
+    """A call without arguments. Raises RuntimeError for an implementation that is not there."""
     if implementation in ("eager", "foreach"):
         return _eager(case, given, implementation)
     if implementation == "compiled":
         return functools.partial(_compiled(case.op), *given)
     found = ops.implementations(case.op, device)
     if implementation not in found:
-        raise KeyError(ops.unavailable(case.op, device)[implementation])
+        raise RuntimeError(ops.unavailable(case.op, device)[implementation])
     return functools.partial(found[implementation], *given)
 
 

@@ -17,9 +17,8 @@ from benchmarks.worker import Worker
 def tiny(case):
     """The same case with few elements."""
     if case.op == "adamw_ema_":
-        return dataclasses.replace(case, shape=(1003,))
-    C = case.shape[1]
-    return dataclasses.replace(case, shape=(3, C, 4, 4))
+        return dataclasses.replace(case, shape=(1003,), compiled=False)
+    return dataclasses.replace(case, shape=(3, case.shape[1], 4, 4), compiled=False)
 
 
 ON_A_GPU = ("triton", "native", "compiled")
@@ -86,6 +85,67 @@ def test_sizes():
         itemsize = 4 if case.op == "adamw_ema_" else kernel_cases.DTYPES[case.dtype].itemsize
         size = math.prod(case.shape) * itemsize / 1e6
         assert case.shape in real or min(abs(size - 64), abs(size - 256)) < 3
+
+
+class FakeGraph:
+    """Stands for a CUDA graph and its capture; replaying one takes a tick of the clock for every call in it."""
+
+    clock, current, capturable = 0, None, True
+
+    def __init__(self, keep_graph):
+        assert keep_graph
+        self.calls = 0
+
+    @contextlib.contextmanager
+    def capture(self, stream):
+        assert stream == "stream"
+        FakeGraph.current = self
+        yield
+        FakeGraph.current = None
+        if not FakeGraph.capturable:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    def instantiate(self):
+        pass
+
+    def replay(self):
+        FakeGraph.clock += self.calls
+
+    @staticmethod
+    def call():
+        if FakeGraph.current is None:
+            FakeGraph.clock += 10
+        else:
+            FakeGraph.current.calls += 1
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = FakeGraph.clock
+
+    def elapsed_time(self, other):
+        return other.time - self.time
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_the_timer(capturable, monkeypatch):
+    """Milliseconds of one call, in a graph or, if that fails, launched."""
+    monkeypatch.setattr(FakeGraph, "capturable", capturable)
+    monkeypatch.setattr(gpu_timer, "num_nodes", lambda graph: 2 * graph.calls)
+    for name, value in {
+        "CUDAGraph": FakeGraph, "Event": FakeEvent, "graph": FakeGraph.capture, "synchronize": lambda: None,
+        "current_stream": lambda: "stream",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    timed = gpu_timer.time_calls([FakeGraph.call] * 3)
+    assert timed["calls"] == 3
+    assert timed["seconds"] == pytest.approx(1e-3 if capturable else 1e-2)
+    assert timed["launches"] == (2 if capturable else None)
+    assert timed["method"] == ("graph" if capturable else "launches, no graph: operation not permitted")
+    assert timed["replays"] == (13 if capturable else 5)  # of 3 and 30 ms
 
 
 def test_sets_outgrow_the_cache():
