@@ -183,11 +183,12 @@ def main() -> None:
     fact("matmul", measure_matmul)
     for compiled in (False, True):  # these take longest, and come last
         for case in chosen:
-            for implementation in case.implementations:
-                if (implementation == "compiled") == compiled:
-                    report.add(case, implementation, _attempt(worker, end, measure, case, implementation))
-            report.write()
-            print(f"{end - time.monotonic():4.0f} s left: {case}", flush=True)
+            names = [name for name in case.implementations if (name == "compiled") == compiled]
+            for implementation in names:
+                report.add(case, implementation, _attempt(worker, end, measure, case, implementation))
+            if names:
+                report.write()
+                print(f"{end - time.monotonic():4.0f} s left: {case} {', '.join(names)}", flush=True)
     fact("copy_afterwards", measure_copy)
     worker.close()
     report.write()

@@ -121,7 +121,7 @@ def bytes_moved(op: str, given: tuple, returned: tuple[Tensor, ...]) -> int:
     and 2 of the gradient's dtype, and the copy written.
     """
 
-    def total(tensors) -> int:  # fmt: skip
+    def total(tensors) -> int:
         return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
     if op == "adamw_ema_":
@@ -143,13 +143,13 @@ def bind(case: Case, implementation: str, given: tuple, device: str) -> Callable
     return functools.partial(found[implementation], *given)
 
 
-def _noisy(x, sigma, rng_state, scale, dtype):
+def _add_noise_rng(x, sigma, rng_state, scale, dtype):
     return eager.add_noise(x, sigma)
 
 
 @functools.cache
 def _compiled(op: str) -> Callable:
-    return torch.compile(_noisy if op == "add_noise_rng" else reference(op), dynamic=False)
+    return torch.compile(_add_noise_rng if op == "add_noise_rng" else reference(op), dynamic=False)
 
 
 def _eager(case: Case, given: tuple, implementation: str) -> Callable:
@@ -169,9 +169,12 @@ def _eager(case: Case, given: tuple, implementation: str) -> Callable:
         with torch.enable_grad():
             y = _group_norm_silu(*inputs)
         return lambda: torch.autograd.grad(y, inputs, grad_y, retain_graph=True)
-    function = {"add_noise_rng": _noisy, "add_noise": lambda x, sigma, noise, *_: x + sigma.to(x.dtype)[
-        :, None, None, None] * noise}.get(case.op, reference(case.op))  # fmt: skip
+    function = {"add_noise": _add_noise, "add_noise_rng": _add_noise_rng}.get(case.op, reference(case.op))
     return lambda: function(*given)
+
+
+def _add_noise(x, sigma, noise, scale, dtype):
+    return x + sigma.to(dtype)[:, None, None, None] * noise
 
 
 def _group_norm_silu(x, weight, bias):
