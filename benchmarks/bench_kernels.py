@@ -125,7 +125,7 @@ class Report:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """A line a case: percent of the copy bandwidth by implementation, then launches and error of ours."""
+    """A line a case: percent of the copy bandwidth by implementation; of ours time, launches, errors; then failures."""
     names = ("eager", "foreach", "compiled", "triton", "native")
     by_case: dict[tuple, dict[str, dict]] = {}
     for row in rows:
@@ -138,15 +138,18 @@ def table(rows: Sequence[dict]) -> str:
         ours = [found.get(name, {}) for name in names[-2:]]
         seconds = min((row["seconds"] for row in ours if "seconds" in row), default=math.nan)
         launches = "/".join(f"{row.get('launches') or math.nan:g}" for row in ours)
-        error = max(
-            (row["error_of_result"] for row in ours if row.get("error_of_result") is not None), default=math.nan
-        )
+        errors = [row["error_of_result"] for row in ours if row.get("error_of_result") is not None]
+        error = max(errors, key=lambda e: (math.isnan(e), e), default=math.nan)
         order = "cl" if layout == "channels_last" else ""
         lines.append(f"{op:<25}{dtype:<9}{shape:<16}{order:<3}{cells}{seconds * 1e6:>7.1f} {launches:>7} {error:>8.0e}")
-    errors = [
-        f"{r['op']} {r['dtype']} {r['shape']} {r['implementation']}: {r['failed']}" for r in rows if "failed" in r
-    ]
-    return "\n".join([*lines, *(line[:160] for line in errors[:12])])
+    failed: dict[str, list[str]] = {}
+    for row in rows:
+        if "failed" in row:
+            name = f"{row['implementation']} {row['op']} {row['dtype']} {'x'.join(map(str, row['shape']))}"
+            failed.setdefault(row["failed"], []).append(name)
+    for reason, names in list(failed.items())[:12]:
+        lines.append(f"failed {len(names)}, {names[0]}: {reason}"[:240])
+    return "\n".join(lines)
 
 
 def _percent(row: dict | None) -> str:
