@@ -148,7 +148,7 @@ def table(rows: Sequence[dict]) -> str:
             name = f"{row['implementation']} {row['op']} {row['dtype']} {'x'.join(map(str, row['shape']))}"
             failed.setdefault(row["failed"], []).append(name)
     for reason, names in list(failed.items())[:12]:
-        lines.append(f"failed {len(names)}, {names[0]}: {reason}"[:240])
+        lines.append(f"failed {len(names)}, {names[0]}: {reason}"[:160])
     return "\n".join(lines)
 
 

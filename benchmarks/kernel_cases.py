@@ -53,6 +53,8 @@ def cases() -> list[Case]:
                 batch = round(megabytes * 1e6 / (3 * 64 * 64 * dtype.itemsize))
                 found.append(Case(op, name, (batch, 3, 64, 64), compiled=name == "float32" and megabytes == 64))
         found += [Case(op, name, shape) for shape in REAL_IMAGES for name in DTYPES]
+    for megabytes in MEGABYTES:
+        found += [Case("adamw_ema_", name, (megabytes * 250_000,), compiled=megabytes == 64) for name in DTYPES]
     for op in GROUP_NORM_OPS:
         for name, dtype in DTYPES.items():
             for C, size in FEATURE_MAPS:
@@ -61,8 +63,6 @@ def cases() -> list[Case]:
                 if C == 384:
                     found.append(Case(op, name, (batch, C, size, size)))
         found += [Case(op, "bfloat16", shape, True) for shape in REAL_FEATURE_MAPS]
-    for megabytes in MEGABYTES:
-        found += [Case("adamw_ema_", name, (megabytes * 250_000,), compiled=megabytes == 64) for name in DTYPES]
     return found
 
 
