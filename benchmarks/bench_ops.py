@@ -1,10 +1,10 @@
 """Times every implementation of every op beside eager PyTorch, the compiled eager code and a copy of the same bytes.
 
-    python -m benchmarks.bench_ops [--device cpu] [--json out.json] [-k dm_loss]
+    python -m benchmarks.bench_ops [--json out.json] [-k dm_loss]
 
-One thread on a CPU, minima; each measurement is a pytest-benchmark test. The table gives nanoseconds per element,
+On a CPU, one thread, minima; each measurement is a pytest-benchmark test. The table gives nanoseconds per element,
 percent of the copy bandwidth that was measured in the same run, and the ratio to eager; the JSON holds the same with
-commit, device and versions.
+commit, device and versions. `benchmarks.bench_kernels` does that on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -21,38 +20,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks import eager
 from benchmarks.environment import describe
 from fastdmd import ops
 
-DEVICE = os.environ.get("FASTDMD_BENCH_DEVICE", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Images of 3 x 64 x 64: 2, 8 and 25 MB of float32 a tensor on a CPU; 64 and 256 MB on a GPU.
-BATCHES = [40, 160, 512] if DEVICE == "cpu" else [1365, 5461]
+BATCHES = [40, 160, 512]  # of images of 3 x 64 x 64: 2, 8 and 25 MB of float32
 NUM_PARAMETERS = 2_000_000  # in 200 tensors
 
 
-class Eager:
-    """What one would write without fastdmd."""
-
-    def add_noise(x, sigma):
-        return x + sigma.to(x.dtype)[:, None, None, None] * torch.randn_like(x)
-
-    def dm_loss(x_gen, D_real, D_fake):
-        with torch.no_grad():
-            p_real, p_fake = x_gen - D_real, x_gen - D_fake
-            grad = torch.nan_to_num((p_real - p_fake) / p_real.abs().mean(dim=(1, 2, 3), keepdim=True))
-        return 0.5 * F.mse_loss(x_gen, (x_gen - grad).detach())
-
-    def fake_loss(D_fake, x_gen, sigma):
-        weight = (sigma**-2 + 4).to(x_gen.dtype)[:, None, None, None]
-        return (weight * (D_fake - x_gen) ** 2).mean()
-
-    def group_norm_silu(x, weight, bias):
-        return F.silu(F.group_norm(x, 16, weight, bias, 1e-5))
-
-
 class Fused:
-    """The same through the public functions."""
+    """The functions of `benchmarks.eager` through the public ones."""
 
     def add_noise(x, sigma, state):
         return ops.add_noise(x, sigma, rng_state=state)
@@ -67,25 +45,14 @@ class Fused:
 TRAFFIC = {"add_noise": 2, "dm_loss": 4, "fake_loss": 3, "group_norm_silu": 2 + 3, "adamw_ema_": 10}
 
 
-def with_gradient(function, differentiated):
-    """Forward, and backward to the first arguments, as one call; nothing is accumulated."""
-
-    def call(*arguments):
-        result = function(*arguments)
-        grad = None if result.dim() == 0 else torch.ones_like(result)
-        return torch.autograd.grad(result, arguments[:differentiated], grad)
-
-    return call
-
-
 def image_arguments(op, dtype, batch):
     generator = torch.Generator().manual_seed(0)
 
     def image(channels=3, size=64):
         x = torch.randn(batch, channels, size, size, generator=generator)
-        return x.to(DEVICE, dtype)
+        return x.to(dtype)
 
-    sigma = (torch.rand(batch, generator=generator) + 0.1).to(DEVICE)
+    sigma = torch.rand(batch, generator=generator) + 0.1
     if op == "add_noise":
         return (image(), sigma), 0
     if op == "dm_loss":
@@ -94,29 +61,24 @@ def image_arguments(op, dtype, batch):
         return (image().requires_grad_(), image(), sigma), 1
     # A feature map of the same size in bytes: 48 channels at 16 x 16.
     x = image(48, 16).to(memory_format=torch.channels_last).requires_grad_()
-    return (x, *(torch.randn(48).to(DEVICE, dtype).requires_grad_() for _ in range(2))), 3
+    return (x, *(torch.randn(48).to(dtype).requires_grad_() for _ in range(2))), 3
 
 
 def time_it(benchmark, call, *, elements, element_size, op, variant, dtype):
-    def synchronised():
-        call()
-        if DEVICE != "cpu":
-            torch.cuda.synchronize()
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        synchronised()  # compiles, chooses, allocates
+        call()  # compiles, chooses, allocates
         benchmark.extra_info.update(
             op=op, variant=variant, dtype=dtype, elements=elements, bytes=TRAFFIC.get(op, 2) * elements * element_size
         )  # fmt: skip
-        benchmark.pedantic(synchronised, rounds=15, iterations=max(1, int(2e6 / elements)), warmup_rounds=2)
+        benchmark.pedantic(call, rounds=15, iterations=max(1, int(2e6 / elements)), warmup_rounds=2)
     finally:
         torch.set_num_threads(threads)
 
 
 def variants(op):
-    return ["eager", "compiled", *ops.implementations(op, DEVICE)]
+    return ["eager", "compiled", *ops.implementations(op)]
 
 
 @pytest.fixture
@@ -140,30 +102,29 @@ def stack():
 )  # fmt: skip
 def test_images(benchmark, op, variant, dtype, batch, stack):
     if op == "copy":
-        x = torch.randn(batch, 3, 64, 64).to(DEVICE, DTYPES[dtype])
+        x = torch.randn(batch, 3, 64, 64).to(DTYPES[dtype])
         y = torch.empty_like(x)
         call, elements = (lambda: y.copy_(x)), x.numel()
     else:
         arguments, differentiated = image_arguments(op, DTYPES[dtype], batch)
         elements = arguments[0].numel()
         if variant in ("eager", "compiled"):
-            function = getattr(Eager, op)
+            function = getattr(eager, op)
         else:
-            stack.enter_context(ops.use_backend(variant, DEVICE))
+            stack.enter_context(ops.use_backend(variant))
             function = getattr(Fused, op)
             if op == "add_noise":
-                arguments = (*arguments, ops.rng_state(0, device=DEVICE))
+                arguments = (*arguments, ops.rng_state(0))
         if variant == "compiled":
             torch._dynamo.reset()
             function = torch.compile(function, dynamic=False)
         if differentiated:
-            function = with_gradient(function, differentiated)
+            function = eager.with_gradient(function, differentiated)
         call = lambda: function(*arguments)  # noqa: E731
     size = torch.finfo(DTYPES[dtype]).bits // 8
     time_it(benchmark, call, elements=elements, element_size=size, op=op, variant=variant, dtype=dtype)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU leaves it to torch")
 @pytest.mark.parametrize("variant", ["eager", "native"])
 @pytest.mark.parametrize(("C_in", "C_out", "size"), [(48, 48, 14), (96, 96, 14), (96, 96, 7), (192, 96, 7)])
 def test_convolution(benchmark, C_in, C_out, size, variant):
@@ -173,7 +134,7 @@ def test_convolution(benchmark, C_in, C_out, size, variant):
     weight = torch.randn(C_out, C_in, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
     bias = torch.randn(C_out, requires_grad=True)
     function = ops.conv3x3 if variant == "native" else lambda *arguments: F.conv2d(*arguments, padding=1)
-    call = with_gradient(function, 3)
+    call = eager.with_gradient(function, 3)
     name = f"conv3x3 {C_in}-{C_out} {size}"
     time_it(benchmark, lambda: call(x, weight, bias), elements=x.numel(), element_size=4, op=name, variant=variant,
             dtype="float32")  # fmt: skip
@@ -182,22 +143,14 @@ def test_convolution(benchmark, C_in, C_out, size, variant):
 @pytest.mark.parametrize("variant", variants("adamw_ema_")[:1] + variants("adamw_ema_")[2:])
 def test_optimizer(benchmark, variant, stack):
     n, num_tensors = NUM_PARAMETERS, 200
+    param, grad, ema = (torch.randn(n) for _ in range(3))
+    moments = torch.zeros(2, n)
+    step, learning_rate = torch.zeros(1, dtype=torch.int64), torch.tensor(1e-4)
     if variant == "eager":
-        parameters = [torch.randn(n // num_tensors, device=DEVICE, requires_grad=True) for _ in range(num_tensors)]
-        average = [p.detach().clone() for p in parameters]
-        for p in parameters:
-            p.grad = torch.randn_like(p)
-        adamw = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-        def call():
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            adamw.step()
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.001)
+        adamw = eager.AdamW(param, grad, *moments, step, learning_rate, ema, None, num_tensors=num_tensors, fused=True)
+        call = lambda: adamw(1.0)  # noqa: E731
     else:
-        stack.enter_context(ops.use_backend(variant, DEVICE))
-        param, grad, ema = (torch.randn(n, device=DEVICE) for _ in range(3))
-        moments = torch.zeros(2, n, device=DEVICE)
-        step, learning_rate = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.tensor(1e-4, device=DEVICE)
+        stack.enter_context(ops.use_backend(variant))
 
         def call():
             ops.adamw_ema_(param, grad, *moments, step, learning_rate, ema=ema, max_grad_norm=1.0)
@@ -238,16 +191,14 @@ class Report:
         results = [{**b.extra_info, "seconds": b.stats.min, "median_seconds": b.stats.median} for b in measured]
         terminalreporter.write_line("\n" + table(results))
         if self.path:
-            Path(self.path).write_text(json.dumps({**describe(DEVICE), "threads": 1, "results": results}, indent=1))
+            Path(self.path).write_text(json.dumps({**describe("cpu"), "threads": 1, "results": results}, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("-k", default="", help="only what matches, as in pytest")
     arguments = parser.parse_args()
-    os.environ["FASTDMD_BENCH_DEVICE"] = arguments.device
     options = [__file__, "-q", "-p", "no:cacheprovider", "-W", "ignore", "--benchmark-quiet", "-k", arguments.k]
     sys.exit(pytest.main(options, plugins=[Report(arguments.json)]))
 
