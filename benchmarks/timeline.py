@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.bench_step import SUITE, Loop, matmul_peak
 from benchmarks.environment import describe
 from benchmarks.gpu_trace import read_trace, summarize
-from fastdmd.unet_blocks import Conv3x3
 
 DEFAULTS = {setting["preset"]: setting for setting in SUITE}
 TURNS = ("_generator_turn", "_guidance_turn", "_generation")
@@ -146,25 +145,14 @@ def recorded_cycle(loop: Loop) -> dict:
 def cycle_flops(arguments: argparse.Namespace) -> int:
     """Of the convolutions, matrix products and attention of an eager cycle."""
     loop = Loop("fastdmd", arguments, execution="eager")
-    for network in (loop.model.teacher, loop.model.generator, loop.model.fake_score):
-        for module in network.modules():
-            if isinstance(module, Conv3x3):
-                module.__class__ = torch.nn.Conv2d  # which the counter knows
     with FlopCounterMode(display=False) as flops:
         loop.cycle()
     return flops.get_total_flops()
 
 
-def measure(arguments: argparse.Namespace, save: Callable[[dict], None]) -> dict:
-    """Everything, the longest first; `save` gets what is known after each part, in case that a time limit comes."""
-    started = time.perf_counter()
-    loop = Loop("fastdmd", arguments)
-    on_gpu, dtype = loop.device.type == "cuda", loop.model.generator_optimizer.parameters[0].dtype
-    result = {
-        **describe(loop.device.type), "settings": {k: v for k, v in vars(arguments).items() if k != "json"},
-        "execution": loop.model.execution, "compute_dtype": str(dtype),
-        "set_up_seconds": time.perf_counter() - started,
-    }  # fmt: skip
+def watch(loop: Loop, num_iterations: int, result: dict, save: Callable[[dict], None]) -> None:
+    """Adds what the loop does; `save` gets what is known after each part, in case that a time limit comes."""
+    on_gpu = loop.device.type == "cuda"
     records = warm_up(loop)
     result["first_iteration_seconds"] = records[0]["seconds"]
     result["capture_seconds"] = {name: r["seconds"] for r in records for name in r["captured"]}  # of the iteration
@@ -172,21 +160,13 @@ def measure(arguments: argparse.Namespace, save: Callable[[dict], None]) -> dict
     if on_gpu:
         result["peak_allocated_bytes_of_warm_up"] = torch.cuda.max_memory_allocated(loop.device)
     save(result)
-    result["steady"] = steady(loop, arguments.iterations)
-    seconds = result["steady"]["seconds_per_cycle"]
+    result["steady"] = steady(loop, num_iterations)
     save(result)
     if on_gpu:
         result["cycle"] = recorded_cycle(loop)
+        seconds = result["steady"]["seconds_per_cycle"]
         result["idle_share_without_profiler"] = 1 - result["cycle"]["busy_us"] / 1e6 / seconds
         save(result)
-    result["matmul_peak"] = matmul_peak(loop.device, dtype)
-    del loop  # its memory is for the next
-    result["flops_per_cycle"] = cycle_flops(arguments)
-    rate = result["flops_per_cycle"] / seconds
-    nominal = rate / NOMINAL_FLOPS if re.search("H[12]00", result["device"]) else None
-    result["utilisation"] = {"of a large matrix product": rate / result["matmul_peak"], "of nominal": nominal}
-    save(result)
-    return result
 
 
 def faults(result: dict) -> list[str]:
@@ -256,10 +236,24 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
         if options.json and not options.json.parent.is_dir():
             raise ValueError(f"expected --json in a folder that is there, got {options.json}")
-        result = measure(options, save)
+        started = time.perf_counter()
+        loop = Loop("fastdmd", options)
     except ValueError as error:
         print(f"benchmarks.timeline: error: {error}", file=sys.stderr)
         return 2
+    device, dtype = loop.device, loop.model.generator_optimizer.parameters[0].dtype
+    result = {
+        **describe(device.type), "settings": {k: v for k, v in vars(options).items() if k != "json"},
+        "execution": loop.model.execution, "compute_dtype": str(dtype),
+        "set_up_seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    watch(loop, options.iterations, result, save)
+    del loop  # its memory is for the next
+    result["flops_per_cycle"], result["matmul_peak"] = cycle_flops(options), matmul_peak(device, dtype)
+    rate = result["flops_per_cycle"] / result["steady"]["seconds_per_cycle"]
+    nominal = rate / NOMINAL_FLOPS if re.search("H[12]00", result["device"]) else None
+    result["utilisation"] = {"of a large matrix product": rate / result["matmul_peak"], "of nominal": nominal}
+    save(result)
     print(table(result))
     found = faults(result)
     for fault in found:
