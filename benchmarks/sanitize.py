@@ -2,9 +2,9 @@
 
     python -m benchmarks.sanitize [--backend native|triton] [--tools memcheck racecheck synccheck] [--json FILE]
 
-Without a tool first: that run fills Triton's cache, and tells a wrong result from an illegal access. The caching
-allocator is off, so that an access behind the end of a tensor is one behind the end of its allocation. Exit code 1: a
-tool found something, or could not finish; 2: it is not there.
+Without a tool first, which tells a wrong result from an illegal access. The caching allocator is off, so that an access
+behind the end of a tensor is one behind the end of its allocation. Exit code 1: a tool found something, or could not
+finish; 2: it is not there.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from benchmarks.drive_kernels import CASES
 from benchmarks.environment import ROOT, describe
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -35,6 +37,21 @@ def find_sanitizer() -> str | None:
     toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
     folders = [os.environ.get("PATH", os.defpath), str(toolkit / "bin"), str(toolkit / "compute-sanitizer")]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+
+
+def fill_cache(driver: list[str], names: Iterable[str], seconds: float) -> None:
+    """Has Triton compile about 150 variants of its kernels, the ops side by side; errors come again in `run`."""
+    command, deadline = [sys.executable, *driver], time.perf_counter() + seconds
+    processes = [
+        subprocess.Popen([*command, "--op", name], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for name in names
+    ]
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def run(tool: str, sanitizer: str, driver: list[str], seconds: float) -> dict:
@@ -95,6 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     driver = ["-m", "benchmarks.drive_kernels", "--backend", options.backend]
     if options.small or options.backend == "triton":
         driver.append("--small")
+    if options.backend == "triton":
+        fill_cache(driver, CASES, options.seconds)
     environment, results = describe("cuda"), {}
     for tool in (PLAIN, *options.tools):
         result = results[tool] = run(tool, sanitizer, driver, options.seconds)

@@ -141,3 +141,9 @@ def test_a_run_that_takes_too_long_is_ended_with_its_children(fake_sanitizer):
     result = sanitize.run("racecheck", fake_sanitizer, ["-c", code], 1.5)
     assert result["exit_code"] is None and result["errors"] is None and result["seconds"] < 30
     assert not sanitize.passed("racecheck", result)
+
+
+def test_the_cache_is_filled_by_a_process_per_op(tmp_path):
+    code = f"import pathlib, sys, time; (pathlib.Path({str(tmp_path)!r}) / sys.argv[2]).touch(); time.sleep(600)"
+    sanitize.fill_cache(["-c", code], ["philox", "dm_loss"], 1.0)  # and ended
+    assert {path.name for path in tmp_path.iterdir()} == {"philox", "dm_loss"}
