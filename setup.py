@@ -53,10 +53,9 @@ class CMakeBuild(build_ext):
         return os.path.join(*package, f"lib{name}.so")
 
     def build_extension(self, extension):
-        """Builds one library; each fails alone. Nothing of an earlier build is left where one fails."""
+        """Builds one library; each fails alone, and leaves nothing of an earlier build."""
         file = Path(self.get_ext_fullpath(extension.name)).resolve()
-        for stale in (file, ROOT / self.get_ext_filename(extension.name)):
-            stale.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         name = extension.name.split(".")[1]
         try:
             self.build_library(name, file.parent)
@@ -65,6 +64,11 @@ class CMakeBuild(build_ext):
                 raise
             without = "native library, the ops will run in PyTorch" if name == "fastdmd_cpu" else "CUDA library"
             print(f"fastdmd: no {without}: {error}", file=sys.stderr)
+
+    def copy_extensions_to_source(self):
+        for extension in self.extensions:
+            (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def build_library(self, name: str, output: Path):
         import torch
