@@ -35,7 +35,6 @@ INTERPRETED = (
 # chunks of a sample change nothing but rounding.
 IN_THE_INTERPRETER = """
 import torch
-from packaging.version import Version
 from fastdmd.kernels import _common, dm_loss, fake_loss, group_norm_silu
 torch.manual_seed(0)
 _common.NUM_TICKETS = 2
