@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 LIBRARIES = {"cpu": "libfastdmd_cpu.so", "cuda": "libfastdmd_cuda.so"}
+MISSING = {"cpu": "no compiler was found", "cuda": "no nvcc of torch's CUDA version was found"}
 MODES = ("auto", "0", "1")  # of FASTDMD_NATIVE; 1 is for the build, which it lets fail
 
 
@@ -38,7 +39,7 @@ def load(device_type: str) -> str | None:
             return reason
     path = Path(__file__).parent / LIBRARIES[device_type]
     if not path.exists():
-        return "not built: no compiler was found at installation, or FASTDMD_NATIVE=0 was set"
+        return f"not built: {MISSING[device_type]} at installation, or FASTDMD_NATIVE=0 was set"
     try:
         torch.ops.load_library(path)
     except OSError as error:

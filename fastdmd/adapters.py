@@ -9,17 +9,17 @@ from numbers import Integral
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from fastdmd import diffusion
 from fastdmd.bounds import above, at_least
 from fastdmd.diffusion import per_sample
+from fastdmd.flags import Suppress, arg
 
 Parameterization = Literal["x0", "edm", "epsilon", "v", "flow"]
 NoiseSchedule = Literal["linear", "scaled_linear", "cosine", "squaredcos_cap_v2"]
 FLAGS = {"sigma_data": "teacher-sigma-data", "labels": "teacher-labels", "num_train_timesteps": "schedule-timesteps"}
-Timesteps = Annotated[int | None, at_least(2, 10**6), tyro.conf.arg(name=FLAGS["num_train_timesteps"])]
+Timesteps = Annotated[int | None, at_least(2, 10**6), arg(name=FLAGS["num_train_timesteps"])]
 SCHEDULE_OPTIONS = ("noise_schedule", "num_train_timesteps", "beta_start", "beta_end", "alphas_cumprod", "timesteps")
 FLOW_OPTIONS = ("velocity", "time_scale", "time_direction")
 MAX_VALUES, MAX_CLASSES, MAX_TIMESTEPS = 1 << 26, 1 << 20, 1 << 20  # of an image; far above any network in use
@@ -36,9 +36,9 @@ class AdapterOptions:
     """Channels, height, width. Default: the network's image_shape, or img_channels and img_resolution."""
     num_classes: Annotated[int | None, at_least(0, 2**20)] = None
     """0: no labels. Default: the network's num_classes or label_dim."""
-    labels: Annotated[Literal["int", "one_hot", "none"] | None, tyro.conf.arg(name=FLAGS["labels"])] = None
+    labels: Annotated[Literal["int", "one_hot", "none"] | None, arg(name=FLAGS["labels"])] = None
     """How it takes labels. Default: int, or one_hot where it has a label_dim."""
-    sigma_data: Annotated[float | None, above(0, 1e6), tyro.conf.arg(name=FLAGS["sigma_data"])] = None
+    sigma_data: Annotated[float | None, above(0, 1e6), arg(name=FLAGS["sigma_data"])] = None
     """Standard deviation of its data. Default: the network's sigma_data; without that 0.5, but for edm."""
     noise_schedule: NoiseSchedule | None = None
     """DDPM's, from sigma to timestep. Default for epsilon and v: linear. With x0, the network takes timesteps, too."""
@@ -48,7 +48,7 @@ class AdapterOptions:
     """First beta. Default: 1e-4, or 0.00085 for scaled_linear."""
     beta_end: Annotated[float | None, above(0, 1)] = None
     """Last beta. Default: 0.02, or 0.012 for scaled_linear."""
-    alphas_cumprod: Annotated[tuple[float, ...] | None, tyro.conf.Suppress] = None
+    alphas_cumprod: Annotated[tuple[float, ...] | None, Suppress] = None
     """The noise schedule itself, instead of its name."""
     timesteps: Literal["fractional", "integer"] | None = None
     """Whether timesteps between two integers are rounded. Default: fractional."""

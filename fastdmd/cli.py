@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import tyro
 
 from fastdmd import data, ops, outputs, terminal
 from fastdmd.adapters import Adapted
@@ -98,6 +97,8 @@ def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
 def parse(config_class: type[Config], command: str, arguments: list[str] | None = None,
           presets: dict[str, Config] | None = None) -> Config:  # fmt: skip
     """The preset that `--preset` names (or the first), with every other flag over it; checked."""
+    import tyro  # commands alone need it
+
     arguments = sys.argv[1:] if arguments is None else arguments
     with user_errors(command):
         default = None

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 
 from fastdmd import bounds
 from fastdmd.bounds import above, at_least, within
 from fastdmd.data.framing import Framing
 from fastdmd.data.labels import require_choice
 from fastdmd.diffusion import Denoiser
+from fastdmd.flags import FlagCreatePairsOff, OmitArgPrefixes, Positional
 from fastdmd.precision import resolve_execution, resolve_precision
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
 
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Switch = Annotated[bool, FlagCreatePairsOff]
+Adapter = Annotated[TeacherOptions, OmitArgPrefixes]
 Seed = Annotated[int, within(0, 2**32, below=True)]
 HeunSteps = Annotated[int, at_least(1, 10**4)]
 Iterations = Annotated[int, at_least(1, 10**9)]
@@ -87,7 +88,7 @@ class TrainConfig(EvaluationConfig):
     teacher: str | None = "mnist"
     """Weight file (.safetensors, or .pkl of EDM), folder of diffusers, package.module:name, or `mnist`: the embedded
     one."""
-    adapter: tyro.conf.OmitArgPrefixes[TeacherOptions] = NO_OPTIONS
+    adapter: Adapter = NO_OPTIONS
     out: Path | None = None
     """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
     iterations: Iterations = 1600
@@ -205,9 +206,9 @@ class TrainConfig(EvaluationConfig):
 class EvaluateConfig(EvaluationConfig):
     """Measure the samples of a generator (one step) or a teacher (Heun) against real images."""
 
-    weights: tyro.conf.Positional[str]
+    weights: Annotated[str, Positional]
     """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
-    adapter: tyro.conf.OmitArgPrefixes[TeacherOptions] = NO_OPTIONS
+    adapter: Adapter = NO_OPTIONS
     out: Path | None = None
     """Where to write the figures as JSON, too."""
 
@@ -221,9 +222,9 @@ class EvaluateConfig(EvaluationConfig):
 class SampleConfig:
     """Sample images from a generator (one step) or a teacher (Heun)."""
 
-    weights: tyro.conf.Positional[str]
+    weights: Annotated[str, Positional]
     """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
-    adapter: tyro.conf.OmitArgPrefixes[TeacherOptions] = NO_OPTIONS
+    adapter: Adapter = NO_OPTIONS
     out: Path = Path("samples.png")
     """A picture (.png), or images and labels as arrays (.npz); latents, of other than 1 or 3 channels, in float32."""
     num: Annotated[int, at_least(1, 2**31)] = 64

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
@@ -31,6 +30,7 @@ from fastdmd.checkpoint import METADATA_KEY, load_network, save_network
 from fastdmd.config import Switch
 from fastdmd.diffusion import random_generator
 from fastdmd.files import replacing, write_atomically
+from fastdmd.flags import Positional
 from fastdmd.quality import Sampler, balanced_labels, one_step_sampler
 from fastdmd.unet import UNet
 from fastdmd.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
@@ -45,7 +45,7 @@ ONNX_BYTES = 1_500_000_000  # protobuf ends at 2 GiB; beyond this PyTorch writes
 class ExportConfig:
     """Export a one-step generator, sampling included, and check what was written against it."""
 
-    weights: tyro.conf.Positional[Path]
+    weights: Annotated[Path, Positional]
     """Weight file of a generator (.safetensors)."""
     out: Path
     """A torch.export program (.pt2), an ONNX file (.onnx), or weights and configuration alone (.safetensors)."""

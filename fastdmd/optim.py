@@ -295,7 +295,8 @@ class AdamWEMA(FlatOptimizer):
     def _note_change(self) -> None:
         """The weights have other values: a graph from before raises in its backward pass."""
         torch.autograd.graph.increment_version([*self.parameters, *self._averages])
-        self._versions = [parameter._version for parameter in self.parameters]
+        # In place: torch 2.11 cannot trace the assignment in a compiled step.
+        self._versions[:] = [parameter._version for parameter in self.parameters]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. Hooks and what schedulers hang on `step` stay behind, as with torch's optimizers."""

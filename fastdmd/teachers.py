@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from fastdmd.adapters import Adapted, AdapterOptions, flag
 from fastdmd.checkpoint import ASSETS, load_network, load_weights
 from fastdmd.diffusion import per_sample, preconditioning
 from fastdmd.edm import from_edm
+from fastdmd.flags import arg
 from fastdmd.flat import check_network
 from fastdmd.imports import import_network, make_network, user_code
 from fastdmd.unet import UNet
@@ -41,7 +41,7 @@ TOLERATED_CHANGE, TOLERATED_ERROR = 0.5, 3.0
 class TeacherOptions(AdapterOptions):
     """How a teacher that is not fastdmd's is taken. README, 'Your own teacher', has the table."""
 
-    weights: Annotated[Path | None, tyro.conf.arg(name="teacher-weights")] = None
+    weights: Annotated[Path | None, arg(name="teacher-weights")] = None
     """State of a teacher given as package.module:name: .safetensors, or .pt without code. Default: as the code made
     it."""
     weights_key: str | None = None

@@ -148,6 +148,7 @@ def test_pretrain_learns_and_train_takes_its_teacher(tmp_path):
 
 def test_commands_work_from_anywhere(tmp_path):
     """Installed, with the embedded teacher, in a folder that knows nothing of the project."""
+    pytest.importorskip("tyro", reason="tyro is not installed")
     command = [sys.executable, "-m", "fastdmd.sample", "mnist", "--num", "1", "--teacher-steps", "2"]
     result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

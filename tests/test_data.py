@@ -93,7 +93,7 @@ def test_full_disk(tmp_path, monkeypatch):
         data.load(write_npz(tmp_path / "a.npz", images=pixels(1)), memory_limit_bytes=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_cuda_batches_equal_those_of_the_host(tmp_path, dataset, monkeypatch):
     on_device = data.load(tmp_path / "dataset.npz", device="cuda")
     assert on_device.images.is_cuda and on_device.labels.is_cuda

@@ -82,6 +82,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path):
 
 def test_commands_say_which_signal_ended_them(tmp_path):
     """During set-up, here in somebody's slow code: one line, nothing left behind."""
+    pytest.importorskip("tyro", reason="tyro is not installed")
     (tmp_path / "slow.py").write_text("import time, pathlib\npathlib.Path('there').touch()\ntime.sleep(60)\n")
     process = subprocess.Popen(
         [sys.executable, "-m", "fastdmd.train", "--teacher", "slow:Net", "--parameterization", "x0", "--out", "run"],

@@ -122,6 +122,7 @@ def test_a_weight_file_imports_nothing(tmp_path, capsys, monkeypatch):
 
 def test_code_in_the_working_directory_is_found(tmp_path):
     """Also where no `-m` puts it in the path; its flags resolve to a description of the network."""
+    pytest.importorskip("tyro", reason="tyro is not installed")
     (tmp_path / "my_code.py").write_text(
         "import torch\nclass Mine(torch.nn.Conv2d):\n"
         "    def __init__(self):\n        super().__init__(3, 3, 1)\n"

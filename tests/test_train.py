@@ -140,6 +140,7 @@ def test_a_generator_is_no_teacher(tmp_path, capsys):
 
 
 def test_ctrl_c_saves_what_was_reached(teacher_file, tmp_path):
+    pytest.importorskip("tyro", reason="tyro is not installed")
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fastdmd.train", "--teacher", str(teacher_file), "--out", str(out), *QUICK,
                "--iterations", "1000000", "--snapshots", "1"]  # fmt: skip

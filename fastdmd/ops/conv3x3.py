@@ -14,6 +14,7 @@ from fastdmd.ops._validate import check_images, check_tensor, check_vector, has_
 
 MIN_TILES = 64  # of 2x2 outputs
 CHANNELS = 16  # both numbers of channels must be multiples of it
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # torch 2.11 cannot trace the question whether a device has it
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,7 +42,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     if bias is not None:
         check_vector("conv3x3", "bias", bias, x, weight.shape[:1])
-    casts = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    casts = x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
