@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from fastdmd import dmd2
 from fastdmd.diffusion import Denoiser
 from fastdmd.dmd2 import Draws
+from fastdmd.execution import CapturedTurn, CompiledNetwork
 from fastdmd.optim import AdamWEMA
 from fastdmd.tally import Tally
-from fastdmd.unet import UNet
 
 EXECUTIONS = ("eager", "compiled", "captured")
-NUM_WARMUP_CALLS = 2  # of a captured turn: they validate, compile and allocate; the next one captures
+# Of torch.compile on a GPU; read when a DMD2 is made. CUDA graphs are "captured" execution's own.
+COMPILE_MODE = "max-autotune-no-cudagraphs"
 # Images in one no-grad forward of the generator, which serves several iterations where the batch is smaller. Measured
 # on two cores, 48-wide network: 8 images cost 1.5 ms each, 72 cost 1.1 ms, 128 the same.
 MAX_IMAGES_AHEAD = 128
@@ -232,9 +233,7 @@ class DMD2:
     def _executable(self, network: nn.Module) -> Denoiser:
         if self.execution == "eager":
             return network
-        mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else None
-        fullgraph = isinstance(network, UNet)  # what others wrote may break the graph, ours must not
-        return torch.compile(network, fullgraph=fullgraph, dynamic=False, mode=mode)
+        return CompiledNetwork(network, COMPILE_MODE if self.device.type == "cuda" else None)
 
     def _denoise_beside(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         """The teacher, on the side stream if there is one; `_denoise_and_join` waits for it."""
@@ -274,30 +273,3 @@ class _Ahead:
 
 def _mean(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).mean()
-
-
-class CapturedTurn:
-    """A turn as a CUDA graph: the first calls run it eagerly, the next one captures it, all others replay it.
-
-    The eager calls are iterations like any other; they run on the stream that will capture, so that every tensor that
-    outlives them belongs to it. The graph holds addresses: `run` must read and write the same buffers every time.
-    """
-
-    def __init__(self, run: Callable[[], None], device: torch.device, pool):
-        self._run, self._pool, self._num_calls = run, pool, 0
-        self._stream, self._graph = torch.cuda.Stream(device), None
-
-    def __call__(self) -> None:
-        self._num_calls += 1
-        current = torch.cuda.current_stream(self._stream.device)
-        if self._num_calls <= NUM_WARMUP_CALLS:
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                self._run()
-            current.wait_stream(self._stream)
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
-                self._run()
-        self._graph.replay()
