@@ -41,7 +41,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     if bias is not None:
         check_vector("conv3x3", "bias", bias, x, weight.shape[:1])
-    casts = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    # Dynamo of torch 2.11 cannot trace the question whether there is autocast; what is compiled for has it.
+    asks = torch.compiler.is_compiling() or torch.amp.is_autocast_available(x.device.type)
+    casts = asks and torch.is_autocast_enabled(x.device.type)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
