@@ -51,24 +51,36 @@ class CapturedTurn:
     """A turn as a CUDA graph: the first calls run it eagerly, the next one captures it, all others replay it.
 
     The eager calls are iterations like any other; they run on the stream that will capture, so that every tensor that
-    outlives them belongs to it. The graph holds addresses: `run` must read and write the same buffers every time.
+    outlives them belongs to it, as do the workspaces of cuBLAS, which are a stream's own. The graph holds addresses:
+    `run` must read and write the same buffers every time, and what it makes besides is not to be read after it.
+
+    So turns may share a `pool`, in whatever order they are replayed, but never two that run at the same time; and they
+    need to share the stream, since the allocator gives freed memory to the stream that it was of (notes of
+    `torch.cuda.graph`). Turns that do run at the same time need streams and pools of their own.
     """
 
-    def __init__(self, run: Callable[[], None], device: torch.device, pool):
-        self._run, self._pool, self._num_calls = run, pool, 0
-        self._stream, self._graph = torch.cuda.Stream(device), None
+    def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int]):
+        self._stream, self._pool = stream, pool
+        self._num_calls, self._graph = 0, None
 
-    def __call__(self) -> None:
-        self._num_calls += 1
+    def __call__(self, run: Callable[[], None]) -> None:
+        if self._graph is None and self._num_calls == NUM_WARMUP_CALLS:
+            self._graph = self._capture(run)
+        if self._graph is not None:
+            return self._graph.replay()  # on the current stream
         current = torch.cuda.current_stream(self._stream.device)
-        if self._num_calls <= NUM_WARMUP_CALLS:
-            self._stream.wait_stream(current)
+        self._stream.wait_stream(current)
+        try:
             with torch.cuda.stream(self._stream):
-                self._run()
+                run()
+        finally:  # after an error, too: others may use what it has begun to write
             current.wait_stream(self._stream)
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
-                self._run()
-        self._graph.replay()
+        self._num_calls += 1
+
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Nothing in here may wait for the device, or be compiled or chosen by measuring: warm-up calls did that."""
+        graph = torch.cuda.CUDAGraph()
+        # The outer block makes the device current, and ends where a failed capture leaves the inner one's stream.
+        with torch.cuda.stream(self._stream), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            run()
+        return graph

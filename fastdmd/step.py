@@ -72,7 +72,10 @@ class DMD2:
         self.execution = execution
         self.generator_tally = Tally(("loss_dm", "generator_grad_norm"), self.device)
         self.guidance_tally = Tally(("loss_fake", "fake_grad_norm"), self.device)
-        self._side_stream = torch.cuda.Stream(self.device) if execution == "captured" else None
+        self._stream = self._side_stream = None  # of the turns, and of what runs beside them
+        if execution == "captured":
+            self._stream, self._side_stream = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        self._captured: dict[str, CapturedTurn] = {}
         self._generator, self._teacher, self._fake_score = map(
             self._executable, (self.generator, self.teacher, self.fake_score)
         )
@@ -104,9 +107,23 @@ class DMD2:
             self._generate_ahead(step + 1, draws)  # beside the guidance turn, where there are streams
         self.guidance_optimizer.advance()
         self._guidance_turn()
+        self._join()  # before anybody changes the weights, or frees a model whose buffers are written beside
         return StepMetrics(*self.guidance_tally.latest, *(self.generator_tally.latest if moves else ()))
 
     # The turns. They read and write static buffers and nothing else, so that a CUDA graph can hold them.
+
+    def _generator_turn(self) -> None:
+        self._execute("generator", self._run_generator_turn)
+
+    def _guidance_turn(self) -> None:
+        self._execute("guidance", self._run_guidance_turn)
+
+    def _generation(self) -> None:
+        self._execute("generation", self._run_generation)
+
+    def _execute(self, name: str, run: Callable[[], None]) -> None:
+        turn = self._captured.get(name)  # holds no `run`, and so not this model: `del model` frees it
+        run() if turn is None else turn(run)
 
     def _run_generator_turn(self) -> None:
         """Moves the generator along the distribution-matching gradient; leaves x_gen."""
@@ -171,6 +188,13 @@ class DMD2:
             raise ValueError(
                 f"fastdmd.DMD2: expected a batch that {self.accumulation_steps} accumulation steps divide, got {B}"
             )
+        if self._side_stream is not None:  # what runs still reads the buffers and graphs that go now
+            torch.cuda.synchronize(self.device)
+            pool = torch.cuda.graph_pool_handle()
+            self._captured = {
+                "generator": CapturedTurn(self._stream, pool), "guidance": CapturedTurn(self._stream, pool),
+                "generation": CapturedTurn(self._side_stream, torch.cuda.graph_pool_handle()),
+            }  # fmt: skip
         fields = {field.name: getattr(draws, field.name) for field in dataclasses.fields(Draws)}
         fields = {name: None if value is None else torch.empty_like(value) for name, value in fields.items()}
         self._inputs = Draws(**fields)
@@ -190,13 +214,6 @@ class DMD2:
             None if value is None else value.new_empty((self._chunk * B, *value.shape[1:]))
             for value in (draws.noise, draws.noise, draws.class_labels)
         ))  # fmt: skip
-        pool = torch.cuda.graph_pool_handle() if self.execution == "captured" else None
-        self._generator_turn = self._turn(self._run_generator_turn, pool)
-        self._guidance_turn = self._turn(self._run_guidance_turn, pool)
-        self._generation = self._turn(self._run_generation, None)  # has its own memory: it runs beside the others
-
-    def _turn(self, run: Callable[[], None], pool) -> Callable[[], None]:
-        return CapturedTurn(run, self.device, pool) if self.execution == "captured" else run
 
     # Images for the iterations between generator turns.
 
@@ -208,8 +225,7 @@ class DMD2:
         index = (step % self.dfake_gen_update_ratio - 1) % self._chunk
         if self._chunk_start != step - index:  # the first iteration, or the first after a change
             self._generate_ahead(step - index, draws)
-        if self._side_stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
+        self._join()
         self._x_gen.copy_(self._ahead.x_gen.unflatten(0, (self._chunk, -1))[index])
 
     def _generate_ahead(self, start: int, draws: Callable[[int], Draws]) -> None:
@@ -245,9 +261,13 @@ class DMD2:
 
     def _denoise_and_join(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         D_fake = self._fake_score(x, sigma, class_labels)
+        self._join()
+        return D_fake
+
+    def _join(self) -> None:
+        """Lets what comes next wait for what runs beside."""
         if self._side_stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
-        return D_fake
 
 
 def _same_start(a: Draws, b: Draws) -> bool:
