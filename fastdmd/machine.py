@@ -1,4 +1,4 @@
-"""What a run asks of its machine, process-wide: threads, memory that stays, TF32 units, a place for compiled code."""
+"""What a run asks of its machine, process-wide: threads, memory that stays, units, a place for compiled code."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def prepare(device: torch.device, *, precision: str = "fp32", batch_size: int | 
     keep_compiled_code()
     if device.type == "cuda":
         set_float32_units(precision)
+        torch.backends.cudnn.benchmark = True  # the first call of a shape measures; a captured turn's are eager
     if device.type == "cpu":
         keep_freed_memory()
         use_faster_products()

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from fastdmd import dmd2
 from fastdmd.diffusion import Denoiser
 from fastdmd.dmd2 import Draws
+from fastdmd.execution import CapturedTurn, CompiledNetwork
 from fastdmd.optim import AdamWEMA
 from fastdmd.tally import Tally
-from fastdmd.unet import UNet
 
 EXECUTIONS = ("eager", "compiled", "captured")
-NUM_WARMUP_CALLS = 2  # of a captured turn: they validate, compile and allocate; the next one captures
+# Of torch.compile on a GPU; read when a DMD2 is made. CUDA graphs are "captured" execution's own.
+COMPILE_MODE = "max-autotune-no-cudagraphs"
 # Images in one no-grad forward of the generator, which serves several iterations where the batch is smaller. Measured
 # on two cores, 48-wide network: 8 images cost 1.5 ms each, 72 cost 1.1 ms, 128 the same.
 MAX_IMAGES_AHEAD = 128
@@ -71,7 +72,10 @@ class DMD2:
         self.execution = execution
         self.generator_tally = Tally(("loss_dm", "generator_grad_norm"), self.device)
         self.guidance_tally = Tally(("loss_fake", "fake_grad_norm"), self.device)
-        self._side_stream = torch.cuda.Stream(self.device) if execution == "captured" else None
+        self._stream = self._side_stream = None  # of the turns, and of what runs beside them
+        if execution == "captured":
+            self._stream, self._side_stream = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        self._captured: dict[str, CapturedTurn] = {}
         self._generator, self._teacher, self._fake_score = map(
             self._executable, (self.generator, self.teacher, self.fake_score)
         )
@@ -103,9 +107,23 @@ class DMD2:
             self._generate_ahead(step + 1, draws)  # beside the guidance turn, where there are streams
         self.guidance_optimizer.advance()
         self._guidance_turn()
+        self._join()  # before anybody changes the weights, or frees a model whose buffers are written beside
         return StepMetrics(*self.guidance_tally.latest, *(self.generator_tally.latest if moves else ()))
 
     # The turns. They read and write static buffers and nothing else, so that a CUDA graph can hold them.
+
+    def _generator_turn(self) -> None:
+        self._execute("generator", self._run_generator_turn)
+
+    def _guidance_turn(self) -> None:
+        self._execute("guidance", self._run_guidance_turn)
+
+    def _generation(self) -> None:
+        self._execute("generation", self._run_generation)
+
+    def _execute(self, name: str, run: Callable[[], None]) -> None:
+        turn = self._captured.get(name)  # holds no `run`, and so not this model: `del model` frees it
+        run() if turn is None else turn(run)
 
     def _run_generator_turn(self) -> None:
         """Moves the generator along the distribution-matching gradient; leaves x_gen."""
@@ -170,6 +188,13 @@ class DMD2:
             raise ValueError(
                 f"fastdmd.DMD2: expected a batch that {self.accumulation_steps} accumulation steps divide, got {B}"
             )
+        if self._side_stream is not None:  # what runs still reads the buffers and graphs that go now
+            torch.cuda.synchronize(self.device)
+            pool = torch.cuda.graph_pool_handle()
+            self._captured = {
+                "generator": CapturedTurn(self._stream, pool), "guidance": CapturedTurn(self._stream, pool),
+                "generation": CapturedTurn(self._side_stream, torch.cuda.graph_pool_handle()),
+            }  # fmt: skip
         fields = {field.name: getattr(draws, field.name) for field in dataclasses.fields(Draws)}
         fields = {name: None if value is None else torch.empty_like(value) for name, value in fields.items()}
         self._inputs = Draws(**fields)
@@ -189,13 +214,6 @@ class DMD2:
             None if value is None else value.new_empty((self._chunk * B, *value.shape[1:]))
             for value in (draws.noise, draws.noise, draws.class_labels)
         ))  # fmt: skip
-        pool = torch.cuda.graph_pool_handle() if self.execution == "captured" else None
-        self._generator_turn = self._turn(self._run_generator_turn, pool)
-        self._guidance_turn = self._turn(self._run_guidance_turn, pool)
-        self._generation = self._turn(self._run_generation, None)  # has its own memory: it runs beside the others
-
-    def _turn(self, run: Callable[[], None], pool) -> Callable[[], None]:
-        return CapturedTurn(run, self.device, pool) if self.execution == "captured" else run
 
     # Images for the iterations between generator turns.
 
@@ -207,8 +225,7 @@ class DMD2:
         index = (step % self.dfake_gen_update_ratio - 1) % self._chunk
         if self._chunk_start != step - index:  # the first iteration, or the first after a change
             self._generate_ahead(step - index, draws)
-        if self._side_stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
+        self._join()
         self._x_gen.copy_(self._ahead.x_gen.unflatten(0, (self._chunk, -1))[index])
 
     def _generate_ahead(self, start: int, draws: Callable[[int], Draws]) -> None:
@@ -232,9 +249,7 @@ class DMD2:
     def _executable(self, network: nn.Module) -> Denoiser:
         if self.execution == "eager":
             return network
-        mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else None
-        fullgraph = isinstance(network, UNet)  # what others wrote may break the graph, ours must not
-        return torch.compile(network, fullgraph=fullgraph, dynamic=False, mode=mode)
+        return CompiledNetwork(network, COMPILE_MODE if self.device.type == "cuda" else None)
 
     def _denoise_beside(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         """The teacher, on the side stream if there is one; `_denoise_and_join` waits for it."""
@@ -246,9 +261,13 @@ class DMD2:
 
     def _denoise_and_join(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         D_fake = self._fake_score(x, sigma, class_labels)
+        self._join()
+        return D_fake
+
+    def _join(self) -> None:
+        """Lets what comes next wait for what runs beside."""
         if self._side_stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
-        return D_fake
 
 
 def _same_start(a: Draws, b: Draws) -> bool:
@@ -274,30 +293,3 @@ class _Ahead:
 
 def _mean(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).mean()
-
-
-class CapturedTurn:
-    """A turn as a CUDA graph: the first calls run it eagerly, the next one captures it, all others replay it.
-
-    The eager calls are iterations like any other; they run on the stream that will capture, so that every tensor that
-    outlives them belongs to it. The graph holds addresses: `run` must read and write the same buffers every time.
-    """
-
-    def __init__(self, run: Callable[[], None], device: torch.device, pool):
-        self._run, self._pool, self._num_calls = run, pool, 0
-        self._stream, self._graph = torch.cuda.Stream(device), None
-
-    def __call__(self) -> None:
-        self._num_calls += 1
-        current = torch.cuda.current_stream(self._stream.device)
-        if self._num_calls <= NUM_WARMUP_CALLS:
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                self._run()
-            current.wait_stream(self._stream)
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
-                self._run()
-        self._graph.replay()

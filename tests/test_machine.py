@@ -75,6 +75,23 @@ def test_units_follow_the_precision():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
+PREPARE_GPU = """
+import torch
+from fastdmd import machine
+before = torch.backends.cudnn.benchmark
+machine.prepare(torch.device("cpu"))
+assert torch.backends.cudnn.benchmark == before == False
+for precision in ("tf32", "bf16"):
+    machine.prepare(torch.device("cuda"), precision=precision)
+    print(torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+"""
+
+
+def test_a_gpu_measures_its_convolutions_and_has_the_units_asked_for():
+    result = subprocess.run([sys.executable, "-c", PREPARE_GPU], capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["True True True", "True False False"], result.stderr
+
+
 def test_compiled_code_has_a_place_for_any_user(tmp_path, monkeypatch):
     """`docker run -u 12345`: no home, somebody else's, or one that cannot be written; then the temporary folder."""
 

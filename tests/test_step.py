@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_network
 
-from fastdmd import precision, trainer
+from fastdmd import machine, precision, trainer
 from fastdmd import step as step_module
 from fastdmd.config import TrainConfig
 from fastdmd.optim import AdamWEMA
@@ -189,16 +189,25 @@ def test_compiled_equals_eager_after_50_iterations():
     assert_same_training(make_network(TINY), 50, "compiled", tolerance=1e-4, dfake_gen_update_ratio=2)
 
 
+@pytest.fixture
+def float32_units():
+    """No TF32, which cuDNN would take by default and Triton would not: ten bits of difference."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    machine.set_float32_units("fp32")
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("execution", ["compiled", "captured"])
-def test_executions_agree_on_a_gpu(teacher, execution, precision):
+def test_executions_agree_on_a_gpu(teacher, execution, precision, float32_units):
     tolerance = 1e-3 if precision == "fp32" else 3e-2
     assert_same_training(teacher.cuda(), 50, execution, tolerance=tolerance, precision=precision)
 
 
 @pytest.mark.cuda
-def test_captured_turns_see_what_changes(teacher):
+def test_captured_turns_see_what_changes(teacher, float32_units):
     """Learning rate, ratio and shape, changed between replays."""
     draws = [trainer.make_draws(dataclasses.replace(CONFIG, batch_size=B), teacher, torch.device("cuda"))
              for B in (6, 4)]  # fmt: skip

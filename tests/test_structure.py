@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "fastdmd"
 LAYERS = [
     "_native", "files", "bounds", "flags", "outputs", "terminal", "memory", "interrupts", "startup", "tally", "kernels",
     "ops", "diffusion", "dmd2", "data", "unet_config", "unet_blocks", "unet", "imports", "weight_files",
-    "inert_pickle", "pickles", "edm", "flat", "gradients", "groups", "states", "optim", "step", "budget",
+    "inert_pickle", "pickles", "edm", "flat", "gradients", "groups", "states", "optim", "execution", "step", "budget",
     "precision", "machine", "adapters", "diffusers_unet", "checkpoint", "teachers", "frechet", "features", "metrics",
     "quality", "pictures", "run_folder", "loop", "config", "presets", "cli", "trainer", "train", "pretrain",
     "sample", "evaluate", "export",

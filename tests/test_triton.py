@@ -49,6 +49,19 @@ tickets = [_common.ticket(images.device) for _ in range(3)]
 assert [t.data_ptr() % 16 for t in tickets] == [0, 0, 0] and tickets[0].data_ptr() != tickets[1].data_ptr()
 assert all(t.eq(0).all() for t in tickets)
 
+# A captured launch keeps its ticket, so no other takes one of those.
+_common._is_captured = lambda device: True
+recorded = [_common.ticket(images.device) for _ in range(3)]
+assert recorded[0].data_ptr() == recorded[2].data_ptr() and all(t.eq(0).all() for t in recorded)
+assert len({t.data_ptr() for t in tickets + recorded}) == 4 and recorded[0].data_ptr() % 16 == 0
+try:
+    _common.ticket(torch.device("meta"))
+except RuntimeError as error:
+    assert "expected an op to run once before a CUDA graph captures it" in str(error)
+else:
+    raise AssertionError("the zeros of the tickets would have been captured")
+_common._is_captured = lambda device: False
+
 x, weight, bias = 1000 + torch.randn(2, 6, 67, 71), torch.randn(6), torch.randn(6)
 group_norm_silu.TILE_CHANNELS = 2
 results = []

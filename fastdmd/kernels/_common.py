@@ -11,19 +11,34 @@ from torch import Tensor
 
 NUM_TICKETS = 4096
 
-_tickets: dict[torch.device, itertools.cycle] = {}
+# By device and whether launches are captured.
+_tickets: dict[tuple[torch.device, bool], itertools.cycle] = {}
 
 
 def ticket(device: torch.device) -> Tensor:
     """An int32 zero on the device, where the programs of one launch count themselves; the last one makes it 0 again.
 
-    So no launch has to clear it. Launches take turns through 4096 of them, because some may run at the same time. They
-    lie 16 bytes apart: Triton compiles a kernel anew for a pointer that is aligned differently.
+    So no launch has to clear it. Launches take turns through 4096 of them, because some may run at the same time; those
+    in a CUDA graph, which keeps theirs for all its replays, through 4096 others. They lie 16 bytes apart: Triton
+    compiles a kernel anew for a pointer that is aligned differently.
+
+    Raises RuntimeError where the first launch of a process on the device is captured: so would be the zeros.
     """
-    if device not in _tickets:
-        slots = torch.zeros(NUM_TICKETS, 4, dtype=torch.int32, device=device)
-        _tickets[device] = itertools.cycle(slots.unbind())
-    return next(_tickets[device])
+    captured = _is_captured(device)
+    if (device, captured) not in _tickets:
+        if captured:
+            raise RuntimeError(
+                "fastdmd.ops: expected an op to run once before a CUDA graph captures it, got its first call"
+            )
+        # From the host, so that they are there for every stream.
+        slots = torch.zeros(2 * NUM_TICKETS, 4, dtype=torch.int32).to(device).unbind()
+        for of_captured, own in ((False, slots[:NUM_TICKETS]), (True, slots[NUM_TICKETS:])):
+            _tickets[device, of_captured] = itertools.cycle(own)
+    return next(_tickets[device, captured])
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

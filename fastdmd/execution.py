@@ -1,0 +1,86 @@
+"""How networks and turns are executed on a GPU: networks by torch.compile, turns as CUDA graphs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastdmd.diffusion import Denoiser
+from fastdmd.unet import UNet
+
+NUM_WARMUP_CALLS = 2  # of a captured turn: they validate, compile and allocate; the next one captures
+
+_numbers = itertools.count()
+
+
+class CompiledNetwork:
+    """A denoiser by `torch.compile`, which compiles a function of its own for every shape of images.
+
+    Dynamo keeps compiled code with the code object that it is of, and refuses a ninth there (`recompile_limit`); all
+    networks of one class would share that of its `forward`. A function here has at most one with and one without
+    gradients, for labels or none. Hooks on the network are traced, so they come before the first call.
+    """
+
+    def __init__(self, network: Denoiser, mode: str | None):
+        self.dynamics = network.dynamics
+        self._network, self._mode = network, mode
+        self._forwards: dict[torch.Size, Denoiser] = {}
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        if x.shape not in self._forwards:
+            fullgraph = isinstance(self._network, UNet)  # what others wrote may break the graph, ours must not
+            self._forwards[x.shape] = torch.compile(
+                _own_forward(self._network), fullgraph=fullgraph, dynamic=False, mode=self._mode
+            )
+        return self._forwards[x.shape](x, sigma, class_labels)
+
+
+def _own_forward(network: nn.Module) -> Denoiser:
+    def forward(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        return network(x, sigma, class_labels)
+
+    # Closures share their code object. Another name makes this one unequal to theirs, too.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
+    return forward
+
+
+class CapturedTurn:
+    """A turn as a CUDA graph: the first calls run it eagerly, the next one captures it, all others replay it.
+
+    The eager calls are iterations like any other; they run on the stream that will capture, so that every tensor that
+    outlives them belongs to it, as do the workspaces of cuBLAS, which are a stream's own. The graph holds addresses:
+    `run` must read and write the same buffers every time, and what it makes besides is not to be read after it.
+
+    So turns may share a `pool`, in whatever order they are replayed, but never two that run at the same time; and they
+    need to share the stream, since the allocator gives freed memory to the stream that it was of (notes of
+    `torch.cuda.graph`). Turns that do run at the same time need streams and pools of their own.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int]):
+        self._stream, self._pool = stream, pool
+        self._num_calls, self._graph = 0, None
+
+    def __call__(self, run: Callable[[], None]) -> None:
+        if self._graph is None and self._num_calls == NUM_WARMUP_CALLS:
+            self._graph = self._capture(run)
+        if self._graph is not None:
+            return self._graph.replay()  # on the current stream
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()
+        finally:  # after an error, too: others may use what it has begun to write
+            current.wait_stream(self._stream)
+        self._num_calls += 1
+
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Nothing in here may wait for the device, or be compiled or chosen by measuring: warm-up calls did that."""
+        graph = torch.cuda.CUDAGraph()
+        # The outer block makes the device current, and ends where a failed capture leaves the inner one's stream.
+        with torch.cuda.stream(self._stream), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            run()
+        return graph
