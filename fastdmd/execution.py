@@ -21,7 +21,8 @@ class CompiledNetwork:
 
     Dynamo keeps compiled code with the code object that it is of, and refuses a ninth there (`recompile_limit`); all
     networks of one class would share that of its `forward`. A function here has at most one with and one without
-    gradients, for labels or none. Hooks on the network are traced, so they come before the first call.
+    gradients, for labels or none. A second network of the same layers costs tracing alone: Inductor finds its code in
+    the cache of the first. Hooks on the network are traced, so they come before the first call.
     """
 
     def __init__(self, network: Denoiser, mode: str | None):
@@ -51,8 +52,10 @@ class CapturedTurn:
     """A turn as a CUDA graph: the first calls run it eagerly, the next one captures it, all others replay it.
 
     The eager calls are iterations like any other; they run on the stream that will capture, so that every tensor that
-    outlives them belongs to it, as do the workspaces of cuBLAS, which are a stream's own. The graph holds addresses:
-    `run` must read and write the same buffers every time, and what it makes besides is not to be read after it.
+    outlives them belongs to it, as do the workspaces of cuBLAS, which are a stream's own (notes of CUDA semantics, as
+    is that a backward pass runs on the streams of its forward pass, and so is captured with it). The graph holds
+    addresses: `run` must read and write the same buffers every time, and what it makes besides is not to be read after
+    it. It may fork to another stream that it joins again.
 
     So turns may share a `pool`, in whatever order they are replayed, but never two that run at the same time; and they
     need to share the stream, since the allocator gives freed memory to the stream that it was of (notes of

@@ -252,7 +252,10 @@ class DMD2:
         return CompiledNetwork(network, COMPILE_MODE if self.device.type == "cuda" else None)
 
     def _denoise_beside(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The teacher, on the side stream if there is one; `_denoise_and_join` waits for it."""
+        """The teacher, on the side stream if there is one; `_denoise_and_join` waits for it.
+
+        What each stream makes is freed when both have met again, and its memory goes to later work of that stream.
+        """
         if self._side_stream is None:
             return self._teacher(x, sigma, class_labels)
         self._side_stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -119,8 +119,6 @@ def test_a_model_is_freed_when_nobody_holds_it(traced, execution):
     model, _ = iterate(execution)
     dead = [weakref.ref(thing) for thing in (model, model.generator, model.generator_optimizer.ema_network,
                                              model.fake_score.conv_in.weight, model._x_gen)]  # fmt: skip
-    if execution == "compiled":
-        torch._dynamo.reset()  # Dynamo looks after what it traced until the garbage collector comes
     gc.disable()
     try:
         del model
@@ -192,6 +190,6 @@ def test_captured_shapes_alternate_and_leave_no_memory():
             assert models[1]._captured["generator"]._graph is not None
         del models, model
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        torch._C._cuda_clearCublasWorkspaces()  # every stream that was used has one
         memory.append(torch.cuda.memory_allocated())
     assert memory[1] <= memory[0] + 2**20

@@ -271,6 +271,24 @@ from conftest import make_network
 from fastdmd.dmd2 import Draws
 from fastdmd.step import DMD2
 from fastdmd.unet import UNetConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+class NothingFromTheHost(TorchDispatchMode):  # nor to it: a pageable copy would end a capture
+    def __init__(self):
+        super().__init__()
+        self.names = []
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {{}}))
+        devices = {{x.device.type for x in tree_leaves((arguments, options, result)) if isinstance(x, torch.Tensor)}}
+        assert devices <= {{"cuda"}}, f"{{function}} on {{devices}}"
+        self.names.append(str(function))
+        return result
+
+def execute(name, run):
+    with NothingFromTheHost() as mode:
+        run()
+    assert len(mode.names) > 50 and (name == "generation" or any("backward" in op for op in mode.names)), name
 
 def draws(step):
     image, level = lambda: torch.empty(4, 1, 28, 28, device="cuda"), lambda: torch.empty(4, device="cuda")
@@ -285,8 +303,16 @@ with FakeTensorMode():
         model = DMD2(fake_cuda.fake(network), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=3,
                      generator_options=dict(learning_rate=1e-3, ema_decay=0.9, max_grad_norm=1.0, groups=groups),
                      guidance_options=dict(learning_rate=1e-3, max_grad_norm=1.0), **options)
+        model._execute = execute
         for step in range(5):
             metrics = model.iterate(step, draws)
+        for wrong in (lambda x: x.copy_(torch.ones(3)), lambda x: torch.ones(3).to(x.device), lambda x: x.cpu()):
+            try:
+                execute("wrong", lambda: wrong(torch.ones(3, device="cuda")))
+            except AssertionError as error:
+                assert "'cpu'" in str(error), error
+            else:
+                raise AssertionError("a copy went unnoticed")
         assert metrics.loss_fake.device.type == "cuda" and model.generator.conv_in.weight.grad.device.type == "cuda"
         for sync in (lambda: metrics.loss_fake.item(), lambda: bool(metrics.fake_grad_norm > 1)):
             try:
