@@ -25,7 +25,9 @@ JOB_BYTES = 2 << 30  # what a compiler may need
 
 def find(program: str, *folders: str) -> str | None:
     """Path of a program: in `folders`, which need not be there, in the scripts of this environment, or on the path."""
-    return shutil.which(program, path=os.pathsep.join([*folders, sysconfig.get_path("scripts"), os.environ["PATH"]]))
+    return shutil.which(
+        program, path=os.pathsep.join([*folders, sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    )
 
 
 def cuda_options(version: str, nvcc: str) -> list[str]:
@@ -42,7 +44,9 @@ def cuda_options(version: str, nvcc: str) -> list[str]:
 
 
 def num_jobs() -> int:
-    """As many as there are cores, and as memory holds."""
+    """As many as there are cores, and as memory holds; 1 on systems that do not say."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(os.sched_getaffinity(0)), memory // JOB_BYTES))
 
