@@ -28,7 +28,7 @@ from benchmarks.environment import describe
 from benchmarks.fair import FairDMD2
 from benchmarks.floor import Floor, Recorder
 from benchmarks.textbook import textbook_like
-from fastdmd import machine, teachers, trainer
+from fastdmd import machine, step, teachers, trainer
 from fastdmd.cli import resolve_device
 from fastdmd.config import TrainConfig
 from fastdmd.presets import PRESETS
@@ -56,6 +56,7 @@ class Loop:
         self.draws = trainer.make_draws(config, teacher, device)
         if name == "fastdmd":
             machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
+            step.COMPILE_MODE = arguments.compile_mode
             self.model = trainer.build(config, teacher)
         elif name == "textbook":
             self.model = textbook_like(config, teacher)
@@ -357,6 +358,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=int, default=10, help="guidance turns per generator turn")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"])
     parser.add_argument("--execution", default="auto", choices=["auto", "eager", "compiled", "captured"])
+    parser.add_argument("--compile-mode", default=step.COMPILE_MODE, help="of torch.compile, for fastdmd on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="timed cycles of each loop")
     parser.add_argument("--compiled", action="store_true", help="the fair compiled loop too (minutes on a CPU)")
     parser.add_argument("--without", nargs="*", default=[], choices=["textbook", "fastdmd", "floor"], metavar="LOOP",

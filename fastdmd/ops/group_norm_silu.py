@@ -90,8 +90,9 @@ def _unit_stride(table: Tensor) -> Tensor:
 def reference(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
               eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = wide_dtype(x)
+    x_wide = x.to(wide).contiguous() if x.is_cuda else x.to(wide)  # torch 2.11 knows no other layout on a GPU
     n, mean, rstd = torch.native_group_norm(
-        x.to(wide), weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps
+        x_wide, weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps
     )  # fmt: skip
     m = n if scale is None else n * (1 + _table(scale, x)) + _table(shift, x)
     y = F.silu(m) if silu else m
