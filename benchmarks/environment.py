@@ -29,15 +29,16 @@ def describe(device: str) -> dict:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    commit, changed = output("git", "rev-parse", "--short", "HEAD"), output("git", "status", "--porcelain")
-    commit = commit or os.environ.get("FASTDMD_COMMIT")  # of a copy without its history
+    commit = os.environ.get("FASTDMD_COMMIT")  # that of a copy which is no clone
+    if not commit and (commit := output("git", "rev-parse", "--short", "HEAD")):
+        commit += "+changes" if output("git", "status", "--porcelain") else ""
     if device == "cuda":
         name = torch.cuda.get_device_name()
         driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     else:
         name, driver = f"CPU, {torch.backends.cpu.get_cpu_capability()}", None
     return {
-        "commit": commit and commit + ("+changes" if changed else ""), "device": name, "driver": driver,
+        "commit": commit, "device": name, "driver": driver,
         "torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton"),
         "native": _native.build_facts() if _native.load("cpu") is None else None,
     }  # fmt: skip

@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not passed(tool, result):
             print("\n".join(result["findings"][:40] + result["output"][-20:]), flush=True)
         if options.json:  # after each: what a time limit leaves is whole
-            content = {**environment, "backend": options.backend, "driver": driver, "tools": results}
+            content = {**environment, "backend": options.backend, "command": driver, "tools": results}
             options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(passed(tool, result) for tool, result in results.items()) else 1
 
