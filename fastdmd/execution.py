@@ -16,34 +16,42 @@ NUM_WARMUP_CALLS = 2  # of a captured turn: they validate, compile and allocate;
 _numbers = itertools.count()
 
 
-class CompiledNetwork:
-    """A denoiser by `torch.compile`, which compiles a function of its own for every shape of images.
+class Compiler:
+    """`torch.compile` for networks that may be copies of each other, which share what is alike.
 
     Dynamo keeps compiled code with the code object that it is of, and refuses a ninth there (`recompile_limit`); all
-    networks of one class would share that of its `forward`. A function here has at most one with and one without
-    gradients, for labels or none. A second network of the same layers costs tracing alone: Inductor finds its code in
-    the cache of the first. Hooks on the network are traced, so they come before the first call.
+    networks of one class, anybody's, would share that of its `forward`. Here every shape of images has a function of
+    its own, which takes the network as an argument: with and without gradients, with parameters that require them and
+    without. Of teacher, generator and fake score that is three graphs to trace instead of five.
     """
 
-    def __init__(self, network: Denoiser, mode: str | None):
+    def __init__(self, mode: str | None):
+        self._mode, self._forwards = mode, {}
+
+    def __call__(self, network: Denoiser, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        key = x.shape, isinstance(network, UNet)
+        if key not in self._forwards:
+            fullgraph = isinstance(network, UNet)  # what others wrote may break the graph, ours must not
+            self._forwards[key] = torch.compile(_own_forward(), fullgraph=fullgraph, dynamic=False, mode=self._mode)
+        return self._forwards[key](network, x, sigma, class_labels)
+
+
+class CompiledNetwork:
+    """A compiled denoiser. Hooks on the network are traced, so they come before the first call."""
+
+    def __init__(self, network: Denoiser, compiler: Compiler):
         self.dynamics = network.dynamics
-        self._network, self._mode = network, mode
-        self._forwards: dict[torch.Size, Denoiser] = {}
+        self._network, self._compiler = network, compiler
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        if x.shape not in self._forwards:
-            fullgraph = isinstance(self._network, UNet)  # what others wrote may break the graph, ours must not
-            self._forwards[x.shape] = torch.compile(
-                _own_forward(self._network), fullgraph=fullgraph, dynamic=False, mode=self._mode
-            )
-        return self._forwards[x.shape](x, sigma, class_labels)
+        return self._compiler(self._network, x, sigma, class_labels)
 
 
-def _own_forward(network: nn.Module) -> Denoiser:
-    def forward(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+def _own_forward() -> Callable[..., Tensor]:
+    def forward(network: nn.Module, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         return network(x, sigma, class_labels)
 
-    # Closures share their code object. Another name makes this one unequal to theirs, too.
+    # Functions of one definition share their code object. Another name makes this one unequal to theirs, too.
     forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
     return forward
 

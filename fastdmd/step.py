@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdmd import dmd2
 from fastdmd.diffusion import Denoiser
 from fastdmd.dmd2 import Draws
-from fastdmd.execution import CapturedTurn, CompiledNetwork
+from fastdmd.execution import CapturedTurn, CompiledNetwork, Compiler
 from fastdmd.optim import AdamWEMA
 from fastdmd.tally import Tally
 
@@ -76,6 +76,7 @@ class DMD2:
         if execution == "captured":
             self._stream, self._side_stream = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._captured: dict[str, CapturedTurn] = {}
+        self._compiler = Compiler(COMPILE_MODE if self.device.type == "cuda" else None)
         self._generator, self._teacher, self._fake_score = map(
             self._executable, (self.generator, self.teacher, self.fake_score)
         )
@@ -249,7 +250,7 @@ class DMD2:
     def _executable(self, network: nn.Module) -> Denoiser:
         if self.execution == "eager":
             return network
-        return CompiledNetwork(network, COMPILE_MODE if self.device.type == "cuda" else None)
+        return CompiledNetwork(network, self._compiler)
 
     def _denoise_beside(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         """The teacher, on the side stream if there is one; `_denoise_and_join` waits for it.

@@ -1,6 +1,7 @@
 """How networks are compiled, and what a turn as a CUDA graph rests on, as far as a CPU shows it."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -12,7 +13,7 @@ from conftest import make_network
 
 from fastdmd import trainer
 from fastdmd.config import TrainConfig
-from fastdmd.execution import CapturedTurn, CompiledNetwork
+from fastdmd.execution import CapturedTurn, CompiledNetwork, Compiler
 from fastdmd.unet import UNetConfig
 
 TINY = UNetConfig(
@@ -56,7 +57,7 @@ class Small(torch.nn.Module):
 def test_networks_of_one_class_do_not_share_a_limit(traced):
     """Nine batch sizes of each, where one function may have eight."""
     networks = [Small(), Small().requires_grad_(False), Small(dtype=torch.bfloat16)]
-    compiled = [CompiledNetwork(network, None) for network in networks]
+    compiled = [CompiledNetwork(network, Compiler(None)) for network in networks]
     for batch_size in range(2, 11):
         for network, function in zip(networks, compiled, strict=True):
             assert torch.equal(function(*inputs(batch_size)), network(*inputs(batch_size)))
@@ -69,22 +70,43 @@ def test_networks_of_one_class_do_not_share_a_limit(traced):
     assert num_graphs() == 28 and networks[0].weight.grad.abs() > 0
 
 
+def test_copies_of_a_network_share_what_is_alike(traced):
+    """As in DMD2: of five graphs two are the same, and each still computes with its own weights."""
+    teacher, compiler = make_network(TINY), Compiler(None)
+    generator, fake_score = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    for network, factor in ((generator, 2), (fake_score, 3)):
+        with torch.no_grad():
+            network.conv_out.weight.mul_(factor)
+    for network, grad in (
+        (generator, True),
+        (teacher, False),
+        (fake_score, False),
+        (fake_score, True),
+        (generator, False),
+    ):
+        with torch.set_grad_enabled(grad):
+            result = CompiledNetwork(network, compiler)(*inputs(2))
+            torch.testing.assert_close(result, network(*inputs(2)))
+            assert result.requires_grad == grad
+    assert num_graphs() == 3
+
+
 def test_networks_of_others_may_break_the_graph_and_ours_may_not(traced):
     network = Small(breaks=True)
-    compiled = CompiledNetwork(network, None)
-    assert compiled.dynamics == "flow" and CompiledNetwork(make_network(TINY), None).dynamics == "edm"
+    compiled = CompiledNetwork(network, Compiler(None))
+    assert compiled.dynamics == "flow" and CompiledNetwork(make_network(TINY), Compiler(None)).dynamics == "edm"
     for batch_size in (2, 3):
         assert torch.equal(compiled(*inputs(batch_size)), network(*inputs(batch_size)))
     ours = make_network(TINY)
     ours.conv_out.register_forward_hook(lambda module, inputs, output: output if output.sum() > 0 else -output)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="branching"):
-        CompiledNetwork(ours, None)(*inputs(2))
+        CompiledNetwork(ours, Compiler(None))(*inputs(2))
 
 
 def test_hooks_on_a_compiled_network_run(traced):
     network, sizes = make_network(TINY), []
     network.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    compiled = CompiledNetwork(network, None)
+    compiled = CompiledNetwork(network, Compiler(None))
     for batch_size in (2, 2, 3):
         compiled(*inputs(batch_size))
     assert sizes == [2, 2, 3]
@@ -92,9 +114,9 @@ def test_hooks_on_a_compiled_network_run(traced):
 
 def test_a_compiled_network_can_be_freed(traced):
     network = make_network(TINY).requires_grad_(True)
-    compiled = CompiledNetwork(network, None)
+    compiled = CompiledNetwork(network, Compiler(None))
     compiled(*inputs(2)).sum().backward()
-    codes = [weakref.ref(function) for function in compiled._forwards.values()]
+    codes = [weakref.ref(function) for function in compiled._compiler._forwards.values()]
     dead = weakref.ref(network), weakref.ref(network.conv_in.weight)
     del network, compiled
     gc.collect()
