@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from fastdmd import _native
 
 ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
-BACKENDS = ("reference", "triton", "native")
+BACKENDS = ("reference", "triton", "native", "emulated")
 
 _LIBRARY = torch.library.Library("fastdmd", "DEF")
 _OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
@@ -194,10 +194,10 @@ def names() -> list[str]:
 
 
 def _order(device: torch.device | str) -> tuple[str, ...]:
-    """Under its interpreter Triton comes last: it is there to be tested."""
+    """Under its interpreter Triton comes last, before emulated kernels: they are there to be tested."""
     device_type = torch.device(device).type
     order = ORDER.get(device_type, ("reference",))
-    return order if "triton" in order else (*order, "triton")
+    return order if "triton" in order else (*order, "triton", "emulated")
 
 
 def _implementation(name: str, backend: str, device_type: str) -> Callable:
@@ -212,6 +212,12 @@ def _implementation(name: str, backend: str, device_type: str) -> Callable:
         if (reason := _native.load(device_type)) is not None:
             raise _native.Unavailable(reason)
         return getattr(torch.ops.fastdmd_native, name).default
+    if backend == "emulated":
+        if device_type != "cpu":
+            raise _native.Unavailable("emulated kernels run on CPUs alone")
+        if (reason := _native.load_emulated()) is not None:
+            raise _native.Unavailable(reason)
+        return getattr(torch.ops.fastdmd_emulated, name).default
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise _native.Unavailable(f"Triton has no {device_type} backend; TRITON_INTERPRET=1 interprets its kernels")
     if importlib.util.find_spec("triton") is None:
