@@ -40,19 +40,21 @@ void barrier();
 void shuffle(const void* mine, void* theirs, size_t num_bytes, int distance, unsigned mask);
 void let_others_run();  // perhaps
 [[noreturn]] void fail(const char* message);
-void launch(const std::function<void()>& thread, dim3 grid, dim3 block, size_t shared_bytes, const char* kernel);
+void launch(const void* kernel, const char* name, const std::function<void()>& thread, dim3 grid, dim3 block,
+            size_t shared_bytes);
 int num_multiprocessors();
 
 template <class T>
-const T* require_alignment(const T* address, size_t alignment = sizeof(T)) {
-  if (reinterpret_cast<uintptr_t>(address) % alignment) fail("a vector is read or written at an address it does not divide");
+const T* require_alignment(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) fail("a thread reads or writes at a misaligned address");
   return address;
 }
 
 template <class Arguments>
 int launch(void (*kernel)(Arguments), void** pointers, dim3 grid, dim3 block, size_t shared_bytes) {
   const auto& arguments = *static_cast<const Arguments*>(pointers[0]);
-  launch([&] { kernel(arguments); }, grid, block, shared_bytes, __PRETTY_FUNCTION__);
+  launch(reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__, [&] { kernel(arguments); }, grid, block,
+         shared_bytes);
   return 0;
 }
 

@@ -1,7 +1,8 @@
 """The CUDA kernels as C++ on CPU tensors: every thread a fiber, in shuffled order, so that mistakes show without a GPU.
 
-`python tests/helpers/cuda_on_cpu [SANITIZERS]` prints the library, for FASTDMD_EMULATED, or runs the tests of the ops
-under g++'s sanitizers.
+`FASTDMD_EMULATED=$(python tests/helpers/cuda_on_cpu/build.py) python -m fastdmd.ops --all` lists them. The emulator
+reads FASTDMD_EMULATED_MULTIPROCESSORS (132), FASTDMD_EMULATED_SEED of the order (0) and FASTDMD_EMULATED_RECORD, a file
+to note the kernels in that are launched.
 """
 
 import fcntl
@@ -9,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -37,32 +39,41 @@ def missing() -> str | None:
 
 def build(*, csrc: Path = CSRC, names: tuple[str, ...] = (), sanitizers: str = "", optimize: str = "-O2") -> Path:
     """The library of csrc/cuda/NAME.cu, by default of all of them. What has been compiled before is not again."""
-    kernels = [csrc / "cuda" / f"{name}.cu" for name in names] or sorted((csrc / "cuda").glob("*.cu"))
+    sources = [csrc / "cuda" / f"{name}.cu" for name in names] or sorted((csrc / "cuda").glob("*.cu"))
     headers = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.rglob("*.h")])
-    common = b"".join(path.read_bytes() for path in headers) + (TORCH / "version.py").read_bytes()
-    flags = [optimize, *FLAGS, *([f"-fsanitize={sanitizers}", "-fno-sanitize-recover", "-g1"] if sanitizers else [])]
+    common = b"".join(path.read_bytes() for path in [*headers, TORCH / "version.py"])
+    sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover", "-g1"] if sanitizers else []
 
     def compiled(path: Path) -> Path:
-        key = hashlib.sha256(common + path.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
-        command = ["g++", *flags, "-c", "-x", "c++", path]
-        return _made(BUILD / f"{path.stem}_{key}.o", command)
+        flags = [optimize if path in sources else "-O2", *FLAGS, *sanitize]
+        key = " ".join(flags).encode() + common + path.read_bytes()
+        return _made(f"{path.stem}_%s.o", key, ["g++", *flags, "-c", "-x", "c++", path])
 
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
+    with open(BUILD / "lock", "w") as lock, ThreadPoolExecutor(os.cpu_count()) as threads:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want the same
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            objects = list(threads.map(compiled, [*kernels, csrc / "ops.cpp", HERE / "emulator.cpp"]))
-        key = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:16]
-        link = ["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined"]
-        link += [f"-fsanitize={sanitizers}"] if sanitizers else []
-        link += [*objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
-        return _made(BUILD / f"libfastdmd_emulated_{key}.so", link)
+        objects = list(threads.map(compiled, [*sources, csrc / "ops.cpp", HERE / "emulator.cpp"]))
+        link = ["g++", "-shared", "-Wl,-Bsymbolic", *sanitize, *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+        return _made("libfastdmd_emulated_%s.so", " ".join(map(str, objects)).encode(), link)
 
 
-def _made(path: Path, command: list) -> Path:
-    """`path`, which `command` makes unless it is there; it appears when it is whole."""
+def _made(name: str, key: bytes, command: list) -> Path:
+    """The file that `command` makes, unless it is there; it appears when it is whole."""
+    path = BUILD / (name % hashlib.sha256(key).hexdigest()[:16])
     if not path.exists():
         result = subprocess.run([*command, "-o", f"{path}.part"], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-4000:]
         os.replace(f"{path}.part", path)
     return path
+
+
+def kernels(library: Path) -> dict[int, str]:
+    """The kernels of a library by their place in it: what is called with one struct, by value, as a launch does."""
+    listed = subprocess.run(["nm", "--demangle", library], capture_output=True, text=True, check=True).stdout
+    mine = r"fastdmd::\(anonymous namespace\)::"
+    found = re.findall(rf"^(\w+) \w (?:void )?{mine}(\w+(?:<[^()]*>)?)\({mine}\w+\)$", listed, re.MULTILINE)
+    return {int(place, 16): name for place, name in found}
+
+
+if __name__ == "__main__":
+    print(build())
