@@ -78,7 +78,7 @@ def test_mistakes_are_caught(tmp_path):
     """A wrong mask, a missing barrier, an output that is not written, a barrier that a thread does not reach."""
     csrc = changed(tmp_path, MISTAKES)
     library = build.build(csrc=csrc, names=tuple(MISTAKES), sanitizers=SANITIZERS, optimize="-O0")
-    result = run(library, *(f"{TESTS}/test_ops_{test}" for test in (*CAUGHT, UNTOUCHED)), COLUMNS="1000")
+    result = run(library, *(f"{TESTS}/test_ops_{test}" for test in (UNTOUCHED, *CAUGHT)), COLUMNS="1000")
     assert re.search(r"^4 failed, 1 passed", result.stdout, re.MULTILINE), result.stdout[-4000:]
     for test, message in CAUGHT.items():
         assert re.search(rf"^FAILED .*{re.escape(test)} - {message}", result.stdout, re.MULTILINE), test

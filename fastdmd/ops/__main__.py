@@ -12,7 +12,7 @@ from fastdmd import _native, ops, terminal
 @terminal.command("fastdmd.ops")
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m fastdmd.ops", description=__doc__)
-    parser.add_argument("--all", action="store_true", help="every backend of every op")
+    parser.add_argument("--all", action="store_true", help="every backend of every op, those of the tests too")
     show_all = parser.parse_args(arguments).all
     try:
         ops.require_environment()
@@ -26,18 +26,17 @@ def main(arguments: list[str] | None = None) -> None:
             also = f", also {', '.join(others)}" if others else ""
             print(f"  {name:<26}{active}{also}")
             if show_all:
-                _print_absent(name, device_type, indent="    ")
+                for backend, reason in ops.unavailable(name, device_type).items():
+                    print(f"    no {backend}: {reason}")
         if not show_all:
-            _print_absent(ops.names()[0], device_type, indent="  ")
+            reasons = ops.unavailable(ops.names()[0], device_type)
+            reasons.pop("emulated", None)  # which only the tests have
+            for backend, reason in reasons.items():
+                print(f"  no {backend}: {reason}")
         if _native.load("cpu") is None and device_type == "cpu":
             print(f"  native library: {_native.build_facts()}")
     if not torch.cuda.is_available():
         print("cuda: torch finds no GPU")
-
-
-def _print_absent(name: str, device_type: str, indent: str) -> None:
-    for backend, reason in ops.unavailable(name, device_type).items():
-        print(f"{indent}no {backend}: {reason}")
 
 
 if __name__ == "__main__":

@@ -145,11 +145,12 @@ def require_environment(device: torch.device | str = "cpu") -> None:
 
 @contextlib.contextmanager
 def use_backend(backend: str, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside the block every op on this kind of device is computed by `backend`: reference, triton or native.
+    """Inside the block every op on this kind of device is computed by `backend`: reference, triton, native or emulated.
 
     Blocks may nest and overlap; each holds for the thread or asyncio task that it is in. The backward of an op is
     computed by what computed its forward, wherever that runs. A compiled function follows the blocks around its calls,
-    and its backward those around `backward()`; on a GPU, where that runs in threads of its own, none.
+    and its backward those around `backward()`; on a GPU, where that runs in threads of its own, none. Emulated are the
+    CUDA kernels compiled for CPUs, which the tests build.
 
     Raises ValueError for another name and RuntimeError, with the reason, where it is not there. The environment
     variable FASTDMD_BACKEND does the same for a whole process.

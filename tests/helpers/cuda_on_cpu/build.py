@@ -19,8 +19,7 @@ from pathlib import Path
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
 CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "cuda_on_cpu"
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
-# Products and sums are fused as nvcc does it. The variables of CUDA's shared memory are trivial: nothing initialises
-# those that are declared elsewhere.
+# Products and sums are fused as nvcc does it; shared memory that is declared elsewhere has no initialiser to call.
 FLAGS = [
     "-std=c++20", "-fPIC", "-w", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-extern-tls-init",
     "-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -41,7 +40,9 @@ def build(*, csrc: Path = CSRC, names: tuple[str, ...] = (), sanitizers: str = "
     """The library of csrc/cuda/NAME.cu, by default of all of them. What has been compiled before is not again."""
     sources = [csrc / "cuda" / f"{name}.cu" for name in names] or sorted((csrc / "cuda").glob("*.cu"))
     headers = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.rglob("*.h")])
-    common = b"".join(path.read_bytes() for path in [*headers, TORCH / "version.py"])
+    # The compiler's own account of its version and of this processor.
+    compiler = subprocess.run(["g++", "-march=native", "-E", "-v", "-x", "c++", os.devnull], capture_output=True).stderr
+    common = compiler + b"".join(path.read_bytes() for path in [*headers, TORCH / "version.py"])
     sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover", "-g1"] if sanitizers else []
 
     def compiled(path: Path) -> Path:

@@ -234,22 +234,23 @@ void fail(const char* message) {
 
 int num_multiprocessors() { return int(from_environment("FASTDMD_EMULATED_MULTIPROCESSORS", 132)); }
 
+// `name` holds the type of the arguments, which names the op.
 void launch(const void* kernel, const char* name, const std::function<void()>& thread, dim3 grid, dim3 block,
             size_t shared_bytes) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
-  record(kernel);
-  failure.clear();
   if (grid.x == 0 || grid.x > 0x7fffffff || block.x == 0 || block.x > 1024 || shared_bytes > MAX_SHARED_BYTES ||
-      grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1) {
-    failure = "expected a grid of [1, 2^31) blocks, [1, 1024] threads and [0, 227 KiB] of shared memory, got " +
+      grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1)
+    failure = "expected a line of [1, 2^31) blocks, one of [1, 1024] threads and [0, 227 KiB] of shared memory, got " +
               std::to_string(grid.x) + ", " + std::to_string(block.x) + " and " + std::to_string(shared_bytes);
-  } else {
+  if (failure.empty()) {
+    record(kernel);
     body = &thread;
     gridDim = grid;
     blockDim = block;
     run_grid(grid.x, block.x, shared_bytes);
   }
+  // It stays, as an error of a device does: what the kernel left behind is not to be trusted.
   if (!failure.empty()) throw std::runtime_error("CUDA on a CPU: " + failure + ", in " + name);
 }
 
