@@ -31,6 +31,10 @@ CAUGHT = {  # by which tests of the ops, and how
     "random.py::test_philox_gives_the_published_answers[cpu]":
         ".*of the 256 threads of a block 255 wait at a barrier, 0 wait at a shuffle and 1 have returned",
 }  # fmt: skip
+BARRIERS = [  # file, line
+    (path.name, number) for path in sorted((build.CSRC / "cuda").iterdir())
+    for number, line in enumerate(path.read_text().splitlines(), start=1) if "__syncthreads();" in line
+]  # fmt: skip
 UNTOUCHED = "accuracy.py::test_error_budget[scale_gradient-float32-(3, 4, 17, 23)-contiguous-cpu]"
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
@@ -82,6 +86,18 @@ def test_mistakes_are_caught(tmp_path):
     assert re.search(r"^4 failed, 1 passed", result.stdout, re.MULTILINE), result.stdout[-4000:]
     for test, message in CAUGHT.items():
         assert re.search(rf"^FAILED .*{re.escape(test)} - {message}", result.stdout, re.MULTILINE), test
+
+
+@pytest.mark.skipif(not SANITIZERS, reason="make sanitize alone takes these minutes")
+@pytest.mark.parametrize(("name", "number"), BARRIERS)
+def test_every_barrier_is_missed(name, number, tmp_path):
+    csrc = shutil.copytree(build.CSRC, tmp_path / "csrc")
+    lines = (csrc / "cuda" / name).read_text().splitlines()
+    lines[number - 1] = lines[number - 1].replace("__syncthreads();", "")
+    (csrc / "cuda" / name).write_text("\n".join(lines) + "\n")
+    library = build.build(csrc=csrc, optimize="-O0")
+    result = run(library, "-x", "-k", "budget or seed_call or many_channels", *sorted(TESTS.glob("test_ops_*.py")))
+    assert re.search(r"^1 failed", result.stdout, re.MULTILINE), result.stdout[-4000:] + result.stderr[-4000:]
 
 
 @pytest.mark.skipif("address" not in SANITIZERS, reason="make sanitize alone looks at every address")

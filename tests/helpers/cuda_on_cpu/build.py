@@ -13,11 +13,13 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
 CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "cuda_on_cpu"
+KEPT_SECONDS = 24 * 60 * 60  # what has not been used for so long is of other sources
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
 # Products and sums are fused as nvcc does it; shared memory that is declared elsewhere has no initialiser to call.
 FLAGS = [
@@ -31,8 +33,8 @@ def missing() -> str | None:
     """Why nothing can be built here."""
     if shutil.which("g++") is None:
         return "g++ is not installed"
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"fibers are switched in assembly of x86-64, and this is {platform.machine()}"
+    if (system := (platform.system(), platform.machine())) != ("Linux", "x86_64"):
+        return f"the emulator is for Linux on x86-64, and this is {' on '.join(system)}"
     return None
 
 
@@ -55,7 +57,11 @@ def build(*, csrc: Path = CSRC, names: tuple[str, ...] = (), sanitizers: str = "
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want the same
         objects = list(threads.map(compiled, [*sources, csrc / "ops.cpp", HERE / "emulator.cpp"]))
         link = ["g++", "-shared", "-Wl,-Bsymbolic", *sanitize, *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
-        return _made("libfastdmd_emulated_%s.so", " ".join(map(str, objects)).encode(), link)
+        library = _made("libfastdmd_emulated_%s.so", " ".join(map(str, objects)).encode(), link)
+        for path in BUILD.iterdir():
+            if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                path.unlink()
+        return library
 
 
 def _made(name: str, key: bytes, command: list) -> Path:
@@ -65,6 +71,7 @@ def _made(name: str, key: bytes, command: list) -> Path:
         result = subprocess.run([*command, "-o", f"{path}.part"], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-4000:]
         os.replace(f"{path}.part", path)
+    path.touch()
     return path
 
 

@@ -19,9 +19,7 @@
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;
 
-namespace {
 constexpr size_t MAX_SHARED_BYTES = 227 << 10;
-}
 // Of csrc/cuda, where it is declared without a size: fastdmd::(anonymous namespace)::shared.
 alignas(16) thread_local char dynamic_shared[MAX_SHARED_BYTES] asm("_ZN7fastdmd12_GLOBAL__N_16sharedE");
 
@@ -71,18 +69,21 @@ void run_thread() {
   running->state = State::returned;
 }
 
-// The __shared__ variables of a block: all thread_local ones of this library, and the first bytes of the dynamic array.
+// The __shared__ variables: all thread_local ones of this library, and the first bytes of the dynamic array. They lie at
+// the same place for every block, so that their contents change when the block does.
 class SharedMemory {
  public:
   explicit SharedMemory(size_t dynamic_bytes) : dynamic_bytes_(dynamic_bytes) {
     dynamic_shared[0] = 0;  // a thread has this memory only once it uses it
     dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* self) {
-          for (int i = 0; i < info->dlpi_phnum; ++i) {
-            char* begin = static_cast<char*>(info->dlpi_tls_data);
-            const size_t size = info->dlpi_phdr[i].p_memsz;
-            if (info->dlpi_phdr[i].p_type == PT_TLS && begin <= dynamic_shared && dynamic_shared < begin + size)
-              static_cast<SharedMemory*>(self)->begin_ = begin, static_cast<SharedMemory*>(self)->size_ = size;
+        [](dl_phdr_info* library, size_t, void* self) {
+          char* begin = static_cast<char*>(library->dlpi_tls_data);
+          for (int i = 0; i < library->dlpi_phnum; ++i) {
+            const ElfW(Phdr)& segment = library->dlpi_phdr[i];
+            if (segment.p_type == PT_TLS && begin <= dynamic_shared && dynamic_shared < begin + segment.p_memsz) {
+              static_cast<SharedMemory*>(self)->begin_ = begin;
+              static_cast<SharedMemory*>(self)->size_ = segment.p_memsz;
+            }
           }
           return 0;
         },
@@ -201,7 +202,7 @@ void run_grid(unsigned num_blocks, unsigned num_threads, size_t dynamic_bytes) {
   }
 }
 
-// Notes in the file FASTDMD_EMULATED_RECORD which kernels are launched: where they lie in this library, as `nm` says it.
+// Notes in the file FASTDMD_EMULATED_RECORD which kernels are launched, by their place in this library, as `nm` does.
 void record(const void* kernel) {
   static const char* const path = std::getenv("FASTDMD_EMULATED_RECORD");
   static std::set<const void*> known;
