@@ -4,13 +4,17 @@ VENV := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test lint bench gpu clean
+.PHONY: train test sanitize lint bench gpu clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
 
 test: .venv/ready-dev lint
 	$(VENV) -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+# The CUDA kernels, compiled for the CPU under g++'s sanitizers, through the tests of the ops.
+sanitize: .venv/ready-dev
+	FASTDMD_SANITIZERS=address,undefined $(VENV) -m pytest tests/test_cuda_on_cpu.py $(ARGS)
 
 lint: .venv/ready-dev
 	$(VENV) -m ruff check .

@@ -49,6 +49,19 @@ def load(device_type: str) -> str | None:
     return None
 
 
+@functools.cache
+def load_emulated() -> str | None:
+    """The same for the CUDA kernels compiled for CPUs, in the file that FASTDMD_EMULATED names: the tests build it."""
+    path = os.environ.get("FASTDMD_EMULATED")
+    if not path:
+        return "FASTDMD_EMULATED names no library of CUDA kernels compiled for CPUs, which the tests build"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"FASTDMD_EMULATED={path} does not load: {error.__cause__ or error}"
+    return None
+
+
 def build_facts() -> str:
     """Compiler and target of the CPU library, and the instruction set that it chose on this machine."""
     library = ctypes.CDLL(str(Path(__file__).parent / LIBRARIES["cpu"]))

@@ -112,6 +112,26 @@ def assert_within_budget(result, same_dtype, truth, tolerance, scale=0.0):
     assert error <= allowed + tolerance * max(scale, truth.abs().max()), f"error {error:.2e}, reference {allowed:.2e}"
 
 
+def assert_all_within_budget(name, arguments, device, dtype, scale=0.0):
+    """Every implementation against the reference, where `dtype` or that of the result is the coarsest rounding."""
+    found = ops.implementations(name, device)
+
+    def results(implementation, arguments):
+        return as_tuple(found[implementation](*[a.clone() if is_state(a) else a for a in arguments]))
+
+    same_dtype, truth = results("reference", arguments), results("reference", in_float64(arguments))
+    for implementation in available(name, device):
+        for result, expected, exact in zip(results(implementation, arguments), same_dtype, truth, strict=True):
+            rounding = min(expected.dtype, dtype, key=lambda d: torch.finfo(d).bits)
+            tolerance = slack(implementation, device) * TOLERANCES[rounding]
+            assert_within_budget(result, expected, exact, tolerance, scale)
+
+
+def is_state(argument):
+    """Of `ops.rng_state`: what an op changes."""
+    return isinstance(argument, torch.Tensor) and argument.dtype == torch.int64
+
+
 def adamw_arguments(dtype, grad_dtype, shadow_dtype, device, *, n=70_001, **options):
     i = Inputs((1,), dtype, device=device)
     param, exp_avg, ema = i.vector(n), 0.1 * i.vector(n), i.vector(n)

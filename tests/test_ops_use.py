@@ -118,7 +118,7 @@ def test_a_forced_backend_is_used_or_refused():
     off = run_python(USE, FASTDMD_BACKEND="native", FASTDMD_NATIVE="0")
     assert off.returncode != 0 and "switched off by FASTDMD_NATIVE=0" in off.stderr
     wrong = run_python(USE, FASTDMD_BACKEND="fast")
-    assert "expected a backend out of reference, triton, native, got fast" in wrong.stderr
+    assert "expected a backend out of reference, triton, native, emulated, got fast" in wrong.stderr
     with pytest.raises(RuntimeError, match="Triton has no cpu backend"), ops.use_backend("triton"):
         pass
 
@@ -208,8 +208,20 @@ def test_the_overview_names_every_op_and_says_why():
     assert run.returncode == 0, run.stderr
     for name in ops.names():
         assert f"{name} " in run.stdout
-    assert "no native: switched off by FASTDMD_NATIVE=0" in run.stdout
+    assert "no native: switched off by FASTDMD_NATIVE=0" in run.stdout and "emulated" not in run.stdout
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         active = next(iter(ops.implementations("dm_loss")))
     assert f"{active}" in run_python("import runpy; runpy.run_module('fastdmd.ops', run_name='__main__')").stdout
+
+
+def test_the_whole_overview_has_every_backend_of_every_op(capsys, monkeypatch):
+    monkeypatch.setenv("FASTDMD_EMULATED", "")
+    _native.load_emulated.cache_clear()
+    ops_main(["--all"])
+    _native.load_emulated.cache_clear()
+    overview = capsys.readouterr().out
+    for name in ops.names():
+        (present, absent) = re.search(rf"^  {name} +(.*)\n((?:    .*\n)*)", overview, re.MULTILINE).groups()
+        backends = [*present.replace("also ", "").split(", "), *re.findall(r"^    no (\w+): \w", absent, re.MULTILINE)]
+        assert sorted(backends) == ["emulated", "native", "reference", "triton"]

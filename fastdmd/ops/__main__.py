@@ -11,7 +11,9 @@ from fastdmd import _native, ops, terminal
 
 @terminal.command("fastdmd.ops")
 def main(arguments: list[str] | None = None) -> None:
-    argparse.ArgumentParser("python -m fastdmd.ops", description=__doc__).parse_args(arguments)
+    parser = argparse.ArgumentParser("python -m fastdmd.ops", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every backend of every op, those of the tests too")
+    show_all = parser.parse_args(arguments).all
     try:
         ops.require_environment()
     except ValueError as error:
@@ -23,8 +25,14 @@ def main(arguments: list[str] | None = None) -> None:
             active, *others = ops.implementations(name, device_type)
             also = f", also {', '.join(others)}" if others else ""
             print(f"  {name:<26}{active}{also}")
-        for backend, reason in ops.unavailable(ops.names()[0], device_type).items():
-            print(f"  no {backend}: {reason}")
+            if show_all:
+                for backend, reason in ops.unavailable(name, device_type).items():
+                    print(f"    no {backend}: {reason}")
+        if not show_all:
+            reasons = ops.unavailable(ops.names()[0], device_type)
+            reasons.pop("emulated", None)  # which only the tests have
+            for backend, reason in reasons.items():
+                print(f"  no {backend}: {reason}")
         if _native.load("cpu") is None and device_type == "cpu":
             print(f"  native library: {_native.build_facts()}")
     if not torch.cuda.is_available():

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from fastdmd import _native
 
 ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
-BACKENDS = ("reference", "triton", "native")
+BACKENDS = ("reference", "triton", "native", "emulated")
 
 _LIBRARY = torch.library.Library("fastdmd", "DEF")
 _OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
@@ -145,11 +145,12 @@ def require_environment(device: torch.device | str = "cpu") -> None:
 
 @contextlib.contextmanager
 def use_backend(backend: str, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside the block every op on this kind of device is computed by `backend`: reference, triton or native.
+    """Inside the block every op on this kind of device is computed by `backend`: reference, triton, native or emulated.
 
     Blocks may nest and overlap; each holds for the thread or asyncio task that it is in. The backward of an op is
     computed by what computed its forward, wherever that runs. A compiled function follows the blocks around its calls,
-    and its backward those around `backward()`; on a GPU, where that runs in threads of its own, none.
+    and its backward those around `backward()`; on a GPU, where that runs in threads of its own, none. Emulated are the
+    CUDA kernels compiled for CPUs, which the tests build.
 
     Raises ValueError for another name and RuntimeError, with the reason, where it is not there. The environment
     variable FASTDMD_BACKEND does the same for a whole process.
@@ -194,10 +195,10 @@ def names() -> list[str]:
 
 
 def _order(device: torch.device | str) -> tuple[str, ...]:
-    """Under its interpreter Triton comes last: it is there to be tested."""
+    """Under its interpreter Triton comes last, before emulated kernels: they are there to be tested."""
     device_type = torch.device(device).type
     order = ORDER.get(device_type, ("reference",))
-    return order if "triton" in order else (*order, "triton")
+    return order if "triton" in order else (*order, "triton", "emulated")
 
 
 def _implementation(name: str, backend: str, device_type: str) -> Callable:
@@ -212,6 +213,12 @@ def _implementation(name: str, backend: str, device_type: str) -> Callable:
         if (reason := _native.load(device_type)) is not None:
             raise _native.Unavailable(reason)
         return getattr(torch.ops.fastdmd_native, name).default
+    if backend == "emulated":
+        if device_type != "cpu":
+            raise _native.Unavailable("emulated kernels run on CPUs alone")
+        if (reason := _native.load_emulated()) is not None:
+            raise _native.Unavailable(reason)
+        return getattr(torch.ops.fastdmd_emulated, name).default
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise _native.Unavailable(f"Triton has no {device_type} backend; TRITON_INTERPRET=1 interprets its kernels")
     if importlib.util.find_spec("triton") is None:
