@@ -1,4 +1,4 @@
-"""EDM diffusion: noise schedules, preconditioning, loss weights, and the Heun sampler for teachers."""
+"""EDM diffusion: noise schedules, preconditioning and loss weights."""
 
 from __future__ import annotations
 
@@ -140,52 +140,3 @@ def lognormal_sigmas(num_steps: int = 1000, *, mean: float = 0.0, std: float = 1
         raise ValueError(f"fastdmd.lognormal_sigmas: expected num_steps >= 2, got {num_steps}")
     quantile = (torch.arange(num_steps, dtype=torch.float64) + 0.5) / num_steps
     return lognormal_sigma(torch.special.ndtri(quantile), mean, std).float().to(device)
-
-
-@torch.no_grad()
-def sample_heun(
-    denoiser: Denoiser,
-    noise: Tensor,
-    class_labels: Tensor | None = None,
-    *,
-    num_steps: int = 18,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-    S_churn: float = 0.0,
-    S_min: float = 0.0,
-    S_max: float = float("inf"),
-    S_noise: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Heun's second-order sampler (Karras et al. 2022, algorithms 1 and 2): `2 * num_steps - 1` evaluations.
-
-    `noise` is standard normal `[B, C, H, W]`. With `S_churn = 0` the sampler is deterministic; otherwise each
-    step whose level lies in `[S_min, S_max]` first adds noise of standard deviation `S_noise`, drawn from
-    `generator`. Returns `[B, C, H, W]`.
-    """
-    if num_steps < 1:
-        raise ValueError(f"fastdmd.sample_heun: expected num_steps >= 1, got {num_steps}")
-    if num_steps == 1:
-        levels = [sigma_max]
-    else:
-        levels = karras_sigmas(num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).flip(0).tolist()
-    levels.append(0.0)
-    x = noise * levels[0]
-
-    def denoise(x: Tensor, level: float) -> Tensor:
-        return denoiser(x, torch.full(x.shape[:1], level, dtype=x.dtype, device=x.device), class_labels)
-
-    for level, next_level in zip(levels[:-1], levels[1:], strict=True):
-        if S_churn > 0 and S_min <= level <= S_max:
-            raised_level = level * (1 + min(S_churn / num_steps, 2**0.5 - 1))
-            fresh_noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-            x = x + (raised_level**2 - level**2) ** 0.5 * S_noise * fresh_noise
-            level = raised_level
-        slope = (x - denoise(x, level)) / level
-        x_next = x + (next_level - level) * slope
-        if next_level > 0:
-            slope_next = (x_next - denoise(x_next, next_level)) / next_level
-            x_next = x + (next_level - level) * 0.5 * (slope + slope_next)
-        x = x_next
-    return x

@@ -48,12 +48,6 @@ def draw(shape: tuple[int, ...], num_classes: int, sigmas: Tensor, min_step: int
     )  # fmt: skip
 
 
-def generate(generator: Denoiser, noise: Tensor, class_labels: Tensor | None, *, conditioning_sigma: float) -> Tensor:
-    """One-step generation: `x_gen = D(conditioning_sigma * noise, conditioning_sigma, class_labels)`."""
-    sigma = noise.new_full(noise.shape[:1], conditioning_sigma)
-    return generator(noise * conditioning_sigma, sigma, class_labels)
-
-
 def generator_loss(x_gen: Tensor, teacher: Denoiser, fake_score: Denoiser, class_labels: Tensor | None, *,
                    sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone, and the share of samples it left out.

@@ -29,11 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
             outputs.require_file(config.out)
         machine.prepare(device)
         network, metadata = teachers.read(config.weights, config.adapter, device)
-        sampler, evaluations = sampler_of(network, metadata, config.teacher_steps)
+        sampler = sampler_of(network, metadata, config.teacher_steps)
         dataset = cli.load_data(config, network)
         evaluation = cli.make_evaluation(config, network, dataset, device)
     with cli.run_errors("fastdmd.evaluate", "measuring", ADVICE):
-        row = evaluation.measure(sampler, evaluations=evaluations, name=metadata["kind"])
+        row = evaluation.measure(sampler, name=metadata["kind"])
     if config.out is not None:
         figures = {metadata["kind"]: dataclasses.asdict(row), "floor": dataclasses.asdict(evaluation.floor)}
         text = json.dumps({**figures, "seed": config.seed, "versions": versions(device)}, indent=2) + "\n"

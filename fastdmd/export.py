@@ -24,17 +24,18 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from fastdmd import __version__, bounds, cli, dmd2, outputs, terminal
+from fastdmd import __version__, bounds, cli, outputs, terminal
 from fastdmd.bounds import above
 from fastdmd.checkpoint import METADATA_KEY, load_network, save_network
 from fastdmd.config import Switch
 from fastdmd.diffusion import random_generator
 from fastdmd.files import replacing, write_atomically
 from fastdmd.flags import Positional
-from fastdmd.quality import Sampler, balanced_labels, one_step_sampler
+from fastdmd.sampling import Generator, balanced_labels
 from fastdmd.unet import UNet
 from fastdmd.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 
+Exported = Callable[[Tensor, "Tensor | None"], Tensor]  # noise, labels -> images, computed by what was written
 PROGRAM_METADATA = METADATA_KEY + ".json"  # the extra file of a .pt2 that holds what ONNX has in metadata_props
 TRACED_BATCH, CHECKED_BATCHES = 2, (1, 5)
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -72,22 +73,22 @@ def main(arguments: list[str] | None = None) -> None:
         if "conditioning_sigma" not in metadata:
             raise ValueError(f"expected a generator with its conditioning_sigma, got {config.weights} without")
         difference = export_generator(
-            network, config.out, conditioning_sigma=metadata["conditioning_sigma"],
+            Generator(network, (metadata["conditioning_sigma"],)), config.out,
             weights_dtype=getattr(torch, config.weights_dtype), tolerance=config.tolerance,
         )  # fmt: skip
     megabytes = config.out.stat().st_size / 1e6
     print(f"{config.out}: {megabytes:.2f} MB, images differ from those of {config.weights} by at most {difference:.1e}")
 
 
-def export_generator(network: UNet, path: Path, *, conditioning_sigma: float,
-                     weights_dtype: torch.dtype = torch.float32, tolerance: float = 1e-3) -> float:  # fmt: skip
+def export_generator(generator: Generator, path: Path, *, weights_dtype: torch.dtype = torch.float32,
+                     tolerance: float = 1e-3) -> float:  # fmt: skip
     """Writes the generator in the format of the suffix, atomically, once what was written has been checked.
 
     Programs (`.pt2`, `.onnx`) take standard normal `noise` `[B, C, H, W]` in float32 and, if the network knows
-    classes, `class_labels` (int64 `[B]`), for any B, and return images in [-1, 1], as `dmd2.generate` does. They hold
+    classes, `class_labels` (int64 `[B]`), for any B, and return images in [-1, 1], as the generator does. They hold
     plain PyTorch and ONNX operations alone.
 
-    Returns the greatest absolute difference between images of the file and of `network`. Raises OSError if the file
+    Returns the greatest absolute difference between images of the file and of the generator. Raises OSError if the file
     cannot be written, ValueError for a format that cannot be, without the packages of ONNX, or if images differ by more
     than `tolerance` from those of the weights rounded to `weights_dtype`; whatever was at `path` is then still there.
     """
@@ -99,25 +100,29 @@ def export_generator(network: UNet, path: Path, *, conditioning_sigma: float,
         )
     if path.is_dir() or not path.parent.is_dir():
         raise FileNotFoundError(f"fastdmd.export_generator: expected a file in an existing folder, got {path}")
-    network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
+    if len(generator.sigmas) > 1:
+        raise ValueError(f"fastdmd.export_generator: expected a one-step generator, got levels {generator.sigmas}")
+    network = copy.deepcopy(generator.network).cpu().eval().requires_grad_(False)
+    generator = dataclasses.replace(generator, network=network)
     with replacing(path) as written:
-        sampler = WRITERS[path.suffix](network, written, conditioning_sigma, weights_dtype)
-        rounded = copy.deepcopy(network).to(weights_dtype).float()
-        error = greatest_difference(network, sampler, one_step_sampler(rounded, conditioning_sigma))
+        exported = WRITERS[path.suffix](generator, written, weights_dtype)
+        rounded = dataclasses.replace(generator, network=copy.deepcopy(network).to(weights_dtype).float())
+        error = greatest_difference(exported, rounded)
         if not error <= tolerance:  # not a number, too
             raise ValueError(
                 f"fastdmd.export_generator: expected images within {tolerance:g} of the generator's, "
                 f"got a difference of {error:.1e} from {path.suffix}; nothing was written to {path}"
             )
-    return greatest_difference(network, sampler, one_step_sampler(network, conditioning_sigma))
+    return greatest_difference(exported, generator)
 
 
-def greatest_difference(network: UNet, sampler: Sampler, expected: Sampler) -> float:
-    """Between the images of two samplers, at two batch sizes, neither of them the traced one."""
+@torch.no_grad()
+def greatest_difference(exported: Exported, generator: Generator) -> float:
+    """Between the images of both, at two batch sizes, neither of them the traced one."""
     differences = []
     for batch_size in CHECKED_BATCHES:
-        inputs = make_inputs(network, batch_size)
-        differences.append((sampler(*inputs) - expected(*inputs)).abs().max())
+        inputs = make_inputs(generator.network, batch_size)
+        differences.append((exported(*inputs) - generator(*inputs)).abs().max())
     return torch.stack(differences).max().item()
 
 
@@ -126,11 +131,12 @@ def make_inputs(network: UNet, batch_size: int) -> tuple[Tensor, Tensor | None]:
     return noise, balanced_labels(batch_size, network.num_classes)
 
 
-def program_metadata(network: UNet, conditioning_sigma: float) -> dict[str, str]:
+def program_metadata(generator: Generator) -> dict[str, str]:
     """What a reader of a program may want to know, as text."""
+    network = generator.network
     return {
         "fastdmd_version": __version__,
-        "conditioning_sigma": json.dumps(conditioning_sigma),
+        "conditioning_sigma": json.dumps(generator.sigmas[0]),
         "image_shape": json.dumps(network.image_shape),  # [C, H, W]
         "num_classes": json.dumps(network.num_classes),
     }
@@ -150,23 +156,24 @@ PLAIN = {GroupNormSiLU: PlainGroupNormSiLU, GroupNorm: nn.GroupNorm, Conv3x3: nn
 
 
 class OneStep(nn.Module):
-    """`dmd2.generate` as a module of plain PyTorch, on a copy of the network."""
+    """A generator as a module of plain PyTorch, on a copy of its network."""
 
-    def __init__(self, network: UNet, conditioning_sigma: float):
+    def __init__(self, generator: Generator):
         super().__init__()
-        self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-        self.conditioning_sigma = conditioning_sigma
+        self.network = copy.deepcopy(generator.network).to(memory_format=torch.contiguous_format)
+        self.sigmas = generator.sigmas
         for module in self.network.modules():
             module.__class__ = PLAIN.get(module.__class__, module.__class__)
 
     def forward(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return dmd2.generate(self.network, noise, class_labels, conditioning_sigma=self.conditioning_sigma)
+        return Generator(self.network, self.sigmas)(noise, class_labels)
 
 
-def trace(network: UNet, conditioning_sigma: float) -> ExportedProgram:
+def trace(generator: Generator) -> ExportedProgram:
     """The program `noise, class_labels -> images`, for any batch size; unconditional ones have no `class_labels`."""
+    network = generator.network
     inputs = tuple(value for value in make_inputs(network, TRACED_BATCH) if value is not None)
-    module = OneStep(network, conditioning_sigma).eval()
+    module = OneStep(generator).eval()
     program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes(network))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # source lines, and folders of this machine
@@ -178,38 +185,39 @@ def dynamic_shapes(network: UNet) -> dict[str, dict[int, Dim]]:
     return dict.fromkeys(names, {0: Dim("batch")})
 
 
-def write_weights(network: UNet, path: Path, conditioning_sigma: float, weights_dtype: torch.dtype) -> Sampler:
+def write_weights(generator: Generator, path: Path, weights_dtype: torch.dtype) -> Exported:
     """Weights and configuration alone: what training noted about itself stays behind."""
-    save_network(path, network, kind="generator", dtype=weights_dtype, conditioning_sigma=conditioning_sigma)
+    sigma = generator.sigmas[0]
+    save_network(path, generator.network, kind="generator", dtype=weights_dtype, conditioning_sigma=sigma)
     loaded, metadata = load_network(path)
-    return one_step_sampler(loaded, metadata["conditioning_sigma"])
+    return Generator(loaded, (metadata["conditioning_sigma"],))
 
 
-def write_program(network: UNet, path: Path, conditioning_sigma: float, _: torch.dtype) -> Sampler:
-    metadata = json.dumps(program_metadata(network, conditioning_sigma))
+def write_program(generator: Generator, path: Path, _: torch.dtype) -> Exported:
+    metadata = json.dumps(program_metadata(generator))
     buffer = io.BytesIO()  # on a disk that fills up, PyTorch's own writer aborts the process
     with quiet():
-        torch.export.save(trace(network, conditioning_sigma), buffer, extra_files={PROGRAM_METADATA: metadata})
+        torch.export.save(trace(generator), buffer, extra_files={PROGRAM_METADATA: metadata})
         write_atomically(path, lambda file: file.write(buffer.getbuffer()))
         program = torch.export.load(path).module()
     return torch.no_grad()(lambda *inputs: program(*(value for value in inputs if value is not None)))
 
 
-def write_onnx(network: UNet, path: Path, conditioning_sigma: float, _: torch.dtype) -> Sampler:
+def write_onnx(generator: Generator, path: Path, _: torch.dtype) -> Exported:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'.onnx needs {", ".join(missing)}: pip install "fastdmd[export]"')
-    num_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
+    num_bytes = 4 * sum(value.numel() for value in generator.network.state_dict().values())
     if num_bytes > ONNX_BYTES:
         raise ValueError(f"expected at most {ONNX_BYTES / 1e9} GB of weights for .onnx, got {num_bytes / 1e9:.1f} GB")
     import onnxruntime  # an extra
 
     with quiet():
         program = torch.onnx.export(
-            trace(network, conditioning_sigma), dynamo=True, verbose=False, output_names=["images"],
-            dynamic_shapes=dynamic_shapes(network),
+            trace(generator), dynamo=True, verbose=False, output_names=["images"],
+            dynamic_shapes=dynamic_shapes(generator.network),
         )  # fmt: skip
-        program.model.metadata_props.update(program_metadata(network, conditioning_sigma))
+        program.model.metadata_props.update(program_metadata(generator))
         for node in program.model.graph:
             node.metadata_props.clear()  # half a megabyte of where in torch each came from
         program.save(path)
@@ -237,7 +245,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-Writer = Callable[[UNet, Path, float, torch.dtype], Sampler]
+Writer = Callable[[Generator, Path, torch.dtype], Exported]
 WRITERS: dict[str, Writer] = {".safetensors": write_weights, ".pt2": write_program, ".onnx": write_onnx}
 
 

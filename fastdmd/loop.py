@@ -15,8 +15,9 @@ from fastdmd import interrupts
 from fastdmd.imports import reason
 from fastdmd.machine import versions
 from fastdmd.pictures import SampleHistory
-from fastdmd.quality import Evaluation, Measurement, Sampler, table
+from fastdmd.quality import Evaluation, Measurement, table
 from fastdmd.run_folder import RunFolder
+from fastdmd.sampling import Sampler
 from fastdmd.tally import Reading, Tally
 
 BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
@@ -47,8 +48,8 @@ class Training(Protocol):
 
     def save(self, iteration: int, **information: Any) -> None: ...
 
-    def measurements(self) -> Iterable[tuple[str, Sampler, int, dict | None]]:
-        """Rows of the table, `network` first: name, sampler, evaluations per image, what is on record of it."""
+    def measurements(self) -> Iterable[tuple[str, Sampler, dict | None]]:
+        """Rows of the table, `network` first: name, sampler, what is on record of it."""
 
 
 @dataclasses.dataclass
@@ -151,13 +152,15 @@ class Loop:
 
     def _measure(self, evaluation: Evaluation | None, progress: Progress, rows: dict[str, Measurement],
                  received: Callable[[], int | None]) -> None:  # fmt: skip
-        for name, sampler, evaluations, record in self._training.measurements():
+        def stop_if_interrupted() -> None:
+            if received() is not None:
+                raise Interrupted
+
+        for name, sampler, record in self._training.measurements():
             if progress.outcome != "complete" or evaluation is None:
                 return
             try:
-                rows[name] = evaluation.measure(
-                    until(received, sampler), evaluations=evaluations, name=name, record=record
-                )
+                rows[name] = evaluation.measure(sampler, name=name, record=record, before_batch=stop_if_interrupted)
             except Interrupted:
                 progress.outcome, progress.signal = "interrupted", received()
                 return
@@ -225,17 +228,6 @@ class Loop:
 
 class Interrupted(Exception):
     """A signal came while a network was measured."""
-
-
-def until(received: Callable[[], int | None], sampler: Sampler) -> Sampler:
-    """The sampler, which raises Interrupted once a signal came."""
-
-    def sample(noise: Tensor, class_labels: Tensor | None) -> Tensor:
-        if received() is not None:
-            raise Interrupted
-        return sampler(noise, class_labels)
-
-    return sample
 
 
 def show(bar: tqdm, line: dict[str, Any]) -> None:

@@ -39,8 +39,9 @@ from fastdmd.config import (
 from fastdmd.loop import Loop
 from fastdmd.machine import versions
 from fastdmd.optim import AdamWEMA
-from fastdmd.quality import Sampler, teacher_sampler
+from fastdmd.quality import sample
 from fastdmd.run_folder import RunFolder, require_new
+from fastdmd.sampling import HeunSampler, Sampler
 from fastdmd.tally import Tally
 from fastdmd.trainer import NUM_SAMPLE_COLUMNS, sample_inputs
 from fastdmd.unet import UNet, UNetConfig
@@ -189,7 +190,7 @@ class Pretraining:
         )  # fmt: skip
         self.network = self._optimizer.ema_network
         self.tallies = (Tally(("loss", "grad_norm"), self._device),)
-        self._sampler = teacher_sampler(self.network, config.teacher_steps)
+        self._sampler = HeunSampler(self.network, config.teacher_steps)
         self._sample_inputs = sample_inputs(network, config.seed, self._device)
         self._weights_dtype = getattr(torch, config.weights_dtype)
         self._started = time.perf_counter()
@@ -219,7 +220,7 @@ class Pretraining:
             parameter.copy_(parameter.to(self._weights_dtype))
 
     def samples(self) -> Tensor:
-        return self._sampler(*self._sample_inputs).unflatten(0, (-1, NUM_SAMPLE_COLUMNS))
+        return sample(self._sampler, *self._sample_inputs).unflatten(0, (-1, NUM_SAMPLE_COLUMNS))
 
     def save(self, iteration: int, **information: Any) -> None:
         save_network(
@@ -228,8 +229,8 @@ class Pretraining:
             versions=versions(self._device), **information,
         )  # fmt: skip
 
-    def measurements(self) -> Iterator[tuple[str, Sampler, int, dict | None]]:
-        yield "teacher", self._sampler, 2 * self.config.teacher_steps - 1, None
+    def measurements(self) -> Iterator[tuple[str, Sampler, dict | None]]:
+        yield "teacher", self._sampler, None
 
 
 if __name__ == "__main__":

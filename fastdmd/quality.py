@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -13,17 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdmd import data, dmd2, features, metrics
+from fastdmd import data, features, metrics
 from fastdmd.adapters import Adapted
 from fastdmd.budget import require_memory
-from fastdmd.diffusion import Denoiser, random_generator, sample_heun
+from fastdmd.diffusion import random_generator
 from fastdmd.frechet import COVARIANCES
 from fastdmd.imports import user_code
-
-Sampler = Callable[[Tensor, "Tensor | None"], Tensor]  # standard normal noise [B, C, H, W], labels [B] -> images
-
-SAMPLING_STREAM = 2  # random_generator's stream for evaluation, apart from those of training
-
+from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels
 
 BATCH_SIZE = 250  # images per forward pass
 SLOW_FEATURES = 4096  # of which an eigendecomposition, cubic in them, takes half a minute on two cores
@@ -42,36 +37,14 @@ class Measurement:
     recorded: bool = False  # distance and accuracy come from the weight file, the speed was measured now
 
 
-def one_step_sampler(generator: Denoiser, conditioning_sigma: float) -> Sampler:
-    @torch.no_grad()
-    def sample(noise: Tensor, class_labels: Tensor | None) -> Tensor:
-        with _running(generator, noise):
-            return dmd2.generate(generator, noise, class_labels, conditioning_sigma=conditioning_sigma)
-
-    return sample
-
-
-def teacher_sampler(teacher: Denoiser, num_steps: int = 18, **options: float) -> Sampler:
-    """EDM's deterministic Heun sampler; `2 * num_steps - 1` evaluations, none above the teacher's noise schedule."""
-    options = {"sigma_max": min(80.0, getattr(teacher, "sigma_max", math.inf)), **options}
-
-    def sample(noise: Tensor, class_labels: Tensor | None) -> Tensor:
-        with _running(teacher, noise):
-            return sample_heun(teacher, noise, class_labels, num_steps=num_steps, **options)
-
-    return sample
-
-
-def _running(network: Denoiser, noise: Tensor) -> contextlib.AbstractContextManager:
-    """What code of the user's own raises becomes one line; what ours does is a fault and stays as it is."""
+@torch.no_grad()
+def sample(sampler: Sampler, noise: Tensor, class_labels: Tensor | None) -> Tensor:
+    """Its images. What code of the user's own raises becomes one line; what ours does is a fault and stays as it is."""
+    network = sampler.network
     if not isinstance(network, Adapted):
-        return contextlib.nullcontext()
-    return user_code("quality", f"{type(network.network).__name__} to sample {tuple(noise.shape)}")
-
-
-def balanced_labels(num_images: int, num_classes: int, device: torch.device | str = "cpu") -> Tensor | None:
-    """`0, 1, ..., num_classes - 1, 0, 1, ...`: as many of each class as can be; None without classes."""
-    return torch.arange(num_images, device=device) % num_classes if num_classes else None
+        return sampler(noise, class_labels)
+    with user_code("quality", f"{type(network.network).__name__} to sample {tuple(noise.shape)}"):
+        return sampler(noise, class_labels)
 
 
 class Evaluation:
@@ -159,24 +132,27 @@ class Evaluation:
             "num_samples": self.num_samples, "seed": self.seed, "evaluations": evaluations, "reference": reference
         }  # fmt: skip
 
-    def measure(self, sampler: Sampler, *, evaluations: int, name: str, record: dict | None = None) -> Measurement:
+    def measure(self, sampler: Sampler, *, name: str, record: dict | None = None,
+                before_batch: Callable[[], None] = lambda: None) -> Measurement:  # fmt: skip
         """Samples `num_samples` images of balanced classes and measures them; the clock runs while sampling only.
 
-        If `record` is of a measurement like this one, only the speed is measured again.
+        If `record` is of a measurement like this one, only the speed is measured again. `before_batch` may raise.
         """
+        evaluations = sampler.num_evaluations
         if record is not None and record["settings"] == self._settings(evaluations):
             num_images = min(SPEED_IMAGES, self.num_samples)
-            *_, sampling_seconds = self._sample(sampler, num_images, name)
+            *_, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
             known = Measurement(**record["quality"])
             return dataclasses.replace(known, images_per_second=num_images / sampling_seconds, recorded=True)
         num_images = self.num_samples if self._feature_network is not None else min(SPEED_IMAGES, self.num_samples)
-        quality, sampling_seconds = self._sample(sampler, num_images, name)
+        quality, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
         return Measurement(
             quality.frechet_distance, quality.class_accuracy, num_images / sampling_seconds, evaluations,
             quality.num_images,
         )  # fmt: skip
 
-    def _sample(self, sampler: Sampler, num_images: int, name: str) -> tuple[metrics.Quality, float]:
+    def _sample(self, sampler: Sampler, num_images: int, name: str, before_batch: Callable[[], None]
+                ) -> tuple[metrics.Quality, float]:  # fmt: skip
         """The quality of `num_images` samples, and the seconds that sampling took."""
         seconds = 0.0
         labels = balanced_labels(num_images, self.num_classes, self.device)
@@ -185,13 +161,14 @@ class Evaluation:
         def batches():
             nonlocal seconds
             for index, start in enumerate(tqdm(starts, desc=f"sampling {name}", unit="batch", leave=False)):
+                before_batch()
                 part = slice(start, min(start + BATCH_SIZE, num_images))
                 generator = random_generator(self.seed, index, self.device, stream=SAMPLING_STREAM)
                 shape = (part.stop - part.start, *self.image_shape)
                 noise = torch.randn(shape, device=self.device, generator=generator)
                 class_labels = None if labels is None else labels[part]
                 started = time.perf_counter()
-                images = sampler(noise, class_labels)
+                images = sample(sampler, noise, class_labels)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds += time.perf_counter() - started

@@ -13,14 +13,14 @@ import re
 import numpy as np
 import torch
 
-from fastdmd import cli, machine, outputs, teachers, terminal
+from fastdmd import cli, machine, outputs, quality, teachers, terminal
 from fastdmd.budget import require_memory
 from fastdmd.config import SampleConfig
 from fastdmd.data import to_uint8
 from fastdmd.diffusion import Denoiser, random_generator
 from fastdmd.files import write_atomically
 from fastdmd.pictures import image_grid
-from fastdmd.quality import SAMPLING_STREAM, Sampler, balanced_labels, one_step_sampler, teacher_sampler
+from fastdmd.sampling import SAMPLING_STREAM, Generator, HeunSampler, Sampler, balanced_labels
 
 BYTES_PER_VALUE = 4 + 1 + 1  # an image as floats, as integers, and in the picture
 
@@ -33,22 +33,22 @@ def main(arguments: list[str] | None = None) -> None:
         outputs.require_file(config.out)
         machine.prepare(device, batch_size=config.batch_size)
         network, metadata = teachers.read(config.weights, config.adapter, device)
-        sampler, _ = sampler_of(network, metadata, config.teacher_steps)
+        sampler = sampler_of(network, metadata, config.teacher_steps)
         num_values = config.num * math.prod(network.image_shape)
         require_memory(BYTES_PER_VALUE * num_values, torch.device("cpu"), f"--num {config.num}", "use a smaller one")
         labels = parse_labels(config.labels, config.num, network.num_classes)
-        images = sample(network, sampler, labels, config, device)
+        images = sample(sampler, labels, config, device)
         if num_broken := int((~images.isfinite().flatten(1).all(1)).sum()):
             raise ValueError(f"expected finite images of {config.weights}, got NaN or infinity in {num_broken} of them")
         write_images(config, images, labels)
     print(f"{config.out}: {config.num} images")
 
 
-def sampler_of(network: Denoiser, metadata: dict, num_steps: int) -> tuple[Sampler, int]:
-    """The sampler that a weight file asks for, and its number of evaluations per image."""
+def sampler_of(network: Denoiser, metadata: dict, num_steps: int) -> Sampler:
+    """The sampler that a weight file asks for."""
     if metadata.get("kind") == "generator":
-        return one_step_sampler(network, metadata["conditioning_sigma"]), 1
-    return teacher_sampler(network, num_steps), 2 * num_steps - 1
+        return Generator(network, (metadata["conditioning_sigma"],))
+    return HeunSampler(network, num_steps)
 
 
 def parse_labels(text: str | None, num_images: int, num_classes: int) -> torch.Tensor | None:
@@ -64,16 +64,14 @@ def parse_labels(text: str | None, num_images: int, num_classes: int) -> torch.T
     return labels.repeat(-(-num_images // len(labels)))[:num_images]
 
 
-def sample(
-    network: Denoiser, sampler: Sampler, labels: torch.Tensor | None, config: SampleConfig, device: torch.device
-) -> torch.Tensor:
+def sample(sampler: Sampler, labels: torch.Tensor | None, config: SampleConfig, device: torch.device) -> torch.Tensor:
     """`[num, C, H, W]` in [-1, 1] on the CPU; the noise is a function of the seed alone, not of the batch size."""
     generator = random_generator(config.seed, 0, stream=SAMPLING_STREAM)
-    noise = torch.randn(config.num, *network.image_shape, generator=generator)
+    noise = torch.randn(config.num, *sampler.network.image_shape, generator=generator)
     for start in range(0, config.num, config.batch_size):
         part = slice(start, start + config.batch_size)
         class_labels = None if labels is None else labels[part].to(device)
-        noise[part] = sampler(noise[part].to(device), class_labels).cpu()
+        noise[part] = quality.sample(sampler, noise[part].to(device), class_labels).cpu()
     return noise  # each image where its noise was
 
 

@@ -14,6 +14,7 @@ from fastdmd.diffusion import Denoiser
 from fastdmd.dmd2 import Draws
 from fastdmd.execution import CapturedTurn, CompiledNetwork, Compiler
 from fastdmd.optim import AdamWEMA
+from fastdmd.sampling import Generator
 from fastdmd.tally import Tally
 
 EXECUTIONS = ("eager", "compiled", "captured")
@@ -162,7 +163,7 @@ class DMD2:
                 self._ahead.x_gen[rows] = self._generate(self._ahead.noise[rows], class_labels)
 
     def _generate(self, noise: Tensor, class_labels: Tensor | None) -> Tensor:
-        return dmd2.generate(self._generator, noise, class_labels, conditioning_sigma=self.conditioning_sigma)
+        return Generator(self._generator, (self.conditioning_sigma,))(noise, class_labels)
 
     def _backward(self, loss: Tensor, part: _Part, optimizer: AdamWEMA) -> Tensor:
         """Adds the gradient of a part's share of the batch; returns its loss."""

@@ -15,8 +15,9 @@ from fastdmd.checkpoint import save_network
 from fastdmd.config import TrainConfig
 from fastdmd.diffusion import Denoiser, random_generator
 from fastdmd.precision import compute_dtype
-from fastdmd.quality import SAMPLING_STREAM, Sampler, one_step_sampler, teacher_sampler
+from fastdmd.quality import sample
 from fastdmd.run_folder import RunFolder
+from fastdmd.sampling import SAMPLING_STREAM, Generator, HeunSampler, Sampler
 from fastdmd.step import DMD2
 from fastdmd.unet import UNet
 
@@ -81,7 +82,7 @@ class Distillation:
         device = next(teacher.parameters()).device
         self._teacher, self._teacher_record, self._path = teacher, teacher_record, folder.path / "generator.safetensors"
         self._draws = make_draws(config, teacher, device)
-        self._sampler = one_step_sampler(self.network, config.conditioning_sigma)
+        self._sampler = Generator(self.network, (config.conditioning_sigma,))
         self._sample_inputs = sample_inputs(teacher, config.seed, device)
 
     def iterate(self, iteration: int) -> None:
@@ -91,7 +92,7 @@ class Distillation:
         pass
 
     def samples(self) -> Tensor:
-        return self._sampler(*self._sample_inputs).unflatten(0, (-1, NUM_SAMPLE_COLUMNS))
+        return sample(self._sampler, *self._sample_inputs).unflatten(0, (-1, NUM_SAMPLE_COLUMNS))
 
     def save(self, iteration: int, **information: Any) -> None:
         save_network(
@@ -99,10 +100,9 @@ class Distillation:
             iterations=iteration, config=dataclasses.asdict(self.config), **information,
         )  # fmt: skip
 
-    def measurements(self) -> Iterator[tuple[str, Sampler, int, dict | None]]:
-        yield "generator", self._sampler, 1, None
-        steps = self.config.teacher_steps
-        yield "teacher", teacher_sampler(self._teacher, steps), 2 * steps - 1, self._teacher_record
+    def measurements(self) -> Iterator[tuple[str, Sampler, dict | None]]:
+        yield "generator", self._sampler, None
+        yield "teacher", HeunSampler(self._teacher, self.config.teacher_steps), self._teacher_record
 
 
 def sample_inputs(network: Denoiser, seed: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

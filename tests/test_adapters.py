@@ -15,7 +15,8 @@ from benchmarks.textbook import textbook_like
 from fastdmd import diffusion, trainer
 from fastdmd.adapters import Adapted, AdapterOptions
 from fastdmd.config import TrainConfig
-from fastdmd.quality import teacher_sampler
+from fastdmd.quality import sample
+from fastdmd.sampling import HeunSampler
 
 PARAMETERIZATIONS = ("x0", "edm", "epsilon", "v", "flow")
 SD, SIGMA_DATA = 0.7, 0.5  # of the data, and as EDM's coefficients assume it
@@ -194,7 +195,7 @@ def test_no_level_lies_above_the_noise_schedule(monkeypatch):
         draws = trainer.make_draws(dataclasses.replace(CONFIG, batch_size=2000), teacher, torch.device("cpu"))(0)
         assert draws.fake_sigma.max().item() == pytest.approx(expected, rel=0.05)
         monkeypatch.setattr(teacher, "forward", lambda x, sigma, labels, seen=seen: seen.append(sigma.max()) or x)
-        teacher_sampler(teacher, 2)(torch.zeros(1, 1, 8, 8), None)
+        sample(HeunSampler(teacher, 2), torch.zeros(1, 1, 8, 8), None)
         assert max(seen).item() == pytest.approx(expected, rel=2e-3)
     assert CONFIG.for_teacher(tiny("flow")).conditioning_sigma == 1e6
 

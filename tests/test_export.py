@@ -14,8 +14,9 @@ import torch
 from conftest import make_network
 from torch.testing import assert_close
 
-from fastdmd import dmd2, export, files
+from fastdmd import export, files
 from fastdmd.checkpoint import load_network, save_network
+from fastdmd.sampling import Generator
 from fastdmd.unet import UNetConfig
 
 ROOT = Path(__file__).parents[1]
@@ -79,10 +80,11 @@ def trace_once():
     with pytest.MonkeyPatch.context() as patch:
         traced, trace = {}, export.trace
 
-        def cached(network, conditioning_sigma):
-            if network.config not in traced:
-                traced[network.config] = trace(network, conditioning_sigma)
-            return traced[network.config]
+        def cached(generator):
+            config = generator.network.config
+            if config not in traced:
+                traced[config] = trace(generator)
+            return traced[config]
 
         patch.setattr(export, "trace", cached)
         yield
@@ -91,7 +93,7 @@ def trace_once():
 def export_and_run_elsewhere(generator_files, suffix, code):
     """Exports each generator and runs what was written, in a process without fastdmd, at a batch size of its own.
 
-    Yields the generator, what the process made, and what `dmd2.generate` makes of the same inputs.
+    Yields the generator, what the process made, and what it makes itself of the same inputs.
     """
     lines, expected = [], []
     for path in generator_files:
@@ -101,7 +103,7 @@ def export_and_run_elsewhere(generator_files, suffix, code):
         noise = torch.randn(3, *generator.image_shape, generator=torch.Generator().manual_seed(1))
         labels = torch.tensor([2, 0, 1]) if generator.num_classes else None
         np.savez(given, noise=noise, **({} if labels is None else {"class_labels": labels}))
-        images = dmd2.generate(generator, noise, labels, conditioning_sigma=SIGMA)
+        images = Generator(generator, (SIGMA,))(noise, labels)
         assert images.std() > 0.1
         content = exported.read_bytes()
         assert b"site-packages" not in content and str(ROOT).encode() not in content  # nothing of this machine
@@ -202,7 +204,7 @@ def test_network_is_left_as_it_was(tmp_path):
     network = make_network(SMALLEST)
     before = [type(module) for module in network.modules()]
     network.train().requires_grad_(True)
-    export.export_generator(network, tmp_path / "a.pt2", conditioning_sigma=SIGMA)
+    export.export_generator(Generator(network, (SIGMA,)), tmp_path / "a.pt2")
     assert network.training and network.conv_in.weight.requires_grad
     assert [type(module) for module in network.modules()] == before
     assert network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -211,9 +213,9 @@ def test_network_is_left_as_it_was(tmp_path):
 def write_wrongly(defect):
     """A writer whose images are off by `defect`."""
 
-    def write(network, path, conditioning_sigma, weights_dtype):
+    def write(generator, path, weights_dtype):
         path.write_text("wrong")
-        return lambda *inputs: export.one_step_sampler(network, conditioning_sigma)(*inputs) + defect
+        return lambda *inputs: generator(*inputs) + defect
 
     return write
 

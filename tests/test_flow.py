@@ -11,9 +11,9 @@ from fastdmd import data, diffusion, dmd2, trainer
 from fastdmd.adapters import Adapted
 from fastdmd.checkpoint import ASSETS, load_network
 from fastdmd.config import TrainConfig
-from fastdmd.diffusion import sample_heun
 from fastdmd.optim import AdamWEMA
-from fastdmd.quality import Evaluation, one_step_sampler
+from fastdmd.quality import Evaluation
+from fastdmd.sampling import Generator, HeunSampler
 from fastdmd.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_generation_starts_from_pure_noise():
     _, noise, _, labels = batch()
     config = TrainConfig().for_teacher(network)
     assert config.dynamics == "flow" and config.conditioning_sigma == 1e6
-    x_gen = dmd2.generate(network, noise, labels, conditioning_sigma=config.conditioning_sigma)
+    x_gen = Generator(network, (config.conditioning_sigma,))(noise, labels)
     v = network.raw(noise, torch.full((3,), 1000.0, dtype=torch.float64), labels)
     torch.testing.assert_close(x_gen, noise - v, rtol=1e-3, atol=1e-4)
 
@@ -109,7 +109,7 @@ def test_a_velocity_teacher_is_distilled():
     teacher.requires_grad_(False)
     embedded, _ = load_network(ASSETS / "teacher.safetensors")
     noise, labels = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(4)
-    samples = [sample_heun(denoiser, noise, labels, num_steps=4) for denoiser in (teacher, embedded)]
+    samples = [HeunSampler(denoiser, 4)(noise, labels) for denoiser in (teacher, embedded)]
     torch.testing.assert_close(*samples, rtol=1e-3, atol=1e-3)
 
     evaluation = Evaluation((1, 28, 28), 10, num_samples=200)
@@ -118,8 +118,8 @@ def test_a_velocity_teacher_is_distilled():
     model, draws = trainer.build(config, teacher), trainer.make_draws(config, teacher, CPU)
 
     def measure():
-        sampler = one_step_sampler(model.generator_optimizer.ema_network, config.conditioning_sigma)
-        return evaluation.measure(sampler, evaluations=1, name="generator")
+        sampler = Generator(model.generator_optimizer.ema_network, (config.conditioning_sigma,))
+        return evaluation.measure(sampler, name="generator")
 
     before = measure()
     for step in range(config.iterations):

@@ -50,7 +50,7 @@ class Scripted:
         files.write_atomically(self.folder.path / "weights.json", lambda file: file.write(content.encode()))
 
     def measurements(self):
-        yield "generator", lambda noise, labels: noise, 1, None
+        yield "generator", lambda noise, labels: noise, None
 
 
 def run(path, losses, *, evaluation=None, settings=None, **options):
@@ -261,11 +261,11 @@ def test_a_signal_while_measuring_ends_the_measurement(tmp_path):
     class Evaluation:
         floor = Measurement(None, None)
 
-        def measure(self, sampler, **_):
-            sampler(torch.zeros(1), None)
+        def measure(self, sampler, *, before_batch, **_):
+            before_batch()
             os.kill(os.getpid(), signal.SIGTERM)
-            sampler(torch.zeros(1), None)
-            pytest.fail("the sampler went on")
+            before_batch()
+            pytest.fail("sampling went on")
 
     summary, _, weights = run(tmp_path / "run", [1.0] * 4, evaluation=Evaluation())
     assert (summary["outcome"], summary["iterations"], summary["signal"]) == ("interrupted", 4, signal.SIGTERM)
@@ -276,8 +276,8 @@ def test_what_was_measured_is_on_record_in_the_weight_file(tmp_path, capsys):
     class Evaluation:
         floor = Measurement(0.1, 1.0)
 
-        def measure(self, sampler, *, evaluations, name, record):
-            return Measurement(0.25, 0.5, 100.0, evaluations, 10)
+        def measure(self, sampler, **_):
+            return Measurement(0.25, 0.5, 100.0, 1, 10)
 
         def record(self, row):
             return {"frechet_distance": row.frechet_distance}

@@ -14,6 +14,7 @@ from benchmarks import textbook
 from benchmarks.textbook import TextbookDMD2
 from fastdmd import dmd2, ops
 from fastdmd.optim import EMA_WARMUP, AdamWEMA
+from fastdmd.sampling import Generator
 from fastdmd.unet import UNetConfig
 from fastdmd.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 
@@ -156,7 +157,7 @@ class WithOurLosses(TextbookDMD2):
         )
 
     def iterate(self, step, draws):
-        x_gen = dmd2.generate(self.generator, draws.noise, draws.class_labels, conditioning_sigma=80.0)
+        x_gen = Generator(self.generator, (80.0,))(draws.noise, draws.class_labels)
         loss_dm = None
         if step % self.ratio == 0:
             with torch.no_grad():

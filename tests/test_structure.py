@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fastdmd"
 # A module may import from its own layer's predecessors, and inside a layer from names further left.
 LAYERS = [
     "_native", "files", "bounds", "flags", "outputs", "terminal", "memory", "interrupts", "startup", "tally", "kernels",
-    "ops", "diffusion", "dmd2", "data", "unet_config", "unet_blocks", "unet", "imports", "weight_files",
+    "ops", "diffusion", "sampling", "dmd2", "data", "unet_config", "unet_blocks", "unet", "imports", "weight_files",
     "inert_pickle", "pickles", "edm", "flat", "gradients", "groups", "states", "optim", "execution", "step", "budget",
     "precision", "machine", "adapters", "diffusers_unet", "checkpoint", "teachers", "frechet", "features", "metrics",
     "quality", "pictures", "run_folder", "loop", "config", "presets", "cli", "trainer", "train", "pretrain",

@@ -1,0 +1,71 @@
+"""Images from noise: what is known in closed form, and how often the network is asked."""
+
+import pytest
+import torch
+
+from fastdmd import diffusion
+from fastdmd.sampling import Generator, HeunSampler
+
+
+def gaussian_denoiser(variance, mean=0.5):
+    """The exact denoiser of data distributed as N(mean, variance)."""
+    calls = []
+
+    def denoise(x, sigma, class_labels):
+        calls.append(sigma[0].item())
+        gain = variance / (variance + diffusion.per_sample(sigma) ** 2)
+        return mean + gain * (x - mean)
+
+    return denoise, calls
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 18])
+def test_heun_counts_its_evaluations(num_steps):
+    denoise, calls = gaussian_denoiser(0.25)
+    sampler = HeunSampler(denoise, num_steps)
+    sampler(torch.randn(2, 1, 4, 4))
+    assert len(calls) == sampler.num_evaluations == 2 * num_steps - 1
+    assert [calls[0], min(calls)] == pytest.approx([80.0, 0.002 if num_steps > 1 else 80.0], rel=1e-4)
+
+
+def test_heun_solves_the_gaussian_case_to_second_order():
+    """The probability flow of N(mean, v) is known: x(0) - mean = (x(T) - mean) * sqrt(v / (v + T^2))."""
+    noise = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = 0.5 + (noise * 80 - 0.5) * (0.25 / (0.25 + 80**2)) ** 0.5
+    errors = []
+    for num_steps in (18, 36, 72):
+        sample = HeunSampler(gaussian_denoiser(0.25)[0], num_steps)(noise)
+        errors.append((sample - exact).abs().max().item())
+    assert errors[0] < 0.1
+    assert errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3  # halving the step quarters the error
+
+
+def test_heun_starts_at_the_highest_level_of_the_network():
+    denoise, calls = gaussian_denoiser(0.25)
+    denoise.sigma_max = 10.0
+    HeunSampler(denoise, 3)(torch.randn(2, 1, 4, 4))
+    assert max(calls) == pytest.approx(10)
+    with pytest.raises(ValueError, match="expected num_steps >= 1, got 0"):
+        HeunSampler(denoise, 0)(torch.randn(2, 1, 4, 4))
+
+
+def test_a_generator_makes_images_in_one_step_or_several():
+    """The exact denoiser of N(mean, v): each level shrinks what it is given to mean + v / (v + sigma^2) (x - mean)."""
+    noise = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fresh = torch.randn(noise.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    denoise, calls = gaussian_denoiser(0.25)
+    one = Generator(denoise, (80.0,))
+    expected = 0.5 + 0.25 / (0.25 + 80.0**2) * (80.0 * noise - 0.5)
+    torch.testing.assert_close(one(noise), expected)
+    several = Generator(denoise, (80.0, 2.0))
+    calls.clear()
+    images = several(noise, random=torch.Generator().manual_seed(7))
+    assert calls == [80.0, 2.0] and (one.num_evaluations, several.num_evaluations) == (1, 2)
+    torch.testing.assert_close(images, 0.5 + 0.25 / (0.25 + 4) * (expected + 2 * fresh - 0.5))
+
+
+def test_a_generator_is_differentiable():
+    scale = torch.ones((), requires_grad=True)
+    noise = torch.randn(3, 1, 2, 2)
+    Generator(lambda x, sigma, labels: scale * x, (5.0,))(noise).sum().backward()
+    torch.testing.assert_close(scale.grad, 5 * noise.sum())
