@@ -22,6 +22,7 @@ from fastdmd.edm import from_edm
 from fastdmd.flags import arg
 from fastdmd.flat import check_network
 from fastdmd.imports import import_network, make_network, user_code
+from fastdmd.sampling import Generator
 from fastdmd.unet import UNet
 from fastdmd.weight_files import infinite_buffers, require_finite
 
@@ -70,6 +71,19 @@ def load(source: str | Path | nn.Module | Callable[[], nn.Module], *, device: st
         raise ValueError(f"fastdmd.teachers: expected a teacher, got a {metadata['kind']} in {source}")
     verify_training(network)
     return network
+
+
+def load_generator(path: str | Path, *, device: str | torch.device = "cpu",
+                   network: nn.Module | Callable[[], nn.Module] | str | None = None) -> Generator:  # fmt: skip
+    """A generator from a weight file that fastdmd wrote, on `device`: `load_generator(path)(noise, class_labels)`.
+
+    `network` makes one that is not fastdmd's, as in `load`. Raises ValueError, TypeError or OSError, one line long.
+    """
+    options = {} if network is None else {"network": network}
+    found, metadata = read(path, TeacherOptions(**options), device)
+    if metadata["kind"] != "generator":
+        raise ValueError(f"fastdmd.load_generator: expected a generator, got a {metadata['kind']} in {path}")
+    return Generator(found, (metadata["conditioning_sigma"],))
 
 
 def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: TeacherOptions = NO_OPTIONS,

@@ -45,10 +45,29 @@ def test_imports_point_one_way(path):
     relative = path.relative_to(PACKAGE)
     own = relative.parts[0].removesuffix(".py")
     if own == "__init__":
-        assert imported_modules(path) == set()
-        return
+        return  # see test_the_public_names
     wrong = {name for name in imported_modules(path) - {own} if LAYERS.index(name) >= LAYERS.index(own)}
     assert wrong == set()
+
+
+def test_the_public_names():
+    """All of them are there, and none is loaded before it is asked for."""
+    code = """
+import sys, fastdmd
+assert "torch" not in sys.modules and not [name for name in sys.modules if name.startswith("fastdmd.")]
+assert set(fastdmd.__all__) <= set(dir(fastdmd))
+for name in fastdmd.__all__:
+    assert getattr(fastdmd, name) is not None
+try:
+    fastdmd.nothing
+except AttributeError as error:
+    print(error)
+from fastdmd import *
+print(load_teacher("mnist").num_classes, load_teacher.__module__, Generator.__name__, ops.dm_loss.__name__)
+"""
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == ["module 'fastdmd' has no attribute 'nothing'", "10 fastdmd.teachers Generator dm_loss"]
+    assert (PACKAGE / "py.typed").exists()
 
 
 def test_ops_come_alone():

@@ -72,6 +72,9 @@ def test_a_foreign_teacher_from_the_command_line_and_back(name, options, tmp_pat
     labels = torch.arange(5) % 3 if teacher.num_classes else None
     level = metadata["conditioning_sigma"]
     expected = generator(noise * level, torch.full((5,), level), labels).clamp(-1, 1).permute(0, 2, 3, 1)
+    loaded = teachers.load_generator(file, network=f"foreign:{name}")
+    assert loaded.sigmas == (level,)
+    torch.testing.assert_close(loaded(noise, labels).clamp(-1, 1).permute(0, 2, 3, 1), expected)
     assert level == (1e6 if name == "unconditional" else 80)
     assert np.abs(images - (expected.numpy() + 1) * 127.5).max() <= 1 and images.std() > 0
     evaluate.main([str(file), "--network", f"foreign:{name}", "--num-samples", "4", "--device", "cpu"])
@@ -315,3 +318,8 @@ def test_weights_key_names_an_entry_on_the_command_line(tmp_path, capsys):
         images.append(np.load(out)["images"].astype(float))
     assert np.abs(images[0] - images[1]).max() > 1
     assert copy.deepcopy(teachers.NO_OPTIONS).given() == {}
+
+
+def test_a_teacher_is_no_generator():
+    with pytest.raises(ValueError, match=r"^fastdmd.load_generator: expected a generator, got a teacher in mnist$"):
+        teachers.load_generator("mnist")
