@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastdmd import data, dmd2, teachers, trainer
-from fastdmd.checkpoint import load_network, save_network
+from fastdmd import data, load_generator, teachers, trainer
+from fastdmd.checkpoint import save_network
 from fastdmd.config import TrainConfig
 from fastdmd.diffusion import lognormal_sigma
 
@@ -62,10 +62,10 @@ def main(out: Path = Path("foreign.safetensors"), training: int = 100, iteration
 
     average, level = model.generator_optimizer.ema_network, config.conditioning_sigma
     save_network(out, average, kind="generator", conditioning_sigma=level)
-    generator, _ = load_network(out, network=ForeignUNet)  # code is named, never taken from the file
-    images = dmd2.generate(generator, torch.randn(10, 1, 28, 28), torch.arange(10), conditioning_sigma=level)
+    generator = load_generator(out, network=ForeignUNet)  # code is named, never taken from the file
+    images = generator(torch.randn(10, 1, 28, 28), torch.arange(10))
     print(f"{out}: ten digits in one evaluation each, from {images.min():.2f} to {images.max():.2f}")
-    return teacher, generator, images
+    return teacher, generator.network, images
 
 
 if __name__ == "__main__":
