@@ -155,11 +155,11 @@ class FastLoop(Loop):
         if self.device.type != "cuda":
             return None
         counts = {}
-        for turn in ("_generator_turn", "_guidance_turn"):
+        for turn in ("generator_turn", "guidance_turn"):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 getattr(self.model, turn)()
                 self.synchronize()
-            counts[turn.strip("_")] = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+            counts[turn] = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
         return counts
 
 

@@ -63,7 +63,7 @@ def record_turns(config, batch_size: int) -> dict[str, list]:
             compute_dtype=torch.bfloat16,
         )  # fmt: skip
         model.iterate(0, lambda step: draws)  # compiles
-        turns = {"generator turn": model._generator_turn, "guidance turn": model._guidance_turn}
+        turns = {"generator turn": model.generator_turn, "guidance turn": model.guidance_turn}
         launches = {}
         for name, turn in turns.items():
             with Record() as record:

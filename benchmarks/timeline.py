@@ -30,7 +30,7 @@ from benchmarks.gpu_trace import read_trace, summarize
 from fastdmd import step
 
 DEFAULTS = {setting["preset"]: setting for setting in SUITE}
-TURNS = ("_generator_turn", "_guidance_turn", "_generation")
+TURNS = ("generator", "guidance", "generation")
 MAX_WARMUP_CYCLES = 8
 NOMINAL_FLOPS = 989e12  # per second, of an H100 SXM in bfloat16, dense
 SYNC_WARNING = "called a synchronizing CUDA operation"
@@ -51,22 +51,17 @@ def warm_up(loop: Loop) -> list[dict]:
     for _ in range(MAX_WARMUP_CYCLES):
         was_complete = complete
         for _ in range(loop.ratio):
-            before, started = captured(loop), time.perf_counter()
+            before, started = loop.model.captured_turns, time.perf_counter()
             iterate(loop)
             loop.synchronize()
             seconds = time.perf_counter() - started
-            names = sorted(name.strip("_") for name in captured(loop) - before)
+            names = sorted(loop.model.captured_turns - before)
             records.append({"iteration": loop.step - 1, "seconds": seconds, "captured": names})
-        complete = wanted <= captured(loop)
+        complete = wanted <= loop.model.captured_turns
         if was_complete and complete:
             return records
-    raise RuntimeError(f"expected all turns captured after {loop.step} iterations, got {sorted(captured(loop))} alone")
-
-
-def captured(loop: Loop) -> set[str]:
-    """The turns that are CUDA graphs by now; none exists before the first iteration."""
-    turns = {name: getattr(loop.model, name, None) for name in TURNS}
-    return {name for name, turn in turns.items() if getattr(turn, "_graph", None) is not None}
+    got = sorted(loop.model.captured_turns)
+    raise RuntimeError(f"expected all turns captured after {loop.step} iterations, got {got} alone")
 
 
 @contextlib.contextmanager

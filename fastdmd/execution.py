@@ -74,6 +74,10 @@ class CapturedTurn:
         self._stream, self._pool = stream, pool
         self._num_calls, self._graph = 0, None
 
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
     def __call__(self, run: Callable[[], None]) -> None:
         if self._graph is None and self._num_calls == NUM_WARMUP_CALLS:
             self._graph = self._capture(run)

@@ -102,26 +102,32 @@ class DMD2:
         moves = step % self.dfake_gen_update_ratio == 0
         if moves:
             self.generator_optimizer.advance()
-            self._generator_turn()
+            self.generator_turn()
         else:
             self._take_x_gen(step, draws)
         if self._starts_chunk(step + 1):
             self._generate_ahead(step + 1, draws)  # beside the guidance turn, where there are streams
         self.guidance_optimizer.advance()
-        self._guidance_turn()
+        self.guidance_turn()
         self._join()  # before anybody changes the weights, or frees a model whose buffers are written beside
         return StepMetrics(*self.guidance_tally.latest, *(self.generator_tally.latest if moves else ()))
 
-    # The turns. They read and write static buffers and nothing else, so that a CUDA graph can hold them.
+    # The turns. They read and write static buffers and nothing else, so that a CUDA graph can hold them. An iteration
+    # runs them; by themselves they serve measurements.
 
-    def _generator_turn(self) -> None:
+    def generator_turn(self) -> None:
         self._execute("generator", self._run_generator_turn)
 
-    def _guidance_turn(self) -> None:
+    def guidance_turn(self) -> None:
         self._execute("guidance", self._run_guidance_turn)
 
-    def _generation(self) -> None:
+    def generation(self) -> None:
         self._execute("generation", self._run_generation)
+
+    @property
+    def captured_turns(self) -> frozenset[str]:
+        """Of generator, guidance and generation, those that are CUDA graphs by now."""
+        return frozenset(name for name, turn in self._captured.items() if turn.is_captured)
 
     def _execute(self, name: str, run: Callable[[], None]) -> None:
         turn = self._captured.get(name)  # holds no `run`, and so not this model: `del model` frees it
@@ -241,10 +247,10 @@ class DMD2:
                 self._ahead.class_labels[rows].copy_(drawn.class_labels)
         self._chunk_start, self._source = start, draws
         if self._side_stream is None:
-            return self._generation()
+            return self.generation()
         self._side_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side_stream):
-            self._generation()
+            self.generation()
 
     # How networks are called.
 

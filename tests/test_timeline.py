@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -106,35 +107,22 @@ def test_a_trace_is_read(tmp_path):
     assert calls == {"cudaGraphLaunch": 2, "cuLaunchKernel": 1}
 
 
-class Turn:
-    """Captured at its third call, as CapturedTurn is; or never."""
-
-    def __init__(self, never=False):
-        self.num_calls, self._graph, self._never = 0, None, never
-
-    def __call__(self):
-        self.num_calls += 1
-        if self.num_calls == 3 and not self._never:
-            self._graph = object()
-
-
 class Loop:
     """A loop that does nothing, but what a test makes it do in an iteration."""
 
     def __init__(self, ratio=2, never=False, iterate=lambda step: None, device="cpu"):
         self.ratio, self.step, self.draws, self.model, self.device = ratio, 0, None, self, torch.device(device)
         self.execution, self.config = "captured", argparse.Namespace(batch_size=4)
-        self._never, self._then, self._turns = never, iterate, False
+        self._never, self._then, self._num_calls = never, iterate, Counter()
+
+    @property
+    def captured_turns(self):
+        """At its third call, as CapturedTurn is; or never."""
+        return {turn for turn, n in self._num_calls.items() if n >= 3 and not (turn == "guidance" and self._never)}
 
     def iterate(self, step, draws):
-        if not self._turns:
-            self._generator_turn, self._guidance_turn, self._generation = Turn(), Turn(self._never), Turn()
-            self._turns = True
-        if step % self.ratio == 0:
-            self._generator_turn()
-        elif self.ratio > 1:
-            self._generation()
-        self._guidance_turn()
+        self._num_calls["generation" if step % self.ratio else "generator"] += 1
+        self._num_calls["guidance"] += 1
         self._then(step)
 
     def synchronize(self):
@@ -145,10 +133,10 @@ def test_a_loop_is_warm_when_all_its_turns_are_captured():
     records = timeline.warm_up(Loop(ratio=2))
     assert len(records) == 8  # three cycles until the last turn has its graph, and a whole one after
     assert {r["iteration"]: r["captured"] for r in records if r["captured"]} == {
-        2: ["guidance_turn"], 4: ["generator_turn"], 5: ["generation"]
+        2: ["guidance"], 4: ["generator"], 5: ["generation"]
     }  # fmt: skip
     assert len(timeline.warm_up(Loop(ratio=1))) == 4  # nothing is generated ahead
-    with pytest.raises(RuntimeError, match=r"expected all turns captured after 16 iterations, got \['_generation'"):
+    with pytest.raises(RuntimeError, match=r"expected all turns captured after 16 iterations, got \['generation'"):
         timeline.warm_up(Loop(never=True))
 
 
