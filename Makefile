@@ -30,7 +30,7 @@ gpu:
 .venv/ready-dev: EXTRAS := [dev]
 .venv/ready .venv/ready-dev: $(SOURCES)
 	test -x $(VENV) || $(PYTHON) -m venv .venv
-	$(PIP) torch setuptools cmake
+	$(PIP) torch setuptools cmake ninja pybind11
 	$(PIP) --no-build-isolation -e .$(EXTRAS)
 	touch .venv/ready $@
 

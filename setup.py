@@ -1,11 +1,14 @@
-"""Builds the optional native libraries with CMake; everything else about the package is in pyproject.toml.
+"""Builds what is native, all of it optional, with CMake; everything else about the package is in pyproject.toml.
 
 FASTDMD_NATIVE=auto (default): build what torch, a C++ compiler and CMake allow, else install without. FASTDMD_NATIVE=1:
 fail if they cannot be built. FASTDMD_NATIVE=0: do not try.
+The kernels and the ops are libraries that any Python can load. The module `fastdmd._runtime` is for this Python alone,
+which is why a wheel is tagged for it. Without pybind11 there is no module, and all else is built.
 The CUDA library is built if torch has CUDA and nvcc is there, of the same major version. It has code for every GPU from
 sm_80 that nvcc knows; CUDAARCHS, CMake's own variable, names others: `CUDAARCHS=90` builds for an H100 alone, quickly.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -20,7 +23,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("FASTDMD_NATIVE", "auto")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES_OPTION = "-DCMAKE_CUDA_ARCHITECTURES="
 JOB_BYTES = 2 << 30  # what a compiler may need
+# Each is a file, and a target of CMake's; in this order, as those that come later link or tell of those before.
+PARTS = {
+    "fastdmd_kernels": "native library, the ops will run in PyTorch",
+    "fastdmd_cpu": "native ops, they will run in PyTorch",
+    "fastdmd_cuda": "CUDA library",
+    "_runtime": "module fastdmd._runtime",
+}
 
 
 def find(program: str, *folders: str) -> str | None:
@@ -30,8 +41,29 @@ def find(program: str, *folders: str) -> str | None:
     )
 
 
-def cuda_options(version: str, nvcc: str) -> list[str]:
-    """CMake's options for a torch of this CUDA version. Raises RuntimeError if nvcc's major version is another."""
+def torch_options() -> list[str]:
+    import torch
+
+    home = Path(torch.__file__).parent
+    include = [home / "include", home / "include" / "torch" / "csrc" / "api" / "include"]
+    return [f"-DFASTDMD_TORCH_INCLUDE={';'.join(map(str, include))}", f"-DFASTDMD_TORCH_LIB={home / 'lib'}"]
+
+
+def cuda_options() -> list[str] | None:
+    """CMake's options for the CUDA of torch; None without one, or without nvcc.
+
+    Raises RuntimeError if nvcc's major version is another than torch's.
+    """
+    import torch
+
+    version = torch.version.cuda
+    if version is None:
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = find("nvcc", *([f"{home}/bin"] if home else [])) or find("nvcc", "/usr/local/cuda/bin")
+    if nvcc is None:
+        print("fastdmd: no CUDA library: torch has CUDA, but nvcc was not found", file=sys.stderr)
+        return None
     release = re.search(r"release (\d+)\.\d+", subprocess.check_output([nvcc, "--version"], text=True))
     if release is None or release[1] != version.split(".")[0]:
         found = release[0] if release else "one of unknown release"
@@ -40,7 +72,45 @@ def cuda_options(version: str, nvcc: str) -> list[str]:
     *older, newest = [a for a in ARCHITECTURES if f"compute_{a}" in known]
     # PTX of the newest too, for GPUs that come later.
     architectures = os.environ.get("CUDAARCHS") or ";".join([*(f"{a}-real" for a in older), str(newest)])
-    return ["-DFASTDMD_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+    compiler = f"-DCMAKE_CUDA_COMPILER={nvcc}"
+    return [*torch_options(), "-DFASTDMD_CUDA=ON", compiler, ARCHITECTURES_OPTION + architectures]
+
+
+def module_options(file_name: str, cuda_architectures: str) -> list[str] | None:
+    """CMake's options for the module of this Python, a file of that name; None without pybind11 or Python's headers."""
+    include = sysconfig.get_path("include")
+    try:
+        import pybind11
+
+        missing = None if Path(include, "Python.h").exists() else f"Python.h was not found in {include}"
+    except ImportError as error:
+        missing = str(error)
+    if missing is not None:
+        print(f"fastdmd: no {PARTS['_runtime']}: {missing}", file=sys.stderr)
+        return None
+    return [
+        f"-DFASTDMD_PYTHON_INCLUDE={include};{pybind11.get_include()}",
+        f"-DFASTDMD_PYTHON_SUFFIX={file_name.removeprefix('_runtime')}",
+        f"-DFASTDMD_CUDA_ARCHITECTURES={cuda_architectures.replace(';', ',')}",
+    ]
+
+
+@functools.cache
+def commit() -> str:
+    """What the sources are, for the facts of the build: FASTDMD_COMMIT, or what git says of this folder, or nothing."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+
+    if given := os.environ.get("FASTDMD_COMMIT"):
+        return given
+    try:
+        if git("rev-parse", "--show-prefix"):  # a folder inside somebody else's repository
+            return ""
+        changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "--short", "HEAD") + changes
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def num_jobs() -> int:
@@ -52,64 +122,64 @@ def num_jobs() -> int:
 
 
 class CMakeBuild(build_ext):
+    cuda_architectures = ""  # of the CUDA library, once it is built
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = None  # CMake's jobs are
+
     def get_ext_filename(self, fullname):
         *package, name = fullname.split(".")
-        return os.path.join(*package, f"lib{name}.so")
+        return os.path.join(*package, f"lib{name}.so") if name != "_runtime" else super().get_ext_filename(fullname)
 
     def build_extension(self, extension):
-        """Builds one library; each fails alone, and leaves nothing of an earlier build."""
+        """Builds one part; each fails alone, and leaves nothing of an earlier build."""
         file = Path(self.get_ext_fullpath(extension.name)).resolve()
         file.unlink(missing_ok=True)
         name = extension.name.split(".")[1]
         try:
-            self.build_library(name, file.parent)
+            self.build_part(name, file)
         except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if MODE == "1":
                 raise
-            without = "native library, the ops will run in PyTorch" if name == "fastdmd_cpu" else "CUDA library"
-            print(f"fastdmd: no {without}: {error}", file=sys.stderr)
+            print(f"fastdmd: no {PARTS[name]}: {error}", file=sys.stderr)
 
     def copy_extensions_to_source(self):
         for extension in self.extensions:
             (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
 
-    def build_library(self, name: str, output: Path):
-        import torch
-
-        options = []
-        if name == "fastdmd_cuda":
-            if torch.version.cuda is None:
-                return
-            home = os.environ.get("CUDA_HOME")
-            nvcc = find("nvcc", *([f"{home}/bin"] if home else [])) or find("nvcc", "/usr/local/cuda/bin")
-            if nvcc is None:
-                print("fastdmd: no CUDA library: torch has CUDA, but nvcc was not found", file=sys.stderr)
-                return
-            options = cuda_options(torch.version.cuda, nvcc)
+    def build_part(self, name: str, file: Path):
+        if name == "fastdmd_kernels":
+            options = []
+        elif name == "fastdmd_cpu":
+            options = torch_options()
+        elif name == "fastdmd_cuda":
+            options = cuda_options()
+        else:
+            options = module_options(file.name, self.cuda_architectures)
+        if options is None:
+            return
         cmake = find("cmake")
         if cmake is None:
             raise RuntimeError("CMake was not found")
         ninja = find("ninja")
         if ninja is not None:
             options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        home = Path(torch.__file__).parent
-        include = [home / "include", home / "include" / "torch" / "csrc" / "api" / "include"]
-        # A folder of CMake's keeps the generator that it began with.
-        build = Path(self.build_temp).resolve() / f"{name}-{'make' if ninja is None else 'ninja'}"
+        # Those that link the kernels share a folder; a folder of CMake's keeps the generator that it began with.
+        folder = f"{'cuda' if name == 'fastdmd_cuda' else 'cpu'}-{'make' if ninja is None else 'ninja'}"
+        build = Path(self.build_temp).resolve() / folder
         build.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [
-                cmake, str(ROOT), f"-DFASTDMD_TORCH_INCLUDE={';'.join(map(str, include))}",
-                f"-DFASTDMD_TORCH_LIB={home / 'lib'}", f"-DFASTDMD_OUTPUT={output}", *options,
-            ],
-            cwd=build, check=True,
-        )  # fmt: skip
+        options += [f"-DFASTDMD_OUTPUT={file.parent}", f"-DFASTDMD_COMMIT={commit()}"]
+        subprocess.run([cmake, str(ROOT), *options], cwd=build, check=True)
         command = [cmake, "--build", ".", "--target", name, "--parallel", str(num_jobs())]
         subprocess.run(command, cwd=build, check=True)
+        if name == "fastdmd_cuda":
+            (named,) = (option for option in options if option.startswith(ARCHITECTURES_OPTION))
+            self.cuda_architectures = named.removeprefix(ARCHITECTURES_OPTION)
 
 
 # `optional`: where nothing was built, setuptools goes on without the file.
-cpu = Extension("fastdmd.fastdmd_cpu", sources=[], optional=MODE != "1")
-cuda = Extension("fastdmd.fastdmd_cuda", sources=[], optional=True)
-setup(ext_modules=[] if MODE == "0" else [cpu, cuda], cmdclass={"build_ext": CMakeBuild})
+REQUIRED = ("fastdmd_kernels", "fastdmd_cpu") if MODE == "1" else ()
+extensions = [Extension(f"fastdmd.{name}", sources=[], optional=name not in REQUIRED) for name in PARTS]
+setup(ext_modules=[] if MODE == "0" else extensions, cmdclass={"build_ext": CMakeBuild})

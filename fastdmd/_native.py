@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 LIBRARIES = {"cpu": "libfastdmd_cpu.so", "cuda": "libfastdmd_cuda.so"}
+KERNELS = "libfastdmd_kernels.so"  # what the CPU library and the module `_runtime` link
 MISSING = {"cpu": "no compiler was found", "cuda": "no nvcc of torch's CUDA version was found"}
+NO_RUNTIME = "not built for this Python: a compiler, pybind11 or Python's headers were not found at installation"
+SWITCHED_OFF = "switched off by FASTDMD_NATIVE=0"
 MODES = ("auto", "0", "1")  # of FASTDMD_NATIVE; 1 is for the build, which it lets fail
 
 
@@ -28,10 +33,8 @@ def load(device_type: str) -> str | None:
     """
     if device_type not in LIBRARIES:
         return f"there is no native library for {device_type}"
-    if (mode := os.environ.get("FASTDMD_NATIVE") or "auto") not in MODES:
-        raise ValueError(f"fastdmd: expected FASTDMD_NATIVE out of {', '.join(MODES)}, got {mode!r}")
-    if mode == "0":
-        return "switched off by FASTDMD_NATIVE=0"
+    if _switched_off():
+        return SWITCHED_OFF
     if device_type == "cuda":
         if torch.version.cuda is None:
             return "this torch is built without CUDA"
@@ -62,8 +65,40 @@ def load_emulated() -> str | None:
     return None
 
 
+@functools.cache
+def runtime() -> ModuleType:
+    """The module `fastdmd._runtime`. Raises Unavailable where there is none for this Python.
+
+    One that is there but does not load warns with its cause.
+    """
+    if _switched_off():
+        raise Unavailable(SWITCHED_OFF)
+    try:
+        return importlib.import_module("fastdmd._runtime")
+    except ModuleNotFoundError:
+        raise Unavailable(NO_RUNTIME) from None
+    except ImportError as error:
+        warnings.warn(f"fastdmd: _runtime is there but does not load: {error}", RuntimeWarning, stacklevel=2)
+        raise Unavailable(f"it is there but does not load: {error}") from error
+
+
 def build_facts() -> str:
-    """Compiler and target of the CPU library, and the instruction set that it chose on this machine."""
-    library = ctypes.CDLL(str(Path(__file__).parent / LIBRARIES["cpu"]))
-    library.fastdmd_build_facts.restype = ctypes.c_char_p
-    return library.fastdmd_build_facts().decode()
+    """Compiler and target of the CPU library, and the instruction set that it runs with, in words."""
+    try:
+        facts = runtime().build_facts()
+    except Unavailable:
+        library = ctypes.CDLL(str(Path(__file__).parent / KERNELS))
+        library.fastdmd_build_facts.restype = ctypes.c_char_p
+        return library.fastdmd_build_facts().decode()
+    source = f" from {facts['commit']}" if facts["commit"] else ""
+    cuda = f", CUDA for {', '.join(facts['cuda_architectures'])}" if facts["cuda_architectures"] else ""
+    return (
+        f"compiled by {facts['compiler']}{source}, stable ABI of torch {facts['torch_abi']}{cuda}, "
+        f"running {runtime().instruction_set()}"
+    )
+
+
+def _switched_off() -> bool:
+    if (mode := os.environ.get("FASTDMD_NATIVE") or "auto") not in MODES:
+        raise ValueError(f"fastdmd: expected FASTDMD_NATIVE out of {', '.join(MODES)}, got {mode!r}")
+    return mode == "0"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from fastdmd import __version__
+from fastdmd import __version__, _native
 
 CGROUP = Path("/sys/fs/cgroup/cpu.max")  # the CPU time of this container: microseconds of it, and in how many
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+MALLOC = {"mmap_threshold": 2**30, "trim_threshold": 2**31 - 1, "top_pad": 2**26}  # bytes
+MALLOPT = {"mmap_threshold": -3, "trim_threshold": -1, "top_pad": -2}  # in glibc's malloc.h
 
 
 def prepare(device: torch.device, *, precision: str = "fp32", batch_size: int | None = None) -> None:
@@ -50,11 +51,13 @@ def keep_freed_memory() -> None:
     Measured on two cores, 128 MNIST images: 200,000 to 500,000 page faults a cycle become 10, its time 0.94 of itself,
     peak memory 1.02. Does nothing where there is another C library.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 2**26)
+    try:
+        _native.runtime().set_malloc(**MALLOC)
+    except _native.Unavailable:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+        if mallopt is not None:
+            for name, value in MALLOC.items():
+                mallopt(MALLOPT[name], value)
 
 
 def use_faster_products() -> None:

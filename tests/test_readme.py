@@ -6,17 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdmd import ops
+
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_there_are_blocks_and_one_compiles():
-    assert len(BLOCKS) == 4 and sum("torch.compile" in block for block in BLOCKS) == 1
+    assert len(BLOCKS) == 5 and sum("torch.compile" in block for block in BLOCKS) == 1
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[3][:30])
 def test_block(block):
     torch.manual_seed(0)
+    if "_runtime" in block:
+        pytest.importorskip("fastdmd._runtime", reason="not built")
     names = {}
     exec(compile(block, str(README), "exec"), names)
     if "x_gen" in names:
@@ -26,6 +30,9 @@ def test_block(block):
         assert names["state"].tolist() == [0, 2 << 32]
     elif "residual" in names:
         assert names["x"].grad.isfinite().all() and names["x"].grad.abs().sum() > 0
+    elif "noise" in names:
+        x_t = ops.add_noise(torch.zeros(1, 3, 32, 32), torch.ones(1), rng_state=ops.rng_state(seed=0))
+        torch.testing.assert_close(torch.from_numpy(names["noise"]), x_t.flatten())
     elif "optimizer" in names:
         weight, average = names["network"][0].weight, names["average"][0].weight
         assert 0 < (weight - average).abs().max() < 1e-3 and names["grad_norm"] > 0

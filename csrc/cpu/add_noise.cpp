@@ -71,4 +71,13 @@ void add_noise(const AddNoise& a, int64_t begin, int64_t end) {
   });
 }
 
+void normals(float* out, uint64_t seed, uint64_t call, int64_t begin, int64_t end) {
+  alignas(64) float made[CHUNK];
+  for (int64_t first = begin / CHUNK * CHUNK; first < end; first += CHUNK) {
+    make_normals(made, uint64_t(first), seed, call);
+    const int64_t from = first < begin ? begin : first, to = first + CHUNK < end ? first + CHUNK : end;
+    std::memcpy(out + (from - begin), made + (from - first), sizeof(float) * size_t(to - from));
+  }
+}
+
 }  // namespace fastdmd::FASTDMD_ISA

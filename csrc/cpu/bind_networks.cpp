@@ -1,46 +1,12 @@
-// Bindings of group_norm_silu and adamw_ema_, and the choice of the instruction set.
+// Bindings of group_norm_silu and adamw_ema_.
 #include <cmath>
-#include <cstdlib>
-#include <string>
 
 #include "bindings.h"
 
 namespace fastdmd {
-
-FASTDMD_DECLARE_KERNELS(generic)
-#if defined(__x86_64__)
-FASTDMD_DECLARE_KERNELS(avx2)
-FASTDMD_DECLARE_KERNELS(avx512)
-#endif
-
 namespace {
 
 using torch::stable::parallel_for;
-
-struct Choice {
-  const char* name;
-  const Kernels& kernels;
-};
-
-// ATEN_CPU_CAPABILITY=avx2|default holds it back, as it does torch.
-Choice choose() {
-#if defined(__x86_64__)
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string allowed = variable ? variable : "";
-  if (allowed == "default") return {"generic", generic::kernels};
-  if (allowed != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {"avx512", avx512::kernels};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    return {"avx2", avx2::kernels};
-#endif
-  return {"generic", generic::kernels};
-}
-
-const Choice& choice() {
-  static const Choice chosen = choose();
-  return chosen;
-}
 
 // Samples times ranges of groups, so that every thread has some; at least 32 channels each, two lines of the cache.
 template <class Body>
@@ -179,8 +145,6 @@ Tensor adamw_ema_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, 
 
 }  // namespace
 
-const Kernels& kernels() { return choice().kernels; }
-
 STABLE_TORCH_LIBRARY_IMPL(fastdmd_native, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));
   m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward));
@@ -188,9 +152,3 @@ STABLE_TORCH_LIBRARY_IMPL(fastdmd_native, CPU, m) {
 }
 
 }  // namespace fastdmd
-
-extern "C" __attribute__((visibility("default"))) const char* fastdmd_build_facts() {
-  static const std::string facts = std::string("compiled by ") + FASTDMD_COMPILER + ", stable ABI of torch " +
-                                   FASTDMD_TORCH_TARGET + ", running " + fastdmd::choice().name;
-  return facts.c_str();
-}

@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "kernels.h"
+#include "instruction_set.h"
 #include "numeric.h"
 
 namespace fastdmd {
@@ -18,8 +18,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t GRAIN = 1 << 15;  // elements worth a thread: about 10 us of work
 constexpr int64_t BLOCK = 1 << 14;  // elements of one partial sum; fixed, so that sums do not depend on the threads
-
-const Kernels& kernels();  // of the best instruction set that this machine has
 
 inline Dtype dtype_of(ScalarType type) {
   switch (type) {

@@ -1,5 +1,5 @@
-// What the CPU kernels compute and how they are called. Each .cpp beside this file except bind_*.cpp is compiled once
-// per instruction set, in a namespace of that name; bind_networks.cpp chooses at run time. The kernels know nothing of
+// What the CPU kernels compute and how they are called. Their files, FASTDMD_KERNELS in CMakeLists.txt, are compiled
+// once per instruction set, in a namespace of that name; instruction_set.cpp chooses at run time. They know nothing of
 // torch.
 #pragma once
 
@@ -82,6 +82,7 @@ struct AdamW {
 struct Kernels {
   void (*philox)(const int64_t* counter, const int64_t* key, int64_t* words, int64_t begin, int64_t end);
   void (*add_noise)(const AddNoise&, int64_t begin, int64_t end);
+  void (*normals)(float* out, uint64_t seed, uint64_t call, int64_t begin, int64_t end);  // out[0] is of `begin`
   double (*dm_weight)(const DMLoss&, int64_t begin, int64_t end);            // sum |p_real|
   double (*dm_gradient)(const DMLoss&, int64_t begin, int64_t end, double w);  // writes grad; sum grad^2
   double (*fake_loss)(const FakeLoss&, int64_t begin, int64_t end);          // writes grad; sum weight * error^2
@@ -100,6 +101,7 @@ struct Kernels {
   namespace isa {                                                                                    \
   void philox(const int64_t*, const int64_t*, int64_t*, int64_t, int64_t);                           \
   void add_noise(const AddNoise&, int64_t, int64_t);                                                 \
+  void normals(float*, uint64_t, uint64_t, int64_t, int64_t);                                        \
   double dm_weight(const DMLoss&, int64_t, int64_t);                                                 \
   double dm_gradient(const DMLoss&, int64_t, int64_t, double);                                       \
   double fake_loss(const FakeLoss&, int64_t, int64_t);                                               \
@@ -112,7 +114,7 @@ struct Kernels {
   void conv3x3_weight_gradient(const Conv3x3&, int64_t, int64_t, int64_t);                           \
   double sum_of_squares(const void*, Dtype, int64_t, int64_t);                                       \
   void adamw(const AdamW&, int64_t, int64_t);                                                        \
-  inline constexpr Kernels kernels{philox,         add_noise,       dm_weight,                       \
+  inline constexpr Kernels kernels{philox,         add_noise,       normals,  dm_weight,             \
                                    dm_gradient,    fake_loss,       scale_gradient,                  \
                                    group_norm_silu, group_norm_silu_backward, conv3x3_weights,        \
                                    conv3x3,        conv3x3_weight_sums, conv3x3_weight_gradient,      \

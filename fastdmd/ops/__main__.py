@@ -35,6 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"  no {backend}: {reason}")
         if _native.load("cpu") is None and device_type == "cpu":
             print(f"  native library: {_native.build_facts()}")
+    try:
+        _native.runtime()
+    except _native.Unavailable as reason:
+        print(f"fastdmd._runtime: {reason}")
     if not torch.cuda.is_available():
         print("cuda: torch finds no GPU")
 
