@@ -4,7 +4,7 @@ VENV := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test lint bench gpu clean
+.PHONY: train test lint bench gpu gpu-kit clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
@@ -19,9 +19,13 @@ lint: .venv/ready-dev
 bench: .venv/ready-dev
 	$(VENV) -m benchmarks.bench_ops $(ARGS)
 
-# Takes the Python that has a CUDA torch, and prepares nothing.
+# Takes the Python that has a CUDA torch; what else that lacks comes from .gpu-kit, if it is there.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(STAGE)
+
+# Where there is a network.
+gpu-kit:
+	$(PYTHON) -m benchmarks.kit
 
 .venv/ready-dev: EXTRAS := [dev]
 .venv/ready .venv/ready-dev: $(SOURCES)
