@@ -4,13 +4,41 @@ VENV := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test lint bench gpu gpu-kit clean
+# What pyproject.toml allows, oldest and newest.
+TORCHES := 2.11.0 2.14.1
+TORCH ?= $(lastword $(TORCHES))
+OTHER = build/torch-$(TORCH)
+
+.PHONY: train test test-torch test-matrix test-cuda-build lint bench gpu gpu-kit clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
 
 test: .venv/ready-dev lint
 	$(VENV) -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+# The tests on another torch, TORCH=2.14.1, in an environment and a copy of the sources of their own; where pip brings
+# builds for CUDA, those are several GB. FASTDMD_NATIVE=1: the libraries are built, or this fails.
+test-torch: $(OTHER)/ready
+	cd $(OTHER)/sources && $(CURDIR)/$(OTHER)/venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-matrix:
+	for torch in $(TORCHES); do $(MAKE) test-torch TORCH=$$torch || exit 1; done
+
+# On a build of torch for CUDA, and nvcc: both libraries are built, linked and loaded, and have every op. No GPU needed.
+test-cuda-build: $(OTHER)/ready
+	cd $(OTHER)/sources && $(CURDIR)/$(OTHER)/venv/bin/python -m benchmarks.native_ops
+
+.PHONY: $(OTHER)/ready
+$(OTHER)/ready:
+	rm -rf $(OTHER)/sources && mkdir -p $(OTHER)/sources
+	git ls-files -co --exclude-standard | xargs cp --parents -t $(OTHER)/sources
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(OTHER)/constraints.txt
+	test -x $(OTHER)/venv/bin/python || $(PYTHON) -m venv $(OTHER)/venv
+	PIP_CONSTRAINT=$(OTHER)/constraints.txt $(OTHER)/venv/bin/python -m pip install --quiet \
+		--disable-pip-version-check torch setuptools cmake
+	PIP_CONSTRAINT=$(OTHER)/constraints.txt FASTDMD_NATIVE=1 $(OTHER)/venv/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-build-isolation -e '$(OTHER)/sources[dev]'
 
 lint: .venv/ready-dev
 	$(VENV) -m ruff check .

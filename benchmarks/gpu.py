@@ -62,7 +62,7 @@ SNAPSHOT_SECONDS = 5
 
 def command(stage: str, folder: Path, extra: list[str]) -> list[str]:
     parts = [part.format(folder=folder, json=folder / "measured.json") for part in STAGES[stage].command]
-    if "pytest" in STAGES[stage].needs and importlib.util.find_spec("xdist"):
+    if stage.startswith("tests") and importlib.util.find_spec("xdist"):
         parts += ["--numprocesses", str(num_processes()), "--dist", "worksteal"]
     return [sys.executable, *parts, *extra]
 
@@ -71,9 +71,10 @@ def num_processes() -> int:
     return max(1, (os.cpu_count() or 2) * 3 // 4)
 
 
-def environment() -> dict[str, str]:
-    """Compilers share the cores: a process of a test would start as many helpers as there are cores."""
-    return {"TORCHINDUCTOR_COMPILE_THREADS": "2", **os.environ, "PYTHONUNBUFFERED": "1"}
+def environment(stage: str) -> dict[str, str]:
+    """Tests share the cores: each of them would start as many processes for its compilation as there are."""
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2"} if stage.startswith("tests") else {}
+    return {**threads, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def run_stage(stage: str, seconds: float, extra: list[str], path: Path) -> dict:
@@ -98,7 +99,7 @@ def run_stage(stage: str, seconds: float, extra: list[str], path: Path) -> dict:
             if missing:
                 return save(f"not started: expected {', '.join(missing)} to be installed or in the kit, got neither")
             outcome = "interrupted"
-            process = subprocess.Popen(command(stage, folder, extra), cwd=ROOT, stdout=output, env=environment(),
+            process = subprocess.Popen(command(stage, folder, extra), cwd=ROOT, stdout=output, env=environment(stage),
                                        stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
             try:
                 while (left := started + seconds - time.perf_counter()) > 0 and process.poll() is None:

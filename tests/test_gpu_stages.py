@@ -111,12 +111,20 @@ def test_tests_that_cannot_be_collected_are_failures(stage, tmp_path):
     assert "No module named 'no_such_module'" in str(result["measured"]["failures"])
 
 
+# The stage ends with its runner, so that none outlives the tests.
 KILLED = """
-import sys
+import os, sys
 from pathlib import Path
 from benchmarks import environment, gpu
 gpu.describe, gpu.SNAPSHOT_SECONDS = lambda device: environment.describe("cpu"), 0.1
-gpu.STAGES["ours"] = gpu.Stage(["-c", "import time; print('begun', flush=True); time.sleep(1000)"], ())
+code = '''
+import os, time
+print("begun", flush=True)
+while os.getppid() == int(os.environ["RUNNER"]):
+    time.sleep(0.05)
+'''
+os.environ["RUNNER"] = str(os.getpid())
+gpu.STAGES["ours"] = gpu.Stage(["-c", code], ())
 gpu.end_on_sigterm()
 gpu.run_stage("ours", 600, [], Path(sys.argv[1]))
 """
@@ -126,7 +134,8 @@ gpu.run_stage("ours", 600, [], Path(sys.argv[1]))
 def test_the_file_survives_whoever_kills_the_runner(tmp_path, number):
     """SIGKILL ends the runner at once; SIGTERM, which `timeout` sends first, lets it end its stage."""
     path = tmp_path / "stored.json"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, start_new_session=True)
+    own = {**os.environ, "TMPDIR": str(tmp_path)}  # what is killed cleans up nothing
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, env=own)
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (path.exists() and "begun" in path.read_text()):
