@@ -49,7 +49,7 @@ bench: .venv/ready-dev
 
 # Takes the Python that has a CUDA torch; what else that lacks comes from .gpu-kit, if it is there.
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(STAGE)
+	$(PYTHON) -m benchmarks.gpu $(STAGE) $(ARGS)
 
 # Where there is a network.
 gpu-kit:

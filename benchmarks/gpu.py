@@ -1,10 +1,10 @@
 """What only a GPU can show, one stage of under nine minutes at a time: `make gpu STAGE=tests-ops|tests-steps|ops|...`.
 
-    python -m benchmarks.gpu [STAGE] [--seconds 530] [--arguments ...]
+    python -m benchmarks.gpu [STAGE] [--seconds 530] [--results FOLDER] [--arguments ...]
 
 Needs Python, torch and nvcc; what else a stage needs comes from the machine or from the kit that `make gpu-kit` packs
-where there is a network. Builds the native libraries in place. `benchmarks/results/<device>-<stage>.json` is there from
-the first second of a stage and follows it, so that nothing is lost when this process is killed, too.
+where there is a network. Builds the native libraries in place. `<device>-<stage>.json`, in `benchmarks/results` or in
+FOLDER, is there from the first second of a stage and follows it: nothing is lost when this process is killed, too.
 """
 
 from __future__ import annotations
@@ -143,10 +143,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", nargs="?", choices=list(STAGES), help="default: all")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of a stage")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to write to")
     parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="for the stage's own command")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: error: expected a GPU, got a torch that finds none")
+    options.results.mkdir(parents=True, exist_ok=True)
     end_on_sigterm()
     build()
     name = re.search(r"[A-Z]+\d+\w*", torch.cuda.get_device_name())
@@ -160,11 +162,10 @@ def main() -> None:
         if installed:
             print(f"from the kit: {', '.join(installed)}", flush=True)
         for stage in [options.stage] if options.stage else list(STAGES):
-            path = ROOT / "benchmarks" / "results" / f"{device}-{stage}.json"
-            path.parent.mkdir(exist_ok=True)
+            path = options.results / f"{device}-{stage}.json"
             result = run_stage(stage, options.seconds, options.arguments, path)
-            print(f"{stage}: {result['outcome']}, exit code {result['exit_code']} after {result['seconds']} s, "
-                  f"{path.relative_to(ROOT)}", flush=True)  # fmt: skip
+            ended = f"{result['outcome']}, exit code {result['exit_code']} after {result['seconds']} s"
+            print(f"{stage}: {ended}, {path}", flush=True)
             failed += [stage] if result["exit_code"] != 0 else []
     sys.exit(f"benchmarks.gpu: error: failed: {', '.join(failed)}" if failed else 0)
 

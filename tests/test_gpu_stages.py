@@ -111,6 +111,23 @@ def test_tests_that_cannot_be_collected_are_failures(stage, tmp_path):
     assert "No module named 'no_such_module'" in str(result["measured"]["failures"])
 
 
+def test_results_lie_where_they_are_asked_for(stage, tmp_path, monkeypatch, capsys):
+    for name, value in (("is_available", True), ("get_device_name", "NVIDIA H200 NVL")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(gpu, "build", lambda: None)
+    monkeypatch.setattr(gpu, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(kit, "FOLDER", tmp_path / "none")
+    stages = {"good": gpu.Stage(["-c", "print(1)"], ()), "bad": gpu.Stage(["-c", "raise SystemExit(3)"], ())}
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--results", str(tmp_path / "out" / "here")])
+    with pytest.raises(SystemExit, match="^benchmarks.gpu: error: failed: bad$"):
+        gpu.main()
+    stored = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out" / "here").iterdir()}
+    assert {name: result["exit_code"] for name, result in stored.items()} == {"h200-good.json": 0, "h200-bad.json": 3}
+    output = capsys.readouterr().out
+    assert re.search(r"^bad: ended, exit code 3 after [\d.]+ s, .*/out/here/h200-bad.json$", output, re.MULTILINE)
+
+
 # The stage ends with its runner, so that none outlives the tests.
 KILLED = """
 import os, sys
