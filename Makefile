@@ -18,7 +18,8 @@ test: .venv/ready-dev lint
 	$(VENV) -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 # The tests on another torch, TORCH=2.14.1, in an environment and a copy of the sources of their own; where pip brings
-# builds for CUDA, those are several GB. FASTDMD_NATIVE=1: the libraries are built, or this fails.
+# builds for CUDA, those are several GB. FASTDMD_NATIVE=1: the libraries are built, or this fails. setuptools is as old as
+# that torch wants it: 2.11 refuses 82.
 test-torch: $(OTHER)/ready
 	cd $(OTHER)/sources && $(CURDIR)/$(OTHER)/venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
@@ -33,7 +34,7 @@ test-cuda-build: $(OTHER)/ready
 $(OTHER)/ready:
 	rm -rf $(OTHER)/sources && mkdir -p $(OTHER)/sources
 	git ls-files -co --exclude-standard | xargs cp --parents -t $(OTHER)/sources
-	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(OTHER)/constraints.txt
+	sed 's/^torch==.*/torch==$(TORCH)/; /^setuptools==/d' constraints.txt > $(OTHER)/constraints.txt
 	test -x $(OTHER)/venv/bin/python || $(PYTHON) -m venv $(OTHER)/venv
 	PIP_CONSTRAINT=$(OTHER)/constraints.txt $(OTHER)/venv/bin/python -m pip install --quiet \
 		--disable-pip-version-check torch setuptools cmake
