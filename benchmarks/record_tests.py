@@ -1,6 +1,8 @@
 """A plugin of pytest: what became of each test, in a file that is whole at every moment, whatever ends the run.
 
-python -m pytest -p benchmarks.record_tests --record FILE
+    python -m pytest -p benchmarks.record_tests --record FILE
+
+Written whenever a test begins or ends: `counts` by outcome, `failures` with their text, `running`, the slowest.
 """
 
 from __future__ import annotations
