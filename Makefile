@@ -37,7 +37,7 @@ $(OTHER)/ready:
 	sed 's/^torch==.*/torch==$(TORCH)/; /^setuptools==/d' constraints.txt > $(OTHER)/constraints.txt
 	test -x $(OTHER)/venv/bin/python || $(PYTHON) -m venv $(OTHER)/venv
 	PIP_CONSTRAINT=$(OTHER)/constraints.txt $(OTHER)/venv/bin/python -m pip install --quiet \
-		--disable-pip-version-check torch setuptools cmake
+		--disable-pip-version-check torch 'setuptools>=70.1' cmake
 	PIP_CONSTRAINT=$(OTHER)/constraints.txt FASTDMD_NATIVE=1 $(OTHER)/venv/bin/python -m pip install --quiet \
 		--disable-pip-version-check --no-build-isolation -e '$(OTHER)/sources[dev]'
 
