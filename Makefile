@@ -4,7 +4,12 @@ VENV := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test sanitize lint bench gpu clean
+# What pyproject.toml allows, oldest and newest.
+TORCHES := 2.11.0 2.14.1
+TORCH ?= $(lastword $(TORCHES))
+OTHER = build/torch-$(TORCH)
+
+.PHONY: train test sanitize test-torch test-matrix test-cuda-build lint bench gpu gpu-kit clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
@@ -16,6 +21,30 @@ test: .venv/ready-dev lint
 sanitize: .venv/ready-dev
 	FASTDMD_SANITIZERS=address,undefined $(VENV) -m pytest tests/test_cuda_on_cpu.py $(ARGS)
 
+# The tests on another torch, TORCH=2.14.1, in an environment and a copy of the sources of their own; where pip brings
+# builds for CUDA, those are several GB. FASTDMD_NATIVE=1: the libraries are built, or this fails. setuptools is as old as
+# that torch wants it: 2.11 refuses 82.
+test-torch: $(OTHER)/ready
+	cd $(OTHER)/sources && $(CURDIR)/$(OTHER)/venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-matrix:
+	for torch in $(TORCHES); do $(MAKE) test-torch TORCH=$$torch || exit 1; done
+
+# On a build of torch for CUDA, and nvcc: both libraries are built, linked and loaded, and have every op. No GPU needed.
+test-cuda-build: $(OTHER)/ready
+	cd $(OTHER)/sources && $(CURDIR)/$(OTHER)/venv/bin/python -m benchmarks.native_ops
+
+.PHONY: $(OTHER)/ready
+$(OTHER)/ready:
+	rm -rf $(OTHER)/sources && mkdir -p $(OTHER)/sources
+	git ls-files -co --exclude-standard | xargs cp --parents -t $(OTHER)/sources
+	sed 's/^torch==.*/torch==$(TORCH)/; /^setuptools==/d' constraints.txt > $(OTHER)/constraints.txt
+	test -x $(OTHER)/venv/bin/python || $(PYTHON) -m venv $(OTHER)/venv
+	PIP_CONSTRAINT=$(OTHER)/constraints.txt $(OTHER)/venv/bin/python -m pip install --quiet \
+		--disable-pip-version-check torch 'setuptools>=70.1' cmake ninja pybind11
+	PIP_CONSTRAINT=$(OTHER)/constraints.txt FASTDMD_NATIVE=1 $(OTHER)/venv/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-build-isolation -e '$(OTHER)/sources[dev]'
+
 lint: .venv/ready-dev
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
@@ -23,9 +52,13 @@ lint: .venv/ready-dev
 bench: .venv/ready-dev
 	$(VENV) -m benchmarks.bench_ops $(ARGS)
 
-# Takes the Python that has a CUDA torch, and prepares nothing.
+# Takes the Python that has a CUDA torch; what else that lacks comes from .gpu-kit, if it is there.
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(STAGE)
+	$(PYTHON) -m benchmarks.gpu $(STAGE) $(ARGS)
+
+# Where there is a network.
+gpu-kit:
+	$(PYTHON) -m benchmarks.kit
 
 .venv/ready-dev: EXTRAS := [dev]
 .venv/ready .venv/ready-dev: $(SOURCES)

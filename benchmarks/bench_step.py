@@ -367,6 +367,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--suite", action="store_true", help="the settings of the GPU targets, one after the other")
     arguments = parser.parse_args()
+    try:
+        resolve_device(arguments.device)
+    except ValueError as error:
+        parser.exit(2, f"benchmarks.bench_step: error: {error}\n")
     settings = [vars(arguments)]
     if arguments.suite:
         settings = [{**vars(arguments), "compiled": True, "memory": True, **changes} for changes in SUITE]

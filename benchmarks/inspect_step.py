@@ -14,6 +14,7 @@ and cuBLAS, padded shapes).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from tests import fake_cuda  # its load comes before torch is imported
 
+ROOT = Path(__file__).parents[1]
 KIND = "estimate from generated code, nothing was run on a GPU"
 BYTES_PER_S, FLOPS_PER_S = 3.35e12, 989e12  # the data sheet's, H100 SXM, dense bfloat16
 LAUNCHES = ("convolution", "convolution backward", "matrix product", "attention", "attention backward",
@@ -32,6 +34,24 @@ LIBRARY = LAUNCHES[:5]
 ARITHMETIC = r"tmp\d+ = (-|\(?tmp\d+ [-+*/]|libdevice|tl_math|triton_helpers|tl\.s)"
 
 BATCHES = {"mnist": 48, "cifar10-cond": 64, "imagenet64": 40}
+
+# What decides about the launches: a stored result holds for these files as they were.
+SOURCES = (
+    "fastdmd/unet*.py", "fastdmd/diffusion.py", "fastdmd/dmd2.py", "fastdmd/step.py", "fastdmd/execution.py",
+    "fastdmd/optim.py", "fastdmd/flat.py", "fastdmd/gradients.py", "fastdmd/groups.py", "fastdmd/presets.py",
+    "fastdmd/ops/*.py", "fastdmd/kernels/*.py", "tests/fake_cuda/*", "benchmarks/inspect_step.py",
+)  # fmt: skip
+
+
+def source_hashes() -> dict[str, str]:
+    """SHA-256 of each of `SOURCES`, shortened. Raises FileNotFoundError for a name of which there is no file."""
+    hashes = {}
+    for pattern in SOURCES:
+        paths = sorted(path for path in ROOT.glob(pattern) if path.is_file())
+        if not paths:
+            raise FileNotFoundError(f"benchmarks.inspect_step: expected files named {pattern}, got none")
+        hashes |= {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
+    return hashes
 
 
 def record_turns(config, batch_size: int) -> dict[str, list]:
@@ -182,6 +202,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write everything to")
     arguments = parser.parse_args()
     batch_size = arguments.batch_size or BATCHES[arguments.preset]
+    sources = source_hashes()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         fake_cuda.load(Path(folder))
@@ -197,7 +218,7 @@ def main() -> None:
     print("\n\n".join(report(name, summary) for name, summary in turns.items()))
     if arguments.json:
         result = {"kind": KIND, **environment, "device": "H100 (fake)", "preset": arguments.preset,
-                  "batch_size": batch_size, "precision": "bf16", "turns": turns}  # fmt: skip
+                  "batch_size": batch_size, "precision": "bf16", "sources": sources, "turns": turns}  # fmt: skip
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.flush()
     os._exit(0)  # the engine's thread for the fake device cannot be joined

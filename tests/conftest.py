@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastdmd import machine
 from fastdmd.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
@@ -47,6 +48,15 @@ def golden_losses() -> dict[str, torch.Tensor]:
     """Both turns of DMD2, from an independent implementation."""
     local = Path(__file__).parent / "data" / "dmd2_losses.npz"
     return {name: torch.from_numpy(np.asarray(array)) for name, array in np.load(local).items()}
+
+
+@pytest.fixture
+def float32_units():
+    """No TF32, which cuDNN would take by default and Triton would not: ten bits of difference."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    machine.set_float32_units("fp32")
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def pytest_collection_modifyitems(items):

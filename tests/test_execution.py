@@ -196,7 +196,7 @@ def test_a_captured_turn_runs_twice_is_captured_and_replayed(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_captured_shapes_alternate_and_leave_no_memory():
+def test_captured_shapes_alternate_and_leave_no_memory(float32_units):
     """Other shapes and ratios, with images made ahead beside; eager and captured agree, and memory comes back."""
     memory = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The code that torch.compile generates for an H100 keeps feature maps in channels_last, forward and backward."""
+"""What torch.compile generates for an H100: feature maps stay in channels_last; stored results are of these sources."""
 
 import importlib.util
 import json
@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to make a fake CUDA device"),
-    pytest.mark.skipif(torch.__version__ < "2.13", reason="reaches into Inductor as it is in torch 2.13"),
-    pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch has registered a CUDA of its own"),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton to generate code"),
+from benchmarks import inspect_step
+
+RESULTS = inspect_step.ROOT / "benchmarks" / "results"
+NEEDS = [
+    (shutil.which("g++") is None, "needs g++ to make a fake CUDA device"),
+    (torch.__version__ < "2.13", "reaches into Inductor as it is in torch 2.13"),
+    (torch.version.cuda is not None, "a CUDA build of torch has registered a CUDA of its own"),
+    (importlib.util.find_spec("triton") is None, "needs Triton to generate code"),
 ]
+missing = next((reason for is_missing, reason in NEEDS if is_missing), None)
 
 COMPILED = """
 import json, os, sys
@@ -50,6 +54,31 @@ os._exit(0)  # the engine's thread for the fake device cannot be joined
 """
 
 
+@pytest.mark.parametrize("preset", inspect_step.BATCHES)
+def test_stored_results_are_of_these_sources(preset):
+    """One that is not is made again: `python -m benchmarks.inspect_step --preset PRESET --json FILE`."""
+    stored = json.loads((RESULTS / f"inspect-{preset}.json").read_text())["sources"]
+    assert stored == inspect_step.source_hashes()
+
+
+def test_what_is_hashed_is_there_and_matters(tmp_path, monkeypatch):
+    hashes = inspect_step.source_hashes()
+    assert {"fastdmd/unet.py", "fastdmd/kernels/dm_loss.py", "tests/fake_cuda/fake_cuda.cpp"} <= hashes.keys()
+    for name in hashes:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((inspect_step.ROOT / name).read_bytes())
+    monkeypatch.setattr(inspect_step, "ROOT", tmp_path)
+    assert inspect_step.source_hashes() == hashes
+    (tmp_path / "fastdmd" / "flat.py").write_text("changed = True\n")
+    changed = inspect_step.source_hashes()
+    assert {name for name in hashes if changed[name] != hashes[name]} == {"fastdmd/flat.py"}
+    (tmp_path / "fastdmd" / "flat.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected files named fastdmd/flat.py, got none"):
+        inspect_step.source_hashes()
+
+
+@pytest.mark.skipif(missing is not None, reason=str(missing))
 def test_compiled_network_keeps_channels_last(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED, str(tmp_path)], capture_output=True,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_network
 
-from fastdmd import machine, precision, trainer
+from fastdmd import precision, trainer
 from fastdmd import step as step_module
 from fastdmd.config import TrainConfig
 from fastdmd.optim import AdamWEMA
@@ -187,15 +187,6 @@ def assert_same_training(teacher, num_iterations, execution, *, tolerance, **cha
 def test_compiled_equals_eager_after_50_iterations():
     """Measured: losses to 3e-7, the movement of the weights to 2e-4."""
     assert_same_training(make_network(TINY), 50, "compiled", tolerance=1e-4, dfake_gen_update_ratio=2)
-
-
-@pytest.fixture
-def float32_units():
-    """No TF32, which cuDNN would take by default and Triton would not: ten bits of difference."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    machine.set_float32_units("fp32")
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.cuda
