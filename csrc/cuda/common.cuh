@@ -42,6 +42,24 @@ __device__ __forceinline__ double wide(double x) { return x; }
 __device__ __forceinline__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float wide(__half x) { return __half2float(x); }
 
+// 2^x and 1 / x to two units in the last place, an instruction each; what is below 2^-126 is 0. On a CPU, for tests.
+__device__ __forceinline__ float fast_exp2(float x) {
+#ifdef __CUDA_ARCH__
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+#else
+  return exp2f(x);
+#endif
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+#else
+  return 1 / x;
+#endif
+}
+
 // Element i of memory whose dtype is known at run time, in W.
 template <class W>
 __device__ __forceinline__ W read(const void* data, Dtype dtype, int64_t i) {
@@ -249,10 +267,12 @@ class Device {
 
   cudaStream_t stream() const { return stream_; }
 
-  int num_multiprocessors() const {
-    int count = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
-    return count;
+  int num_multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index_));
+    return value;
   }
 
   // How many blocks of a kernel the device runs at once: the grid of a kernel whose blocks loop over their work.
@@ -266,13 +286,25 @@ class Device {
 
   template <class Arguments>
   void launch(void (*kernel)(Arguments), int64_t blocks, int threads, std::type_identity_t<Arguments> arguments,
-              int64_t shared_bytes = 0) const {
+              int64_t shared_bytes = 0, int cluster = 1) const {
     const auto* function = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024)  // more has to be asked for
       STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
     void* pointers[] = {&arguments};
-    STD_CUDA_CHECK(cudaLaunchKernel(function, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers,
-                                    size_t(shared_bytes), stream_));
+    const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+    if (cluster == 1) {
+      STD_CUDA_CHECK(cudaLaunchKernel(function, grid, block, pointers, size_t(shared_bytes), stream_));
+      return;
+    }
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block;
+    config.dynamicSmemBytes = size_t(shared_bytes), config.stream = stream_;
+    config.attrs = &attribute, config.numAttrs = 1;
+    STD_CUDA_CHECK(cudaLaunchKernelExC(&config, function, pointers));
   }
 
  private:

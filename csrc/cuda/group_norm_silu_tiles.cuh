@@ -1,0 +1,344 @@
+// group_norm_silu of channels_last images in one launch that reads memory once: a block keeps its tile, some groups of
+// some pixels of a sample, in shared memory. The blocks of a cluster share the pixels, and thus the groups' moments.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include "cluster.cuh"
+#include "group_norm_silu.cuh"
+
+namespace fastdmd {
+namespace {
+
+constexpr int TILE_THREADS = 192;  // whole warps for rows of 3 * 2^n vectors, too
+constexpr int STAGES = 4;          // in which a tile arrives
+
+struct Tiles {
+  GroupNorm op;
+  int groups, columns;     // of a tile; its channels fill as many vectors of each pixel
+  int rows;                // pixels that the threads of a block hold at once, a vector each
+  int num_tiles, cluster;  // of a sample; of the blocks that share a tile's pixels
+  int pixels;              // of a block; the last of the cluster may have fewer
+
+  __host__ __device__ int channels() const { return groups * int(op.group_size()); }
+  __host__ __device__ int tile_bytes() const { return 16 * columns * pixels; }
+  // Scratch memory: the threads' values [rows, channels], then tables; and two numbers for every channel.
+  __host__ __device__ int scratch_floats() const { return (rows > 5 ? rows : 5) * channels(); }
+  int64_t shared_bytes() const {
+    return (op.grad_y ? 2 : 1) * int64_t(tile_bytes()) + int64_t(sizeof(float)) * (scratch_floats() + 2 * channels());
+  }
+  __device__ __forceinline__ int pixels_of(int rank) const {
+    const int left = int(op.num_pixels) - rank * pixels;
+    return left < pixels ? left : pixels;
+  }
+};
+
+// What a thread works on: vector `column` of every rows-th pixel of the tile. Its words lie `stride` apart there and
+// `step` elements apart in the image, from `start` on.
+template <class T>
+struct Thread {
+  static constexpr int V = 16 / int(sizeof(T));
+  int64_t sample, start, step;
+  int first_channel;      // of the tile
+  int rank, c, row;       // of its block in the cluster; its first channel and pixel in the tile
+  int count, per_stage;   // its words, and how many of them at most arrive together
+  int word, stride;
+
+  __device__ __forceinline__ explicit Thread(const Tiles& a) {
+    const unsigned tile = blockIdx.x / unsigned(a.cluster);
+    rank = int(blockIdx.x % unsigned(a.cluster));
+    sample = tile / unsigned(a.num_tiles);
+    first_channel = int(tile % unsigned(a.num_tiles)) * a.channels();
+    word = int(threadIdx.x);
+    stride = a.rows * a.columns;
+    row = word / a.columns;
+    c = (word - row * a.columns) * V;
+    const int left = a.pixels_of(rank) - row;
+    count = row < a.rows && left > 0 ? (left + a.rows - 1) / a.rows : 0;
+    per_stage = (a.pixels + STAGES * a.rows - 1) / (STAGES * a.rows);
+    step = a.rows * a.op.num_channels;
+    start = (sample * a.op.num_pixels + rank * a.pixels + row) * a.op.num_channels + first_channel + c;
+  }
+
+  // visit(word in the tile, element of the image) for the words that come in one stage.
+  template <class Visit>
+  __device__ __forceinline__ void each(int stage, Visit visit) const {
+    const int end = count < (stage + 1) * per_stage ? count : (stage + 1) * per_stage;
+#pragma unroll 2
+    for (int i = stage * per_stage; i < end; ++i) visit(word + i * stride, start + i * step);
+  }
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+#pragma unroll 2
+    for (int i = 0; i < count; ++i) visit(word + i * stride, start + i * step);
+  }
+};
+
+// Calls visit(stage) once the words of the stage have arrived; only for the thread that asked for them.
+template <class Visit>
+__device__ __forceinline__ void each_stage(Visit visit) {
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) {
+    __pipeline_wait_prior(STAGES - 1 - stage);
+    visit(stage);
+  }
+}
+
+template <class T, int V>
+__device__ __forceinline__ void load_shared(const uint4* word, float (&to)[V]) {
+  load<false>(reinterpret_cast<const T*>(word), to);
+}
+
+// totals[c] = the sum of `mine` of the threads of channel c. A warp may read its totals only after a barrier.
+template <class T, int V>
+__device__ __forceinline__ void sum_rows(const Tiles& a, const Thread<T>& thread, const float (&mine)[V],
+                                         float* scratch, float* totals) {
+  const int C = a.channels();
+  if (thread.row < a.rows) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) scratch[thread.row * C + thread.c + k] = mine[k];
+  }
+  __syncthreads();
+  // In two steps, so that all threads have something to do.
+  const int threads = int(blockDim.x);
+  const int parts = threads < 2 * C ? 1 : threads / C < a.rows ? threads / C : a.rows;
+  for (int i = int(threadIdx.x); i < parts * C; i += threads) {
+    float sum = scratch[i];
+    for (int entry = i + parts * C; entry < a.rows * C; entry += parts * C) sum += scratch[entry];
+    (parts == 1 ? totals : scratch)[i] = sum;
+  }
+  if (parts == 1) return;
+  __syncthreads();
+  for (int c = int(threadIdx.x); c < C; c += threads) {
+    float sum = scratch[c];
+    for (int part = 1; part < parts; ++part) sum += scratch[part * C + c];
+    totals[c] = sum;
+  }
+}
+
+// visit(g) for the groups of a warp
+template <class Visit>
+__device__ __forceinline__ void each_group(const Tiles& a, Visit visit) {
+  for (int g = int(threadIdx.x) / WARP; g < a.groups; g += int(blockDim.x) / WARP) visit(g);
+}
+
+// visit(c) for the channels of a group, shared among the lanes of a warp
+template <class Visit>
+__device__ __forceinline__ void each_channel(const Tiles& a, int g, Visit visit) {
+  const int group_size = int(a.op.group_size());
+  for (int c = g * group_size + int(threadIdx.x) % WARP; c < (g + 1) * group_size; c += WARP) visit(c);
+}
+
+template <class T>
+__global__ void __launch_bounds__(TILE_THREADS, 4) group_norm_tiles(Tiles a) {
+  constexpr int V = Thread<T>::V;
+  const Thread<T> thread(a);
+  const int C = a.channels(), lane = int(threadIdx.x) % WARP;
+  uint4* tile = reinterpret_cast<uint4*>(shared);
+  float* scratch = shared + a.tile_bytes() / 4;
+  float* totals = scratch + a.scratch_floats();
+  Pair<float>* moments_of = reinterpret_cast<Pair<float>*>(totals + C);  // [groups]: mean, sum of squared deviations
+
+  const T* x = static_cast<const T*>(a.op.x);
+  for (int stage = 0; stage < STAGES; ++stage) {
+    thread.each(stage, [&](int word, int64_t i) { __pipeline_memcpy_async(tile + word, x + i, 16); });
+    __pipeline_commit();
+  }
+  Moments<float> moments[V];
+  each_stage([&](int stage) {
+    if (stage == 0 && thread.count > 0) {
+      float values[V];
+      load_shared<T>(tile + thread.word, values);
+#pragma unroll
+      for (int k = 0; k < V; ++k) moments[k].shift = values[k];
+    }
+    thread.each(stage, [&](int word, int64_t) {
+      float values[V];
+      load_shared<T>(tile + word, values);
+#pragma unroll
+      for (int k = 0; k < V; ++k) moments[k].add(values[k]);
+    });
+  });
+
+  const float count = float(thread.count);
+  const float size = float(a.op.group_size()) * float(a.pixels_of(thread.rank));
+  float terms[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) terms[k] = moments[k].shift * count + moments[k].sum;
+  sum_rows(a, thread, terms, scratch, totals);
+  __syncthreads();
+  each_group(a, [&](int g) {
+    float sum = 0;
+    each_channel(a, g, [&](int c) { sum += totals[c]; });
+    const float mean = warp_sum(sum) / size;
+    each_channel(a, g, [&](int c) { totals[c] = mean; });
+    if (lane == 0) moments_of[g].first = mean;
+  });
+  __syncthreads();
+  if (thread.row < a.rows) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) terms[k] = moments[k].deviations_from(totals[thread.c + k], count);
+  }
+  __syncthreads();
+  sum_rows(a, thread, terms, scratch, totals);
+  __syncthreads();
+  each_group(a, [&](int g) {
+    float sum = 0;
+    each_channel(a, g, [&](int c) { sum += totals[c]; });
+    sum = warp_sum(sum);
+    if (lane == 0) moments_of[g].second = sum < 0 ? 0.0f : sum;  // NaN stays
+  });
+  cluster_barrier(a.cluster);
+
+  const float whole = float(a.op.group_size()) * float(a.op.num_pixels);
+  each_group(a, [&](int g) {
+    Pair<float> part{0, 0};
+    float part_size = 0;
+    if (lane < a.cluster) {
+      part = of_block(moments_of, lane)[g];
+      part_size = float(a.op.group_size()) * float(a.pixels_of(lane));
+    }
+    const float mean = warp_sum(part_size * part.first) / whole;
+    const float distance = part.first - mean;
+    const float squares = warp_sum(part_size > 0 ? part.second + part_size * distance * distance : 0.0f);
+    const float rstd = 1 / sqrtf(squares / whole + float(a.op.eps));
+    if (lane == 0 && thread.rank == 0) {
+      const int64_t group = thread.sample * a.op.num_groups + thread.first_channel / a.op.group_size() + g;
+      static_cast<float*>(a.op.mean)[group] = mean;
+      static_cast<float*>(a.op.rstd)[group] = rstd;
+    }
+    each_channel(a, g, [&](int c) {
+      tabulate(Channel<float>(a.op, thread.sample, thread.first_channel + c, mean, rstd), scratch, c, C);
+    });
+  });
+  cluster_barrier(a.cluster);  // before it no block may end: others read its moments
+
+  if (thread.row >= a.rows) return;
+  float mean[V], gain[V], offset[V];
+  look_up(scratch + thread.c, mean);
+  look_up(scratch + C + thread.c, gain);
+  look_up(scratch + 2 * C + thread.c, offset);
+  T* y = static_cast<T*>(a.op.out);
+  if_silu(a.op, [&](auto silu) {
+    thread.each([&](int word, int64_t i) {
+      float values[V];
+      load_shared<T>(tile + word, values);
+#pragma unroll
+      for (int k = 0; k < V; ++k) values[k] = activation<decltype(silu)::value>(gain[k] * (values[k] - mean[k]) + offset[k]);
+      store(y + i, values);
+    });
+  });
+}
+
+// x - mean and grad_m of a word; a function, because nvcc 13.0 crashes on the lambda.
+template <bool Silu, class T, int V>
+__device__ __forceinline__ void load_both(const uint4* x, const uint4* grad_y, const float (&mean)[V],
+                                          const float (&gain)[V], const float (&offset)[V], float (&centred)[V],
+                                          float (&grad_m)[V]) {
+  load_shared<T>(x, centred);
+  load_shared<T>(grad_y, grad_m);
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    centred[k] -= mean[k];
+    grad_m[k] *= activation_derivative<Silu>(gain[k] * centred[k] + offset[k]);
+  }
+}
+
+// grad_x = gain * grad_m - constant - linear * (x - mean)
+template <class T>
+__global__ void __launch_bounds__(TILE_THREADS, 4) group_norm_backward_tiles(Tiles a) {
+  constexpr int V = Thread<T>::V;
+  const Thread<T> thread(a);
+  const int C = a.channels();
+  uint4* tile = reinterpret_cast<uint4*>(shared);
+  uint4* grad_tile = tile + a.tile_bytes() / 16;
+  float* scratch = shared + a.tile_bytes() / 2;
+  float* totals = scratch + a.scratch_floats();  // [2, C]: sums over the block's pixels of grad_m and grad_m * (x - mean)
+
+  const T* x = static_cast<const T*>(a.op.x);
+  const T* grad_y = static_cast<const T*>(a.op.grad_y);
+  for (int stage = 0; stage < STAGES; ++stage) {
+    thread.each(stage, [&](int word, int64_t i) {
+      __pipeline_memcpy_async(tile + word, x + i, 16);
+      __pipeline_memcpy_async(grad_tile + word, grad_y + i, 16);
+    });
+    __pipeline_commit();
+  }
+  const int64_t first_group = thread.sample * a.op.num_groups + thread.first_channel / a.op.group_size();
+  const float* means = static_cast<const float*>(a.op.mean) + first_group;
+  const float* rstds = static_cast<const float*>(a.op.rstd) + first_group;
+  each_group(a, [&](int g) {
+    each_channel(a, g, [&](int c) {
+      tabulate(Channel<float>(a.op, thread.sample, thread.first_channel + c, means[g], rstds[g]), scratch, c, C);
+    });
+  });
+  __syncthreads();
+  float mean[V], gain[V], offset[V], grad[V] = {}, grad_x[V] = {};
+  if (thread.row < a.rows) {
+    look_up(scratch + thread.c, mean);
+    look_up(scratch + C + thread.c, gain);
+    look_up(scratch + 2 * C + thread.c, offset);
+  }
+  __syncthreads();  // the tables give way to the sums
+  if_silu(a.op, [&](auto silu) {
+    each_stage([&](int stage) {
+      thread.each(stage, [&](int word, int64_t) {
+        float centred[V], grad_m[V];
+        load_both<decltype(silu)::value, T>(tile + word, grad_tile + word, mean, gain, offset, centred, grad_m);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          grad[k] += grad_m[k];
+          grad_x[k] += grad_m[k] * centred[k];
+        }
+      });
+    });
+  });
+  sum_rows(a, thread, grad, scratch, totals);
+  __syncthreads();
+  sum_rows(a, thread, grad_x, scratch, totals + C);
+  cluster_barrier(a.cluster);
+
+  const float size = float(a.op.group_size()) * float(a.op.num_pixels);
+  each_group(a, [&](int g) {
+    const float group_mean = means[g], rstd = rstds[g];
+    float group_grad = 0, group_grad_h = 0;
+    each_channel(a, g, [&](int c) {
+      Pair<float> sums{0, 0};
+      for (int rank = 0; rank < a.cluster; ++rank) {
+        sums.first += of_block(totals, rank)[c];
+        sums.second += of_block(totals, rank)[C + c];
+      }
+      sums.second *= rstd;
+      const int64_t channel = thread.first_channel + c;
+      if (thread.rank == 0) static_cast<Pair<float>*>(a.op.sums)[thread.sample * a.op.num_channels + channel] = sums;
+      const float slope = Channel<float>(a.op, thread.sample, channel, group_mean, rstd).slope;
+      group_grad += slope * sums.first;
+      group_grad_h += slope * sums.second;
+    });
+    group_grad = warp_sum(group_grad);
+    group_grad_h = warp_sum(group_grad_h);
+    each_channel(a, g, [&](int c) {
+      scratch[c] = rstd * (group_grad / size);
+      scratch[C + c] = rstd * rstd * (group_grad_h / size);
+    });
+  });
+  cluster_barrier(a.cluster);  // before it no block may end: others read its totals
+
+  if (thread.row >= a.rows) return;
+  float constant[V], linear[V];
+  look_up(scratch + thread.c, constant);
+  look_up(scratch + C + thread.c, linear);
+  T* out = static_cast<T*>(a.op.out);
+  if_silu(a.op, [&](auto silu) {
+    thread.each([&](int word, int64_t i) {
+      float centred[V], grad_m[V];
+      load_both<decltype(silu)::value, T>(tile + word, grad_tile + word, mean, gain, offset, centred, grad_m);
+#pragma unroll
+      for (int k = 0; k < V; ++k) centred[k] = gain[k] * grad_m[k] - constant[k] - linear[k] * centred[k];
+      store(out + i, centred);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fastdmd
