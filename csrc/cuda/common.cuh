@@ -103,6 +103,24 @@ __device__ __forceinline__ uint4 load_word(const uint4* from) {
   return *from;
 }
 
+// The values in 16 bytes.
+template <class T>
+__device__ __forceinline__ void widen(uint4 word, float* to) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one instruction each, where nvcc 13.0 takes two
+    const uint32_t parts[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      to[2 * k] = float_of(parts[k] << 16);
+      to[2 * k + 1] = float_of(parts[k] & 0xffff0000u);
+    }
+  } else {
+    T values[16 / sizeof(T)];
+    memcpy(values, &word, 16);
+#pragma unroll
+    for (int k = 0; k < int(16 / sizeof(T)); ++k) to[k] = wide(values[k]);
+  }
+}
+
 // In assembly, because nvcc 13.0 splits some assignments of uint4 into four stores.
 __device__ __forceinline__ void store_word(uint4* to, uint4 word) {
   asm("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y),
@@ -121,12 +139,7 @@ __device__ __forceinline__ void load(const T* from, float (&to)[V], int64_t coun
 #pragma unroll
     for (int w = 0; w < num_words; ++w) words[w] = load_word<Constant>(reinterpret_cast<const uint4*>(from) + w);
 #pragma unroll
-    for (int w = 0; w < num_words; ++w) {
-      T values[per_word];
-      memcpy(values, &words[w], 16);
-#pragma unroll
-      for (int k = 0; k < per_word; ++k) to[w * per_word + k] = wide(values[k]);
-    }
+    for (int w = 0; w < num_words; ++w) widen<T>(words[w], to + w * per_word);
   } else {
 #pragma unroll
     for (int k = 0; k < V; ++k) to[k] = k < count ? wide(from[k]) : 0.0f;

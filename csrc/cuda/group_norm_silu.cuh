@@ -77,11 +77,17 @@ __device__ __forceinline__ W activation_derivative(const GroupNorm& a, W m) {
 
 extern __shared__ __align__(16) float shared[];
 
-// to[k] = table[k] of a thread's channels
+// to[k] = table[k] of a thread's channels, 16 bytes at a time as everything in shared memory
 template <int V>
 __device__ __forceinline__ void look_up(const float* table, float (&to)[V]) {
+  load<false>(table, to);
+}
+template <int V>
+__device__ __forceinline__ void put_down(float* table, const float (&from)[V]) {
 #pragma unroll
-  for (int k = 0; k < V; ++k) to[k] = table[k];
+  for (int k = 0; k < V; k += 4)
+    *reinterpret_cast<uint4*>(table + k) =
+        make_uint4(bits_of(from[k]), bits_of(from[k + 1]), bits_of(from[k + 2]), bits_of(from[k + 3]));
 }
 
 // Puts mean, gain and offset of channel c of C into three tables.

@@ -22,10 +22,10 @@ struct Tiles {
 
   __host__ __device__ int channels() const { return groups * int(op.group_size()); }
   __host__ __device__ int tile_bytes() const { return 16 * columns * pixels; }
-  // Scratch memory: the threads' values [rows, channels], then tables; and two numbers for every channel.
-  __host__ __device__ int scratch_floats() const { return (rows > 5 ? rows : 5) * channels(); }
+  // The threads' values [rows, channels], and later tables.
+  __host__ __device__ int scratch_floats() const { return (rows > 3 ? rows : 3) * channels(); }
   int64_t shared_bytes() const {
-    return (op.grad_y ? 2 : 1) * int64_t(tile_bytes()) + int64_t(sizeof(float)) * (scratch_floats() + 2 * channels());
+    return (op.grad_y ? 2 : 1) * int64_t(tile_bytes()) + int64_t(sizeof(float)) * (scratch_floats() + 4 * channels());
   }
   __device__ __forceinline__ int pixels_of(int rank) const {
     const int left = int(op.num_pixels) - rank * pixels;
@@ -33,9 +33,9 @@ struct Tiles {
   }
 };
 
-// What a thread works on: vector `column` of every rows-th pixel of the tile. Its words lie `stride` apart there and
+// What a thread works on, UNROLL words at a time: vector `column` of every rows-th pixel of the tile. Its words lie `stride` apart there and
 // `step` elements apart in the image, from `start` on.
-template <class T>
+template <class T, int UNROLL>
 struct Thread {
   static constexpr int V = 16 / int(sizeof(T));
   int64_t sample, start, step;
@@ -64,12 +64,12 @@ struct Thread {
   template <class Visit>
   __device__ __forceinline__ void each(int stage, Visit visit) const {
     const int end = count < (stage + 1) * per_stage ? count : (stage + 1) * per_stage;
-#pragma unroll 2
+#pragma unroll UNROLL
     for (int i = stage * per_stage; i < end; ++i) visit(word + i * stride, start + i * step);
   }
   template <class Visit>
   __device__ __forceinline__ void each(Visit visit) const {
-#pragma unroll 2
+#pragma unroll UNROLL
     for (int i = 0; i < count; ++i) visit(word + i * stride, start + i * step);
   }
 };
@@ -77,7 +77,7 @@ struct Thread {
 // Calls visit(stage) once the words of the stage have arrived; only for the thread that asked for them.
 template <class Visit>
 __device__ __forceinline__ void each_stage(Visit visit) {
-#pragma unroll
+#pragma unroll 1  // the code is large enough
   for (int stage = 0; stage < STAGES; ++stage) {
     __pipeline_wait_prior(STAGES - 1 - stage);
     visit(stage);
@@ -90,14 +90,11 @@ __device__ __forceinline__ void load_shared(const uint4* word, float (&to)[V]) {
 }
 
 // totals[c] = the sum of `mine` of the threads of channel c. A warp may read its totals only after a barrier.
-template <class T, int V>
-__device__ __forceinline__ void sum_rows(const Tiles& a, const Thread<T>& thread, const float (&mine)[V],
+template <class T, int UNROLL, int V>
+__device__ __forceinline__ void sum_rows(const Tiles& a, const Thread<T, UNROLL>& thread, const float (&mine)[V],
                                          float* scratch, float* totals) {
   const int C = a.channels();
-  if (thread.row < a.rows) {
-#pragma unroll
-    for (int k = 0; k < V; ++k) scratch[thread.row * C + thread.c + k] = mine[k];
-  }
+  if (thread.row < a.rows) put_down(scratch + thread.row * C + thread.c, mine);
   __syncthreads();
   // In two steps, so that all threads have something to do.
   const int threads = int(blockDim.x);
@@ -131,18 +128,25 @@ __device__ __forceinline__ void each_channel(const Tiles& a, int g, Visit visit)
 
 template <class T>
 __global__ void __launch_bounds__(TILE_THREADS, 4) group_norm_tiles(Tiles a) {
-  constexpr int V = Thread<T>::V;
-  const Thread<T> thread(a);
+  const Thread<T, 2> thread(a);
+  constexpr int V = thread.V;
   const int C = a.channels(), lane = int(threadIdx.x) % WARP;
   uint4* tile = reinterpret_cast<uint4*>(shared);
   float* scratch = shared + a.tile_bytes() / 4;
-  float* totals = scratch + a.scratch_floats();
+  float* slopes = scratch + a.scratch_floats();  // [C]
+  float* offsets = slopes + C;
+  float* totals = offsets + C;
   Pair<float>* moments_of = reinterpret_cast<Pair<float>*>(totals + C);  // [groups]: mean, sum of squared deviations
 
   const T* x = static_cast<const T*>(a.op.x);
   for (int stage = 0; stage < STAGES; ++stage) {
     thread.each(stage, [&](int word, int64_t i) { __pipeline_memcpy_async(tile + word, x + i, 16); });
     __pipeline_commit();
+  }
+  for (int c = int(threadIdx.x); c < C; c += int(blockDim.x)) {  // while the tile is on its way
+    const Channel<float> channel(a.op, thread.sample, thread.first_channel + c, 0.0f, 1.0f);
+    slopes[c] = channel.slope;
+    offsets[c] = channel.offset;
   }
   Moments<float> moments[V];
   each_stage([&](int stage) {
@@ -176,10 +180,11 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) group_norm_tiles(Tiles a) {
   });
   __syncthreads();
   if (thread.row < a.rows) {
+    float mean[V];
+    look_up(totals + thread.c, mean);
 #pragma unroll
-    for (int k = 0; k < V; ++k) terms[k] = moments[k].deviations_from(totals[thread.c + k], count);
+    for (int k = 0; k < V; ++k) terms[k] = moments[k].deviations_from(mean[k], count);
   }
-  __syncthreads();
   sum_rows(a, thread, terms, scratch, totals);
   __syncthreads();
   each_group(a, [&](int g) {
@@ -208,16 +213,17 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) group_norm_tiles(Tiles a) {
       static_cast<float*>(a.op.rstd)[group] = rstd;
     }
     each_channel(a, g, [&](int c) {
-      tabulate(Channel<float>(a.op, thread.sample, thread.first_channel + c, mean, rstd), scratch, c, C);
+      totals[c] = mean;
+      slopes[c] *= rstd;
     });
   });
   cluster_barrier(a.cluster);  // before it no block may end: others read its moments
 
   if (thread.row >= a.rows) return;
   float mean[V], gain[V], offset[V];
-  look_up(scratch + thread.c, mean);
-  look_up(scratch + C + thread.c, gain);
-  look_up(scratch + 2 * C + thread.c, offset);
+  look_up(totals + thread.c, mean);
+  look_up(slopes + thread.c, gain);
+  look_up(offsets + thread.c, offset);
   T* y = static_cast<T*>(a.op.out);
   if_silu(a.op, [&](auto silu) {
     thread.each([&](int word, int64_t i) {
@@ -247,13 +253,14 @@ __device__ __forceinline__ void load_both(const uint4* x, const uint4* grad_y, c
 // grad_x = gain * grad_m - constant - linear * (x - mean)
 template <class T>
 __global__ void __launch_bounds__(TILE_THREADS, 4) group_norm_backward_tiles(Tiles a) {
-  constexpr int V = Thread<T>::V;
-  const Thread<T> thread(a);
+  const Thread<T, 1> thread(a);
+  constexpr int V = thread.V;
   const int C = a.channels();
   uint4* tile = reinterpret_cast<uint4*>(shared);
   uint4* grad_tile = tile + a.tile_bytes() / 16;
   float* scratch = shared + a.tile_bytes() / 2;
-  float* totals = scratch + a.scratch_floats();  // [2, C]: sums over the block's pixels of grad_m and grad_m * (x - mean)
+  float* slopes = scratch + a.scratch_floats();  // [C]
+  float* totals = slopes + C;  // [2, C]: sums over the block's pixels of grad_m and grad_m * (x - mean)
 
   const T* x = static_cast<const T*>(a.op.x);
   const T* grad_y = static_cast<const T*>(a.op.grad_y);
@@ -269,7 +276,9 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) group_norm_backward_tiles(Til
   const float* rstds = static_cast<const float*>(a.op.rstd) + first_group;
   each_group(a, [&](int g) {
     each_channel(a, g, [&](int c) {
-      tabulate(Channel<float>(a.op, thread.sample, thread.first_channel + c, means[g], rstds[g]), scratch, c, C);
+      const Channel<float> channel(a.op, thread.sample, thread.first_channel + c, means[g], rstds[g]);
+      slopes[c] = channel.slope;
+      tabulate(channel, scratch, c, C);
     });
   });
   __syncthreads();
@@ -300,7 +309,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) group_norm_backward_tiles(Til
 
   const float size = float(a.op.group_size()) * float(a.op.num_pixels);
   each_group(a, [&](int g) {
-    const float group_mean = means[g], rstd = rstds[g];
+    const float rstd = rstds[g];
     float group_grad = 0, group_grad_h = 0;
     each_channel(a, g, [&](int c) {
       Pair<float> sums{0, 0};
@@ -309,11 +318,10 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) group_norm_backward_tiles(Til
         sums.second += of_block(totals, rank)[C + c];
       }
       sums.second *= rstd;
-      const int64_t channel = thread.first_channel + c;
-      if (thread.rank == 0) static_cast<Pair<float>*>(a.op.sums)[thread.sample * a.op.num_channels + channel] = sums;
-      const float slope = Channel<float>(a.op, thread.sample, channel, group_mean, rstd).slope;
-      group_grad += slope * sums.first;
-      group_grad_h += slope * sums.second;
+      if (thread.rank == 0)
+        static_cast<Pair<float>*>(a.op.sums)[thread.sample * a.op.num_channels + thread.first_channel + c] = sums;
+      group_grad += slopes[c] * sums.first;
+      group_grad_h += slopes[c] * sums.second;
     });
     group_grad = warp_sum(group_grad);
     group_grad_h = warp_sum(group_grad_h);
