@@ -1,7 +1,7 @@
 // GroupNorm, scale and shift, SiLU, and its backward: the choice of the kernel, and the gradients of the parameters.
 #include "group_norm_silu_channels_last.cuh"
 #include "group_norm_silu_groups.cuh"
-#include "group_norm_silu_tiles.cuh"
+#include "group_norm_silu_tile_kernels.cuh"
 
 namespace fastdmd {
 namespace {
@@ -67,47 +67,6 @@ GroupNorm arguments(const char* op, const Tensor& x, const Tensor& out, const Te
   a.num_pixels = x.size(2) * x.size(3);
   a.channels_last = a.num_pixels == 1 || !x.is_contiguous();  // of a single pixel both are the same
   return a;
-}
-
-// The tiles of channels_last images, or nothing if none fits.
-std::optional<Tiles> tiles(const Device& device, const GroupNorm& op, int max_cluster) {
-  const int64_t element_bytes = op.dtype == Dtype::float32 ? 4 : 2, P = op.num_pixels;
-  if (!op.channels_last || op.dtype == Dtype::float64 || op.num_channels * element_bytes % 16 != 0 ||
-      !aligned({op.x, op.grad_y, op.out}))
-    return std::nullopt;
-  const int64_t limit = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int64_t comfortable = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 4 - 1024;
-  const int64_t enough_blocks = 2 * device.num_multiprocessors();
-  // The least is the best: whole sectors of 32 bytes, two of them; four blocks on a multiprocessor; blocks for all of
-  // them; small clusters; wide rows.
-  using Cost = std::tuple<bool, bool, bool, int64_t, int, int64_t>;
-  std::optional<std::pair<Cost, Tiles>> best;
-  for (int64_t groups = 1; groups <= op.num_groups; ++groups) {
-    const int64_t row_bytes = groups * op.group_size() * element_bytes, columns = row_bytes / 16;
-    if (op.num_groups % groups != 0 || row_bytes % 16 != 0 || columns > TILE_THREADS) continue;
-    for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
-      const int64_t pixels = ceil_divide(P, cluster), num_tiles = op.num_groups / groups;
-      const int64_t blocks = op.num_samples * num_tiles * cluster;
-      if ((cluster - 1) * pixels >= P || pixels * row_bytes > limit || blocks > INT_MAX) continue;
-      const int64_t rows = std::min(TILE_THREADS / columns, pixels);
-      const Tiles a{op, int(groups), int(columns), int(rows), int(num_tiles), cluster, int(pixels)};
-      if (a.shared_bytes() > limit) continue;
-      const Cost cost{row_bytes % 32 != 0,  row_bytes < 64, a.shared_bytes() > comfortable,
-                      -std::min(blocks, enough_blocks), cluster, -row_bytes};
-      if (!best || cost < best->first) best = {cost, a};
-    }
-  }
-  if (!best) return std::nullopt;
-  return best->second;
-}
-
-template <class Kernel>
-bool launch_tiles(const Device& device, const GroupNorm& op, Kernel kernel) {
-  const std::optional<Tiles> a = tiles(device, op, max_cluster(kernel));
-  if (!a) return false;
-  const int threads = int(ceil_divide(int64_t(a->rows) * a->columns, WARP) * WARP);
-  device.launch(kernel, a->op.num_samples * a->num_tiles * a->cluster, threads, *a, a->shared_bytes(), a->cluster);
-  return true;
 }
 
 // How a block's threads and the blocks of a sample share its pixels, or nothing if the layout does not allow it.
