@@ -1,6 +1,7 @@
 // GroupNorm, scale and shift, SiLU, and its backward: the choice of the kernel, and the gradients of the parameters.
 #include "group_norm_silu_channels_last.cuh"
 #include "group_norm_silu_groups.cuh"
+#include "group_norm_silu_planes.cuh"
 #include "group_norm_silu_tile_kernels.cuh"
 
 namespace fastdmd {
@@ -91,12 +92,6 @@ std::optional<ChannelsLast> channels_last(const Device& device, const GroupNorm&
   return ChannelsLast{op, int(columns), int(rows), int(num_chunks), chunk_pixels, nullptr};
 }
 
-bool contiguous_vectors(const GroupNorm& op) {
-  const int64_t width = op.dtype == Dtype::float32 ? 4 : 8;
-  return !op.channels_last && op.dtype != Dtype::float64 && op.num_pixels % width == 0 &&
-         aligned({op.x, op.grad_y, op.out});
-}
-
 // Both launches for channels_last images; `num_partials` of a chunk are pairs that the first leaves for the second.
 template <class First, class Second>
 void launch_both(const Device& device, const Tensor& x, ChannelsLast a, First first, Second second,
@@ -124,7 +119,10 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
   const Device device(x);
   bool done = false;
   if (a.dtype != Dtype::float64)
-    dispatch_vectors(a.dtype, [&](auto type) { done = launch_tiles(device, a, group_norm_tiles<decltype(type)>); });
+    dispatch_vectors(a.dtype, [&](auto type) {
+      using T = decltype(type);
+      done = launch_tiles(device, a, group_norm_tiles<T>) || launch_planes(device, a, group_norm_planes<T>);
+    });
   if (done) return {y, mean, rstd};
   if (const std::optional<ChannelsLast> layout = channels_last(device, a)) {
     const int64_t row_bytes = a.num_channels * int64_t(sizeof(float));
@@ -154,8 +152,11 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
 void launch_backward(const Device& device, const Tensor& x, const GroupNorm& a) {
   bool done = false;
   if (a.dtype != Dtype::float64)
-    dispatch_vectors(a.dtype,
-                     [&](auto type) { done = launch_tiles(device, a, group_norm_backward_tiles<decltype(type)>); });
+    dispatch_vectors(a.dtype, [&](auto type) {
+      using T = decltype(type);
+      done = launch_tiles(device, a, group_norm_backward_tiles<T>) ||
+             launch_planes(device, a, group_norm_backward_planes<T>);
+    });
   if (done) return;
   if (const std::optional<ChannelsLast> layout = channels_last(device, a)) {
     const int64_t row_bytes = a.num_channels * int64_t(sizeof(float));

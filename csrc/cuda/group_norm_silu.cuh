@@ -42,6 +42,12 @@ struct Channel {
   }
 };
 
+inline bool contiguous_vectors(const GroupNorm& op) {
+  const int64_t width = op.dtype == Dtype::float32 ? 4 : 8;
+  return !op.channels_last && op.dtype != Dtype::float64 && op.num_pixels % width == 0 &&
+         aligned({op.x, op.grad_y, op.out});
+}
+
 // Calls body with whether there is a SiLU, as a constant.
 template <class Body>
 __device__ __forceinline__ void if_silu(const GroupNorm& a, Body body) {
