@@ -297,6 +297,13 @@ class Device {
     return int64_t(std::max(per_multiprocessor, 1)) * num_multiprocessors();
   }
 
+  // For kernels that keep their data in shared memory: as many blocks as fit, at the cost of the L1 cache.
+  template <class Arguments>
+  void prefer_shared_memory(void (*kernel)(Arguments)) const {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  }
+
   template <class Arguments>
   void launch(void (*kernel)(Arguments), int64_t blocks, int threads, std::type_identity_t<Arguments> arguments,
               int64_t shared_bytes = 0, int cluster = 1) const {

@@ -200,8 +200,10 @@ inline std::optional<Planes> planes(const Device& device, const GroupNorm& op) {
 template <class Kernel>
 bool launch_planes(const Device& device, const GroupNorm& op, Kernel kernel) {
   const std::optional<Planes> a = planes(device, op);
-  if (a) device.launch(kernel, op.num_samples * op.num_groups, a->team * a->num_teams, *a, a->shared_bytes());
-  return a.has_value();
+  if (!a) return false;
+  device.prefer_shared_memory(kernel);
+  device.launch(kernel, op.num_samples * op.num_groups, a->team * a->num_teams, *a, a->shared_bytes());
+  return true;
 }
 
 }  // namespace

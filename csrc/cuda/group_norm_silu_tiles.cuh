@@ -25,8 +25,9 @@ struct Tiles {
   __host__ __device__ int tile_bytes() const { return 16 * columns * pixels; }
   // The threads' values [rows, channels], and later tables.
   __host__ __device__ int scratch_floats() const { return (rows > 3 ? rows : 3) * channels(); }
-  int64_t shared_bytes() const {
-    return (op.grad_y ? 2 : 1) * int64_t(tile_bytes()) + int64_t(sizeof(float)) * (scratch_floats() + 4 * channels());
+  int64_t shared_bytes() const {  // with what the kernels keep of every channel, and forward of every group
+    const int64_t kept = op.grad_y ? 3 * channels() : 3 * channels() + 2 * groups;
+    return (op.grad_y ? 2 : 1) * int64_t(tile_bytes()) + int64_t(sizeof(float)) * (scratch_floats() + kept);
   }
   __device__ __forceinline__ int pixels_of(int rank) const {
     const int left = int(op.num_pixels) - rank * pixels;
@@ -169,6 +170,7 @@ bool launch_tiles(const Device& device, const GroupNorm& op, Kernel kernel) {
   const std::optional<Tiles> a = tiles(device, op, max_cluster(kernel));
   if (!a) return false;
   const int threads = int(ceil_divide(int64_t(a->rows) * a->columns, WARP) * WARP);
+  device.prefer_shared_memory(kernel);
   device.launch(kernel, a->op.num_samples * a->num_tiles * a->cluster, threads, *a, a->shared_bytes(), a->cluster);
   return true;
 }
