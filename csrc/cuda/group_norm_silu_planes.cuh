@@ -63,9 +63,12 @@ __global__ void __launch_bounds__(PLANE_THREADS, 6) group_norm_planes(Planes a) 
     each_word(a, c, [&](int i) {
       float values[V];
       load<false>(reinterpret_cast<const T*>(tile + i), values);
-      if (count == 0) {
+      if (count == 0) {  // relative to some of the values, because one of them may be far from all others
+        float shift = 0;
 #pragma unroll
-        for (int k = 0; k < V; ++k) moments[k].shift = values[0];
+        for (int k = 0; k < V; ++k) shift += values[k] / V;
+#pragma unroll
+        for (int k = 0; k < V; ++k) moments[k].shift = shift;
       }
 #pragma unroll
       for (int k = 0; k < V; ++k) moments[k].add(values[k]);
