@@ -42,6 +42,7 @@ struct Channel {
   }
 };
 
+// Whether a vector is of one channel, at a 16-byte boundary.
 inline bool contiguous_vectors(const GroupNorm& op) {
   const int64_t width = op.dtype == Dtype::float32 ? 4 : 8;
   return !op.channels_last && op.dtype != Dtype::float64 && op.num_pixels % width == 0 &&
@@ -115,7 +116,7 @@ struct Moments {
     sum_of_squares += d * d;
   }
   __device__ __forceinline__ W mean(W count) const { return count > 0 ? shift + sum / count : W(0); }
-  // From any mean.
+  // From any mean, not only that of these numbers.
   __device__ __forceinline__ W deviations_from(W mean, W count) const {
     const W distance = shift - mean;
     return sum_of_squares + distance * (2 * sum + count * distance);

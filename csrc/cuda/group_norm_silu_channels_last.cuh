@@ -1,6 +1,6 @@
-// group_norm_silu of channels_last images, 16 bytes at a time whatever the group size: a thread keeps to its channels
-// and walks over pixels. Two launches each way read x twice: one for the sums of a chunk of pixels, one that merges
-// them and writes the result.
+// group_norm_silu of channels_last images of which no tile fits into shared memory, 16 bytes at a time whatever the
+// group size: a thread keeps to its channels and walks over pixels. Two launches each way read x twice: one for the sums
+// of a chunk of pixels, one that merges them and writes the result.
 #pragma once
 
 #include "group_norm_silu.cuh"

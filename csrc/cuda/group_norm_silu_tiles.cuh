@@ -11,14 +11,14 @@ namespace fastdmd {
 namespace {
 
 constexpr int TILE_THREADS = 192;  // whole warps for rows of 3 * 2^n vectors, too; twice as many for a large tile
-constexpr int MULTIPROCESSOR_THREADS = 4 * TILE_THREADS;  // they leave 80 registers each
-constexpr int STAGES = 4;          // in which a tile arrives
+constexpr int RESIDENT_THREADS = 4 * TILE_THREADS;  // of a multiprocessor: they leave 80 registers each
+constexpr int STAGES = 4;  // in which a tile arrives
 
 struct Tiles {
   GroupNorm op;
-  int groups, columns;     // of a tile; its channels fill as many vectors of each pixel
+  int groups, columns;     // of a tile, whose channels are as many vectors of a pixel
   int rows;                // pixels that the threads of a block hold at once, a vector each
-  int num_tiles, cluster;  // of a sample; of the blocks that share a tile's pixels
+  int num_tiles, cluster;  // of a sample; the blocks that share the pixels of a tile
   int pixels;              // of a block; the last of the cluster may have fewer
 
   __host__ __device__ int channels() const { return groups * int(op.group_size()); }
@@ -35,15 +35,15 @@ struct Tiles {
   }
 };
 
-// What a thread works on, UNROLL words at a time: vector `column` of every rows-th pixel of the tile. Its words lie `stride` apart there and
-// `step` elements apart in the image, from `start` on.
+// What a thread works on, UNROLL words at a time: a vector of every rows-th pixel of the tile. Its words lie `stride`
+// apart there from `word` on, and `step` elements apart in the image from `start` on.
 template <class T, int UNROLL>
 struct Thread {
   static constexpr int V = 16 / int(sizeof(T));
   int64_t sample, start, step;
-  int first_channel;      // of the tile
-  int rank, c, row;       // of its block in the cluster; its first channel and pixel in the tile
-  int count, per_stage;   // its words, and how many of them at most arrive together
+  int rank, first_channel;  // of the block in its cluster; of the tile
+  int c, row;               // its first channel and pixel in the tile
+  int count, per_stage;     // its words, and how many of them at most arrive together
   int word, stride;
 
   __device__ __forceinline__ explicit Thread(const Tiles& a) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_shared(const uint4* word, float (&to)[V]) {
   load<false>(reinterpret_cast<const T*>(word), to);
 }
 
-// totals[c] = the sum of `mine` of the threads of channel c. A warp may read its totals only after a barrier.
+// totals[c] = the sum of `mine` over the threads of channel c, after a barrier.
 template <class T, int UNROLL, int V>
 __device__ __forceinline__ void sum_rows(const Tiles& a, const Thread<T, UNROLL>& thread, const float (&mine)[V],
                                          float* scratch, float* totals) {
@@ -154,7 +154,7 @@ std::optional<Tiles> tiles(const Device& device, const GroupNorm& op, int max_cl
       for (const int64_t threads : {TILE_THREADS, 2 * TILE_THREADS}) {
         a.rows = int(std::min(threads / columns, pixels));
         if (a.shared_bytes() > limit) continue;
-        const int64_t resident = std::min(in_all / (a.shared_bytes() + 1024), MULTIPROCESSOR_THREADS / threads);
+        const int64_t resident = std::min(in_all / (a.shared_bytes() + 1024), RESIDENT_THREADS / threads);
         const Cost cost{row_bytes % 32 != 0, row_bytes < 64, -resident * threads, -resident,
                         -std::min(blocks, enough_blocks), cluster, -row_bytes};
         if (!best || cost < best->first) best = {cost, a};
