@@ -26,6 +26,29 @@ __device__ __forceinline__ void cluster_barrier(int cluster) {
   __syncthreads();
 }
 
+// A block may end only after all others have read its memory: each thread arrives when it has read theirs, and waits at
+// its end. Relaxed, because nothing has been written for others: the barrier above waits for all writes.
+__device__ __forceinline__ void cluster_arrive(int cluster) {
+#ifdef FASTDMD_CLUSTERS
+  if (cluster == 1) return;
+#ifdef __CUDA_ARCH__
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
+  cooperative_groups::this_cluster().barrier_arrive();
+#endif
+#endif
+}
+__device__ __forceinline__ void cluster_wait(int cluster) {
+#ifdef FASTDMD_CLUSTERS
+  if (cluster == 1) return;
+#ifdef __CUDA_ARCH__
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#else
+  cooperative_groups::this_cluster().barrier_wait();
+#endif
+#endif
+}
+
 // Where block `rank` of the cluster has what this one has at `mine`, in shared memory.
 template <class T>
 __device__ __forceinline__ const T* of_block(const T* mine, int rank) {

@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_tiles(Tiles a)
       slopes[c] *= rstd;
     });
   });
-  cluster_barrier(a.cluster);  // before it no block may end: others read its moments
+  cluster_arrive(a.cluster);
+  __syncthreads();
 
-  if (thread.row >= a.rows) return;
   float mean[V], gain[V], offset[V];
   look_up(totals + thread.c, mean);
   look_up(slopes + thread.c, gain);
@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_tiles(Tiles a)
       store(y + i, values);
     });
   });
+  cluster_wait(a.cluster);
 }
 
 // x - mean and grad_m of a word; a function, because nvcc 13.0 crashes on the lambda.
@@ -210,9 +211,9 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_backward_tiles
       scratch[C + c] = rstd * rstd * (group_grad_h / size);
     });
   });
-  cluster_barrier(a.cluster);  // before it no block may end: others read its totals
+  cluster_arrive(a.cluster);
+  __syncthreads();
 
-  if (thread.row >= a.rows) return;
   float constant[V], linear[V];
   look_up(scratch + thread.c, constant);
   look_up(scratch + C + thread.c, linear);
@@ -226,6 +227,7 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_backward_tiles
       store(out + i, centred);
     });
   });
+  cluster_wait(a.cluster);
 }
 
 }  // namespace
