@@ -24,6 +24,7 @@ KERNELS = {
         (
             "group_norm_moments_vectors", "group_norm_apply_vectors", "group_norm_sums_vectors",
             "group_norm_backward_vectors", "group_norm_silu_vectors", "group_norm_silu_backward_vectors",
+            "group_norm_tiles", "group_norm_backward_tiles", "group_norm_planes", "group_norm_backward_planes",
         ),
         ("group_norm_silu_any", "group_norm_silu_backward_any", "parameter_gradients"),
     ),
@@ -103,7 +104,8 @@ def test_vectors_are_16_bytes(compiled, name):
         vectors = {s: body for s, body in bodies(ptx[a]).items() if kernel_of(s, name) in KERNELS[name][0]}
         assert {kernel_of(symbol, name) for symbol in vectors} == set(KERNELS[name][0])
         for symbol, body in vectors.items():
-            assert re.search(r"ld\.global(\.nc)?\.v4\.[bfu]32", body), symbol
+            into_registers, into_shared = r"ld\.global(\.nc)?\.v4\.[bfu]32", r"cp\.async\.cg\.shared\.global .*, 16"
+            assert re.search(f"{into_registers}|{into_shared}", body), symbol
             if kernel_of(symbol, name) not in READ_ONLY:
                 assert re.search(r"st\.global\.v4\.[bfu]32", body), symbol
 

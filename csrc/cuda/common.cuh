@@ -42,6 +42,24 @@ __device__ __forceinline__ double wide(double x) { return x; }
 __device__ __forceinline__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float wide(__half x) { return __half2float(x); }
 
+// 2^x and 1 / x to two units in the last place, an instruction each; what is below 2^-126 is 0. On a CPU, for tests.
+__device__ __forceinline__ float fast_exp2(float x) {
+#ifdef __CUDA_ARCH__
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+#else
+  return exp2f(x);
+#endif
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+#else
+  return 1 / x;
+#endif
+}
+
 // Element i of memory whose dtype is known at run time, in W.
 template <class W>
 __device__ __forceinline__ W read(const void* data, Dtype dtype, int64_t i) {
@@ -85,6 +103,24 @@ __device__ __forceinline__ uint4 load_word(const uint4* from) {
   return *from;
 }
 
+// The values in 16 bytes.
+template <class T>
+__device__ __forceinline__ void widen(uint4 word, float* to) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one instruction each, where nvcc 13.0 takes two
+    const uint32_t parts[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      to[2 * k] = float_of(parts[k] << 16);
+      to[2 * k + 1] = float_of(parts[k] & 0xffff0000u);
+    }
+  } else {
+    T values[16 / sizeof(T)];
+    memcpy(values, &word, 16);
+#pragma unroll
+    for (int k = 0; k < int(16 / sizeof(T)); ++k) to[k] = wide(values[k]);
+  }
+}
+
 // In assembly, because nvcc 13.0 splits some assignments of uint4 into four stores.
 __device__ __forceinline__ void store_word(uint4* to, uint4 word) {
   asm("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y),
@@ -103,12 +139,7 @@ __device__ __forceinline__ void load(const T* from, float (&to)[V], int64_t coun
 #pragma unroll
     for (int w = 0; w < num_words; ++w) words[w] = load_word<Constant>(reinterpret_cast<const uint4*>(from) + w);
 #pragma unroll
-    for (int w = 0; w < num_words; ++w) {
-      T values[per_word];
-      memcpy(values, &words[w], 16);
-#pragma unroll
-      for (int k = 0; k < per_word; ++k) to[w * per_word + k] = wide(values[k]);
-    }
+    for (int w = 0; w < num_words; ++w) widen<T>(words[w], to + w * per_word);
   } else {
 #pragma unroll
     for (int k = 0; k < V; ++k) to[k] = k < count ? wide(from[k]) : 0.0f;
@@ -249,10 +280,12 @@ class Device {
 
   cudaStream_t stream() const { return stream_; }
 
-  int num_multiprocessors() const {
-    int count = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
-    return count;
+  int num_multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index_));
+    return value;
   }
 
   // How many blocks of a kernel the device runs at once: the grid of a kernel whose blocks loop over their work.
@@ -264,15 +297,34 @@ class Device {
     return int64_t(std::max(per_multiprocessor, 1)) * num_multiprocessors();
   }
 
+  // For kernels that keep their data in shared memory: as many blocks as fit, at the cost of the L1 cache.
+  template <class Arguments>
+  void prefer_shared_memory(void (*kernel)(Arguments)) const {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  }
+
   template <class Arguments>
   void launch(void (*kernel)(Arguments), int64_t blocks, int threads, std::type_identity_t<Arguments> arguments,
-              int64_t shared_bytes = 0) const {
+              int64_t shared_bytes = 0, int cluster = 1) const {
     const auto* function = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024)  // more has to be asked for
       STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
     void* pointers[] = {&arguments};
-    STD_CUDA_CHECK(cudaLaunchKernel(function, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers,
-                                    size_t(shared_bytes), stream_));
+    const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+    if (cluster == 1) {
+      STD_CUDA_CHECK(cudaLaunchKernel(function, grid, block, pointers, size_t(shared_bytes), stream_));
+      return;
+    }
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block;
+    config.dynamicSmemBytes = size_t(shared_bytes), config.stream = stream_;
+    config.attrs = &attribute, config.numAttrs = 1;
+    STD_CUDA_CHECK(cudaLaunchKernelExC(&config, function, pointers));
   }
 
  private:

@@ -1,6 +1,8 @@
 // GroupNorm, scale and shift, SiLU, and its backward: the choice of the kernel, and the gradients of the parameters.
 #include "group_norm_silu_channels_last.cuh"
 #include "group_norm_silu_groups.cuh"
+#include "group_norm_silu_planes.cuh"
+#include "group_norm_silu_tile_kernels.cuh"
 
 namespace fastdmd {
 namespace {
@@ -12,34 +14,45 @@ struct ParameterGradients {
   Dtype weight_dtype, bias_dtype, scale_dtype, shift_dtype;
 };
 
-// A block per 32 channels: a lane keeps to its channel, a warp walks over samples.
+constexpr int SUMMED_CHANNELS = 8;  // of a block: few, so that there are blocks for every multiprocessor
+
+// A thread keeps to its channel and walks over samples.
 template <class W>
 __global__ void __launch_bounds__(THREADS) parameter_gradients(ParameterGradients a) {
-  constexpr int num_warps = THREADS / WARP;
-  __shared__ Pair<W> partials[num_warps][WARP];
-  const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
-  const int64_t C = a.op.num_channels, c = int64_t(blockIdx.x) * WARP + lane;
+  constexpr int rows = THREADS / SUMMED_CHANNELS;
+  __shared__ Pair<W> partials[rows][SUMMED_CHANNELS];
+  const int column = int(threadIdx.x) % SUMMED_CHANNELS, row = int(threadIdx.x) / SUMMED_CHANNELS;
+  const int64_t C = a.op.num_channels, c = int64_t(blockIdx.x) * SUMMED_CHANNELS + column;
+  const Pair<W>* sums_of = static_cast<const Pair<W>*>(a.op.sums) + c;
   Pair<W> total{0, 0};  // of grad_weight and grad_bias
-  if (c < C) {
+  if (c < C && !a.op.scale.data) {
+#pragma unroll 8
+    for (int64_t sample = row; sample < a.op.num_samples; sample += rows) {
+      const Pair<W> sums = sums_of[sample * C];
+      total.first += sums.second;
+      total.second += sums.first;
+    }
+  } else if (c < C) {
     const W weight = a.op.weight.at<W>(c), bias = a.op.bias.at<W>(c);
-    for (int64_t sample = warp; sample < a.op.num_samples; sample += num_warps) {
-      const Pair<W> sums = static_cast<const Pair<W>*>(a.op.sums)[sample * C + c];
-      const W multiplier = a.op.scale.data ? W(1) + a.op.scale.at<W>(sample, c) : W(1);
+    for (int64_t sample = row; sample < a.op.num_samples; sample += rows) {
+      const Pair<W> sums = sums_of[sample * C];
+      const W multiplier = W(1) + a.op.scale.at<W>(sample, c);
       total.first += multiplier * sums.second;
       total.second += multiplier * sums.first;
-      if (a.grad_scale) write(a.grad_scale, a.scale_dtype, sample * C + c, weight * sums.second + bias * sums.first);
-      if (a.grad_shift) write(a.grad_shift, a.shift_dtype, sample * C + c, sums.first);
+      write(a.grad_scale, a.scale_dtype, sample * C + c, weight * sums.second + bias * sums.first);
+      write(a.grad_shift, a.shift_dtype, sample * C + c, sums.first);
     }
   }
-  partials[warp][lane] = total;
-  __syncthreads();
-  if (warp != 0 || c >= C) return;
-  for (int other = 1; other < num_warps; ++other) {
-    total.first += partials[other][lane].first;
-    total.second += partials[other][lane].second;
+  partials[row][column] = total;
+  for (int half = rows / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (row >= half) continue;
+    partials[row][column].first += partials[row + half][column].first;
+    partials[row][column].second += partials[row + half][column].second;
   }
-  write(a.grad_weight, a.weight_dtype, c, total.first);
-  write(a.grad_bias, a.bias_dtype, c, total.second);
+  if (row > 0 || c >= C) return;
+  write(a.grad_weight, a.weight_dtype, c, partials[0][column].first);
+  write(a.grad_bias, a.bias_dtype, c, partials[0][column].second);
 }
 
 GroupNorm arguments(const char* op, const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor& rstd,
@@ -79,12 +92,6 @@ std::optional<ChannelsLast> channels_last(const Device& device, const GroupNorm&
   return ChannelsLast{op, int(columns), int(rows), int(num_chunks), chunk_pixels, nullptr};
 }
 
-bool contiguous_vectors(const GroupNorm& op) {
-  const int64_t width = op.dtype == Dtype::float32 ? 4 : 8;
-  return !op.channels_last && op.dtype != Dtype::float64 && op.num_pixels % width == 0 &&
-         aligned({op.x, op.grad_y, op.out});
-}
-
 // Both launches for channels_last images; `num_partials` of a chunk are pairs that the first leaves for the second.
 template <class First, class Second>
 void launch_both(const Device& device, const Tensor& x, ChannelsLast a, First first, Second second,
@@ -110,6 +117,13 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
     return {y, mean, rstd};
   }
   const Device device(x);
+  bool done = false;
+  if (a.dtype != Dtype::float64)
+    dispatch_vectors(a.dtype, [&](auto type) {
+      using T = decltype(type);
+      done = launch_tiles(device, a, group_norm_tiles<T>) || launch_planes(device, a, group_norm_planes<T>);
+    });
+  if (done) return {y, mean, rstd};
   if (const std::optional<ChannelsLast> layout = channels_last(device, a)) {
     const int64_t row_bytes = a.num_channels * int64_t(sizeof(float));
     dispatch_vectors(a.dtype, [&](auto type) {
@@ -136,6 +150,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
 }
 
 void launch_backward(const Device& device, const Tensor& x, const GroupNorm& a) {
+  bool done = false;
+  if (a.dtype != Dtype::float64)
+    dispatch_vectors(a.dtype, [&](auto type) {
+      using T = decltype(type);
+      done = launch_tiles(device, a, group_norm_backward_tiles<T>) ||
+             launch_planes(device, a, group_norm_backward_planes<T>);
+    });
+  if (done) return;
   if (const std::optional<ChannelsLast> layout = channels_last(device, a)) {
     const int64_t row_bytes = a.num_channels * int64_t(sizeof(float));
     dispatch_vectors(a.dtype, [&](auto type) {
@@ -191,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
                                      a.shift.dtype};
   if (C > 0)
     dispatch_wide(a.dtype, [&](auto type) {
-      device.launch(parameter_gradients<decltype(type)>, ceil_divide(C, WARP), THREADS, gradients);
+      device.launch(parameter_gradients<decltype(type)>, ceil_divide(C, SUMMED_CHANNELS), THREADS, gradients);
     });
   return {grad_x, grad_weight, grad_bias, grad_scale, grad_shift};
 }

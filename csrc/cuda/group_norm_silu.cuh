@@ -42,20 +42,66 @@ struct Channel {
   }
 };
 
-// The fast exponential and division are within 2e-7 of the sigmoid everywhere, 0 and 1 at the infinities.
-__device__ __forceinline__ float sigmoid(float m) { return __fdividef(1.0f, 1.0f + __expf(-m)); }
-__device__ __forceinline__ double sigmoid(double m) { return 1 / (1 + exp(-m)); }
-
-template <class W>
-__device__ __forceinline__ W activation(const GroupNorm& a, W m) {
-  return a.silu ? m * sigmoid(m) : m;
+// Whether a vector is of one channel, at a 16-byte boundary.
+inline bool contiguous_vectors(const GroupNorm& op) {
+  const int64_t width = op.dtype == Dtype::float32 ? 4 : 8;
+  return !op.channels_last && op.dtype != Dtype::float64 && op.num_pixels % width == 0 &&
+         aligned({op.x, op.grad_y, op.out});
 }
 
+// Calls body with whether there is a SiLU, as a constant.
+template <class Body>
+__device__ __forceinline__ void if_silu(const GroupNorm& a, Body body) {
+  if (a.silu)
+    body(std::true_type{});
+  else
+    body(std::false_type{});
+}
+
+// Within 2e-7 of the sigmoid everywhere, 0 and 1 at the infinities.
+__device__ __forceinline__ float sigmoid(float m) { return fast_reciprocal(1.0f + fast_exp2(-1.4426950408889634f * m)); }
+__device__ __forceinline__ double sigmoid(double m) { return 1 / (1 + exp(-m)); }
+
+template <bool Silu, class W>
+__device__ __forceinline__ W activation(W m) {
+  return Silu ? m * sigmoid(m) : m;
+}
+template <class W>
+__device__ __forceinline__ W activation(const GroupNorm& a, W m) {
+  return a.silu ? activation<true>(m) : m;
+}
+
+template <bool Silu, class W>
+__device__ __forceinline__ W activation_derivative(W m) {
+  if constexpr (!Silu) return W(1);
+  const W s = sigmoid(m);
+  return s * (1 + m * (1 - s));
+}
 template <class W>
 __device__ __forceinline__ W activation_derivative(const GroupNorm& a, W m) {
-  if (!a.silu) return W(1);
-  const W s = sigmoid(m);
-  return s + m * s * (1 - s);
+  return a.silu ? activation_derivative<true>(m) : W(1);
+}
+
+extern __shared__ __align__(16) float shared[];
+
+// to[k] = table[k] of a thread's channels, 16 bytes at a time as everything in shared memory
+template <int V>
+__device__ __forceinline__ void look_up(const float* table, float (&to)[V]) {
+  load<false>(table, to);
+}
+template <int V>
+__device__ __forceinline__ void put_down(float* table, const float (&from)[V]) {
+#pragma unroll
+  for (int k = 0; k < V; k += 4)
+    *reinterpret_cast<uint4*>(table + k) =
+        make_uint4(bits_of(from[k]), bits_of(from[k + 1]), bits_of(from[k + 2]), bits_of(from[k + 3]));
+}
+
+// Puts mean, gain and offset of channel c of C into three tables.
+__device__ __forceinline__ void tabulate(const Channel<float>& channel, float* tables, int c, int C) {
+  tables[c] = channel.mean;
+  tables[C + c] = channel.gain;
+  tables[2 * C + c] = channel.offset;
 }
 
 // Mean and sum of squared deviations of numbers that come one by one. They are summed relative to `shift`, one of them,
@@ -70,6 +116,11 @@ struct Moments {
     sum_of_squares += d * d;
   }
   __device__ __forceinline__ W mean(W count) const { return count > 0 ? shift + sum / count : W(0); }
+  // From any mean, not only that of these numbers.
+  __device__ __forceinline__ W deviations_from(W mean, W count) const {
+    const W distance = shift - mean;
+    return sum_of_squares + distance * (2 * sum + count * distance);
+  }
   __device__ __forceinline__ W deviations(W count) const {
     if (!(count > 0)) return 0;
     const W rest = sum_of_squares - sum * sum / count;

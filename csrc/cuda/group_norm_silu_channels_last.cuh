@@ -1,6 +1,6 @@
-// group_norm_silu of channels_last images, 16 bytes at a time whatever the group size: a thread keeps to its channels
-// and walks over pixels. Two launches each way read x twice: one for the sums of a chunk of pixels, one that merges
-// them and writes the result.
+// group_norm_silu of channels_last images of which no tile fits into shared memory, 16 bytes at a time whatever the
+// group size: a thread keeps to its channels and walks over pixels. Two launches each way read x twice: one for the sums
+// of a chunk of pixels, one that merges them and writes the result.
 #pragma once
 
 #include "group_norm_silu.cuh"
@@ -59,15 +59,6 @@ __device__ __forceinline__ void each_pixel(const Task& task, int rows, Visit vis
   for (; p < task.end; p += rows) visit(p);
 }
 
-extern __shared__ __align__(16) float shared[];
-
-// to[k] = table[k] of this thread's channels
-template <int V>
-__device__ __forceinline__ void look_up(const float* table, float (&to)[V]) {
-#pragma unroll
-  for (int k = 0; k < V; ++k) to[k] = table[k];
-}
-
 template <class T>
 __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_moments_vectors(ChannelsLast a) {
   constexpr int V = 16 / sizeof(T);
@@ -121,13 +112,6 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_moments_vectors(
   }
 }
 
-// Puts mean, gain and offset of a channel into shared[0 .. 3C).
-__device__ __forceinline__ void tabulate(const Channel<float>& channel, int c, int C) {
-  shared[c] = channel.mean;
-  shared[C + c] = channel.gain;
-  shared[2 * C + c] = channel.offset;
-}
-
 template <class T>
 __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_apply_vectors(ChannelsLast a) {
   constexpr int V = 16 / sizeof(T);
@@ -152,7 +136,7 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_apply_vectors(Ch
       static_cast<float*>(a.op.rstd)[task.sample * a.op.num_groups + g] = rstd;
     }
     for (int c = g * group_size + lane; c < (g + 1) * group_size; c += WARP)
-      tabulate(Channel<float>(a.op, task.sample, c, mean, rstd), c, C);
+      tabulate(Channel<float>(a.op, task.sample, c, mean, rstd), shared, c, C);
   }
   __syncthreads();
   if (!task.active) return;
@@ -181,7 +165,7 @@ __global__ void __launch_bounds__(640, 1)  // 96 registers: 80 spill
   const float* means = static_cast<const float*>(a.op.mean) + task.sample * a.op.num_groups;
   const float* rstds = static_cast<const float*>(a.op.rstd) + task.sample * a.op.num_groups;
   for (int c = int(threadIdx.x); c < C; c += int(blockDim.x))
-    tabulate(Channel<float>(a.op, task.sample, c, means[c / group_size], rstds[c / group_size]), c, C);
+    tabulate(Channel<float>(a.op, task.sample, c, means[c / group_size], rstds[c / group_size]), shared, c, C);
   __syncthreads();
   float mean[V], gain[V], offset[V], grad[V] = {}, grad_x[V] = {};
   if (task.active) {
@@ -245,7 +229,7 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_backward_vectors
       }
       if (task.chunk == 0) static_cast<Pair<float>*>(a.op.sums)[task.sample * C + c] = sums;
       const Channel<float> channel(a.op, task.sample, c, mean, rstd);
-      tabulate(channel, c, C);
+      tabulate(channel, shared, c, C);
       grad += channel.slope * sums.first;
       grad_h += channel.slope * sums.second;
     }

@@ -1,0 +1,234 @@
+// group_norm_silu of channels_last images in one launch each way that reads memory once, tile by tile.
+#pragma once
+
+#include "group_norm_silu_tiles.cuh"
+
+namespace fastdmd {
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_tiles(Tiles a) {
+  const Thread<T, 2> thread(a);
+  constexpr int V = thread.V;
+  const int C = a.channels(), lane = int(threadIdx.x) % WARP;
+  uint4* tile = reinterpret_cast<uint4*>(shared);
+  float* scratch = shared + a.tile_bytes() / 4;
+  float* slopes = scratch + a.scratch_floats();  // [C]
+  float* offsets = slopes + C;
+  float* totals = offsets + C;
+  Pair<float>* moments_of = reinterpret_cast<Pair<float>*>(totals + C);  // [groups]: mean, sum of squared deviations
+
+  const T* x = static_cast<const T*>(a.op.x);
+  for (int stage = 0; stage < STAGES; ++stage) {
+    thread.each(stage, [&](int word, int64_t i) { __pipeline_memcpy_async(tile + word, x + i, 16); });
+    __pipeline_commit();
+  }
+  for (int c = int(threadIdx.x); c < C; c += int(blockDim.x)) {  // while the tile is on its way
+    const Channel<float> channel(a.op, thread.sample, thread.first_channel + c, 0.0f, 1.0f);
+    slopes[c] = channel.slope;
+    offsets[c] = channel.offset;
+  }
+  Moments<float> moments[V];
+  each_stage([&](int stage) {
+    if (stage == 0 && thread.count > 0) {
+      float values[V];
+      load_shared<T>(tile + thread.word, values);
+#pragma unroll
+      for (int k = 0; k < V; ++k) moments[k].shift = values[k];
+    }
+    thread.each(stage, [&](int word, int64_t) {
+      float values[V];
+      load_shared<T>(tile + word, values);
+#pragma unroll
+      for (int k = 0; k < V; ++k) moments[k].add(values[k]);
+    });
+  });
+
+  const float count = float(thread.count);
+  const float size = float(a.op.group_size()) * float(a.pixels_of(thread.rank));
+  float terms[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) terms[k] = moments[k].shift * count + moments[k].sum;
+  sum_rows(a, thread, terms, scratch, totals);
+  __syncthreads();
+  each_group(a, [&](int g) {
+    float sum = 0;
+    each_channel(a, g, [&](int c) { sum += totals[c]; });
+    const float mean = warp_sum(sum) / size;
+    each_channel(a, g, [&](int c) { totals[c] = mean; });
+    if (lane == 0) moments_of[g].first = mean;
+  });
+  __syncthreads();
+  if (thread.row < a.rows) {
+    float mean[V];
+    look_up(totals + thread.c, mean);
+#pragma unroll
+    for (int k = 0; k < V; ++k) terms[k] = moments[k].deviations_from(mean[k], count);
+  }
+  sum_rows(a, thread, terms, scratch, totals);
+  __syncthreads();
+  each_group(a, [&](int g) {
+    float sum = 0;
+    each_channel(a, g, [&](int c) { sum += totals[c]; });
+    sum = warp_sum(sum);
+    if (lane == 0) moments_of[g].second = sum < 0 ? 0.0f : sum;  // NaN stays
+  });
+  cluster_barrier(a.cluster);
+
+  const float whole = float(a.op.group_size()) * float(a.op.num_pixels);
+  each_group(a, [&](int g) {
+    Pair<float> part{0, 0};
+    float part_size = 0;
+    if (lane < a.cluster) {
+      part = of_block(moments_of, lane)[g];
+      part_size = float(a.op.group_size()) * float(a.pixels_of(lane));
+    }
+    const float mean = warp_sum(part_size * part.first) / whole;
+    const float distance = part.first - mean;
+    const float squares = warp_sum(part_size > 0 ? part.second + part_size * distance * distance : 0.0f);
+    const float rstd = 1 / sqrtf(squares / whole + float(a.op.eps));
+    if (lane == 0 && thread.rank == 0) {
+      const int64_t group = thread.sample * a.op.num_groups + thread.first_channel / a.op.group_size() + g;
+      static_cast<float*>(a.op.mean)[group] = mean;
+      static_cast<float*>(a.op.rstd)[group] = rstd;
+    }
+    each_channel(a, g, [&](int c) {
+      totals[c] = mean;
+      slopes[c] *= rstd;
+    });
+  });
+  cluster_arrive(a.cluster);
+  __syncthreads();
+
+  float mean[V], gain[V], offset[V];
+  look_up(totals + thread.c, mean);
+  look_up(slopes + thread.c, gain);
+  look_up(offsets + thread.c, offset);
+  T* y = static_cast<T*>(a.op.out);
+  if_silu(a.op, [&](auto silu) {
+    thread.each([&](int word, int64_t i) {
+      float values[V];
+      load_shared<T>(tile + word, values);
+#pragma unroll
+      for (int k = 0; k < V; ++k) values[k] = activation<decltype(silu)::value>(gain[k] * (values[k] - mean[k]) + offset[k]);
+      store(y + i, values);
+    });
+  });
+  cluster_wait(a.cluster);
+}
+
+// x - mean and grad_m of a word; a function, because nvcc 13.0 crashes on the lambda.
+template <bool Silu, class T, int V>
+__device__ __forceinline__ void load_both(const uint4* x, const uint4* grad_y, const float (&mean)[V],
+                                          const float (&gain)[V], const float (&offset)[V], float (&centred)[V],
+                                          float (&grad_m)[V]) {
+  load_shared<T>(x, centred);
+  load_shared<T>(grad_y, grad_m);
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    centred[k] -= mean[k];
+    grad_m[k] *= activation_derivative<Silu>(gain[k] * centred[k] + offset[k]);
+  }
+}
+
+// grad_x = gain * grad_m - constant - linear * (x - mean)
+template <class T>
+__global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_backward_tiles(Tiles a) {
+  const Thread<T, 1> thread(a);
+  constexpr int V = thread.V;
+  const int C = a.channels();
+  uint4* tile = reinterpret_cast<uint4*>(shared);
+  uint4* grad_tile = tile + a.tile_bytes() / 16;
+  float* scratch = shared + a.tile_bytes() / 2;
+  float* slopes = scratch + a.scratch_floats();  // [C]
+  float* totals = slopes + C;  // [2, C]: sums over the block's pixels of grad_m and grad_m * (x - mean)
+
+  const T* x = static_cast<const T*>(a.op.x);
+  const T* grad_y = static_cast<const T*>(a.op.grad_y);
+  for (int stage = 0; stage < STAGES; ++stage) {
+    thread.each(stage, [&](int word, int64_t i) {
+      __pipeline_memcpy_async(tile + word, x + i, 16);
+      __pipeline_memcpy_async(grad_tile + word, grad_y + i, 16);
+    });
+    __pipeline_commit();
+  }
+  const int64_t first_group = thread.sample * a.op.num_groups + thread.first_channel / a.op.group_size();
+  const float* means = static_cast<const float*>(a.op.mean) + first_group;
+  const float* rstds = static_cast<const float*>(a.op.rstd) + first_group;
+  each_group(a, [&](int g) {
+    each_channel(a, g, [&](int c) {
+      const Channel<float> channel(a.op, thread.sample, thread.first_channel + c, means[g], rstds[g]);
+      slopes[c] = channel.slope;
+      tabulate(channel, scratch, c, C);
+    });
+  });
+  __syncthreads();
+  float mean[V], gain[V], offset[V], grad[V] = {}, grad_x[V] = {};
+  if (thread.row < a.rows) {
+    look_up(scratch + thread.c, mean);
+    look_up(scratch + C + thread.c, gain);
+    look_up(scratch + 2 * C + thread.c, offset);
+  }
+  __syncthreads();  // the tables give way to the sums
+  if_silu(a.op, [&](auto silu) {
+    each_stage([&](int stage) {
+      thread.each(stage, [&](int word, int64_t) {
+        float centred[V], grad_m[V];
+        load_both<decltype(silu)::value, T>(tile + word, grad_tile + word, mean, gain, offset, centred, grad_m);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          grad[k] += grad_m[k];
+          grad_x[k] += grad_m[k] * centred[k];
+        }
+      });
+    });
+  });
+  sum_rows(a, thread, grad, scratch, totals);
+  __syncthreads();
+  sum_rows(a, thread, grad_x, scratch, totals + C);
+  cluster_barrier(a.cluster);
+
+  const float size = float(a.op.group_size()) * float(a.op.num_pixels);
+  each_group(a, [&](int g) {
+    const float rstd = rstds[g];
+    float group_grad = 0, group_grad_h = 0;
+    each_channel(a, g, [&](int c) {
+      Pair<float> sums{0, 0};
+      for (int rank = 0; rank < a.cluster; ++rank) {
+        sums.first += of_block(totals, rank)[c];
+        sums.second += of_block(totals, rank)[C + c];
+      }
+      sums.second *= rstd;
+      if (thread.rank == 0)
+        static_cast<Pair<float>*>(a.op.sums)[thread.sample * a.op.num_channels + thread.first_channel + c] = sums;
+      group_grad += slopes[c] * sums.first;
+      group_grad_h += slopes[c] * sums.second;
+    });
+    group_grad = warp_sum(group_grad);
+    group_grad_h = warp_sum(group_grad_h);
+    each_channel(a, g, [&](int c) {
+      scratch[c] = rstd * (group_grad / size);
+      scratch[C + c] = rstd * rstd * (group_grad_h / size);
+    });
+  });
+  cluster_arrive(a.cluster);
+  __syncthreads();
+
+  float constant[V], linear[V];
+  look_up(scratch + thread.c, constant);
+  look_up(scratch + C + thread.c, linear);
+  T* out = static_cast<T*>(a.op.out);
+  if_silu(a.op, [&](auto silu) {
+    thread.each([&](int word, int64_t i) {
+      float centred[V], grad_m[V];
+      load_both<decltype(silu)::value, T>(tile + word, grad_tile + word, mean, gain, offset, centred, grad_m);
+#pragma unroll
+      for (int k = 0; k < V; ++k) centred[k] = gain[k] * grad_m[k] - constant[k] - linear[k] * centred[k];
+      store(out + i, centred);
+    });
+  });
+  cluster_wait(a.cluster);
+}
+
+}  // namespace
+}  // namespace fastdmd
