@@ -52,14 +52,14 @@ def run(library, *arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 132])
-def test_every_kernel_through_the_tests_of_the_ops(multiprocessors, tmp_path):
-    """On a device so small that every block loops, and on a large one, with another order of the threads."""
+@pytest.mark.parametrize(("multiprocessors", "capability"), [(1, 80), (132, 90)])
+def test_every_kernel_through_the_tests_of_the_ops(multiprocessors, capability, tmp_path):
+    """On a device so small that every block loops, and on a large one with clusters, in another order."""
     library = build.build(sanitizers=SANITIZERS)
     result = run(
         library, "-k", WITH_KERNELS, *sorted(TESTS.glob("test_ops_*.py")),
         FASTDMD_EMULATED_MULTIPROCESSORS=str(multiprocessors), FASTDMD_EMULATED_SEED=str(multiprocessors),
-        FASTDMD_EMULATED_RECORD=str(tmp_path / "launched"),
+        FASTDMD_EMULATED_CAPABILITY=str(capability), FASTDMD_EMULATED_RECORD=str(tmp_path / "launched"),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     kernels = build.kernels(library)

@@ -1,8 +1,8 @@
 """The CUDA kernels as C++ on CPU tensors: every thread a fiber, in shuffled order, so that mistakes show without a GPU.
 
 `FASTDMD_EMULATED=$(python tests/helpers/cuda_on_cpu/build.py) python -m fastdmd.ops --all` lists them. The emulator
-reads FASTDMD_EMULATED_MULTIPROCESSORS (132), FASTDMD_EMULATED_SEED of the order (0) and FASTDMD_EMULATED_RECORD, a file
-to note the kernels in that are launched.
+reads FASTDMD_EMULATED_MULTIPROCESSORS (132), FASTDMD_EMULATED_CAPABILITY (90; below there are no clusters),
+FASTDMD_EMULATED_SEED of the order (0) and FASTDMD_EMULATED_RECORD, a file to note the kernels in that are launched.
 """
 
 import fcntl

@@ -3,7 +3,6 @@
 // The order is as bad as the language allows: a few blocks are under way at once; at each turn one warp of one of them
 // goes on, its lanes in random order, so that warps run far ahead of others. Shared memory starts as NaN.
 #include <dlfcn.h>
-#include <link.h>
 
 #include <cstdlib>
 #include <fstream>
@@ -14,21 +13,26 @@
 #include <string>
 #include <vector>
 
+#include "cooperative_groups.h"
+#include "cuda_pipeline.h"
 #include "cuda_runtime.h"
 #include "fibers.h"
+#include "shared_memory.h"
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;
-
-constexpr size_t MAX_SHARED_BYTES = 227 << 10;
-// Of csrc/cuda, where it is declared without a size: fastdmd::(anonymous namespace)::shared.
-alignas(16) thread_local char dynamic_shared[MAX_SHARED_BYTES] asm("_ZN7fastdmd12_GLOBAL__N_16sharedE");
 
 namespace cuda_on_cpu {
 namespace {
 
 constexpr unsigned WARP = 32, MAX_BLOCKS_UNDER_WAY = 3;
 
-enum class State { ready, at_barrier, at_shuffle, returned };
+enum class State { ready, at_barrier, at_cluster_barrier, at_shuffle, returned };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t num_bytes;
+};
 
 struct Thread {
   Fiber fiber;
@@ -39,6 +43,8 @@ struct Thread {
     size_t num_bytes;
     int distance;
   } shuffle{};
+  std::vector<Copy> copies;  // not yet committed
+  std::vector<std::vector<Copy>> committed;
 };
 
 struct Block {
@@ -55,6 +61,9 @@ unsigned from_environment(const char* name, unsigned otherwise) {
 std::mt19937 random_bits(from_environment("FASTDMD_EMULATED_SEED", 0));
 const std::function<void()>* body;  // of the threads of the launch under way
 Thread* running;
+std::vector<Block> under_way;  // whole clusters
+const Block* current;
+unsigned cluster_size;
 std::string failure;
 
 unsigned random_below(unsigned n) { return unsigned(uint64_t(random_bits()) * n >> 32); }
@@ -68,51 +77,6 @@ void run_thread() {
   (*body)();
   running->state = State::returned;
 }
-
-// The __shared__ variables: all thread_local ones of this library, and the first bytes of the dynamic array. They lie at
-// the same place for every block, so that their contents change when the block does.
-class SharedMemory {
- public:
-  explicit SharedMemory(size_t dynamic_bytes) : dynamic_bytes_(dynamic_bytes) {
-    dynamic_shared[0] = 0;  // a thread has this memory only once it uses it
-    dl_iterate_phdr(
-        [](dl_phdr_info* library, size_t, void* self) {
-          char* begin = static_cast<char*>(library->dlpi_tls_data);
-          for (int i = 0; i < library->dlpi_phnum; ++i) {
-            const ElfW(Phdr)& segment = library->dlpi_phdr[i];
-            if (segment.p_type == PT_TLS && begin <= dynamic_shared && dynamic_shared < begin + segment.p_memsz) {
-              static_cast<SharedMemory*>(self)->begin_ = begin;
-              static_cast<SharedMemory*>(self)->size_ = segment.p_memsz;
-            }
-          }
-          return 0;
-        },
-        this);
-    forbid(dynamic_shared + dynamic_bytes, MAX_SHARED_BYTES - dynamic_bytes);
-  }
-  SharedMemory(const SharedMemory&) = delete;
-  ~SharedMemory() { allow(dynamic_shared, MAX_SHARED_BYTES); }
-
-  size_t size() const { return size_ - MAX_SHARED_BYTES + dynamic_bytes_; }
-
-  // copy(part of shared memory, offset, bytes) for the parts
-  template <class Copy>
-  void each(Copy copy) const {
-    const size_t before = size_t(dynamic_shared - begin_);
-    copy(begin_, size_t(0), before + dynamic_bytes_);
-    copy(dynamic_shared + MAX_SHARED_BYTES, before + dynamic_bytes_, size_ - before - MAX_SHARED_BYTES);
-  }
-  void save(Block& block) const {
-    each([&](char* part, size_t offset, size_t bytes) { std::memcpy(block.shared.data() + offset, part, bytes); });
-  }
-  void restore(const Block& block) const {
-    each([&](char* part, size_t offset, size_t bytes) { std::memcpy(part, block.shared.data() + offset, bytes); });
-  }
-
- private:
-  char* begin_ = nullptr;
-  size_t size_ = 0, dynamic_bytes_;
-};
 
 // All ready lanes of a warp go on, each until it waits; once all 32 are at a shuffle, they get their values.
 void step(Block& block, unsigned warp) {
@@ -162,6 +126,7 @@ bool take_turns(Block& block) {
     if (ready.empty()) {
       const unsigned at_barrier = count(block, State::at_barrier), returned = count(block, State::returned);
       if (returned == num_threads) return true;
+      if (count(block, State::at_cluster_barrier) == num_threads) return false;
       if (at_barrier < num_threads) {
         failure = "of the " + std::to_string(num_threads) + " threads of a block " + std::to_string(at_barrier) +
                   " wait at a barrier, " + std::to_string(count(block, State::at_shuffle)) +
@@ -178,27 +143,51 @@ bool take_turns(Block& block) {
   return false;
 }
 
+// After some turns of `block`: once all of its cluster is at the barrier it goes on; once all has returned it goes.
+void go_on_together(const Block& block) {
+  const unsigned cluster = block.index / cluster_size;
+  const auto mine = [&](const Block& other) { return other.index / cluster_size == cluster; };
+  const auto all_are = [&](State state) {
+    return size_t(std::count_if(under_way.begin(), under_way.end(), [&](const Block& other) {
+      return mine(other) && count(other, state) == other.threads.size();
+    }));
+  };
+  const size_t waiting = all_are(State::at_cluster_barrier), returned = all_are(State::returned);
+  if (waiting == cluster_size) {
+    for (Block& other : under_way)
+      if (mine(other))
+        for (Thread& thread : other.threads) thread.state = State::ready;
+  } else if (waiting > 0 && waiting + returned == cluster_size) {
+    failure = "some blocks of a cluster wait for others, which have returned";
+  } else if (returned == cluster_size) {
+    std::erase_if(under_way, mine);
+  }
+}
+
 void run_grid(unsigned num_blocks, unsigned num_threads, size_t dynamic_bytes) {
   const SharedMemory shared(dynamic_bytes);
-  std::vector<unsigned> order(num_blocks);
-  for (unsigned i = 0; i < num_blocks; ++i) order[i] = i;
+  std::vector<unsigned> order(num_blocks / cluster_size);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random_bits);
-  std::vector<Block> under_way;
+  under_way.clear();
   while (!order.empty() || !under_way.empty()) {
-    while (!order.empty() && under_way.size() < MAX_BLOCKS_UNDER_WAY) {
-      under_way.push_back({order.back(), std::vector<Thread>(num_threads), std::vector<char>(shared.size(), '\xff')});
-      for (Thread& thread : under_way.back().threads) thread.fiber.start(run_thread);
+    while (!order.empty() && (under_way.empty() || under_way.size() + cluster_size <= MAX_BLOCKS_UNDER_WAY)) {
+      for (unsigned rank = 0; rank < cluster_size; ++rank) {
+        under_way.push_back({order.back() * cluster_size + rank, std::vector<Thread>(num_threads),
+                             std::vector<char>(shared.size(), '\xff')});
+        for (Thread& thread : under_way.back().threads) thread.fiber.start(run_thread);
+      }
       order.pop_back();
     }
     Block& block = under_way[random_below(unsigned(under_way.size()))];
-    shared.restore(block);
+    current = &block;
+    shared.restore(block.shared);
     const bool finished = take_turns(block);
-    shared.save(block);
+    shared.save(block.shared);
     if (!failure.empty()) return;
-    if (finished) {
-      std::swap(block, under_way.back());
-      under_way.pop_back();
-    }
+    if (finished) block.shared.assign(shared.size(), '\xff');  // gone, whoever still reads it
+    go_on_together(block);
+    if (!failure.empty()) return;
   }
 }
 
@@ -217,6 +206,27 @@ void record(const void* kernel) {
 
 void barrier() { wait(State::at_barrier); }
 
+void cluster_barrier() { wait(cluster_size > 1 ? State::at_cluster_barrier : State::at_barrier); }
+
+void* of_block(void* mine, unsigned rank) {
+  const unsigned index = current->index / cluster_size * cluster_size + rank;
+  if (rank >= cluster_size) fail("a thread reads the shared memory of a block that its cluster does not have");
+  if (index == current->index) return mine;
+  const auto at = [&](const Block& block) { return block.index == index; };
+  Block& other = *std::find_if(under_way.begin(), under_way.end(), at);
+  return other.shared.data() + SharedMemory::instance->offset_of(mine);
+}
+
+void copy_later(void* to, const void* from, size_t num_bytes) { running->copies.push_back({to, from, num_bytes}); }
+
+void commit_copies() { running->committed.push_back(std::exchange(running->copies, {})); }
+
+void wait_for_copies(size_t but_the_last) {
+  auto& committed = running->committed;
+  for (; committed.size() > but_the_last; committed.erase(committed.begin()))
+    for (const Copy& copy : committed.front()) std::memcpy(copy.to, copy.from, copy.num_bytes);
+}
+
 void shuffle(const void* mine, void* theirs, size_t num_bytes, int distance, unsigned mask) {
   if (mask != 0xffffffffu) fail("a shuffle is for some lanes of a warp alone, which is not emulated");
   running->shuffle = {mine, theirs, num_bytes, distance};
@@ -233,21 +243,26 @@ void fail(const char* message) {
   std::abort();  // nobody resumes it
 }
 
+int compute_capability() { return int(from_environment("FASTDMD_EMULATED_CAPABILITY", 90)); }
 int num_multiprocessors() { return int(from_environment("FASTDMD_EMULATED_MULTIPROCESSORS", 132)); }
 
 // `name` holds the type of the arguments, which names the op.
 void launch(const void* kernel, const char* name, const std::function<void()>& thread, dim3 grid, dim3 block,
-            size_t shared_bytes) {
+            size_t shared_bytes, unsigned cluster) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   if (grid.x == 0 || grid.x > 0x7fffffff || block.x == 0 || block.x > 1024 || shared_bytes > MAX_SHARED_BYTES ||
       grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1)
     failure = "expected a line of [1, 2^31) blocks, one of [1, 1024] threads and [0, 227 KiB] of shared memory, got " +
               std::to_string(grid.x) + ", " + std::to_string(block.x) + " and " + std::to_string(shared_bytes);
+  if (cluster == 0 || cluster > 8 || grid.x % cluster != 0)
+    failure = "expected clusters of [1, 8] blocks that divide " + std::to_string(grid.x) + ", got " +
+              std::to_string(cluster);
   if (failure.empty()) {
     record(kernel);
     body = &thread;
     gridDim = grid;
+    cluster_size = cluster;
     blockDim = block;
     run_grid(grid.x, block.x, shared_bytes);
   }

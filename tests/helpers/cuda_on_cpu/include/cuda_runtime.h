@@ -41,8 +41,9 @@ void shuffle(const void* mine, void* theirs, size_t num_bytes, int distance, uns
 void let_others_run();  // perhaps
 [[noreturn]] void fail(const char* message);
 void launch(const void* kernel, const char* name, const std::function<void()>& thread, dim3 grid, dim3 block,
-            size_t shared_bytes);
+            size_t shared_bytes, unsigned cluster);
 int num_multiprocessors();
+int compute_capability();  // 90
 
 template <class T>
 const T* require_alignment(const T* address) {
@@ -51,10 +52,11 @@ const T* require_alignment(const T* address) {
 }
 
 template <class Arguments>
-int launch(void (*kernel)(Arguments), void** pointers, dim3 grid, dim3 block, size_t shared_bytes) {
+int launch(void (*kernel)(Arguments), void** pointers, dim3 grid, dim3 block, size_t shared_bytes,
+           unsigned cluster = 1) {
   const auto& arguments = *static_cast<const Arguments*>(pointers[0]);
   launch(reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__, [&] { kernel(arguments); }, grid, block,
-         shared_bytes);
+         shared_bytes, cluster);
   return 0;
 }
 
@@ -128,11 +130,45 @@ inline size_t __cvta_generic_to_global(const uint4* address) {
 using cudaError_t = int;
 using cudaStream_t = struct CUstream_st*;
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    uint3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout
+};
+enum { cudaSharedmemCarveoutMaxShared = 100 };
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_cpu::num_multiprocessors();
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int kilobytes = cuda_on_cpu::compute_capability() >= 90 ? 228 : 164;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = cuda_on_cpu::num_multiprocessors(); break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (kilobytes - 1) << 10; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = kilobytes << 10; break;
+  }
+  return 0;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = cuda_on_cpu::compute_capability();
   return 0;
 }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void*, int threads, size_t) {
@@ -147,6 +183,9 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 // The type of the arguments is that of `kernel`, a name of the function that launches.
 #define cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream) \
   cuda_on_cpu::launch(kernel, pointers, grid, block, shared_bytes)
+#define cudaLaunchKernelExC(config, function, pointers)                                                    \
+  cuda_on_cpu::launch(kernel, pointers, (config)->gridDim, (config)->blockDim, (config)->dynamicSmemBytes, \
+                      (config)->attrs[0].val.clusterDim.x)
 
 // ---- what torch's headers know of CUDA
 
