@@ -19,7 +19,7 @@ ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference
 BACKENDS = ("reference", "triton", "native", "emulated")
 
 # Ops whose native kernels come first on a GPU as well, because they were measured to be faster than Triton's.
-NATIVE_FIRST: frozenset[str] = frozenset()
+NATIVE_FIRST = frozenset({"group_norm_silu", "group_norm_silu_backward"})
 
 _LIBRARY = torch.library.Library("fastdmd", "DEF")
 _OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
