@@ -32,7 +32,7 @@ from fastdmd.files import write_atomically
 
 PYTEST = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-p", "benchmarks.record_tests", "--record", "{json}",
           "-rfE", "--tb=short"]  # fmt: skip
-OP_TESTS = [f"tests/test_ops_{name}.py" for name in ("accuracy", "adamw", "random")]
+OP_TESTS = [f"tests/test_ops_{name}.py" for name in ("accuracy", "adamw", "group_norm", "memory", "random")]
 STEP_TESTS = [f"tests/test_{name}.py" for name in ("step", "execution", "data")]
 TRAINING = ("numpy", "safetensors", "PIL", "tqdm")
 

@@ -120,11 +120,15 @@ def assert_all_within_budget(name, arguments, device, dtype, scale=0.0):
         return as_tuple(found[implementation](*[a.clone() if is_state(a) else a for a in arguments]))
 
     same_dtype, truth = results("reference", arguments), results("reference", in_float64(arguments))
+    scales = [scale] * len(truth)
+    if name == "group_norm_silu_backward":  # all but the first are sums of so many terms of about 1, which may cancel
+        scales[1:] = [max(scale, math.sqrt(arguments[0].numel() / arguments[0].shape[1]))] * (len(truth) - 1)
     for implementation in available(name, device):
-        for result, expected, exact in zip(results(implementation, arguments), same_dtype, truth, strict=True):
+        found_now = results(implementation, arguments)
+        for result, expected, exact, size in zip(found_now, same_dtype, truth, scales, strict=True):
             rounding = min(expected.dtype, dtype, key=lambda d: torch.finfo(d).bits)
             tolerance = slack(implementation, device) * TOLERANCES[rounding]
-            assert_within_budget(result, expected, exact, tolerance, scale)
+            assert_within_budget(result, expected, exact, tolerance, size)
 
 
 def is_state(argument):
