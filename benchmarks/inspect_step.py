@@ -38,8 +38,8 @@ BATCHES = {"mnist": 48, "cifar10-cond": 64, "imagenet64": 40}
 # What decides about the launches: a stored result holds for these files as they were.
 SOURCES = (
     "fastdmd/unet*.py", "fastdmd/diffusion.py", "fastdmd/dmd2.py", "fastdmd/step.py", "fastdmd/execution.py",
-    "fastdmd/optim.py", "fastdmd/flat.py", "fastdmd/gradients.py", "fastdmd/groups.py", "fastdmd/presets.py",
-    "fastdmd/ops/*.py", "fastdmd/kernels/*.py", "tests/fake_cuda/*", "benchmarks/inspect_step.py",
+    "fastdmd/sampling.py", "fastdmd/optim.py", "fastdmd/flat.py", "fastdmd/gradients.py", "fastdmd/groups.py",
+    "fastdmd/presets.py", "fastdmd/ops/*.py", "fastdmd/kernels/*.py", "tests/fake_cuda/*", "benchmarks/inspect_step.py",
 )  # fmt: skip
 
 

@@ -60,9 +60,6 @@ def float32_units():
 
 
 def pytest_collection_modifyitems(items):
-    from fastdmd import step
-
-    step.COMPILE_MODE = "default"  # choosing kernels by measuring takes minutes, and changes no claim of a test
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
