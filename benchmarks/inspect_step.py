@@ -7,8 +7,8 @@ generates are executed, and every call that they make is recorded with the shape
 is computed or timed. Launches are at least those counted: a library may launch several for a call. Bytes are those of
 inputs and outputs, once each, as Inductor states them for its own kernels, and the time is what bytes and FLOPs take at
 the data sheet's rates: no rate that is reached, but no strict bound either, since the cache can serve a second read.
-Not covered: what max-autotune decides by timing on the device (Triton templates with fused epilogues instead of cuDNN
-and cuBLAS, padded shapes).
+Not covered: what torch.compile's max-autotune modes decide by timing on the device (Triton templates with fused
+epilogues instead of cuDNN and cuBLAS, padded shapes).
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from fastdmd.sampling import Generator
 from fastdmd.tally import Tally
 
 EXECUTIONS = ("eager", "compiled", "captured")
-# Of torch.compile on a GPU; read when a DMD2 is made. CUDA graphs are "captured" execution's own. On an H200, beside other
-# work, the first iteration of the MNIST networks took 53 s like this; with "max-autotune-no-cudagraphs", which times every
-# convolution, the first network was not done after 60 s.
+# Of torch.compile on a GPU; read when a DMD2 is made. CUDA graphs are "captured" execution's own. On an H200, beside
+# other work, the first iteration of the MNIST networks took 53 s like this; "max-autotune-no-cudagraphs", which times
+# every convolution, was not done with the first network after 60 s.
 COMPILE_MODE = "default"
 # Images in one no-grad forward of the generator, which serves several iterations where the batch is smaller. Measured
 # on two cores, 48-wide network: 8 images cost 1.5 ms each, 72 cost 1.1 ms, 128 the same.
