@@ -59,12 +59,10 @@ __device__ __forceinline__ const T* of_block(const T* mine, int rank) {
 #endif
 }
 
-// How many blocks a cluster of this kernel may have: it was compiled for some GPU, not always for the one at hand.
+// How many blocks a cluster of this kernel may have.
 template <class Arguments>
-int max_cluster(void (*kernel)(Arguments)) {
-  cudaFuncAttributes attributes{};
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
-  return attributes.ptxVersion >= 90 ? MAX_CLUSTER : 1;
+int max_cluster(const Device& device, void (*kernel)(Arguments)) {
+  return device.ptx_version(kernel) >= 90 ? MAX_CLUSTER : 1;
 }
 
 }  // namespace

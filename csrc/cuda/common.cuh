@@ -20,9 +20,12 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "../formulas.h"
 
@@ -269,6 +272,23 @@ inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// What the driver has said of a kernel on a device, or granted it: asked once, since asking takes microseconds.
+struct KernelFacts {
+  int64_t shared_bytes = 48 * 1024;  // of a block; more has to be asked for
+  bool prefers_shared_memory = false;
+  int ptx_version = 0;  // 0: not asked yet
+};
+
+struct KnownKernels {
+  std::mutex mutex;
+  std::map<std::pair<const void*, int>, KernelFacts> facts;  // of a kernel and a device
+
+  static KnownKernels& instance() {
+    static KnownKernels known;
+    return known;
+  }
+};
+
 // Makes the device of a tensor the current one, and launches on its current stream.
 class Device {
  public:
@@ -300,16 +320,41 @@ class Device {
   // For kernels that keep their data in shared memory: as many blocks as fit, at the cost of the L1 cache.
   template <class Arguments>
   void prefer_shared_memory(void (*kernel)(Arguments)) const {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    with_facts(function, [&](KernelFacts& facts) {
+      if (facts.prefers_shared_memory) return;
+      STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                          cudaSharedmemCarveoutMaxShared));
+      facts.prefers_shared_memory = true;
+    });
+  }
+
+  // 90 for code of compute capability 9.0: a kernel was compiled for some GPU, not always for the one at hand.
+  template <class Arguments>
+  int ptx_version(void (*kernel)(Arguments)) const {
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    int version = 0;
+    with_facts(function, [&](KernelFacts& facts) {
+      if (facts.ptx_version == 0) {
+        cudaFuncAttributes attributes{};
+        STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, function));
+        facts.ptx_version = attributes.ptxVersion;
+      }
+      version = facts.ptx_version;
+    });
+    return version;
   }
 
   template <class Arguments>
   void launch(void (*kernel)(Arguments), int64_t blocks, int threads, std::type_identity_t<Arguments> arguments,
               int64_t shared_bytes = 0, int cluster = 1) const {
     const auto* function = reinterpret_cast<const void*>(kernel);
-    if (shared_bytes > 48 * 1024)  // more has to be asked for
-      STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    if (shared_bytes > KernelFacts{}.shared_bytes)
+      with_facts(function, [&](KernelFacts& facts) {
+        if (shared_bytes <= facts.shared_bytes) return;
+        STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+        facts.shared_bytes = shared_bytes;
+      });
     void* pointers[] = {&arguments};
     const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
     if (cluster == 1) {
@@ -328,6 +373,14 @@ class Device {
   }
 
  private:
+  // use(facts) of a kernel on this device, one thread at a time.
+  template <class Use>
+  void with_facts(const void* kernel, Use use) const {
+    KnownKernels& known = KnownKernels::instance();
+    const std::lock_guard<std::mutex> lock(known.mutex);
+    use(known.facts[{kernel, index_}]);
+  }
+
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;

@@ -167,7 +167,7 @@ std::optional<Tiles> tiles(const Device& device, const GroupNorm& op, int max_cl
 
 template <class Kernel>
 bool launch_tiles(const Device& device, const GroupNorm& op, Kernel kernel) {
-  const std::optional<Tiles> a = tiles(device, op, max_cluster(kernel));
+  const std::optional<Tiles> a = tiles(device, op, max_cluster(device, kernel));
   if (!a) return false;
   const int threads = int(ceil_divide(int64_t(a->rows) * a->columns, WARP) * WARP);
   device.prefer_shared_memory(kernel);
