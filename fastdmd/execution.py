@@ -93,9 +93,15 @@ class CapturedTurn:
         self._num_calls += 1
 
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Nothing in here may wait for the device, or be compiled or chosen by measuring: warm-up calls did that."""
+        """Nothing in here may wait for the device, or be compiled or chosen by measuring: warm-up calls did that.
+
+        What would be compiled now raises, in place of a graph of unknown content; what waits, CUDA itself refuses.
+        """
         graph = torch.cuda.CUDAGraph()
         # The outer block makes the device current, and ends where a failed capture leaves the inner one's stream.
-        with torch.cuda.stream(self._stream), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with (
+            torch.compiler.set_stance("fail_on_recompile"), torch.cuda.stream(self._stream),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+        ):  # fmt: skip
             run()
         return graph

@@ -195,6 +195,19 @@ def test_a_captured_turn_runs_twice_is_captured_and_replayed(monkeypatch):
     assert calls == [0, 1, 2, 3, 4]
 
 
+def test_nothing_is_compiled_during_a_capture(monkeypatch, traced):
+    """A turn whose third call is the first of its shape; one that its warm-up calls have compiled is captured."""
+    network = CompiledNetwork(make_network(TINY), Compiler(None))
+    late, turn = iter((2, 2, 3)), CapturedTurn(Device(monkeypatch), (0, 0))
+    for _ in range(2):
+        turn(lambda: network(*inputs(next(late))))
+    with pytest.raises(RuntimeError, match="recompile"):
+        turn(lambda: network(*inputs(next(late))))
+    assert not turn.is_captured
+    turn(lambda: network(*inputs(2)))
+    assert turn.is_captured
+
+
 @pytest.mark.cuda
 def test_captured_shapes_alternate_and_leave_no_memory(float32_units):
     """Other shapes and ratios, with images made ahead beside; eager and captured agree, and memory comes back."""
