@@ -84,9 +84,12 @@ def forward_kernel(x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mea
     last = tl.minimum(num_pixels - chunk * chunk_pixels, chunk_pixels)
     place, between = places(sample, channel, pixel, num_channels, num_pixels, CHANNELS_LAST)
 
-    # Moments around the first pixel of each channel, so that a large mean costs no digits.
-    first_pixel = sample * num_channels * num_pixels + channel.to(tl.int64) * (1 if CHANNELS_LAST else num_pixels)
-    origin = tl.load(x_ptr + first_pixel, channel_mask, 0.0).to(WIDE)
+    # Moments around the mean of the first pixels of each channel, so that no digits are lost to a large mean, or to a
+    # value that makes up the variance and happens to be the first.
+    leading = tl.arange(0, PIXELS)
+    leading_place, _ = places(sample, channel, leading, num_channels, num_pixels, CHANNELS_LAST)
+    leading_mask = (leading < num_pixels)[:, None] & channel_mask[None, :]
+    origin = tl.sum(tl.load(x_ptr + leading_place, leading_mask, 0.0).to(WIDE), axis=0) / tl.minimum(num_pixels, PIXELS)
     if SUMS:
         first, second = tl.zeros([PIXELS, CHANNELS], WIDE), tl.zeros([PIXELS, CHANNELS], WIDE)
         here = place
