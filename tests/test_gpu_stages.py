@@ -254,12 +254,12 @@ def test_a_kit_is_whole_or_as_it_was(tmp_path, monkeypatch):
     kit.FOLDER.mkdir()
     (kit.FOLDER / "earlier.whl").write_text("")
     with pytest.raises(SystemExit, match="^benchmarks.kit: error: expected pip to find every wheel, got its exit code"):
-        kit.main()
+        kit.main([])
     assert [path.name for path in tmp_path.iterdir()] == [".gpu-kit"]
     assert [path.name for path in kit.FOLDER.iterdir()] == ["earlier.whl"]
     calls.clear()
     fails = False
-    kit.main()
+    kit.main([])
     assert [path.name for path in tmp_path.iterdir()] == [".gpu-kit"] and len(list(kit.FOLDER.iterdir())) == 3
     assert [part for part in calls[0] if part.startswith("--python-version")] == ["--python-version=3.10"]
     assert {"tyro", "pillow", "exceptiongroup"} <= set(calls[2])
