@@ -9,6 +9,7 @@ sm_80 that nvcc knows; CUDAARCHS, CMake's own variable, names others: `CUDAARCHS
 """
 
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -21,9 +22,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-MODE = os.environ.get("FASTDMD_NATIVE", "auto")
+MODE = os.environ.get("FASTDMD_NATIVE") or "auto"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ARCHITECTURES_OPTION = "-DCMAKE_CUDA_ARCHITECTURES="
+COMPILER_OPTION = "-DCMAKE_CUDA_COMPILER="
 JOB_BYTES = 2 << 30  # what a compiler may need
 # Each is a file, and a target of CMake's; in this order, as those that come later link or tell of those before.
 PARTS = {
@@ -72,8 +74,7 @@ def cuda_options() -> list[str] | None:
     *older, newest = [a for a in ARCHITECTURES if f"compute_{a}" in known]
     # PTX of the newest too, for GPUs that come later.
     architectures = os.environ.get("CUDAARCHS") or ";".join([*(f"{a}-real" for a in older), str(newest)])
-    compiler = f"-DCMAKE_CUDA_COMPILER={nvcc}"
-    return [*torch_options(), "-DFASTDMD_CUDA=ON", compiler, ARCHITECTURES_OPTION + architectures]
+    return [*torch_options(), "-DFASTDMD_CUDA=ON", COMPILER_OPTION + nvcc, ARCHITECTURES_OPTION + architectures]
 
 
 def module_options(file_name: str, cuda_architectures: str) -> list[str] | None:
@@ -121,6 +122,16 @@ def num_jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory // JOB_BYTES))
 
 
+def read_once(options: list[str]) -> str:
+    """A name for what CMake reads in a new folder alone. In an old one, with another place, generator or CUDA compiler
+    it fails or forgets its options, and other variables of the environment change nothing."""
+    compilers = [option.removeprefix(COMPILER_OPTION) for option in options if option.startswith(COMPILER_OPTION)]
+    releases = [subprocess.check_output([compiler, "--version"], text=True) for compiler in compilers]
+    variables = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS")]
+    facts = [ROOT, "Ninja" in options, compilers, releases, variables]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+
+
 class CMakeBuild(build_ext):
     cuda_architectures = ""  # of the CUDA library, once it is built
 
@@ -166,9 +177,9 @@ class CMakeBuild(build_ext):
         ninja = find("ninja")
         if ninja is not None:
             options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        # Those that link the kernels share a folder; a folder of CMake's keeps the generator that it began with.
-        folder = f"{'cuda' if name == 'fastdmd_cuda' else 'cpu'}-{'make' if ninja is None else 'ninja'}"
-        build = Path(self.build_temp).resolve() / folder
+        # Those that link the kernels share a folder.
+        kind = "cuda" if name == "fastdmd_cuda" else "cpu"
+        build = Path(self.build_temp).resolve() / f"{kind}-{read_once(options)}"
         build.mkdir(parents=True, exist_ok=True)
         options += [f"-DFASTDMD_OUTPUT={file.parent}", f"-DFASTDMD_COMMIT={commit()}"]
         subprocess.run([cmake, str(ROOT), *options], cwd=build, check=True)
@@ -179,6 +190,8 @@ class CMakeBuild(build_ext):
             self.cuda_architectures = named.removeprefix(ARCHITECTURES_OPTION)
 
 
+if MODE not in ("auto", "0", "1"):
+    sys.exit(f"fastdmd: error: expected FASTDMD_NATIVE out of auto, 0, 1, got {MODE!r}")
 # `optional`: where nothing was built, setuptools goes on without the file.
 REQUIRED = ("fastdmd_kernels", "fastdmd_cpu") if MODE == "1" else ()
 extensions = [Extension(f"fastdmd.{name}", sources=[], optional=name not in REQUIRED) for name in PARTS]

@@ -140,15 +140,20 @@ def build() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("stage", nargs="?", choices=list(STAGES), help="default: all")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of a stage")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to write to")
     parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="for the stage's own command")
     options = parser.parse_args()
+    if not options.seconds > 0:
+        parser.error(f"expected --seconds to be greater than 0, got {options.seconds:g}")
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: error: expected a GPU, got a torch that finds none")
-    options.results.mkdir(parents=True, exist_ok=True)
+    try:
+        options.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"benchmarks.gpu: error: expected --results to be a folder, got {options.results}: {error.strerror}")
     end_on_sigterm()
     build()
     name = re.search(r"[A-Z]+\d+\w*", torch.cuda.get_device_name())

@@ -8,6 +8,7 @@ The folder, `.gpu-kit`, holds wheels of the versions in constraints.txt for Pyth
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -70,7 +71,9 @@ def install(target: Path) -> list[str]:
     return names
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.kit", description=__doc__.splitlines()[0])
+    parser.parse_args(arguments)
     try:
         fill()
     except subprocess.CalledProcessError as error:

@@ -7,6 +7,7 @@ Exit code 1: a library is not there, does not load, or lacks an op.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -35,7 +36,9 @@ def faults() -> list[str]:
     return missing
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.native_ops", description=__doc__.splitlines()[0])
+    parser.parse_args(arguments)
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}")
     missing = faults()
     for fault in missing:

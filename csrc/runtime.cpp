@@ -38,12 +38,23 @@ py::dict facts() {
                   "commit"_a = commit.empty() ? std::nullopt : std::optional<std::string>(commit));
 }
 
+// For a message: on one line, whatever the object is; an int of thousands of digits has no text.
+std::string shown(const py::object& object) {
+  const auto text = py::reinterpret_steal<py::object>(PyObject_ASCII(object.ptr()));
+  if (text) return py::cast<std::string>(text);
+  PyErr_Clear();
+  return "one without a text";
+}
+
 std::string hold_back_to(const py::object& name) {
-  if (!py::isinstance<py::str>(name) || !hold_back(py::cast<std::string>(name))) {
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_Check(name.ptr()) ? PyUnicode_AsUTF8AndSize(name.ptr(), &size) : nullptr;
+  if (!text || !hold_back(std::string(text, size_t(size)))) {
+    PyErr_Clear();  // of text that is not Unicode
     std::string names;
     for (const std::string& set : instruction_sets()) names += (names.empty() ? "" : ", ") + set;
     throw py::value_error("fastdmd.hold_back: expected an instruction set out of " + names + ", got " +
-                          std::string(py::repr(name)));
+                          shown(name));
   }
   return instruction_set();
 }
@@ -65,12 +76,12 @@ int64_t natural(const char* name, const py::object& object, int bits) {
   const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
   if (!index) {
     PyErr_Clear();
-    throw py::type_error(expected + " to be an int, got " + type_name(object) + " " + std::string(py::str(object)));
+    throw py::type_error(expected + " to be an int, got " + type_name(object) + " " + shown(object));
   }
   int overflow = 0;
   const long long value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
   if (overflow || value < 0 || value >> bits)
-    throw py::value_error(expected + " in [0, 2^" + std::to_string(bits) + "), got " + std::string(py::str(index)));
+    throw py::value_error(expected + " in [0, 2^" + std::to_string(bits) + "), got " + shown(index));
   return value;
 }
 

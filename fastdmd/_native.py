@@ -14,8 +14,8 @@ import torch
 
 LIBRARIES = {"cpu": "libfastdmd_cpu.so", "cuda": "libfastdmd_cuda.so"}
 KERNELS = "libfastdmd_kernels.so"  # what the CPU library and the module `_runtime` link
-MISSING = {"cpu": "no compiler was found", "cuda": "no nvcc of torch's CUDA version was found"}
-NO_RUNTIME = "not built for this Python: a compiler, pybind11 or Python's headers were not found at installation"
+MISSING = {"cpu": "no compiler or no CMake was found", "cuda": "no nvcc of torch's CUDA version was found"}
+NO_RUNTIME = "not built for this Python: a compiler, CMake, pybind11 or Python's headers were not found at installation"
 SWITCHED_OFF = "switched off by FASTDMD_NATIVE=0"
 MODES = ("auto", "0", "1")  # of FASTDMD_NATIVE; 1 is for the build, which it lets fail
 
@@ -42,7 +42,7 @@ def load(device_type: str) -> str | None:
             return reason
     path = Path(__file__).parent / LIBRARIES[device_type]
     if not path.exists():
-        return f"not built: {MISSING[device_type]} at installation, or FASTDMD_NATIVE=0 was set"
+        return f"not built: {MISSING[device_type]} at installation, the build failed, or FASTDMD_NATIVE=0 was set"
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -53,7 +53,8 @@ def build(tmp_path, monkeypatch):
     for name in ("CUDAARCHS", "FASTDMD_NATIVE"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(torch_cuda: str | None, release: str, broken=(), pybind11="get_include = str", **environment: str):
+    def run(torch_cuda: str | None, release: str, broken=(), pybind11="get_include = str", folder=tmp_path,
+            **environment: str):  # fmt: skip
         (tmp_path / "pybind11.py").write_text(pybind11)
         (tmp_path / "torch").mkdir(exist_ok=True)
         (tmp_path / "torch" / "__init__.py").write_text(f"class version:\n    cuda = {torch_cuda!r}\n")
@@ -66,7 +67,7 @@ def build(tmp_path, monkeypatch):
         for name in broken:
             (tmp_path / f"broken_{name}").touch()
         done = subprocess.run(
-            [sys.executable, "-B", "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True,
+            [sys.executable, "-B", "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, capture_output=True,
             text=True, env={**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_HOME": str(tmp_path / "toolkit"),
                             **environment},
         )  # fmt: skip
@@ -118,6 +119,40 @@ def test_what_needs_something_that_is_not_there_is_left_out(build):
 
 def test_nothing_is_built_where_it_is_switched_off(build):
     assert build("13.0", "13.0", FASTDMD_NATIVE="0")[::2] == (0, set())
+
+
+@pytest.mark.parametrize("mode", ["2", "yes", "AUTO"])
+def test_a_mode_that_means_nothing_ends_the_build(build, mode):
+    """As at run time."""
+    code, errors, files = build("13.0", "13.0", FASTDMD_NATIVE=mode)
+    assert (code, files) == (1, set())
+    assert errors == f"fastdmd: error: expected FASTDMD_NATIVE out of auto, 0, 1, got {mode!r}\n"
+
+
+def folders_of_cmake(root):
+    return {path.parent.name for path in root.glob("build/*/*/CMakeCache.txt")}
+
+
+def test_sources_that_moved_with_what_was_built_are_built_again(build):
+    assert build("13.0", "13.0")[2] == ALL
+    moved = shutil.copytree(build.folder, build.folder / "moved")
+    for path in moved.glob("fastdmd/*.so"):
+        path.unlink()
+    code, errors, _ = build("13.0", "13.0", folder=moved, FASTDMD_NATIVE="1")
+    assert code == 0 and {str(path.relative_to(moved)) for path in moved.glob("fastdmd/*.so")} == ALL, errors
+
+
+@pytest.mark.parametrize("environment", [{"CUDA_HOME": "{0}/other"}, {"CUDAHOSTCXX": "g++"}, {"release": "13.1"}])
+def test_another_compiler_gets_another_folder(build, environment):
+    """In the folder of the first, CMake would forget every option (of nvcc), or keep the first."""
+    assert build("13.0", "13.0")[2] == ALL == build("13.0", "13.0")[2]
+    before = folders_of_cmake(build.folder)
+    assert len(before) == 2
+    shutil.copytree(build.folder / "toolkit", build.folder / "other")
+    environment = {name: value.format(build.folder) for name, value in environment.items()}
+    assert build("13.0", **{"release": "13.0", **environment})[2] == ALL
+    new = folders_of_cmake(build.folder) - before
+    assert {name.split("-")[0] for name in new} == ({"cpu", "cuda"} if "CUDAHOSTCXX" in environment else {"cuda"})
 
 
 # Stands in the compiler's place: notes the source, or else the library, and makes the files that are waited for.

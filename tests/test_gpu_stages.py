@@ -129,6 +129,25 @@ def test_results_lie_where_they_are_asked_for(stage, tmp_path, monkeypatch, caps
     assert re.search(r"^bad: ended, exit code 3 after [\d.]+ s, .*/out/here/h200-bad.json$", output, re.MULTILINE)
 
 
+@pytest.mark.parametrize("arguments, code, said", [
+    (["--seconds", "-5"], 2, "error: expected --seconds to be greater than 0, got -5"),
+    (["--seconds", "nan"], 2, "error: expected --seconds to be greater than 0, got nan"),
+    (["--results", "{file}"], 1, "benchmarks.gpu: error: expected --results to be a folder, got {file}: File exists"),
+    (["--results", "{file}/in"], 1, "expected --results to be a folder, got {file}/in: Not a directory"),
+])  # fmt: skip
+def test_arguments_are_checked_before_a_build(arguments, code, said, tmp_path):
+    """A stage of no time would have replaced its earlier results."""
+    (tmp_path / "file").touch()
+    alone = "import torch; torch.cuda.is_available = lambda: True; from benchmarks import gpu; "
+    alone += "gpu.build = lambda: print('built'); gpu.STAGES = {}; gpu.main()"
+    arguments = [argument.format(file=tmp_path / "file") for argument in arguments]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", alone, *arguments], cwd=ROOT, text=True, capture_output=True
+    )
+    assert run.returncode == code and "built" not in run.stdout, run.stderr
+    assert run.stderr.splitlines()[-1].endswith(said.format(file=tmp_path / "file"))
+
+
 # The stage ends with its runner, so that none outlives the tests.
 KILLED = """
 import os, sys
@@ -254,12 +273,12 @@ def test_a_kit_is_whole_or_as_it_was(tmp_path, monkeypatch):
     kit.FOLDER.mkdir()
     (kit.FOLDER / "earlier.whl").write_text("")
     with pytest.raises(SystemExit, match="^benchmarks.kit: error: expected pip to find every wheel, got its exit code"):
-        kit.main()
+        kit.main([])
     assert [path.name for path in tmp_path.iterdir()] == [".gpu-kit"]
     assert [path.name for path in kit.FOLDER.iterdir()] == ["earlier.whl"]
     calls.clear()
     fails = False
-    kit.main()
+    kit.main([])
     assert [path.name for path in tmp_path.iterdir()] == [".gpu-kit"] and len(list(kit.FOLDER.iterdir())) == 3
     assert [part for part in calls[0] if part.startswith("--python-version")] == ["--python-version=3.10"]
     assert {"tyro", "pillow", "exceptiongroup"} <= set(calls[2])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import native_ops
+from benchmarks import kit, native_ops
 from fastdmd import _native, ops
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ def test_an_op_that_a_library_lacks_is_found(monkeypatch, capsys):
     monkeypatch.setattr(ops, "unavailable", lambda name, device: {
         "native": "conv3x3 has native code for CPUs alone" if name == "conv3x3" else "no nvcc"
     })  # fmt: skip
-    assert native_ops.main() == 1
+    assert native_ops.main([]) == 1
     printed, error = capsys.readouterr()
     assert error == "benchmarks.native_ops: error: dm_loss: expected native code for cpu, cuda, got cpu\n"
     assert re.findall(r"^(\w+) +(.*)$", printed, re.MULTILINE)[1:] == [
@@ -32,8 +32,18 @@ def test_an_op_that_a_library_lacks_is_found(monkeypatch, capsys):
 
 def test_a_library_that_is_not_there_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(_native, "load", lambda kind: "not built" if kind == "cuda" else None)
-    assert native_ops.main() == 1
+    assert native_ops.main([]) == 1
     assert capsys.readouterr().err == "benchmarks.native_ops: error: the cuda library: not built\n"
+
+
+@pytest.mark.parametrize("arguments, code, said", [(["--help"], 0, "usage: "), (["--bogus"], 2, "arguments: --bogus")])
+def test_arguments_are_read_before_anything_is_done(arguments, code, said, monkeypatch, capsys):
+    monkeypatch.setattr(kit, "fill", lambda: pytest.fail("wheels were asked for"))
+    monkeypatch.setattr(native_ops, "faults", lambda: pytest.fail("libraries were loaded"))
+    for command in (native_ops, kit):
+        with pytest.raises(SystemExit) as ended:
+            command.main(arguments)
+        assert ended.value.code == code and said in "".join(capsys.readouterr())
 
 
 def test_the_oldest_and_the_newest_torch_are_tried():

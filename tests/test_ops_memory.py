@@ -87,3 +87,22 @@ def test_many_channels(case, dtype, shape, device):
     """Groups across warps, chunks of an image that end unevenly, and more channels than a block has threads for."""
     arguments = CASES[case](Inputs(shape, dtype, torch.channels_last, device))
     assert_all_within_budget(case.split()[0], arguments, device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_far_more_calls_than_there_are_places_to_count_blocks(device):
+    """On a GPU a thousand calls have a counter each, which has to be as before for the next thousand."""
+    x, real, fake = (Inputs((3, 1, 8, 8), torch.float32, device=device).image() + k for k in range(3))
+    sigma, param, rate = torch.ones(3, device=device), torch.ones(2500, device=device), torch.tensor(0.0, device=device)
+    moments, step = (torch.zeros_like(param), torch.zeros_like(param)), torch.zeros(1, dtype=torch.int64, device=device)
+    for name in available("dm_loss", device):
+        if (name, device) == ("triton", "cpu"):  # interpreted, and without counters
+            continue
+        with ops.use_backend(name):
+            results = torch.stack([
+                torch.stack([
+                    ops.dm_loss(x, real, fake), ops.fake_loss(fake, x, sigma, sigma_data=0.5),
+                    ops.adamw_ema_(param, param, *moments, step.zero_(), rate),
+                ]) for _ in range(1030)
+            ])  # fmt: skip
+        assert torch.equal(results, results[:1].expand_as(results)) and results[0, 2] == 50, name

@@ -96,6 +96,10 @@ def test_what_is_asked_wrongly_is_said_in_one_line():
         (lambda: runtime.normals(0, 0, 1.5), TypeError, "size to be an int, got float 1.5"),
         (lambda: runtime.normals(0, 0, 1, first=2**60), ValueError, rf"first in \[0, 2\^60\), got {2**60}"),
         (lambda: runtime.hold_back("sse"), ValueError, "expected an instruction set out of .*generic, got 'sse'"),
+        (lambda: runtime.normals(10**5000, 0, 1), ValueError, r"seed in \[0, 2\^63\), got one without a text"),
+        (lambda: runtime.normals(0, "a\nb", 1), TypeError, r"offset to be an int, got str 'a\\nb'"),
+        (lambda: runtime.hold_back("\ud800"), ValueError, r"out of .*generic, got '\\ud800'"),
+        (lambda: runtime.hold_back("avx2\0"), ValueError, r"out of .*generic, got 'avx2\\x00'"),
         (lambda: runtime.hold_back(2), ValueError, "expected an instruction set out of .*generic, got 2"),
     ):
         with pytest.raises(error, match=message) as raised:
