@@ -33,11 +33,13 @@ class Compiler:
         if key not in self._forwards:
             fullgraph = isinstance(network, UNet)  # what others wrote may break the graph, ours must not
             self._forwards[key] = torch.compile(_own_forward(), fullgraph=fullgraph, dynamic=False, mode=self._mode)
-        return self._forwards[key](network, x, sigma, class_labels)
+        # Else dynamo takes two networks for alike of which one has hooks.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return self._forwards[key](network, x, sigma, class_labels)
 
 
 class CompiledNetwork:
-    """A compiled denoiser. Hooks on the network are traced, so they come before the first call."""
+    """A compiled denoiser. Hooks on the network are traced, its own alone; with other hooks it is traced anew."""
 
     def __init__(self, network: Denoiser, compiler: Compiler):
         self.dynamics = network.dynamics

@@ -112,6 +112,20 @@ def test_hooks_on_a_compiled_network_run(traced):
     assert sizes == [2, 2, 3]
 
 
+@pytest.mark.parametrize("part", ["itself", "a layer"])
+def test_hooks_on_one_of_several_copies_are_its_own(traced, part):
+    """Whichever comes first, and when there is another one later."""
+    compiler, networks = Compiler(None), [make_network(TINY) for _ in range(3)]
+    layers = [network if part == "itself" else network.conv_out for network in networks]
+    compiled = [CompiledNetwork(network, compiler) for network in networks]
+    layers[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    for _ in range(2):
+        for network, function in zip(networks, compiled, strict=True):
+            assert torch.equal(function(*inputs(2)), network(*inputs(2)))
+        layers[2].register_forward_hook(lambda module, inputs, output: 3 * output)
+    assert num_graphs() == 3  # one without hooks, one for each that has
+
+
 def test_a_compiled_network_can_be_freed(traced):
     network = make_network(TINY).requires_grad_(True)
     compiled = CompiledNetwork(network, Compiler(None))
