@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,10 @@ class Compiler:
 
     def __init__(self, mode: str | None):
         self._mode, self._forwards = mode, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which compile for themselves."""
+        return {"_mode": self._mode, "_forwards": {}}
 
     def __call__(self, network: Denoiser, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         key = x.shape, isinstance(network, UNet)

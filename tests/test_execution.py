@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -161,6 +162,21 @@ def test_a_model_is_freed_when_nobody_holds_it(traced, execution):
         assert [ref() for ref in dead] == [None] * 5
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+                         ids=["deepcopy", "pickle"])  # fmt: skip
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+def test_a_copy_goes_on_as_the_model_does(traced, execution, copied):
+    """Both from the midst of images made ahead, and each with its own weights and buffers."""
+    model, _ = iterate(execution, steps=range(2))
+    other = copied(model)
+    draws = trainer.make_draws(CONFIG, model.teacher, torch.device("cpu"))
+    losses = [[one.iterate(step, draws).loss_fake.item() for step in range(2, 6)] for one in (model, other)]
+    assert losses[0] == losses[1]
+    for network in ("generator", "fake_score"):
+        for own, others in zip(*(getattr(one, network).parameters() for one in (model, other)), strict=True):
+            assert torch.equal(own, others)
 
 
 class Device:
