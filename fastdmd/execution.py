@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +29,22 @@ class Compiler:
     def __init__(self, mode: str | None):
         self._mode, self._forwards = mode, {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which compile for themselves."""
+        return {"_mode": self._mode, "_forwards": {}}
+
     def __call__(self, network: Denoiser, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         key = x.shape, isinstance(network, UNet)
         if key not in self._forwards:
             fullgraph = isinstance(network, UNet)  # what others wrote may break the graph, ours must not
             self._forwards[key] = torch.compile(_own_forward(), fullgraph=fullgraph, dynamic=False, mode=self._mode)
-        return self._forwards[key](network, x, sigma, class_labels)
+        # Else dynamo takes two networks for alike of which one has hooks.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return self._forwards[key](network, x, sigma, class_labels)
 
 
 class CompiledNetwork:
-    """A compiled denoiser. Hooks on the network are traced, so they come before the first call."""
+    """A compiled denoiser. Hooks on the network are traced, its own alone; with other hooks it is traced anew."""
 
     def __init__(self, network: Denoiser, compiler: Compiler):
         self.dynamics = network.dynamics

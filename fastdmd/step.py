@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,11 @@ class DMD2:
         self._inputs: Draws | None = None
         self._source: Callable[[int], Draws] | None = None
         self._drawn: dict[int, Draws] = {}  # from the source, ahead of time
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles. Pickles part buffers from their views, so the next iteration makes new ones."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("_parts", "_x_gen", "_ahead")}
+        return {**kept, "_inputs": None, "_source": None, "_drawn": {}, "_captured": {}}
 
     def iterate(self, step: int, draws: Callable[[int], Draws]) -> StepMetrics:
         """Iteration `step`: a generator turn where the ratio says so, and a guidance turn.

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -112,6 +113,20 @@ def test_hooks_on_a_compiled_network_run(traced):
     assert sizes == [2, 2, 3]
 
 
+@pytest.mark.parametrize("part", ["itself", "a layer"])
+def test_hooks_on_one_of_several_copies_are_its_own(traced, part):
+    """Whichever comes first, and when there is another one later."""
+    compiler, networks = Compiler(None), [make_network(TINY) for _ in range(3)]
+    layers = [network if part == "itself" else network.conv_out for network in networks]
+    compiled = [CompiledNetwork(network, compiler) for network in networks]
+    layers[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    for _ in range(2):
+        for network, function in zip(networks, compiled, strict=True):
+            assert torch.equal(function(*inputs(2)), network(*inputs(2)))
+        layers[2].register_forward_hook(lambda module, inputs, output: 3 * output)
+    assert num_graphs() == 3  # one without hooks, one for each that has
+
+
 def test_a_compiled_network_can_be_freed(traced):
     network = make_network(TINY).requires_grad_(True)
     compiled = CompiledNetwork(network, Compiler(None))
@@ -147,6 +162,21 @@ def test_a_model_is_freed_when_nobody_holds_it(traced, execution):
         assert [ref() for ref in dead] == [None] * 5
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+                         ids=["deepcopy", "pickle"])  # fmt: skip
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+def test_a_copy_goes_on_as_the_model_does(traced, execution, copied):
+    """Both from the midst of images made ahead, and each with its own weights and buffers."""
+    model, _ = iterate(execution, steps=range(2))
+    other = copied(model)
+    draws = trainer.make_draws(CONFIG, model.teacher, torch.device("cpu"))
+    losses = [[one.iterate(step, draws).loss_fake.item() for step in range(2, 6)] for one in (model, other)]
+    assert losses[0] == losses[1]
+    for network in ("generator", "fake_score"):
+        for own, others in zip(*(getattr(one, network).parameters() for one in (model, other)), strict=True):
+            assert torch.equal(own, others)
 
 
 class Device:

@@ -9,6 +9,7 @@ from op_cases import CASES, LAYOUTS, Inputs, poison, random  # noqa: F401 a fixt
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from fastdmd import ops
 
@@ -91,6 +92,30 @@ def test_hessian_products_of_the_losses(dtype, backend):
             product, of_factor = torch.autograd.grad(grad, (D, factor), v)
         assert_close(product, 3 * 2 / numel * weight[:, None, None, None] * v)
         assert_close(of_factor, (grad.double() / 3 * v.double()).sum().to(factor.dtype), rtol=2e-2, atol=1e-3)
+
+
+LAST_OPS = {
+    "add_noise": lambda x, w: ops.add_noise(x, torch.ones(4), noise=x, scale=torch.ones(4) / 3),
+    "dm_loss": lambda x, w: ops.dm_loss(x, x.detach() + 1, x.detach() ** 2),
+    "fake_loss": lambda x, w: ops.fake_loss(x, x.detach() ** 2, torch.ones(4)),
+    "group_norm_silu": lambda x, w: ops.group_norm_silu(x, w[:, 0, 0, 0], w[:, 0, 0, 1], num_groups=4),
+    "conv3x3": lambda x, w: ops.conv3x3(x, w),
+}
+
+
+@pytest.mark.parametrize("op", LAST_OPS)
+def test_a_checkpoint_may_end_with_any_op(op):
+    """The backward of that op starts the recomputation, whose graph torch needs."""
+    x = random(4, 16, 12, 12, dtype=torch.float32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    kernel = random(16, 16, 3, 3, dtype=torch.float32, seed=1).requires_grad_()
+
+    def straight(x):
+        return LAST_OPS[op](x.sin(), kernel)
+
+    inputs = (x, kernel) if op in ("group_norm_silu", "conv3x3") else (x,)
+    expected = torch.autograd.grad(straight(x).sum(), inputs)
+    checkpointed = checkpoint(straight, x, use_reentrant=False)
+    assert_close(torch.autograd.grad(checkpointed.sum(), inputs), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -38,8 +38,8 @@ def derivatives(op: str, weight: Callable | None = None) -> dict[str, Callable]:
         ctx.save_for_backward(output[1], None if weight is None else inputs[-2])
         ctx.set_materialize_grads(False)  # nobody wants zeros for an output that has no use
 
-    def backward(ctx, grad_loss: Tensor | None, grad_gradient: Tensor | None):
-        gradient, sigma = ctx.saved_tensors
+    def backward(ctx, saved: tuple[Tensor, ...], grad_loss: Tensor | None, grad_gradient: Tensor | None):
+        gradient, sigma = saved
         grad = None if grad_loss is None else _scaled(gradient, grad_loss, ctx.dtype)
         if grad_gradient is not None:
             if weight is None:

@@ -65,7 +65,7 @@ def compose(schema: str, *, function: Callable, fake: Callable, backward: Callab
 
 
 def _differentiate(name: str, backward: Callable | None, setup_context: Callable | None) -> None:
-    """The backward of an op runs in the `use_backend` blocks of its forward.
+    """The backward of an op, `backward(ctx, saved_tensors, *grads)`, runs in the `use_backend` blocks of its forward.
 
     It may be called after the block, and on a GPU it runs in a thread of its own.
     """
@@ -78,13 +78,14 @@ def _differentiate(name: str, backward: Callable | None, setup_context: Callable
     def recall(ctx, *grads):
         if backward is None:
             raise no_second_derivative(name)
-        # Where nobody differentiates the backward pass, its ops need not go through autograd's layer in Python.
-        differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        below = contextlib.nullcontext() if differentiated else torch._C._AutoDispatchBelowAutograd()
         before = _BLOCKS.set(ctx.blocks)
         try:
-            with below:
-                return backward(ctx, *grads)
+            saved = ctx.saved_tensors  # their hooks are code of others, and may record graphs: a checkpoint's recompute
+            # Where nobody differentiates the backward pass, its ops need not go through autograd's layer in Python.
+            differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
+            # The guard holds from where it is made.
+            with contextlib.nullcontext() if differentiated else torch._C._AutoDispatchBelowAutograd():
+                return backward(ctx, saved, *grads)
         finally:
             _BLOCKS.reset(before)
 

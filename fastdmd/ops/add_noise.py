@@ -93,8 +93,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(sigma, scale)
 
 
-def _backward(ctx, grad: Tensor):
-    sigma, scale = ctx.saved_tensors
+def _backward(ctx, saved: tuple[Tensor, ...], grad: Tensor):
+    sigma, scale = saved
     grad_x = grad if scale is None else per_sample(scale, grad) * grad
     grad_noise = per_sample(sigma, grad) * grad_x if ctx.needs_input_grad[2] else None
     return (

@@ -110,8 +110,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx, grad_y: Tensor):
-    x, weight = ctx.saved_tensors
+def _backward(ctx, saved: tuple[Tensor, ...], grad_y: Tensor):
+    x, weight = saved
     of_input, *of_parameters = ctx.needs_input_grad
     grad_y = laid_out(grad_y, torch.channels_last)
     # torch's own can be differentiated, backward or forward

@@ -172,10 +172,10 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
 
 
-def _backward(ctx, grad_y: Tensor | None, *_):
+def _backward(ctx, saved: tuple[Tensor, ...], grad_y: Tensor | None, *_):
     if grad_y is None:
         return (None,) * 8
-    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+    x, mean, rstd, weight, bias, scale, shift = saved
     grad_y = laid_out(grad_y, memory_format(x))
     compute = _group_norm_silu_backward
     # PyTorch's own operations can be differentiated, backward or forward, and the moments depend on x.
