@@ -66,6 +66,15 @@ def test_error_budget_of_every_cut(dtype, shape, num_groups, layout, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_error_budget_of_a_group_that_fits_nowhere(layout, device):
+    """Not on a multiprocessor, nor on eight: several rows of threads take two launches."""
+    assert_budget(
+        Inputs((1, 512, 48, 40), torch.float32, layout, device).image(), 1, adaptive=False, silu=True, device=device
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", ["offset", "outlier"])
 def test_error_budget_far_from_zero(case, layout, device):
     """A mean of a hundred standard deviations, and one value that makes up the variance: the first, or another."""
