@@ -31,7 +31,7 @@ CAUGHT = {  # by which tests of the ops, and how
     "random.py::test_philox_gives_the_published_answers[cpu]":
         ".*of the 256 threads of a block 255 wait at a barrier, 0 wait at a shuffle and 1 have returned",
 }  # fmt: skip
-DEVICES = [(1, 80), (132, 90)]  # multiprocessors and compute capability: without clusters, and with
+EMULATED = [(1, 80), (132, 90)]  # multiprocessors and compute capability: without clusters, and with
 BARRIERS = [  # file, line
     (path.name, number) for path in sorted((build.CSRC / "cuda").iterdir())
     for number, line in enumerate(path.read_text().splitlines(), start=1) if "__syncthreads();" in line
@@ -53,7 +53,7 @@ def run(library, *arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize(("multiprocessors", "capability"), DEVICES)
+@pytest.mark.parametrize(("multiprocessors", "capability"), EMULATED)
 def test_every_kernel_through_the_tests_of_the_ops(multiprocessors, capability, tmp_path):
     """On a device so small that every block loops, and on a large one with clusters, in another order."""
     library = build.build(sanitizers=SANITIZERS)
@@ -98,7 +98,7 @@ def test_every_barrier_is_missed(name, number, tmp_path):
     (csrc / "cuda" / name).write_text("\n".join(lines) + "\n")
     library = build.build(csrc=csrc, optimize="-O0")
     outputs = []
-    for multiprocessors, capability in DEVICES:
+    for multiprocessors, capability in EMULATED:
         result = run(
             library, "-x", "-k", "budget or seed_call or many_channels", *sorted(TESTS.glob("test_ops_*.py")),
             FASTDMD_EMULATED_MULTIPROCESSORS=str(multiprocessors), FASTDMD_EMULATED_CAPABILITY=str(capability),
