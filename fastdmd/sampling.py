@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Protocol
 
@@ -31,11 +32,20 @@ class Generator:
     """A network and the noise levels that it makes images from, the highest first; differentiable.
 
     `x = D(sigma_1 * noise, sigma_1)`, and from each further level `x = D(x + sigma_k * fresh_noise, sigma_k)` (Yin et
-    al. 2024, DMD2, section 4.4). Fresh noise is from `random`, or from torch's own generator.
+    al. 2024, DMD2, section 4.4). Fresh noise is from `random`, or from torch's own generator. Raises ValueError for
+    levels that are none, not finite and positive, or not in this order.
     """
 
     network: Denoiser
     sigmas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        levels = self.sigmas if isinstance(self.sigmas, tuple) else ()
+        descends = all(a > b for a, b in itertools.pairwise(levels))
+        if not levels or not descends or not all(0 < sigma < math.inf for sigma in levels):
+            raise ValueError(
+                f"fastdmd.Generator: expected a tuple of positive noise levels, the highest first, got {self.sigmas}"
+            )
 
     @property
     def num_evaluations(self) -> int:

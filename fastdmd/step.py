@@ -76,9 +76,9 @@ class DMD2:
         self.execution = execution
         self.generator_tally = Tally(("loss_dm", "generator_grad_norm"), self.device)
         self.guidance_tally = Tally(("loss_fake", "fake_grad_norm"), self.device)
-        self._stream = self._side_stream = None  # of the turns, and of what runs beside them
-        if execution == "captured":
-            self._stream, self._side_stream = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        # Of the turns, and of what runs beside them, where turns are captured; made with the buffers.
+        self._stream: torch.cuda.Stream | None = None
+        self._side_stream: torch.cuda.Stream | None = None
         self._captured: dict[str, CapturedTurn] = {}
         self._compiler = Compiler(COMPILE_MODE if self.device.type == "cuda" else None)
         self._generator, self._teacher, self._fake_score = map(
@@ -91,7 +91,8 @@ class DMD2:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. Pickles part buffers from their views, so the next iteration makes new ones."""
         kept = {name: value for name, value in vars(self).items() if name not in ("_parts", "_x_gen", "_ahead")}
-        return {**kept, "_inputs": None, "_source": None, "_drawn": {}, "_captured": {}}
+        left = {"_inputs": None, "_source": None, "_drawn": {}, "_captured": {}, "_stream": None, "_side_stream": None}
+        return {**kept, **left}
 
     def iterate(self, step: int, draws: Callable[[int], Draws]) -> StepMetrics:
         """Iteration `step`: a generator turn where the ratio says so, and a guidance turn.
@@ -138,6 +139,8 @@ class DMD2:
         return frozenset(name for name, turn in self._captured.items() if turn.is_captured)
 
     def _execute(self, name: str, run: Callable[[], None]) -> None:
+        if self._inputs is None:
+            raise RuntimeError(f"fastdmd.DMD2: expected an iteration before a {name} turn by itself, got none")
         turn = self._captured.get(name)  # holds no `run`, and so not this model: `del model` frees it
         run() if turn is None else turn(run)
 
@@ -204,8 +207,10 @@ class DMD2:
             raise ValueError(
                 f"fastdmd.DMD2: expected a batch that {self.accumulation_steps} accumulation steps divide, got {B}"
             )
-        if self._side_stream is not None:  # what runs still reads the buffers and graphs that go now
-            torch.cuda.synchronize(self.device)
+        if self.execution == "captured":
+            torch.cuda.synchronize(self.device)  # what runs still reads the buffers and graphs that go now
+            if self._stream is None:
+                self._stream, self._side_stream = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
             pool = torch.cuda.graph_pool_handle()
             self._captured = {
                 "generator": CapturedTurn(self._stream, pool), "guidance": CapturedTurn(self._stream, pool),

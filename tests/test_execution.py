@@ -170,13 +170,22 @@ def test_a_model_is_freed_when_nobody_holds_it(traced, execution):
 def test_a_copy_goes_on_as_the_model_does(traced, execution, copied):
     """Both from the midst of images made ahead, and each with its own weights and buffers."""
     model, _ = iterate(execution, steps=range(2))
+    model._stream = model._side_stream = (n for n in ())  # which no copy takes, as it takes no stream
     other = copied(model)
+    model._stream = model._side_stream = None
     draws = trainer.make_draws(CONFIG, model.teacher, torch.device("cpu"))
     losses = [[one.iterate(step, draws).loss_fake.item() for step in range(2, 6)] for one in (model, other)]
     assert losses[0] == losses[1]
     for network in ("generator", "fake_score"):
         for own, others in zip(*(getattr(one, network).parameters() for one in (model, other)), strict=True):
             assert torch.equal(own, others)
+
+
+def test_a_turn_by_itself_needs_an_iteration_before():
+    model, _ = iterate("eager", steps=())
+    for turn, name in ((model.generator_turn, "generator"), (model.guidance_turn, "guidance")):
+        with pytest.raises(RuntimeError, match=f"expected an iteration before a {name} turn by itself, got none"):
+            turn()
 
 
 class Device:

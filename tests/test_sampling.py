@@ -1,5 +1,7 @@
 """Images from noise: what is known in closed form, and how often the network is asked."""
 
+import math
+
 import pytest
 import torch
 
@@ -62,6 +64,14 @@ def test_a_generator_makes_images_in_one_step_or_several():
     images = several(noise, random=torch.Generator().manual_seed(7))
     assert calls == [80.0, 2.0] and (one.num_evaluations, several.num_evaluations) == (1, 2)
     torch.testing.assert_close(images, 0.5 + 0.25 / (0.25 + 4) * (expected + 2 * fresh - 0.5))
+
+
+@pytest.mark.parametrize(
+    "sigmas", [(), 80.0, (0.0,), (-1.0,), (math.nan,), (math.inf,), (2.0, 80.0), (2.0, 2.0)], ids=str
+)
+def test_levels_that_cannot_be_are_refused(sigmas):
+    with pytest.raises(ValueError, match="expected a tuple of positive noise levels, the highest first, got"):
+        Generator(gaussian_denoiser(0.25)[0], sigmas)
 
 
 def test_a_generator_is_differentiable():

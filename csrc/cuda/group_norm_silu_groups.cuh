@@ -52,13 +52,21 @@ __device__ void group_forward(const GroupNorm& a) {
   const W size = W(group_size * a.num_pixels);
   for (int64_t task = blockIdx.x; task < a.num_samples * a.num_groups; task += gridDim.x) {
     const int64_t sample = task / a.num_groups, first_channel = task % a.num_groups * group_size;
+    // Around the mean of the threads' first values: one of them may be what makes up the variance.
+    W first = 0;
+    if (threadIdx.x < num_vectors) {
+      const Spot at = spot<V>(a, first_channel, threadIdx.x);
+      W x[V];
+      Access<T, W>::load(a, a.x, place(a, sample, at.c, at.p), x);
+      first = x[0];
+    }
     Moments<W> moments;
+    moments.shift = block_sum(first) / W(num_vectors < blockDim.x ? num_vectors : blockDim.x);
     W count = 0;
     for (int64_t vector = threadIdx.x; vector < num_vectors; vector += blockDim.x) {
       const Spot at = spot<V>(a, first_channel, vector);
       W x[V];
       Access<T, W>::load(a, a.x, place(a, sample, at.c, at.p), x);
-      if (count == 0) moments.shift = x[0];
 #pragma unroll
       for (int k = 0; k < V; ++k) moments.add(x[k]);
       count += V;
