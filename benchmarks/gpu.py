@@ -23,6 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+if importlib.util.find_spec("torch") is None:
+    sys.exit(f"benchmarks.gpu: error: expected a Python that has torch, got {sys.executable}")
 import torch
 
 from benchmarks import kit

@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.bench_step import SUITE, Loop, matmul_peak
+from benchmarks.bench_step import SUITE
 from benchmarks.environment import describe
 from benchmarks.gpu_trace import read_trace, summarize
+from benchmarks.loops import Loop, matmul_peak
 from fastdmd import step
 
 DEFAULTS = {setting["preset"]: setting for setting in SUITE}

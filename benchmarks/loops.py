@@ -1,0 +1,214 @@
+"""The loops that are timed: fastdmd's, its opponents, and the floor beneath them, a cycle at a time."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+import statistics
+import time
+from collections import defaultdict
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.fair import FairDMD2
+from benchmarks.floor import Floor, Recorder
+from benchmarks.textbook import textbook_like
+from fastdmd import machine, step, teachers, trainer
+from fastdmd.cli import resolve_device
+from fastdmd.config import TrainConfig
+from fastdmd.presets import PRESETS
+from fastdmd.unet import UNet
+from fastdmd.unet_blocks import Conv3x3
+
+
+class Loop:
+    """One of the opponents, a cycle at a time: "textbook", "compiled", or "fastdmd", in its own way of execution."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, execution: str | None = None):
+        self.device = device = resolve_device(arguments.device)
+        teacher = make_teacher(arguments.preset, device)
+        self.config = config = TrainConfig(
+            batch_size=arguments.batch_size, dfake_gen_update_ratio=arguments.ratio, lr_schedule="constant",
+            precision=arguments.precision, execution=execution or arguments.execution, generator_lr=1e-5,
+            guidance_lr=1e-5,
+        ).for_teacher(teacher)  # fmt: skip
+        self.name, self.ratio, self.step = name, arguments.ratio, 0
+        self.draws = trainer.make_draws(config, teacher, device)
+        if name == "fastdmd":
+            machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
+            step.COMPILE_MODE = arguments.compile_mode
+            self.model = trainer.build(config, teacher)
+        elif name == "textbook":
+            self.model = textbook_like(config, teacher)
+        else:
+            torch.backends.cudnn.benchmark = True  # as ours; the textbook loop has what PyTorch starts with
+            self.model = textbook_like(config, teacher, FairDMD2, bfloat16=config.precision == "bf16")
+
+    def cycle(self) -> float:
+        self.synchronize()
+        started = time.perf_counter()
+        for _ in range(self.ratio):
+            self.model.iterate(self.step, self.draws if self.name == "fastdmd" else self.draws(self.step))
+            self.step += 1
+        self.synchronize()
+        return time.perf_counter() - started
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_bytes(self) -> int:
+        """Of this process: resident on a CPU; on a GPU what another cycle takes, with the memory of its graphs."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.cycle()
+            return torch.cuda.max_memory_reserved(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def facts(self) -> dict:
+        return {}
+
+
+class FloorLoop:
+    """The heavy calls of an eager cycle of fastdmd, alone."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        loop = Loop("fastdmd", arguments, execution="eager")
+        for network in (loop.model.teacher, loop.model.generator, loop.model.fake_score):
+            for module in network.modules():
+                if isinstance(module, Conv3x3):
+                    module.__class__ = torch.nn.Conv2d  # the floor is that of torch's own convolutions
+        loop.cycle()
+        with Recorder() as recorder:
+            loop.cycle()
+        with FlopCounterMode(display=False) as flops:
+            loop.cycle()
+        self.floor, self.num_flops = Floor(recorder.calls), flops.get_total_flops()
+        self.matmul_peak = matmul_peak(loop.device, loop.model.generator_optimizer.parameters[0].dtype)
+
+    def cycle(self) -> float:
+        return self.floor.seconds()
+
+    def facts(self) -> dict:
+        layouts = {str(name): count for name, count in self.floor.layouts.items()}
+        return {"flops": self.num_flops, "matmul_peak": self.matmul_peak, "layouts": layouts}
+
+
+class FastLoop(Loop):
+    """Ours, which also tells about itself."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__("fastdmd", arguments)
+        self.arguments = arguments
+
+    def facts(self) -> dict:
+        return {
+            "execution": self.model.execution, "threads": torch.get_num_threads(),
+            "compute_dtype": str(self.model.generator_optimizer.parameters[0].dtype),
+            "launches_per_turn": self.launches_per_turn(), "seconds_by_part": self.parts(),
+            "seconds_by_op": self.ops(),
+        }  # fmt: skip
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of an eager cycle by part; the medians of three cycles."""
+        loop = self if self.model.execution == "eager" else Loop("fastdmd", self.arguments, execution="eager")
+        loop.cycle()
+        rounds = []
+        for _ in range(3):
+            with clocks(loop) as seconds:
+                total = loop.cycle()
+            rounds.append({**seconds, "rest": total - sum(seconds.values())})
+        return {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
+
+    def ops(self, count: int = 16) -> dict[str, float]:
+        """Seconds of a cycle in the ops or kernels that take most of it, as it is executed; the profiler included."""
+        kind = "CUDA" if self.device.type == "cuda" else "CPU"
+        with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+            self.cycle()
+        field = f"self_{'device' if kind == 'CUDA' else 'cpu'}_time_total"  # microseconds
+        seconds = {event.key: getattr(event, field) / 1e6 for event in profile.key_averages()}
+        return dict(sorted(seconds.items(), key=lambda item: -item[1])[:count])
+
+    def launches_per_turn(self) -> dict[str, int] | None:
+        """Kernels of each turn, as it is executed; None on a CPU, which launches none."""
+        if self.device.type != "cuda":
+            return None
+        counts = {}
+        for turn in ("generator_turn", "guidance_turn"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                getattr(self.model, turn)()
+                self.synchronize()
+            counts[turn] = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+        return counts
+
+
+def make(name: str, arguments: argparse.Namespace) -> Loop | FloorLoop:
+    if name == "floor":
+        return FloorLoop(arguments)
+    return FastLoop(arguments) if name == "fastdmd" else Loop(name, arguments)
+
+
+@contextlib.contextmanager
+def made(name: str, arguments: argparse.Namespace):
+    """What a process of its own makes first, and the loop that is asked there."""
+    yield make(name, arguments)
+
+
+def make_teacher(preset: str, device: torch.device) -> UNet:
+    config = PRESETS[preset].network or teachers.load("mnist").config
+    torch.manual_seed(0)
+    network = UNet(config)
+    with torch.no_grad():
+        for parameter in network.parameters():  # what starts at zero would make some work trivial
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def clocks(loop: Loop):
+    """Seconds by part of an eager cycle: the model's functions, each under a clock."""
+    seconds, model, undo = defaultdict(float), loop.model, []
+
+    def timed(part, function):
+        def call(*arguments, **options):
+            loop.synchronize()
+            started = time.perf_counter()
+            result = function(*arguments, **options)
+            loop.synchronize()
+            seconds[part] += time.perf_counter() - started
+            return result
+
+        return call
+
+    for owner, attribute, part in (
+        (model, "_generator", "x_gen"), (model, "_teacher", "teacher"), (model, "_fake_score", "fake forward"),
+        (model, "_backward", "backward"), (model.generator_optimizer, "update", "optimizer"),
+        (model.guidance_optimizer, "update", "optimizer"),
+    ):  # fmt: skip
+        undo.append((owner, attribute, getattr(owner, attribute)))
+        function = timed(part, getattr(owner, attribute))
+        if attribute == "_fake_score":
+            function.dynamics = model.fake_score.dynamics
+        setattr(owner, attribute, function)
+    yield seconds
+    for owner, attribute, function in undo:
+        setattr(owner, attribute, function)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the yardstick of utilisation."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * n**3 / min(times)
