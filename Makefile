@@ -48,6 +48,7 @@ $(OTHER)/ready:
 lint: .venv/ready-dev
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
+	.venv/bin/lint-imports --no-logo --no-cache
 
 bench: .venv/ready-dev
 	$(VENV) -m benchmarks.bench_ops $(ARGS)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastdmd import startup
+from fastdmd.runs import startup
 
 POLICIES = {"chosen": None, "one thread": {"OMP_NUM_THREADS": "1"}, "as OpenMP does": {"OMP_DYNAMIC": "false"}}
 WARMUP_ITERATIONS = 4
@@ -31,13 +31,14 @@ def measure(seconds: float) -> dict:
     startup.settle_threads()
     import torch
 
-    from fastdmd import machine, teachers, trainer
-    from fastdmd.config import TrainConfig
+    from fastdmd import teachers
+    from fastdmd.runs import distillation, machine
+    from fastdmd.runs.config import TrainConfig
 
     device, teacher = torch.device("cpu"), teachers.load("mnist")
     config = TrainConfig().for_teacher(teacher)
     machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
-    model, draws = trainer.build(config, teacher), trainer.make_draws(config, teacher, device)
+    model, draws = distillation.build(config, teacher), distillation.make_draws(config, teacher, device)
     step, started, num_images = 0, time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         model.iterate(step, draws)

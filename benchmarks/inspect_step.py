@@ -37,9 +37,11 @@ BATCHES = {"mnist": 48, "cifar10-cond": 64, "imagenet64": 40}
 
 # What decides about the launches: a stored result holds for these files as they were.
 SOURCES = (
-    "fastdmd/unet*.py", "fastdmd/diffusion.py", "fastdmd/dmd2.py", "fastdmd/step.py", "fastdmd/execution.py",
-    "fastdmd/sampling.py", "fastdmd/optim.py", "fastdmd/flat.py", "fastdmd/gradients.py", "fastdmd/groups.py",
-    "fastdmd/presets.py", "fastdmd/ops/*.py", "fastdmd/kernels/*.py", "tests/fake_cuda/*", "benchmarks/inspect_step.py",
+    "fastdmd/networks/unet*.py", "fastdmd/diffusion.py", "fastdmd/sampling.py", "fastdmd/optim/adamw_ema.py",
+    "fastdmd/optim/flat.py", "fastdmd/optim/gradients.py", "fastdmd/optim/groups.py",
+    "fastdmd/distill/draws.py", "fastdmd/distill/losses.py", "fastdmd/distill/turns.py", "fastdmd/distill/execution.py",
+    "fastdmd/runs/presets.py", "fastdmd/ops/*.py", "fastdmd/kernels/*.py", "tests/fake_cuda/*",
+    "benchmarks/inspect_step.py",
 )  # fmt: skip
 
 
@@ -59,9 +61,9 @@ def record_turns(config, batch_size: int) -> dict[str, list]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from fastdmd.dmd2 import Draws
-    from fastdmd.step import DMD2
-    from fastdmd.unet import UNet
+    from fastdmd.distill.draws import Draws
+    from fastdmd.distill.turns import DMD2
+    from fastdmd.networks.unet import UNet
     from tests.fake_cuda.inductor import Record
 
     with torch.device("meta"):
@@ -208,7 +210,7 @@ def main() -> None:
         fake_cuda.load(Path(folder))
         from benchmarks.environment import describe
         from fastdmd import teachers
-        from fastdmd.presets import PRESETS
+        from fastdmd.runs.presets import PRESETS
         from tests.fake_cuda import inductor
 
         environment = {key: value for key, value in describe("cpu").items() if key in ("commit", "torch", "triton")}

@@ -15,12 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.fair import FairDMD2
 from benchmarks.floor import Floor, Recorder
 from benchmarks.textbook import textbook_like
-from fastdmd import machine, step, teachers, trainer
-from fastdmd.cli import resolve_device
-from fastdmd.config import TrainConfig
-from fastdmd.presets import PRESETS
-from fastdmd.unet import UNet
-from fastdmd.unet_blocks import Conv3x3
+from fastdmd import teachers
+from fastdmd.distill import turns
+from fastdmd.networks.unet import UNet
+from fastdmd.networks.unet_blocks import Conv3x3
+from fastdmd.runs import distillation, machine
+from fastdmd.runs.cli import resolve_device
+from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.presets import PRESETS
 
 
 class Loop:
@@ -35,11 +37,11 @@ class Loop:
             guidance_lr=1e-5,
         ).for_teacher(teacher)  # fmt: skip
         self.name, self.ratio, self.step = name, arguments.ratio, 0
-        self.draws = trainer.make_draws(config, teacher, device)
+        self.draws = distillation.make_draws(config, teacher, device)
         if name == "fastdmd":
             machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
-            step.COMPILE_MODE = arguments.compile_mode
-            self.model = trainer.build(config, teacher)
+            turns.COMPILE_MODE = arguments.compile_mode
+            self.model = distillation.build(config, teacher)
         elif name == "textbook":
             self.model = textbook_like(config, teacher)
         else:

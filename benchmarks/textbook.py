@@ -14,7 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from fastdmd.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
+from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 
 
 def karras_schedule(num_steps=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -121,9 +121,10 @@ def textbook_like(config, teacher, loop=TextbookDMD2, **options):
 
 
 def main():
-    from fastdmd import teachers, trainer
-    from fastdmd.cli import resolve_device
-    from fastdmd.config import TrainConfig
+    from fastdmd import teachers
+    from fastdmd.runs import distillation
+    from fastdmd.runs.cli import resolve_device
+    from fastdmd.runs.config import TrainConfig
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=128)
@@ -135,8 +136,8 @@ def main():
     config = TrainConfig(batch_size=arguments.batch_size, lr_schedule="constant")
     device = resolve_device(arguments.device)
     teacher = teachers.load("mnist", device=device)
-    draws = trainer.make_draws(config, teacher, device)
-    models = {"textbook": textbook_like(config, teacher), "fastdmd": trainer.build(config, teacher)}
+    draws = distillation.make_draws(config, teacher, device)
+    models = {"textbook": textbook_like(config, teacher), "fastdmd": distillation.build(config, teacher)}
     seconds = {name: [] for name in models}
     ratio = config.dfake_gen_update_ratio
     for cycle in range(arguments.cycles + 1):  # the first one warms up

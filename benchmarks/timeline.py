@@ -28,7 +28,7 @@ from benchmarks.bench_step import SUITE
 from benchmarks.environment import describe
 from benchmarks.gpu_trace import read_trace, summarize
 from benchmarks.loops import Loop, matmul_peak
-from fastdmd import step
+from fastdmd.distill import turns
 
 DEFAULTS = {setting["preset"]: setting for setting in SUITE}
 TURNS = ("generator", "guidance", "generation")
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ratio", type=int, help="guidance turns per generator turn; default: 10, 5 and 5")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"])
     parser.add_argument("--execution", default="auto", choices=["auto", "eager", "compiled", "captured"])
-    parser.add_argument("--compile-mode", default=step.COMPILE_MODE, help="of torch.compile, on a GPU")
+    parser.add_argument("--compile-mode", default=turns.COMPILE_MODE, help="of torch.compile, on a GPU")
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args(arguments)

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastdmd import data, load_generator, teachers, trainer
-from fastdmd.checkpoint import save_network
-from fastdmd.config import TrainConfig
+from fastdmd import data, load_generator, teachers
 from fastdmd.diffusion import lognormal_sigma
+from fastdmd.networks.weights import save_network
+from fastdmd.runs import distillation
+from fastdmd.runs.config import TrainConfig
 
 
 class ForeignUNet(nn.Module):
@@ -55,7 +56,7 @@ def main(out: Path = Path("foreign.safetensors"), training: int = 100, iteration
 
     teacher = teachers.load(network, parameterization="x0", labels="one_hot")  # runs it once, to see that it fits
     config = TrainConfig(iterations=iterations, batch_size=batch_size, warmup_iterations=0).for_teacher(teacher)
-    model, draws = trainer.build(config, teacher), trainer.make_draws(config, teacher, torch.device("cpu"))
+    model, draws = distillation.build(config, teacher), distillation.make_draws(config, teacher, torch.device("cpu"))
     for step in range(iterations):
         metrics = model.iterate(step, draws)
     print(f"loss of the fake score after {iterations} iterations: {metrics.loss_fake.item():.3f}")

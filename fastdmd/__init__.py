@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastdmd import _former_names
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastdmd import ops
-    from fastdmd.config import TrainConfig
+    from fastdmd.distill import DMD2
     from fastdmd.optim import AdamWEMA
+    from fastdmd.runs.config import TrainConfig
     from fastdmd.sampling import Generator, HeunSampler
-    from fastdmd.step import DMD2
     from fastdmd.teachers import load as load_teacher
     from fastdmd.teachers import load_generator
 
@@ -21,9 +23,16 @@ __all__ = [
     "ops",
 ]  # fmt: skip
 _HOMES = {
-    "DMD2": "step", "AdamWEMA": "optim", "Generator": "sampling", "HeunSampler": "sampling", "TrainConfig": "config",
-    "load_generator": "teachers", "load_teacher": "teachers",
-}  # fmt: skip
+    "DMD2": "distill",
+    "AdamWEMA": "optim",
+    "Generator": "sampling",
+    "HeunSampler": "sampling",
+    "TrainConfig": "runs.config",
+    "load_generator": "teachers",
+    "load_teacher": "teachers",
+}
+
+_former_names.install()
 
 
 def __getattr__(name: str) -> Any:

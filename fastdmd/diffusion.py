@@ -24,7 +24,8 @@ class Denoiser(Protocol):
     image_shape: tuple[int, int, int]  # C, H, W
     num_classes: int  # 0: unconditional
     sigma_data: float  # standard deviation of the data
-    dynamics: str  # how it is trained: "edm" or "flow", see dmd2.denoising_loss
+    dynamics: str  # how it is trained: "edm" or "flow", see distill.denoising_loss
+    is_one_graph: bool  # torch.compile can take it whole
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
 

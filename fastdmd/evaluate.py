@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdmd import startup
+from fastdmd.runs import startup
 
 if __name__ == "__main__":
     startup.prepare("fastdmd.evaluate")
@@ -10,12 +10,12 @@ if __name__ == "__main__":
 import dataclasses
 import json
 
-from fastdmd import cli, machine, outputs, teachers, terminal
-from fastdmd.config import EvaluateConfig
+from fastdmd import teachers
 from fastdmd.files import write_atomically
-from fastdmd.machine import versions
-from fastdmd.quality import BATCH_SIZE, table
-from fastdmd.sample import sampler_of
+from fastdmd.quality.evaluation import BATCH_SIZE, table
+from fastdmd.runs import cli, machine, outputs, terminal
+from fastdmd.runs.config import EvaluateConfig
+from fastdmd.runs.machine import versions
 
 ADVICE = f"it samples {BATCH_SIZE} images at a time; use a larger --device"
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
             outputs.require_file(config.out)
         machine.prepare(device)
         network, metadata = teachers.read(config.weights, config.adapter, device)
-        sampler = sampler_of(network, metadata, config.teacher_steps)
+        sampler = teachers.sampler_of(network, metadata, config.teacher_steps)
         dataset = cli.load_data(config, network)
         evaluation = cli.make_evaluation(config, network, dataset, device)
     with cli.run_errors("fastdmd.evaluate", "measuring", ADVICE):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdmd import startup
+from fastdmd.runs import startup
 
 if __name__ == "__main__":
     startup.prepare("fastdmd.export")
@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from fastdmd import __version__, bounds, cli, outputs, terminal
-from fastdmd.bounds import above
-from fastdmd.checkpoint import METADATA_KEY, load_network, save_network
-from fastdmd.config import Switch
+from fastdmd import __version__, settings
 from fastdmd.diffusion import random_generator
 from fastdmd.files import replacing, write_atomically
-from fastdmd.flags import Positional
+from fastdmd.networks.unet import UNet
+from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
+from fastdmd.networks.weights import METADATA_KEY, load_network, save_network
+from fastdmd.runs import cli, outputs, terminal
+from fastdmd.runs.config import Switch
 from fastdmd.sampling import Generator, balanced_labels
-from fastdmd.unet import UNet
-from fastdmd.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
+from fastdmd.settings import Positional, above
 
 Exported = Callable[[Tensor, "Tensor | None"], Tensor]  # noise, labels -> images, computed by what was written
 PROGRAM_METADATA = METADATA_KEY + ".json"  # the extra file of a .pt2 that holds what ONNX has in metadata_props
@@ -58,7 +58,7 @@ class ExportConfig:
     """Show the traceback of an error beneath its line, as FASTDMD_TRACEBACK=1 does."""
 
     def check(self) -> None:
-        bounds.check(self)
+        settings.check(self)
 
 
 @terminal.command("fastdmd.export")

@@ -1,4 +1,4 @@
-"""How much memory this process can still take: what the system and its control groups say."""
+"""How much memory is left: what the system, the control groups of this process, or a GPU say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 ROOT = Path("/")
+SMALLER = "a smaller --batch-size or more --accumulation-steps need less"
 
 
 def available_memory_bytes(root: Path = ROOT) -> int | None:
@@ -18,6 +21,23 @@ def available_memory_bytes(root: Path = ROOT) -> int | None:
     """
     amounts = [*_of_system(root), *_of_groups(root)]
     return max(0, min(amounts)) if amounts else None
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of the device, None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory_bytes()
+
+
+def require_memory(num_bytes: float, device: torch.device, what: str, advice: str = SMALLER) -> None:
+    """Raises ValueError where the device cannot hold so many bytes, before anything takes them."""
+    available = available_bytes(device)
+    if available is not None and num_bytes > available:
+        raise ValueError(
+            f"expected {what} to fit into memory, got {num_bytes / 1e9:.1f} GB at the least, with "
+            f"{available / 1e9:.1f} GB free; {advice}"
+        )
 
 
 def _of_system(root: Path) -> Iterator[int]:

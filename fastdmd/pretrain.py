@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdmd import startup
+from fastdmd.runs import startup
 
 if __name__ == "__main__":
     startup.prepare("fastdmd.pretrain")
@@ -16,11 +16,17 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from fastdmd import cli, data, diffusion, dmd2, machine, teachers, terminal
-from fastdmd.bounds import above, at_least, within
-from fastdmd.budget import require_memory, training_bytes
-from fastdmd.checkpoint import save_network
-from fastdmd.config import (
+from fastdmd import data, diffusion, teachers
+from fastdmd.distill.budget import training_bytes
+from fastdmd.distill.losses import denoising_loss
+from fastdmd.distill.tally import Tally
+from fastdmd.memory import require_memory
+from fastdmd.networks.unet import UNet, UNetConfig
+from fastdmd.networks.weights import save_network
+from fastdmd.optim import AdamWEMA
+from fastdmd.quality import sample
+from fastdmd.runs import cli, machine, terminal
+from fastdmd.runs.config import (
     BatchSize,
     DataDeviation,
     Decay,
@@ -36,15 +42,12 @@ from fastdmd.config import (
     fail,
     warm_up_notice,
 )
-from fastdmd.loop import Loop
-from fastdmd.machine import versions
-from fastdmd.optim import AdamWEMA
-from fastdmd.quality import sample
-from fastdmd.run_folder import RunFolder, require_new
+from fastdmd.runs.distillation import NUM_SAMPLE_COLUMNS, sample_inputs
+from fastdmd.runs.folder import RunFolder, require_new
+from fastdmd.runs.loop import Loop
+from fastdmd.runs.machine import versions
 from fastdmd.sampling import HeunSampler, Sampler
-from fastdmd.tally import Tally
-from fastdmd.trainer import NUM_SAMPLE_COLUMNS, sample_inputs
-from fastdmd.unet import UNet, UNetConfig
+from fastdmd.settings import above, at_least, within
 
 ADVICE = "a smaller --batch-size or --model-channels needs less"
 
@@ -202,7 +205,7 @@ class Pretraining:
         )
         generator = diffusion.random_generator(config.seed, iteration, self._device)
         normal = torch.randn(len(images), device=self._device, generator=generator)
-        loss = dmd2.denoising_loss(
+        loss = denoising_loss(
             images, self._trained, class_labels,
             sigma=diffusion.lognormal_sigma(normal, config.sigma_mean, config.sigma_std),
             noise=torch.randn(images.shape, device=self._device, generator=generator),

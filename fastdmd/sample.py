@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdmd import startup
+from fastdmd.runs import startup
 
 if __name__ == "__main__":
     startup.prepare("fastdmd.sample")
@@ -13,14 +13,15 @@ import re
 import numpy as np
 import torch
 
-from fastdmd import cli, machine, outputs, quality, teachers, terminal
-from fastdmd.budget import require_memory
-from fastdmd.config import SampleConfig
+from fastdmd import quality, teachers
 from fastdmd.data import to_uint8
-from fastdmd.diffusion import Denoiser, random_generator
+from fastdmd.diffusion import random_generator
 from fastdmd.files import write_atomically
-from fastdmd.pictures import image_grid
-from fastdmd.sampling import SAMPLING_STREAM, Generator, HeunSampler, Sampler, balanced_labels
+from fastdmd.memory import require_memory
+from fastdmd.runs import cli, machine, outputs, terminal
+from fastdmd.runs.config import SampleConfig
+from fastdmd.runs.pictures import image_grid
+from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels
 
 BYTES_PER_VALUE = 4 + 1 + 1  # an image as floats, as integers, and in the picture
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         outputs.require_file(config.out)
         machine.prepare(device, batch_size=config.batch_size)
         network, metadata = teachers.read(config.weights, config.adapter, device)
-        sampler = sampler_of(network, metadata, config.teacher_steps)
+        sampler = teachers.sampler_of(network, metadata, config.teacher_steps)
         num_values = config.num * math.prod(network.image_shape)
         require_memory(BYTES_PER_VALUE * num_values, torch.device("cpu"), f"--num {config.num}", "use a smaller one")
         labels = parse_labels(config.labels, config.num, network.num_classes)
@@ -42,13 +43,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"expected finite images of {config.weights}, got NaN or infinity in {num_broken} of them")
         write_images(config, images, labels)
     print(f"{config.out}: {config.num} images")
-
-
-def sampler_of(network: Denoiser, metadata: dict, num_steps: int) -> Sampler:
-    """The sampler that a weight file asks for."""
-    if metadata.get("kind") == "generator":
-        return Generator(network, (metadata["conditioning_sigma"],))
-    return HeunSampler(network, num_steps)
 
 
 def parse_labels(text: str | None, num_images: int, num_classes: int) -> torch.Tensor | None:

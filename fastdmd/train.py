@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdmd import startup
+from fastdmd.runs import startup
 
 if __name__ == "__main__":
     startup.prepare("fastdmd.train")
@@ -13,13 +13,15 @@ import math
 import torch
 from torch import nn
 
-from fastdmd import cli, machine, teachers, terminal, trainer
-from fastdmd.budget import Budget, estimate, require_memory
-from fastdmd.config import TrainConfig, warm_up_notice
-from fastdmd.loop import Loop
-from fastdmd.presets import PRESETS
-from fastdmd.run_folder import RunFolder, require_new
-from fastdmd.unet import UNet
+from fastdmd import teachers
+from fastdmd.distill.budget import Budget, estimate
+from fastdmd.memory import require_memory
+from fastdmd.networks.unet import UNet
+from fastdmd.runs import cli, distillation, machine, terminal
+from fastdmd.runs.config import TrainConfig, warm_up_notice
+from fastdmd.runs.folder import RunFolder, require_new
+from fastdmd.runs.loop import Loop
+from fastdmd.runs.presets import PRESETS
 
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
 HOPELESS = 2  # times the memory that there is: no estimate is as wrong as that, and the system would end the process
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():
-            loop = Loop(trainer.Distillation(config, teacher, folder, teacher_record), config, folder)
+            loop = Loop(distillation.Distillation(config, teacher, folder, teacher_record), config, folder)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if summary["teacher"]["recorded"]:
@@ -90,7 +92,7 @@ def budget_of(config: TrainConfig, teacher: nn.Module, device: torch.device) -> 
     """None where the teacher is somebody's module that does not run on meta tensors."""
     eager = dataclasses.replace(config, execution="eager", compile=False)  # what meta tensors can do
     try:
-        return estimate(teacher, lambda network: trainer.build(eager, network), config.batch_size, device)
+        return estimate(teacher, lambda network: distillation.build(eager, network), config.batch_size, device)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         if isinstance(teacher, UNet):
             raise

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastdmd import machine
-from fastdmd.unet import UNet, UNetConfig
+from fastdmd.networks.unet import UNet, UNetConfig
+from fastdmd.runs import machine
 
 SMALL = UNetConfig(
     image_size=28, num_classes=10, patch_size=2, model_channels=8, channel_multipliers=(1, 2), num_blocks=1,
@@ -36,7 +36,7 @@ def teacher() -> UNet:
 
 @pytest.fixture
 def teacher_file(tmp_path, teacher) -> Path:
-    from fastdmd.checkpoint import save_network
+    from fastdmd.networks.weights import save_network
 
     path = tmp_path / "teacher.safetensors"
     save_network(path, teacher, kind="teacher")

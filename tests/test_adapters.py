@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from benchmarks.textbook import textbook_like
-from fastdmd import diffusion, trainer
-from fastdmd.adapters import Adapted, AdapterOptions
-from fastdmd.config import TrainConfig
+from fastdmd import diffusion
+from fastdmd.networks.adapted import Adapted, AdapterOptions
 from fastdmd.quality import sample
+from fastdmd.runs import distillation
+from fastdmd.runs.config import TrainConfig
 from fastdmd.sampling import HeunSampler
 
 PARAMETERIZATIONS = ("x0", "edm", "epsilon", "v", "flow")
@@ -164,8 +165,8 @@ def weights(network):
 def test_real_loop_equals_textbook_loop(parameterization):
     """A full cycle and the next generator turn from the same draws: the same losses, the same weights, to rounding."""
     teacher = tiny(parameterization)
-    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))
-    ours, textbook = trainer.build(CONFIG, copy.deepcopy(teacher)), textbook_like(CONFIG, teacher)
+    draws = distillation.make_draws(CONFIG, teacher, torch.device("cpu"))
+    ours, textbook = distillation.build(CONFIG, copy.deepcopy(teacher)), textbook_like(CONFIG, teacher)
     for step in range(CONFIG.iterations):
         metrics = ours.iterate(step, draws)
         loss_dm, loss_fake = textbook.iterate(step, draws(step))
@@ -192,7 +193,7 @@ def test_no_level_lies_above_the_noise_schedule(monkeypatch):
         teacher, seen = tiny(kind, noise_schedule=schedule), []
         config = CONFIG.for_teacher(teacher)
         assert [config.sigma_max, config.conditioning_sigma] == pytest.approx([expected] * 2, rel=2e-3)
-        draws = trainer.make_draws(dataclasses.replace(CONFIG, batch_size=2000), teacher, torch.device("cpu"))(0)
+        draws = distillation.make_draws(dataclasses.replace(CONFIG, batch_size=2000), teacher, torch.device("cpu"))(0)
         assert draws.fake_sigma.max().item() == pytest.approx(expected, rel=0.05)
         monkeypatch.setattr(teacher, "forward", lambda x, sigma, labels, seen=seen: seen.append(sigma.max()) or x)
         sample(HeunSampler(teacher, 2), torch.zeros(1, 1, 8, 8), None)
@@ -223,7 +224,7 @@ def test_bfloat16_weights_run_under_autocast():
     D_x.sum().backward()
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in low.network.parameters())
     config = dataclasses.replace(CONFIG, precision="bf16")
-    model, draws = trainer.build(config, denoiser), trainer.make_draws(config, denoiser, torch.device("cpu"))
+    model, draws = distillation.build(config, denoiser), distillation.make_draws(config, denoiser, torch.device("cpu"))
     assert all(model.iterate(step, draws).loss_fake.isfinite() for step in range(2))
 
 
@@ -329,8 +330,8 @@ def test_what_is_fixed_stays_fixed_and_slices_become_tensors():
     teacher = Adapted(network, parameterization="flow", **INFORMED)
     assert set(network.state_dict()) == names and "frequencies" in dict(network.named_buffers())
     assert set(teacher.state_dict()) == {f"network.{name}" for name in names}
-    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))
-    ours, textbook = trainer.build(CONFIG, copy.deepcopy(teacher)), textbook_like(CONFIG, teacher)
+    draws = distillation.make_draws(CONFIG, teacher, torch.device("cpu"))
+    ours, textbook = distillation.build(CONFIG, copy.deepcopy(teacher)), textbook_like(CONFIG, teacher)
     for step in range(2):
         ours.iterate(step, draws), textbook.iterate(step, draws(step))
     moved = weights(textbook.generator) - weights(teacher)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import pytest
 
-from fastdmd import bounds, config, diffusion, export, pretrain
-from fastdmd.adapters import AdapterOptions, flag
-from fastdmd.config import warm_up_notice
+from fastdmd import diffusion, export, pretrain, settings
+from fastdmd.networks.adapted import AdapterOptions, flag
+from fastdmd.runs import config
+from fastdmd.runs.config import warm_up_notice
 from fastdmd.teachers import TeacherOptions
 
 COMMANDS = {
@@ -22,11 +23,11 @@ COMMANDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    count: Annotated[int, bounds.at_least(1, 10**9)] = 1
-    decay: Annotated[float, bounds.at_least(0, 2.5)] | None = None
-    rate: Annotated[float | None, bounds.above(0, 1e30)] = None
-    share: Annotated[float, bounds.within(0, 1, below=True)] = 0.0
-    sizes: Annotated[tuple[int, ...], bounds.at_least(2, 2**16)] = ()
+    count: Annotated[int, settings.at_least(1, 10**9)] = 1
+    decay: Annotated[float, settings.at_least(0, 2.5)] | None = None
+    rate: Annotated[float | None, settings.above(0, 1e30)] = None
+    share: Annotated[float, settings.within(0, 1, below=True)] = 0.0
+    sizes: Annotated[tuple[int, ...], settings.at_least(2, 2**16)] = ()
     free: float = 0.0
     name: str | None = None
 
@@ -47,13 +48,13 @@ class Settings:
 )  # fmt: skip
 def test_what_is_said_of_a_value_out_of_bounds(values, message):
     with pytest.raises(ValueError, match=f"^expected {message}"):
-        bounds.check(Settings(**values))
+        settings.check(Settings(**values))
 
 
 def test_values_at_the_bounds_are_good():
-    bounds.check(Settings())
-    bounds.check(Settings(count=10**9, decay=2.5, rate=1e30, share=0.999, sizes=(2, 2**16), free=-1e308, name="x"))
-    bounds.check(Settings(count=1, decay=0, rate=1e-300, share=0))  # 0 is a value of a float
+    settings.check(Settings())
+    settings.check(Settings(count=10**9, decay=2.5, rate=1e30, share=0.999, sizes=(2, 2**16), free=-1e308, name="x"))
+    settings.check(Settings(count=1, decay=0, rate=1e-300, share=0))  # 0 is a value of a float
 
 
 def numbers():

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import make_network
 
-from fastdmd import budget, train, trainer
-from fastdmd.config import TrainConfig
-from fastdmd.presets import PRESETS
-from fastdmd.unet import UNet
+from fastdmd import memory, train
+from fastdmd.distill import budget
+from fastdmd.networks.unet import UNet
+from fastdmd.runs import distillation
+from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.presets import PRESETS
 
 CPU = torch.device("cpu")
 
@@ -22,7 +24,7 @@ def dry_run(capsys, *arguments):
 
 def estimate(network, **changes):
     config = TrainConfig(precision="fp32", **changes)
-    return budget.estimate(network, lambda meta: trainer.build(config, meta), config.batch_size, CPU)
+    return budget.estimate(network, lambda meta: distillation.build(config, meta), config.batch_size, CPU)
 
 
 # Parameters and FLOPs of a forward pass as published; multiply-adds count twice.
@@ -118,7 +120,7 @@ def test_a_run_that_does_not_fit(teacher_file, tmp_path, monkeypatch, capsys):
 
 
 def test_free_memory_is_told_or_unknown():
-    available = budget.available_bytes(CPU)
+    available = memory.available_bytes(CPU)
     assert available is None or available > 1e6
     unknown = dataclasses.replace(estimate(make_network(), batch_size=4), available_bytes=None)
     assert unknown.fits is None and unknown.advice() is None

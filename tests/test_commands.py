@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_runs import run_train
 
 from fastdmd import evaluate, pretrain, sample, train
-from fastdmd.checkpoint import load_network, save_network
+from fastdmd.networks.weights import load_network, save_network
 
 
 def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(teacher_file, tmp_path, capsys):

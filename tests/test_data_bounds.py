@@ -10,9 +10,10 @@ import pytest
 from datasets import LABELS, pixels, png, refuses, write_folder, write_idx, write_npz, write_zip
 from PIL import Image
 
-from fastdmd import cli, data, pretrain
-from fastdmd.config import EvaluationConfig
+from fastdmd import data, pretrain
 from fastdmd.data import image_files, labels
+from fastdmd.runs import cli
+from fastdmd.runs.config import EvaluationConfig
 
 GREY = pixels(1)[0]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdmd import budget
+from fastdmd import memory
 from fastdmd.memory import available_memory_bytes
 
 GIB = 2**30
@@ -83,5 +83,5 @@ def test_other_systems(tmp_path, monkeypatch):
 
 def test_this_machine_and_the_budget_agree(monkeypatch):
     assert 2**24 < available_memory_bytes() < 2**50
-    monkeypatch.setattr(budget, "available_memory_bytes", lambda: 12345)
-    assert budget.available_bytes(torch.device("cpu")) == 12345
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 12345)
+    assert memory.available_bytes(torch.device("cpu")) == 12345

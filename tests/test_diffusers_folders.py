@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_teachers import distill, refuses
 from torch.testing import assert_close
 
-from fastdmd import diffusers_unet, sample, teachers
-from fastdmd.checkpoint import load_network
+from fastdmd import sample, teachers
+from fastdmd.networks import diffusers_unet
+from fastdmd.networks.weights import load_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* does not denoise as")  # these networks are not trained
 WEIGHTS = "diffusion_pytorch_model"

@@ -8,9 +8,12 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.textbook import karras_schedule, textbook_like
-from fastdmd import dmd2, ops, trainer
-from fastdmd.config import TrainConfig
-from fastdmd.step import DMD2
+from fastdmd import ops
+from fastdmd.distill.draws import draw
+from fastdmd.distill.losses import denoising_loss, generator_loss
+from fastdmd.distill.turns import DMD2
+from fastdmd.runs import distillation
+from fastdmd.runs.config import TrainConfig
 
 
 def relative_error(actual, expected):
@@ -55,7 +58,7 @@ def test_losses_of_networks_match_golden_values(golden_losses):
         return denoise
 
     x_gen = g["x_gen"].clone().requires_grad_()
-    loss, left_out = dmd2.generator_loss(
+    loss, left_out = generator_loss(
         x_gen, denoiser(g["dm_noisy"], g["dm_sigma"], g["D_real"]), denoiser(g["dm_noisy"], g["dm_sigma"], g["D_fake"]),
         labels, sigma=g["dm_sigma"], noise=g["dm_noise"],
     )  # fmt: skip
@@ -63,7 +66,7 @@ def test_losses_of_networks_match_golden_values(golden_losses):
     assert relative_error(x_gen.grad, g["grad_x_gen"]) < 1e-6 and left_out == 0
     x_gen.grad = None
     D_fake = g["fake_D"].clone().requires_grad_()
-    loss = dmd2.denoising_loss(
+    loss = denoising_loss(
         x_gen, denoiser(g["fake_noisy"], g["fake_sigma"], D_fake), labels, sigma=g["fake_sigma"],
         noise=g["fake_noise"], sigma_data=0.5,
     )  # fmt: skip
@@ -146,8 +149,8 @@ def test_real_loop_equals_textbook_loop(teacher):
     The weights are compared by how far they moved. AdamW's first updates are sign(gradient) in effect, and a
     gradient whose sign is rounding noise may go either way: hence a relative tolerance on the whole movement.
     """
-    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))
-    ours, textbook = trainer.build(CONFIG, copy.deepcopy(teacher)), textbook_like(CONFIG, teacher)
+    draws = distillation.make_draws(CONFIG, teacher, torch.device("cpu"))
+    ours, textbook = distillation.build(CONFIG, copy.deepcopy(teacher)), textbook_like(CONFIG, teacher)
     for step in range(CONFIG.iterations):
         metrics = ours.iterate(step, draws)
         loss_dm, loss_fake = textbook.iterate(step, draws(step))
@@ -169,9 +172,9 @@ def test_real_loop_equals_textbook_loop(teacher):
 
 def test_guidance_turn_uses_the_generator_before_its_update(teacher):
     """The x_gen of an iteration is made once: its guidance loss does not depend on the generator's learning rate."""
-    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))
+    draws = distillation.make_draws(CONFIG, teacher, torch.device("cpu"))
     slow, fast = (
-        trainer.build(dataclasses.replace(CONFIG, generator_lr=lr, warmup_iterations=0), copy.deepcopy(teacher))
+        distillation.build(dataclasses.replace(CONFIG, generator_lr=lr, warmup_iterations=0), copy.deepcopy(teacher))
         for lr in (1e-8, 1e-1)
     )
     assert torch.equal(slow.iterate(0, draws).loss_fake, fast.iterate(0, draws).loss_fake)
@@ -179,8 +182,8 @@ def test_guidance_turn_uses_the_generator_before_its_update(teacher):
 
 
 def test_average_moves_only_with_the_generator(teacher):
-    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))
-    model = trainer.build(CONFIG, teacher)
+    draws = distillation.make_draws(CONFIG, teacher, torch.device("cpu"))
+    model = distillation.build(CONFIG, teacher)
     history = []
     for step in range(4):
         model.iterate(step, draws)
@@ -191,8 +194,8 @@ def test_average_moves_only_with_the_generator(teacher):
 
 
 def test_turns_leave_no_gradient_in_other_networks(teacher):
-    draws = trainer.make_draws(CONFIG, teacher, torch.device("cpu"))(0)
-    model: DMD2 = trainer.build(CONFIG, teacher)
+    draws = distillation.make_draws(CONFIG, teacher, torch.device("cpu"))(0)
+    model: DMD2 = distillation.build(CONFIG, teacher)
     model._load(draws)
     model._run_generator_turn()
     assert all(p.grad is None for p in model.teacher.parameters())
@@ -205,11 +208,11 @@ def test_turns_leave_no_gradient_in_other_networks(teacher):
 def test_draws_are_a_function_of_seed_and_step():
     sigmas = karras_schedule()
 
-    def draw(**changes):
+    def drawn(**changes):
         options = dict(seed=3, step=5) | changes
-        return dmd2.draw((64, 1, 4, 4), 10, sigmas, 20, 980, **options)
+        return draw((64, 1, 4, 4), 10, sigmas, 20, 980, **options)
 
-    first, again, later, other = draw(), draw(), draw(step=6), draw(seed=4)
+    first, again, later, other = drawn(), drawn(), drawn(step=6), drawn(seed=4)
     for field in dataclasses.fields(first):
         value = getattr(first, field.name)
         assert torch.equal(value, getattr(again, field.name))
@@ -222,10 +225,10 @@ def test_noise_levels_cover_exactly_the_range_they_should():
     sigmas = torch.arange(50.0)
     dm, fake, labels = [], [], []
     for step in range(40):
-        draws = dmd2.draw((100, 1, 1, 1), 10, sigmas, 1, 48, seed=0, step=step)
+        draws = draw((100, 1, 1, 1), 10, sigmas, 1, 48, seed=0, step=step)
         dm.append(draws.dm_sigma), fake.append(draws.fake_sigma), labels.append(draws.class_labels)
     assert torch.cat(dm).unique().tolist() == list(range(1, 49))
     assert torch.cat(fake).unique().tolist() == list(range(50))
     assert torch.cat(labels).unique().tolist() == list(range(10))
-    assert dmd2.draw((2, 1, 1, 1), 0, sigmas, 1, 48, seed=0, step=0).class_labels is None
+    assert draw((2, 1, 1, 1), 0, sigmas, 1, 48, seed=0, step=0).class_labels is None
     assert TrainConfig().step_range == (20, 980)

@@ -10,9 +10,9 @@ import torch
 from edm_reference import Weights, denoise, random_state
 from torch.testing import assert_close
 
-from fastdmd.checkpoint import load_network, save_network
-from fastdmd.edm import config_from_edm, edm_parts, from_edm
-from fastdmd.unet import UNet
+from fastdmd.networks.unet import UNet
+from fastdmd.networks.weights import load_network, save_network
+from fastdmd.teachers.edm import config_from_edm, edm_parts, from_edm
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}  # angles of the noise embedding are float32 in both

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import make_network
 
-from fastdmd import trainer
-from fastdmd.config import TrainConfig
-from fastdmd.execution import CapturedTurn, CompiledNetwork, Compiler
-from fastdmd.unet import UNetConfig
+from fastdmd.distill.execution import CapturedTurn, CompiledNetwork, Compiler
+from fastdmd.networks.unet import UNetConfig
+from fastdmd.runs import distillation
+from fastdmd.runs.config import TrainConfig
 
 TINY = UNetConfig(
     image_size=8, num_classes=3, model_channels=8, channel_multipliers=(1,), num_blocks=1, attention_resolutions=()
@@ -144,7 +144,7 @@ CONFIG = TrainConfig(batch_size=4, dfake_gen_update_ratio=3, iterations=12)
 def iterate(execution, device="cpu", steps=range(4), **changes):
     config = dataclasses.replace(CONFIG, execution=execution, precision="fp32", **changes)
     teacher = make_network(TINY).to(device)
-    model, draws = trainer.build(config, teacher), trainer.make_draws(config, teacher, torch.device(device))
+    model, draws = distillation.build(config, teacher), distillation.make_draws(config, teacher, torch.device(device))
     losses = [model.iterate(step, draws).loss_fake for step in steps]
     return model, losses
 
@@ -173,7 +173,7 @@ def test_a_copy_goes_on_as_the_model_does(traced, execution, copied):
     model._stream = model._side_stream = (n for n in ())  # which no copy takes, as it takes no stream
     other = copied(model)
     model._stream = model._side_stream = None
-    draws = trainer.make_draws(CONFIG, model.teacher, torch.device("cpu"))
+    draws = distillation.make_draws(CONFIG, model.teacher, torch.device("cpu"))
     losses = [[one.iterate(step, draws).loss_fake.item() for step in range(2, 6)] for one in (model, other)]
     assert losses[0] == losses[1]
     for network in ("generator", "fake_score"):
@@ -255,7 +255,7 @@ def test_captured_shapes_alternate_and_leave_no_memory(float32_units):
         models = [iterate(execution, "cuda", steps=())[0] for execution in ("eager", "captured")]
         for batch_size, ratio in ((4, 3), (6, 5), (4, 2)):
             config = dataclasses.replace(CONFIG, batch_size=batch_size)
-            draws = trainer.make_draws(config, models[0].generator, torch.device("cuda"))
+            draws = distillation.make_draws(config, models[0].generator, torch.device("cuda"))
             for step in range(4 * ratio):
                 for model in models:
                     model.dfake_gen_update_ratio = ratio

@@ -15,9 +15,9 @@ from conftest import make_network
 from torch.testing import assert_close
 
 from fastdmd import export, files
-from fastdmd.checkpoint import load_network, save_network
+from fastdmd.networks.unet import UNetConfig
+from fastdmd.networks.weights import load_network, save_network
 from fastdmd.sampling import Generator
-from fastdmd.unet import UNetConfig
 
 ROOT = Path(__file__).parents[1]
 SIGMA = 40.0

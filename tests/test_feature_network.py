@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastdmd import data, metrics
-from fastdmd.metrics import FeatureStatistics
+from fastdmd import data
+from fastdmd.quality import metrics
+from fastdmd.quality.metrics import FeatureStatistics
 
 MAX_ASSET_BYTES = 500_000
 

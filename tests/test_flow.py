@@ -7,14 +7,16 @@ import torch
 from conftest import make_network
 from torch import nn
 
-from fastdmd import data, diffusion, dmd2, trainer
-from fastdmd.adapters import Adapted
-from fastdmd.checkpoint import ASSETS, load_network
-from fastdmd.config import TrainConfig
+from fastdmd import data, diffusion
+from fastdmd.distill.losses import denoising_loss
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.unet import UNet, UNetConfig
+from fastdmd.networks.weights import ASSETS, load_network
 from fastdmd.optim import AdamWEMA
 from fastdmd.quality import Evaluation
+from fastdmd.runs import distillation
+from fastdmd.runs.config import TrainConfig
 from fastdmd.sampling import Generator, HeunSampler
-from fastdmd.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
 FLOW = UNetConfig(image_size=8, model_channels=8, channel_multipliers=(1,), num_blocks=1, attention_resolutions=(),
@@ -40,7 +42,7 @@ def test_denoiser_and_loss_are_those_of_flow_matching():
     sigma = t / (1 - t)
     D_x = network(images + per_sample(sigma) * noise, sigma, labels)
     torch.testing.assert_close(D_x, x_t - per_sample(t) * v)
-    loss = dmd2.denoising_loss(images, network, labels, sigma=sigma, noise=noise, sigma_data=0.5)
+    loss = denoising_loss(images, network, labels, sigma=sigma, noise=noise, sigma_data=0.5)
     torch.testing.assert_close(loss, (v - (noise - images)).square().mean())
 
 
@@ -57,7 +59,7 @@ def test_generation_starts_from_pure_noise():
 
 def test_levels_are_logit_normal():
     config = TrainConfig(time_mean=-0.5, time_std=2.0, batch_size=512)
-    draws = trainer.make_draws(config, make_network(FLOW), CPU)
+    draws = distillation.make_draws(config, make_network(FLOW), CPU)
     sigma = torch.cat([draws(step).fake_sigma for step in range(40)]).double()
     logit = torch.logit(sigma / (1 + sigma))
     assert logit.mean().item() == pytest.approx(-0.5, abs=0.05) and logit.std().item() == pytest.approx(2.0, abs=0.05)
@@ -83,7 +85,7 @@ def test_a_velocity_network_learns_digits():
         generator = diffusion.random_generator(0, step, CPU)
         sigma = diffusion.lognormal_sigma(torch.randn(24, generator=generator), 0.0, 1.0)
         noise = torch.randn(images.shape, generator=generator)
-        loss = dmd2.denoising_loss(images, network, labels, sigma=sigma, noise=noise, sigma_data=0.5)
+        loss = denoising_loss(images, network, labels, sigma=sigma, noise=noise, sigma_data=0.5)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -115,7 +117,7 @@ def test_a_velocity_teacher_is_distilled():
     evaluation = Evaluation((1, 28, 28), 10, num_samples=200)
     config = TrainConfig(iterations=60, batch_size=24, dfake_gen_update_ratio=2, warmup_iterations=5, generator_lr=6e-4,
                          guidance_lr=1.2e-3, ema_decay=0.9, conditioning_sigma=80.0).for_teacher(teacher)  # fmt: skip
-    model, draws = trainer.build(config, teacher), trainer.make_draws(config, teacher, CPU)
+    model, draws = distillation.build(config, teacher), distillation.make_draws(config, teacher, CPU)
 
     def measure():
         sampler = Generator(model.generator_optimizer.ema_network, (config.conditioning_sigma,))

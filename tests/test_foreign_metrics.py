@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastdmd import budget, data, quality
-from fastdmd.features import load_feature_network, verify
-from fastdmd.frechet import FeatureStatistics
+from fastdmd import data, memory, quality
+from fastdmd.quality import evaluation as evaluation_module
+from fastdmd.quality.features import load_feature_network, verify
+from fastdmd.quality.frechet import FeatureStatistics
 
 SHAPE = (1, 28, 28)
 
@@ -81,15 +82,15 @@ def test_a_reference_of_other_features_is_not_read(tmp_path):
 
 def test_more_features_than_memory_are_refused(monkeypatch):
     """10 covariances of 784 features are 49 MB; nothing is gathered before that is known."""
-    monkeypatch.setattr(quality.data, "load", lambda: pytest.fail("something long began"))
-    monkeypatch.setattr(budget, "available_bytes", lambda _: 10 * 8 * 784**2 - 1)
+    monkeypatch.setattr(data, "load", lambda: pytest.fail("something long began"))
+    monkeypatch.setattr(memory, "available_bytes", lambda _: 10 * 8 * 784**2 - 1)
     with pytest.raises(ValueError, match="expected covariances of 784 features to fit .* fewer features"):
         quality.Evaluation(SHAPE, 10, num_samples=10, feature_network=nn.Flatten())
 
 
 def test_slow_features_are_announced(monkeypatch):
-    monkeypatch.setattr(quality, "SLOW_FEATURES", 783)
-    monkeypatch.setattr(quality.data, "load", lambda: 1 / 0)
+    monkeypatch.setattr(evaluation_module, "SLOW_FEATURES", 783)
+    monkeypatch.setattr(data, "load", lambda: 1 / 0)
     with pytest.warns(UserWarning, match="Fréchet distance in 784 features"), pytest.raises(ZeroDivisionError):
         quality.Evaluation(SHAPE, 10, num_samples=10, feature_network=nn.Flatten())
 

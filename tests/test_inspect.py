@@ -31,7 +31,7 @@ fake_cuda.load(Path(sys.argv[1]))
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import inspect_step
-from fastdmd.unet import UNet, UNetConfig
+from fastdmd.networks.unet import UNet, UNetConfig
 from tests.fake_cuda import inductor
 
 inductor.install()
@@ -63,18 +63,18 @@ def test_stored_results_are_of_these_sources(preset):
 
 def test_what_is_hashed_is_there_and_matters(tmp_path, monkeypatch):
     hashes = inspect_step.source_hashes()
-    assert {"fastdmd/unet.py", "fastdmd/kernels/dm_loss.py", "tests/fake_cuda/fake_cuda.cpp"} <= hashes.keys()
+    assert {"fastdmd/networks/unet.py", "fastdmd/kernels/dm_loss.py", "tests/fake_cuda/fake_cuda.cpp"} <= hashes.keys()
     for name in hashes:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((inspect_step.ROOT / name).read_bytes())
     monkeypatch.setattr(inspect_step, "ROOT", tmp_path)
     assert inspect_step.source_hashes() == hashes
-    (tmp_path / "fastdmd" / "flat.py").write_text("changed = True\n")
+    (tmp_path / "fastdmd" / "optim" / "flat.py").write_text("changed = True\n")
     changed = inspect_step.source_hashes()
-    assert {name for name in hashes if changed[name] != hashes[name]} == {"fastdmd/flat.py"}
-    (tmp_path / "fastdmd" / "flat.py").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected files named fastdmd/flat.py, got none"):
+    assert {name for name in hashes if changed[name] != hashes[name]} == {"fastdmd/optim/flat.py"}
+    (tmp_path / "fastdmd" / "optim" / "flat.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected files named fastdmd/optim/flat.py, got none"):
         inspect_step.source_hashes()
 
 

@@ -7,11 +7,13 @@ import sys
 
 import pytest
 
-from fastdmd import files, interrupts
+from fastdmd import files
+from fastdmd.runs import interrupts
 
 PROGRAM = """
 import os, signal, sys
-from fastdmd import files, interrupts
+from fastdmd import files
+from fastdmd.runs import interrupts
 interrupts.exit_on_signals("fastdmd.train")
 
 class Last:

@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastdmd import cli, dmd2, files, imports, pictures
-from fastdmd.config import TrainConfig
-from fastdmd.loop import Loop
+from fastdmd import files
+from fastdmd.distill.losses import generator_loss
+from fastdmd.distill.tally import Tally
+from fastdmd.networks import user_code
 from fastdmd.quality import Measurement
-from fastdmd.run_folder import RunFolder
-from fastdmd.tally import Tally
+from fastdmd.runs import cli, pictures
+from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.folder import RunFolder
+from fastdmd.runs.loop import Loop
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -84,12 +87,12 @@ def test_generator_loss_tells_what_it_leaves_out():
     real, fake = torch.randn(2, 4, 1, 4, 4)
     for value, pixel, expected in ((1e30, (0, 0, 0, 0), 0), (NAN, (1, 0, 2, 2), 0.25), (math.inf, (2, 0, 0, 1), 0.5)):
         real[pixel] = value
-        loss, left_out = dmd2.generator_loss(
+        loss, left_out = generator_loss(
             x_gen, lambda *_: real, lambda *_: fake, None, sigma=torch.ones(4), noise=torch.zeros_like(x_gen)
         )
         assert left_out == expected and loss.isfinite()
     fake[3] = -math.inf
-    _, left_out = dmd2.generator_loss(
+    _, left_out = generator_loss(
         x_gen, lambda *_: real, lambda *_: fake, None, sigma=torch.ones(4), noise=torch.zeros_like(x_gen)
     )
     assert left_out == 0.75
@@ -121,7 +124,7 @@ def test_a_run_that_fails_keeps_what_was_reached_and_says_why(tmp_path, capsys, 
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(imports, "LIBRARIES", imports.LIBRARIES | {os.path.dirname(__file__)})  # this file is ours
+    monkeypatch.setattr(user_code, "LIBRARIES", user_code.LIBRARIES | {os.path.dirname(__file__)})  # this file is ours
     events = {3: lambda self: self.missing}
     with pytest.raises(AttributeError, match="missing"), cli.run_errors("fastdmd.train", "distilling"):
         run(tmp_path / "run", [1.0] * 8, events=events)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastdmd import machine
+from fastdmd.runs import machine
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_threads_suit_batch_and_container(available, batch_size, quota, expected
 
 PREPARE = """
 import torch
-from fastdmd import machine
+from fastdmd.runs import machine
 torch.set_num_threads(2)
 machine.prepare(torch.device("cpu"), precision="fp32", batch_size=1)
 print(torch.get_num_threads())
@@ -40,7 +40,7 @@ def test_threads_that_a_user_chose_stay(chosen, expected):
 
 FAULTS = """
 import resource, sys, torch
-from fastdmd import machine
+from fastdmd.runs import machine
 if sys.argv[1] == "keep":
     machine.keep_freed_memory()
 
@@ -80,7 +80,7 @@ def test_units_follow_the_precision():
 
 PREPARE_GPU = """
 import torch
-from fastdmd import machine
+from fastdmd.runs import machine
 before = torch.backends.cudnn.benchmark
 machine.prepare(torch.device("cpu"))
 assert torch.backends.cudnn.benchmark == before == False
@@ -133,7 +133,7 @@ def test_compiled_code_has_a_place_for_any_user(tmp_path, monkeypatch):
 
 NAMELESS = """
 import os
-from fastdmd import machine
+from fastdmd.runs import machine
 os.setgid(12345)
 os.setuid(12345)
 for environment in ({}, {"HOME": "/"}, {"HOME": "/root"}, {"HOME": "/nonexistent", "TMPDIR": "/root"}):

@@ -5,8 +5,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from fastdmd import metrics
-from fastdmd.metrics import FeatureStatistics
+from fastdmd.quality import metrics
+from fastdmd.quality.metrics import FeatureStatistics
 
 
 def gather(features: np.ndarray) -> FeatureStatistics:

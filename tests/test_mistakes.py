@@ -9,8 +9,9 @@ from datasets import write_idx
 from PIL import Image
 from tiny_runs import QUICK, digits, run_train
 
-from fastdmd import budget, pretrain, train
-from fastdmd.unet import UNet
+from fastdmd import pretrain, train
+from fastdmd.distill import budget
+from fastdmd.networks.unet import UNet
 
 
 def truncated_idx(path):

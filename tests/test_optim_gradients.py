@@ -8,8 +8,7 @@ from optimizers import adamw, assert_alike, images, loss_of, network, pair, trai
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdmd import gradients
-from fastdmd.optim import AdamWEMA
+from fastdmd.optim import AdamWEMA, gradients
 
 
 class Hidden(torch.autograd.Function):

@@ -12,9 +12,10 @@ import pytest
 from conftest import make_network
 from tiny_runs import QUICK
 
-from fastdmd import cli, evaluate, export, files, outputs, pretrain, quality, sample, teachers, train
-from fastdmd.checkpoint import save_network
-from fastdmd.config import EvaluateConfig, SampleConfig, TrainConfig
+from fastdmd import evaluate, export, files, pretrain, quality, sample, teachers, train
+from fastdmd.networks.weights import save_network
+from fastdmd.runs import cli, outputs
+from fastdmd.runs.config import EvaluateConfig, SampleConfig, TrainConfig
 from fastdmd.teachers import TeacherOptions
 
 

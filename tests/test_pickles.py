@@ -14,9 +14,9 @@ from edm_pickles import Call, assemble, dumps, module, network, published
 from edm_reference import random_state
 from hostile_pickles import CALLS, REFUSED
 
-from fastdmd import edm
-from fastdmd.pickles import load_pickle
-from fastdmd.unet import UNet
+from fastdmd.networks.unet import UNet
+from fastdmd.teachers import edm
+from fastdmd.teachers.edm_pickle import load_pickle
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 TINY = {
@@ -169,7 +169,7 @@ def test_flipped_bits(tmp_path, monkeypatch):
 LOAD_ALL = """
 import resource, sys
 from pathlib import Path
-from fastdmd import edm
+from fastdmd.teachers import edm
 
 limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 384 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -165,7 +165,8 @@ def test_it_needs_no_torch():
 WITHOUT = """
 import sys
 sys.modules["fastdmd._runtime"] = None
-from fastdmd import _native, machine
+from fastdmd import _native
+from fastdmd.runs import machine
 from fastdmd.ops.__main__ import main
 machine.keep_freed_memory()
 main([])

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fastdmd import startup
+from fastdmd.runs import startup
 
 
 @pytest.mark.parametrize("name", startup.THREAD_SETTINGS)

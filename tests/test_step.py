@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import make_network
 
-from fastdmd import precision, trainer
-from fastdmd import step as step_module
-from fastdmd.config import TrainConfig
+from fastdmd.distill import turns as step_module
+from fastdmd.distill.turns import DMD2
+from fastdmd.networks.unet import UNetConfig
 from fastdmd.optim import AdamWEMA
-from fastdmd.precision import resolve_execution, resolve_precision
-from fastdmd.step import DMD2
-from fastdmd.unet import UNetConfig
+from fastdmd.runs import distillation, precision
+from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.precision import resolve_execution, resolve_precision
 
 CONFIG = TrainConfig(batch_size=6, dfake_gen_update_ratio=3, warmup_iterations=2, iterations=12, generator_lr=1e-3,
                      guidance_lr=2e-3, ema_decay=0.9)  # fmt: skip
@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 def run(teacher, num_iterations=7, change=lambda step, model: None, **changes):
     """A model after some iterations, and the losses on the way."""
     config = dataclasses.replace(CONFIG, **changes)
-    draws = trainer.make_draws(config, teacher, next(teacher.parameters()).device)
-    model, losses = trainer.build(config, copy.deepcopy(teacher)), []
+    draws = distillation.make_draws(config, teacher, next(teacher.parameters()).device)
+    model, losses = distillation.build(config, copy.deepcopy(teacher)), []
     for step in range(num_iterations):
         change(step, model)
         metrics = model.iterate(step, draws)
@@ -78,17 +78,17 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(teacher):
 
 
 def test_batch_that_does_not_divide(teacher):
-    model = trainer.build(dataclasses.replace(CONFIG, accumulation_steps=3, batch_size=6), teacher)
+    model = distillation.build(dataclasses.replace(CONFIG, accumulation_steps=3, batch_size=6), teacher)
     with pytest.raises(ValueError, match="expected a batch that 3 accumulation steps divide, got 4"):
-        model.iterate(0, trainer.make_draws(dataclasses.replace(CONFIG, batch_size=4), teacher, CPU))
+        model.iterate(0, distillation.make_draws(dataclasses.replace(CONFIG, batch_size=4), teacher, CPU))
 
 
 def test_iterations_may_start_anywhere(teacher):
     """Iteration 5 lies inside a chunk; its x_gen does not depend on what ran before, since no generator moved."""
-    draws = trainer.make_draws(CONFIG, teacher, CPU)
-    model = trainer.build(CONFIG, copy.deepcopy(teacher))
+    draws = distillation.make_draws(CONFIG, teacher, CPU)
+    model = distillation.build(CONFIG, copy.deepcopy(teacher))
     model.iterate(5, draws)
-    fresh = trainer.build(CONFIG, copy.deepcopy(teacher))
+    fresh = distillation.build(CONFIG, copy.deepcopy(teacher))
     x_gen = fresh.generator(80 * draws(5).noise, torch.full((6,), 80.0), draws(5).class_labels)
     torch.testing.assert_close(model._x_gen, x_gen.detach(), rtol=1e-4, atol=1e-4)
 
@@ -96,9 +96,9 @@ def test_iterations_may_start_anywhere(teacher):
 def test_change_of_shape_and_ratio(teacher):
     """Buffers follow the batch, chunks the ratio; nothing stale is read."""
     small = dataclasses.replace(CONFIG, batch_size=4)
-    model, draws = trainer.build(CONFIG, copy.deepcopy(teacher)), trainer.make_draws(CONFIG, teacher, CPU)
+    model, draws = distillation.build(CONFIG, copy.deepcopy(teacher)), distillation.make_draws(CONFIG, teacher, CPU)
     model.iterate(0, draws)
-    model.iterate(1, trainer.make_draws(small, teacher, CPU))
+    model.iterate(1, distillation.make_draws(small, teacher, CPU))
     assert model._x_gen.shape[0] == 4
     model.dfake_gen_update_ratio = 2
     metrics = model.iterate(2, draws)
@@ -139,7 +139,7 @@ def test_a_new_function_of_the_same_draws_makes_no_image_again():
     teacher = make_network(TINY)
 
     def iterate(wrap):
-        draws, model = trainer.make_draws(CONFIG, teacher, CPU), trainer.build(CONFIG, copy.deepcopy(teacher))
+        draws, model = distillation.make_draws(CONFIG, teacher, CPU), distillation.build(CONFIG, copy.deepcopy(teacher))
         sizes = []
         model.generator.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
         return [model.iterate(step, wrap(draws)).loss_fake.item() for step in range(5)], sum(sizes)
@@ -152,7 +152,7 @@ def test_a_new_function_of_the_same_draws_makes_no_image_again():
 def test_a_new_function_of_other_draws_is_followed(change, others_at):
     """In the middle of a chunk, whichever of its tensors differs, there and back: as one function all along."""
     teacher = make_network(TINY)
-    draws, others = (trainer.make_draws(dataclasses.replace(CONFIG, seed=seed), teacher, CPU) for seed in (0, 1))
+    draws, others = (distillation.make_draws(dataclasses.replace(CONFIG, seed=seed), teacher, CPU) for seed in (0, 1))
 
     def changed(step):
         other = others(step)
@@ -162,7 +162,7 @@ def test_a_new_function_of_other_draws_is_followed(change, others_at):
         return changed if step in others_at else draws
 
     def iterate(function_at, steps=range(5)):
-        model = trainer.build(CONFIG, copy.deepcopy(teacher))
+        model = distillation.build(CONFIG, copy.deepcopy(teacher))
         return [model.iterate(step, function_at(step)).loss_fake.item() for step in steps]
 
     got, first = iterate(choose), min(others_at)
@@ -200,10 +200,12 @@ def test_executions_agree_on_a_gpu(teacher, execution, precision, float32_units)
 @pytest.mark.cuda
 def test_captured_turns_see_what_changes(teacher, float32_units):
     """Learning rate, ratio and shape, changed between replays."""
-    draws = [trainer.make_draws(dataclasses.replace(CONFIG, batch_size=B), teacher, torch.device("cuda"))
+    draws = [distillation.make_draws(dataclasses.replace(CONFIG, batch_size=B), teacher, torch.device("cuda"))
              for B in (6, 4)]  # fmt: skip
     models = [
-        trainer.build(dataclasses.replace(CONFIG, execution=execution, precision="fp32"), copy.deepcopy(teacher).cuda())
+        distillation.build(
+            dataclasses.replace(CONFIG, execution=execution, precision="fp32"), copy.deepcopy(teacher).cuda()
+        )
         for execution in ("eager", "captured")
     ]
     for step in range(30):
@@ -218,8 +220,8 @@ def test_captured_turns_see_what_changes(teacher, float32_units):
 
 def test_nothing_grows(teacher):
     """After the first cycle an iteration leaves no tensor behind, and the buffers stay where they are."""
-    draws = trainer.make_draws(CONFIG, teacher, CPU)
-    model = trainer.build(CONFIG, copy.deepcopy(teacher))
+    draws = distillation.make_draws(CONFIG, teacher, CPU)
+    model = distillation.build(CONFIG, copy.deepcopy(teacher))
 
     def state():
         gc.collect()
@@ -259,9 +261,9 @@ fake_cuda.load(Path({folder!r}))
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from conftest import make_network
-from fastdmd.dmd2 import Draws
-from fastdmd.step import DMD2
-from fastdmd.unet import UNetConfig
+from fastdmd.distill.draws import Draws
+from fastdmd.distill.turns import DMD2
+from fastdmd.networks.unet import UNetConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -1,60 +1,25 @@
-"""The house rules that a reader relies on: which way imports point, and what an import costs."""
+"""The house rules that a reader relies on: what is public, what an import costs, names that modules had before.
 
-import ast
+Which way imports point is in pyproject.toml, for import-linter, which `make lint` runs.
+"""
+
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fastdmd._former_names import MOVED
+
 PACKAGE = Path(__file__).parents[1] / "fastdmd"
-
-# A module may import from its own layer's predecessors, and inside a layer from names further left.
-LAYERS = [
-    "_native", "files", "bounds", "flags", "outputs", "terminal", "memory", "interrupts", "startup", "tally", "kernels",
-    "ops", "diffusion", "sampling", "dmd2", "data", "unet_config", "unet_blocks", "unet", "imports", "weight_files",
-    "inert_pickle", "pickles", "edm", "flat", "gradients", "groups", "states", "optim", "execution", "step", "budget",
-    "precision", "machine", "adapters", "diffusers_unet", "checkpoint", "teachers", "frechet", "features", "metrics",
-    "quality", "pictures", "run_folder", "loop", "config", "presets", "cli", "trainer", "train", "pretrain",
-    "sample", "evaluate", "export",
-]  # fmt: skip
-
-
-def imported_modules(path: Path) -> set[str]:
-    """First components of what `path` imports from inside the package."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "fastdmd":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastdmd."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fastdmd.")}
-    return found - {"__version__"}
-
-
-def test_every_module_has_a_place():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
-        path.parent.name for path in PACKAGE.glob("*/__init__.py")
-    }
-    assert modules - {"__init__"} == set(LAYERS)
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path):
-    relative = path.relative_to(PACKAGE)
-    own = relative.parts[0].removesuffix(".py")
-    if own == "__init__":
-        return  # see test_the_public_names
-    wrong = {name for name in imported_modules(path) - {own} if LAYERS.index(name) >= LAYERS.index(own)}
-    assert wrong == set()
 
 
 def test_the_public_names():
     """All of them are there, and none is loaded before it is asked for."""
     code = """
 import sys, fastdmd
-assert "torch" not in sys.modules and not [name for name in sys.modules if name.startswith("fastdmd.")]
+assert "torch" not in sys.modules
+assert [name for name in sys.modules if name.startswith("fastdmd.")] == ["fastdmd._former_names"]
 assert set(fastdmd.__all__) <= set(dir(fastdmd))
 for name in fastdmd.__all__:
     assert getattr(fastdmd, name) is not None
@@ -66,7 +31,7 @@ from fastdmd import *
 print(load_teacher("mnist").num_classes, load_teacher.__module__, Generator.__name__, ops.dm_loss.__name__)
 """
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == ["module 'fastdmd' has no attribute 'nothing'", "10 fastdmd.teachers Generator dm_loss"]
+    assert lines == ["module 'fastdmd' has no attribute 'nothing'", "10 fastdmd.teachers.load Generator dm_loss"]
     assert (PACKAGE / "py.typed").exists()
 
 
@@ -75,9 +40,24 @@ def test_ops_come_alone():
     code = "import sys; from fastdmd import ops; print(' '.join(sorted(sys.modules)))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     mine = {name for name in modules if name.startswith("fastdmd.")}
-    assert mine and all(name.startswith(("fastdmd.ops", "fastdmd._native")) for name in mine)
+    assert mine and all(name.startswith(("fastdmd.ops", "fastdmd._")) for name in mine)
     assert not {"PIL", "tyro", "safetensors"} & set(modules)
     assert not {"torch._dynamo", "torch._inductor", "triton", "sympy"} & set(modules)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_former_names_are_the_same_modules(name):
+    code = f"""
+import sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", DeprecationWarning)
+    from fastdmd import {name} as former
+import fastdmd.{MOVED[name]} as today
+assert former is today and former.__spec__.name == "fastdmd.{MOVED[name]}" and sys.modules["fastdmd.{name}"] is today
+print(*(warning.message for warning in caught if "fastdmd" in str(warning.message)))
+"""
+    line = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert line == f"fastdmd.{name} is fastdmd.{MOVED[name]} now\n"
 
 
 def test_files_stay_rooms():

@@ -21,10 +21,10 @@ from torch.testing import assert_close
 
 from examples import foreign_unet
 from fastdmd import diffusion, evaluate, pretrain, sample, teachers, train
-from fastdmd.adapters import Adapted
-from fastdmd.checkpoint import load_network, save_network
 from fastdmd.diffusion import per_sample
-from fastdmd.unet import UNet
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.unet import UNet
+from fastdmd.networks.weights import load_network, save_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* does not denoise as")  # these networks are not trained
 

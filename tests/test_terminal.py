@@ -13,11 +13,13 @@ import pytest
 import torch
 from tiny_runs import run_train
 
-from fastdmd import cli, imports, sample, terminal, train
+from fastdmd import sample, train
+from fastdmd.networks import user_code
+from fastdmd.runs import cli, terminal
 
 MAIN = """
 import sys
-from fastdmd import terminal
+from fastdmd.runs import terminal
 @terminal.command("fastdmd.test")
 def main(arguments=None):
     print("Fréchet distance × 2 → ½", "\\udcff", flush="flush" in sys.argv)
@@ -178,14 +180,15 @@ def test_a_disk_that_ends_is_no_mistake_of_the_users(name, capsys):
 
 @pytest.mark.parametrize("error", [ValueError("memory of elephants"), RuntimeError("shapes"), KeyError("x")])
 def test_other_errors_of_a_run_pass(error, monkeypatch):
-    monkeypatch.setattr(imports, "LIBRARIES", imports.LIBRARIES | {os.path.dirname(__file__)})  # this file is ours
+    monkeypatch.setattr(user_code, "LIBRARIES", user_code.LIBRARIES | {os.path.dirname(__file__)})  # this file is ours
     with pytest.raises(type(error)), cli.run_errors("fastdmd.test", "testing"):
         raise error
 
 
 LIMITED = """
 import resource, torch, numpy
-from fastdmd import cli, ops
+from fastdmd import ops
+from fastdmd.runs import cli
 x = torch.ones(16, 64, 64, 64)  # 17 MB
 gradient = ops.dm_loss(x[:1, :1], x[:1, :1] + 1, x[:1, :1])
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

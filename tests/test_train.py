@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import QUICK, digits, run_train
 
-from fastdmd.checkpoint import load_network, save_network
+from fastdmd.networks.weights import load_network, save_network
 
 
 def test_run_folder_holds_what_it_should(teacher_file, tmp_path, capsys):

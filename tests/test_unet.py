@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from fastdmd import diffusion, pretrain
-from fastdmd.checkpoint import load_network, save_network
-from fastdmd.unet import UNet, UNetConfig, positional_embedding
-from fastdmd.unet_blocks import Repeat
+from fastdmd.networks.unet import UNet, UNetConfig, positional_embedding
+from fastdmd.networks.unet_blocks import Repeat
+from fastdmd.networks.weights import load_network, save_network
 
 VARIANTS = {
     "small": SMALL,

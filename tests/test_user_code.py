@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastdmd import evaluate, sample, teachers, train
-from fastdmd.checkpoint import save_network
-from fastdmd.imports import import_network, user_code
+from fastdmd.networks.user_code import import_network, user_code
+from fastdmd.networks.weights import save_network
 
 NETWORK = """
 import torch

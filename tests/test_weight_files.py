@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastdmd import teachers
-from fastdmd.adapters import Adapted
-from fastdmd.checkpoint import RECORDED, load_network, load_weights, save_network
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.weight_files import open_weights
+from fastdmd.networks.weights import RECORDED, load_network, load_weights, save_network
 from fastdmd.quality import Measurement
-from fastdmd.weight_files import open_weights
 
 
 class Inner(nn.Module):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fastdmd.data import Dataset, load
-from fastdmd.metrics import (
+from fastdmd.quality.metrics import (
     ASSETS,
     DigitClassifier,
     dataset_batches,

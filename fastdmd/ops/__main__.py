@@ -6,7 +6,8 @@ import argparse
 
 import torch
 
-from fastdmd import _native, ops, terminal
+from fastdmd import _native, ops
+from fastdmd.runs import terminal
 
 
 @terminal.command("fastdmd.ops")

@@ -1,0 +1,113 @@
+"""How networks and turns are executed on a GPU: networks by torch.compile, turns as CUDA graphs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdmd.diffusion import Denoiser
+
+NUM_WARMUP_CALLS = 2  # of a captured turn: they validate, compile and allocate; the next one captures
+
+_numbers = itertools.count()
+
+
+class Compiler:
+    """`torch.compile` for networks that may be copies of each other, which share what is alike.
+
+    Dynamo keeps compiled code with the code object that it is of, and refuses a ninth there (`recompile_limit`); all
+    networks of one class, anybody's, would share that of its `forward`. Here every shape of images has a function of
+    its own, which takes the network as an argument: with and without gradients, with parameters that require them and
+    without. Of teacher, generator and fake score that is three graphs to trace instead of five.
+    """
+
+    def __init__(self, mode: str | None):
+        self._mode, self._forwards = mode, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which compile for themselves."""
+        return {"_mode": self._mode, "_forwards": {}}
+
+    def __call__(self, network: Denoiser, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        fullgraph = getattr(network, "is_one_graph", False)
+        key = x.shape, fullgraph
+        if key not in self._forwards:
+            self._forwards[key] = torch.compile(_own_forward(), fullgraph=fullgraph, dynamic=False, mode=self._mode)
+        # Else dynamo takes two networks for alike of which one has hooks.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return self._forwards[key](network, x, sigma, class_labels)
+
+
+class CompiledNetwork:
+    """A compiled denoiser. Hooks on the network are traced, its own alone; with other hooks it is traced anew."""
+
+    def __init__(self, network: Denoiser, compiler: Compiler):
+        self.dynamics = network.dynamics
+        self._network, self._compiler = network, compiler
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self._compiler(self._network, x, sigma, class_labels)
+
+
+def _own_forward() -> Callable[..., Tensor]:
+    def forward(network: nn.Module, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        return network(x, sigma, class_labels)
+
+    # Functions of one definition share their code object. Another name makes this one unequal to theirs, too.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
+    return forward
+
+
+class CapturedTurn:
+    """A turn as a CUDA graph: the first calls run it eagerly, the next one captures it, all others replay it.
+
+    The eager calls are iterations like any other; they run on the stream that will capture, so that every tensor that
+    outlives them belongs to it, as do the workspaces of cuBLAS, which are a stream's own (notes of CUDA semantics, as
+    is that a backward pass runs on the streams of its forward pass, and so is captured with it). The graph holds
+    addresses: `run` must read and write the same buffers every time, and what it makes besides is not to be read after
+    it. It may fork to another stream that it joins again.
+
+    So turns may share a `pool`, in whatever order they are replayed, but never two that run at the same time; and they
+    need to share the stream, since the allocator gives freed memory to the stream that it was of (notes of
+    `torch.cuda.graph`). Turns that do run at the same time need streams and pools of their own.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int]):
+        self._stream, self._pool = stream, pool
+        self._num_calls, self._graph = 0, None
+
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
+    def __call__(self, run: Callable[[], None]) -> None:
+        if self._graph is None and self._num_calls == NUM_WARMUP_CALLS:
+            self._graph = self._capture(run)
+        if self._graph is not None:
+            return self._graph.replay()  # on the current stream
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()
+        finally:  # after an error, too: others may use what it has begun to write
+            current.wait_stream(self._stream)
+        self._num_calls += 1
+
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Nothing in here may wait for the device, or be compiled or chosen by measuring: warm-up calls did that.
+
+        What would be compiled now raises, in place of a graph of unknown content; what waits, CUDA itself refuses.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # The outer block makes the device current, and ends where a failed capture leaves the inner one's stream.
+        with (
+            torch.compiler.set_stance("fail_on_recompile"), torch.cuda.stream(self._stream),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+        ):  # fmt: skip
+            run()
+        return graph

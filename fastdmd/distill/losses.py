@@ -1,0 +1,41 @@
+"""The two losses of DMD2 (Yin et al. 2024): pure functions; all randomness comes in as arguments."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastdmd import ops
+from fastdmd.diffusion import Denoiser
+
+
+def generator_loss(x_gen: Tensor, teacher: Denoiser, fake_score: Denoiser, class_labels: Tensor | None, *,
+                   sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone, and the share of samples it left out.
+
+    Noises `x_gen`, lets both networks denoise it, and compares (see `ops.dm_loss`, which takes a sample for which
+    one of them gives NaN or infinity as one that is right). Both are 0-dim, on the device.
+    """
+    with torch.no_grad():
+        x_t = ops.add_noise(x_gen, sigma, noise=noise)
+        D_real = teacher(x_t, sigma, class_labels)
+        D_fake = fake_score(x_t, sigma, class_labels)
+        left_out = 1 - (D_real + D_fake).sum(dim=(1, 2, 3), dtype=torch.float32).isfinite().float().mean()
+    return ops.dm_loss(x_gen, D_real, D_fake), left_out
+
+
+def denoising_loss(images: Tensor, denoiser: Denoiser, class_labels: Tensor | None, *, sigma: Tensor,
+                   noise: Tensor, sigma_data: float) -> Tensor:  # fmt: skip
+    """`mean(weight * (D(images + sigma * noise, sigma, class_labels) - images)^2)`, differentiable in the weights of D.
+
+    It trains teachers and, on generated images, the fake score (`L_fake`). The weight is EDM's, `sigma^-2 + sd^-2`
+    (Karras et al. 2022, eq. 8), or for a velocity network `t^-2` with `t = sigma / (1 + sigma)`, which makes it the
+    loss of flow matching, `mean((v - (noise - images))^2)`. The images count as constants.
+    """
+    images = images.detach()
+    D_x = denoiser(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
+    if denoiser.dynamics == "flow":
+        return ops.fake_loss(D_x, images, sigma / (1 + sigma), sigma_data=math.inf)
+    return ops.fake_loss(D_x, images, sigma, sigma_data=sigma_data)

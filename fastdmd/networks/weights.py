@@ -1,0 +1,173 @@
+"""Weight files: safetensors that carry the configuration of their network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fastdmd import __version__
+from fastdmd.files import write_atomically
+from fastdmd.networks import diffusers_unet
+from fastdmd.networks.adapted import Adapted, AdapterOptions
+from fastdmd.networks.unet import UNet, UNetConfig
+from fastdmd.networks.user_code import import_network, make_network, reason, user_code
+from fastdmd.networks.weight_files import WeightFile, fill, find, open_weights, require_same, tensors_of
+
+METADATA_KEY = "fastdmd"
+KINDS = ("teacher", "generator")
+MIN_SIGMA, MAX_SIGMA = 2.0**-126, 1e30  # that a generator starts from: a float32, which JSON does not promise
+# Of a measurement that is on record, with the types that JSON gives; the first two in any case.
+RECORDED = {
+    "frechet_distance": (float, int), "class_accuracy": (float, int), "images_per_second": (float, int),
+    "evaluations": (int,), "num_images": (int,), "recorded": (bool,),
+}  # fmt: skip
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def save_network(path: Path, network: UNet | Adapted, *, kind: str, dtype: torch.dtype = torch.float32,
+                 **information: Any) -> None:  # fmt: skip
+    """Writes weights and configuration to a safetensors file, in one atomic replacement.
+
+    `kind` is "teacher" or "generator"; `dtype` is that of the weights in the file; `information` is anything JSON can
+    hold and is read back by `load_network`. The file can be read by any safetensors reader; the tensors of an adapted
+    network have the names that the network itself gives them. Raises ValueError for one that `dtype` cannot hold.
+    """
+    if isinstance(network, Adapted):
+        description, state = network.describe(), network.network.state_dict()
+    elif isinstance(network, UNet):
+        description, state = dataclasses.asdict(network.config), network.state_dict()
+    else:
+        raise TypeError(f"fastdmd.save_network: expected a UNet or an Adapted network, got a {type(network).__name__}")
+    metadata = {
+        "kind": kind,
+        "network": description,
+        "version": __version__,
+        **information,
+    }
+    tensors = {name: _stored(name, value, dtype) for name, value in state.items()}
+    content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata, default=str)})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy, as the format wants it also where weights are tied; numbers that count keep their dtype."""
+    dtype = dtype if value.is_floating_point() else value.dtype
+    stored = torch.empty(value.shape, dtype=dtype).copy_(value.detach())
+    if dtype != value.dtype and stored.isinf().sum() > value.isinf().sum():
+        raise ValueError(
+            f"fastdmd.save_network: expected weights that {dtype} can hold, got {value.abs().max():.4g} in {name}"
+        )
+    return stored
+
+
+def load_network(path: str | Path, *, device: str | torch.device = "cpu",
+                 network: str | nn.Module | Callable[[], nn.Module] | None = None
+                 ) -> tuple[UNet | Adapted, dict[str, Any]]:  # fmt: skip
+    """Reads a network written by `save_network`: the network in eval mode, and the metadata.
+
+    A file holds no code, and the name of some is no reason to import it: a network that is neither fastdmd's nor of
+    diffusers must be named again, as `network`: `package.module:name`, a module, or what makes one without arguments.
+
+    A UNet is channels_last, which was measured faster for every width tried (16 to 192). Raises FileNotFoundError or
+    ValueError with the path, what was expected and what came.
+    """
+    weights = open_weights(Path(path))
+    metadata = _metadata(weights)
+    loaded = _rebuild(metadata["network"], network, weights)
+    fill(loaded.network if isinstance(loaded, Adapted) else loaded, weights, {name: name for name in weights.described})
+    with user_code("load_network", f"the network of {path} on {device}, in eval mode"):
+        loaded = loaded.float().to(device).eval().requires_grad_(False)
+    return loaded.to(memory_format=torch.channels_last) if isinstance(loaded, UNet) else loaded, metadata
+
+
+def _metadata(weights: WeightFile) -> dict[str, Any]:
+    try:
+        metadata = json.loads(weights.metadata.get(METADATA_KEY, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"fastdmd.load_network: expected JSON in {weights.path}, got {reason(error)}") from error
+    if not isinstance(metadata, dict) or "kind" not in metadata or not isinstance(metadata.get("network"), dict):
+        raise ValueError(
+            f"fastdmd.load_network: expected a file written by fastdmd, got {weights.path} without its metadata"
+        )
+    if metadata["kind"] not in KINDS:
+        raise ValueError(f"fastdmd.load_network: expected a {' or '.join(KINDS)} in {weights.path}, got another kind")
+    sigma = metadata.get("conditioning_sigma", 1.0)
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not MIN_SIGMA <= sigma <= MAX_SIGMA:
+        raise ValueError(
+            f"fastdmd.load_network: expected conditioning_sigma from {MIN_SIGMA:.3g} to {MAX_SIGMA:g} in "
+            f"{weights.path}, got {sigma!s:.80}"
+        )
+    record = metadata.get("record") if metadata["kind"] == "teacher" else None  # of a generator, nobody reads it
+    if record is not None and not _is_record(record):
+        raise ValueError(
+            f"fastdmd.load_network: expected a record of settings and figures in {weights.path}, got {record!r:.80}"
+        )
+    return metadata
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it is what `Evaluation.record` makes of a measurement."""
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), dict) for name in ("settings", "quality")):
+        return False
+    quality = record["quality"]
+    if not set(list(RECORDED)[:2]) <= quality.keys() <= RECORDED.keys():
+        return False
+    known = {name: value for name, value in quality.items() if value is not None}
+    return all(type(value) in RECORDED[name] and abs(value) < math.inf for name, value in known.items())
+
+
+def _rebuild(description: dict[str, Any], code: str | nn.Module | Callable[[], nn.Module] | None,
+             weights: WeightFile) -> UNet | Adapted:  # fmt: skip
+    """The network that `description`, from a weight file, stands for, with initial weights for each of its tensors.
+
+    A network whose size the description decides is compared with the tensors before it takes memory.
+    """
+    path = weights.path
+    if "source" in description and code is None:
+        raise ValueError(
+            f"fastdmd.load_network: expected --network package.module:name for {path}, whose network is "
+            f"{description['source']}, got none; code runs only where you name it"
+        )
+    if "source" not in description and code is not None:
+        raise ValueError(f"fastdmd.load_network: expected no --network for {path}, which needs no code, got {code}")
+    adapted = bool({"source", "diffusers"} & description.keys())
+    known = {field.name for field in dataclasses.fields(AdapterOptions if adapted else UNetConfig)}
+    options = description.get("options", {}) if adapted else description
+    if not isinstance(options, dict) or (unknown := sorted(options.keys() - known)):
+        got = f"the fields {unknown}" if isinstance(options, dict) else f"options that are a {type(options).__name__}"
+        raise ValueError(f"fastdmd.load_network: expected a known network in {path}, got {got}")
+    if not adapted:
+        try:
+            config = UNetConfig(**options)
+            blueprint = UNet.blueprint(config, len(weights.described))
+        except ValueError as error:
+            raise ValueError(f"{error} in {path}") from error
+        require_same(blueprint.state_dict(), weights.described, f"the tensors of UNet in {path}")
+        return UNet(config)
+    if "diffusers" in description:
+        network = diffusers_unet.build(description["diffusers"], weights.described, path)
+        origin = {"diffusers": description["diffusers"]}
+    else:
+        named = isinstance(code, str)
+        network = import_network(code, "load_network") if named else make_network(code, "load_network", "network")
+        origin = {"source": code} if named else None
+        require_same(tensors_of(network), weights.described, f"the tensors of {type(network).__name__} in {path}")
+    with user_code("load_network", f"the options of {type(network).__name__} in {path}"):
+        return Adapted(network, origin=origin, **options)
+
+
+def load_weights(network: nn.Module, path: Path, key: str | None = None) -> None:
+    """Fills a network with the tensors of a weight file of any kind that `open_weights` reads, found as `find` does.
+
+    Raises FileNotFoundError or ValueError with the path, what was expected and what came.
+    """
+    weights = open_weights(path)
+    fill(network, weights, find(weights, network, key))

@@ -1,0 +1,312 @@
+"""AdamW with warm-up, global-norm clipping and an exponential moving average, on flat buffers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdmd import ops
+from fastdmd.ops.adamw_ema import check_options
+from fastdmd.optim.flat import Mirror, Watch, check_network, flatten, padded_size, views
+from fastdmd.optim.gradients import Gradients
+from fastdmd.optim.groups import Group, check_count, members, named, schedule
+from fastdmd.optim.states import FlatOptimizer, check_groups, check_state
+
+LINKS = ("_masters", "_gradients", "_watches", "_averages", "_mirror", "_captured_options", "_versions", "_seen")
+EMA_WARMUP = 10.0  # the n-th update averages with at most n / (n + 10), so that a short run does not remember its start
+
+
+class AdamWEMA(FlatOptimizer):
+    """AdamW (Loshchilov & Hutter 2019) for every parameter of one network that requires a gradient.
+
+    Parameters and gradients of the network become views of flat buffers, in their own memory layout; one call of
+    `ops.adamw_ema_` clips the gradients to a global norm of `max_grad_norm`, updates the weights, moves the average
+    `ema_network` and clears the gradients. An update whose gradient is not finite changes nothing.
+    The learning rate rises linearly to `learning_rate` over `warmup_steps` updates and, if `decay_steps` is
+    given, falls to zero at that update along a cosine. `ema_decay=None` keeps no average; the n-th update averages
+    with `min(ema_decay, n / (n + 10))`. The average's buffers and fixed parameters are copies of the network's.
+
+    `compute_dtype` (bfloat16 or float16) is the precision that the network computes in: its weights become copies that
+    each update writes, its gradients are of that precision too, and master weights, moments and average stay as they
+    were. Buffers keep their precision. Weights that change in place between updates, as by `load_state_dict` or an
+    initialisation, are taken over, in that precision; only a change through `.data` goes unseen. float16 has no loss
+    scaling here: gradients below 6e-8 are zero.
+
+    `groups` maps regular expressions, searched in parameter names, to what differs there: `{"norm|bias":
+    {"weight_decay": 0.0}, "^map_": {"learning_rate_factor": 0.1}}`; the first that matches counts. Clipping stays
+    global. More than one group costs a pass over the gradients, and with `compute_dtype` a wide copy of each group's.
+
+    It is a `torch.optim.Optimizer`: `zero_grad()`, `loss.backward()`, `step()` and torch's schedulers work;
+    `backward(loss)` saves the copy that gradients cost after `zero_grad()`. The rate of a group is `lr` times
+    `learning_rate_factor` times warm-up and decay. What differs from torch's AdamW:
+    - A parameter that the loss does not reach has a gradient of zero, and decays; torch does that for zeros and skips
+      None. One whose gradient `zero_grad()` made None and no backward pass filled is an error.
+    - Parameters have moved, and must stay, as must modules: `.to(...)` of device, dtype or layout, wrappers that shard,
+      `share_memory`, another head, `requires_grad_` and another AdamWEMA come before the optimizer, else the next step
+      raises. Tensors outside the network that shared memory with a parameter no longer do.
+    - Moments are in `state_dict()` alone, by parameter name, and hooks on it are refused.
+
+    Raises TypeError or ValueError, naming what was expected and what came.
+    """
+
+    def __init__(self, network: nn.Module, *, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.01, max_grad_norm: float = float("inf"),
+                 warmup_steps: int = 0, decay_steps: int | None = None, ema_decay: float | None = None,
+                 compute_dtype: torch.dtype | None = None, groups: Mapping[str, Mapping[str, float]] | None = None
+                 ):  # fmt: skip
+        averages = {} if ema_decay is None else {"ema_decay": ema_decay}
+        check_options(
+            "AdamWEMA", learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm, **averages,
+        )  # fmt: skip
+        check_count("warmup_steps", warmup_steps, least=0)
+        if decay_steps is not None:
+            check_count("decay_steps", decay_steps, least=1)
+        check_network(network)
+        parts = members(network, groups or {})
+        self.network = network
+        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
+        self.num_updates = 0
+        self.ema_network = None
+        self._max_grad_norm = max_grad_norm
+        self._options = {"ema_decay": ema_decay or 0.0, "ema_warmup": EMA_WARMUP, "zero_grad": True}
+
+        self._names = [name for names, _ in parts for name in names]
+        self.parameters = named(network, self._names)
+        dtype = self.parameters[0].dtype
+        if compute_dtype not in (None, dtype, torch.bfloat16, torch.float16):
+            raise ValueError(f"fastdmd.AdamWEMA: expected compute_dtype bfloat16 or float16, got {compute_dtype}")
+        self._param = flatten(self.parameters)
+        self._ema = None
+        if ema_decay is not None:  # a copy now takes the place in memory that the parameters have just left
+            self.ema_network = copy.deepcopy(network).requires_grad_(False).eval()
+            self._ema = flatten(named(self.ema_network, self._names))
+        self._exp_avg, self._exp_avg_sq = torch.zeros_like(self._param), torch.zeros_like(self._param)
+        self._shadow = None if compute_dtype in (None, dtype) else self._param.to(compute_dtype)
+        self._grad = torch.zeros_like(self._param if self._shadow is None else self._shadow)
+
+        self._groups, start = [], 0
+        for names, _ in parts:
+            stop = start + sum(map(padded_size, named(network, names)))
+            step = torch.zeros(1, dtype=torch.int64, device=self._param.device)
+            self._groups.append(Group(slice(start, stop), step, self._param.new_zeros(())))
+            start = stop
+        shared = {"lr": learning_rate, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        shared["learning_rate_factor"] = 1.0
+        super().__init__([{"params": named(network, names), **changes} for names, changes in parts], shared)
+        self._link()
+
+    def _link(self) -> None:
+        """Parameters, averages and gradients as views of the buffers; again in a copy, whose tensors are apart."""
+        weights = views(self._param if self._shadow is None else self._shadow, self.parameters)
+        for parameter, view in zip(self.parameters, weights, strict=True):
+            parameter.data = view
+        self._masters = views(self._param, self.parameters)
+        self._gradients = Gradients(self.parameters, self._names, self._grad)
+        self._watches = [Watch(self.network, dict(zip(self.parameters, self._names, strict=True)), flags=True)]
+        self._averages, self._mirror = [], None
+        if self.ema_network is not None:
+            self._averages = named(self.ema_network, self._names)
+            for average, view in zip(self._averages, views(self._ema, self._averages), strict=True):
+                average.data = view
+            names = (f"{name} of ema_network" for name in self._names)
+            self._watches.append(Watch(self.ema_network, dict(zip(self._averages, names, strict=True)), flags=False))
+            self._mirror = Mirror(self.network, self.ema_network, set(self.parameters))
+        self._captured_options = self._seen = None
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`lr` of the groups; setting it sets all of them."""
+        return self.param_groups[0]["lr"]
+
+    @peak_learning_rate.setter
+    def peak_learning_rate(self, value: float) -> None:
+        for options in self.param_groups:
+            options["lr"] = value
+
+    def learning_rate(self, update: int) -> float:
+        """That of the update with this index, which starts at 0."""
+        return self.peak_learning_rate * schedule(update, self.warmup_steps, self.decay_steps)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only for torch's own constructor: the buffers are laid out once. Raises ValueError after that."""
+        if len(self.param_groups) == len(self._groups):
+            raise ValueError("fastdmd.AdamWEMA: expected its groups at construction, got add_param_group")
+        self.param_groups.append({**self.defaults, **param_group})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. No call is needed: `step` leaves zeros, and `backward` overwrites."""
+        self._check()
+        self._gradients.zero(set_to_none=set_to_none)
+
+    def backward(self, loss: Tensor, *, accumulate: bool = False) -> None:
+        """`loss.backward()` for the parameters alone, a few launches instead of one addition per parameter.
+
+        Overwrites the gradients, or adds to them with `accumulate`. A parameter that the loss does not depend on has a
+        gradient of zero. Raises ValueError for what only `loss.backward()` does right: several processes, hooks of
+        `register_post_accumulate_grad_hook` (those of `register_hook` run), and functions whose backward pass reaches
+        parameters by itself, as in a reentrant checkpoint.
+        """
+        self._check()
+        self._gradients.fill(loss, accumulate=accumulate)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Returns the gradient norm before clipping, a 0-dim tensor on the device; or what a `closure` returned.
+
+        Raises ValueError where parameters are no longer where the optimizer put them, or have no gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check()
+        self._gradients.collect(required=True)  # raises before the learning rate advances
+        self.advance()
+        norm = self._update()
+        return norm if closure is None else loss
+
+    def advance(self) -> None:
+        """The host's part of a step: checks, and the learning rate of the next update, into its place on the device."""
+        self._check()
+        self._adopt()
+        factor = schedule(self.num_updates, self.warmup_steps, self.decay_steps)
+        for group, options in zip(self._groups, self.param_groups, strict=True):
+            group.learning_rate.fill_(factor * options["lr"] * options["learning_rate_factor"])
+        self.num_updates += 1
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """The device's part of a step, the same launches every time: what a captured graph may hold.
+
+        Only `lr` may change under a graph. A replay runs no Python, so no stale autograd graph raises after it.
+        """
+        self._gradients.collect(required=True)
+        self._adopt()
+        return self._update()
+
+    def _update(self) -> Tensor:
+        if self._param.is_cuda and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+            self._captured_options = self._fixed_options()
+        if len(self._groups) == 1:
+            norm = self._update_group(0, self._max_grad_norm)
+        else:
+            norm = torch.linalg.vector_norm(self._grad, dtype=self._param.dtype)
+            # NaN where the norm is not finite: no group moves.
+            factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1) + 0 * norm
+            for index in range(len(self._groups)):
+                self._update_group(index, math.inf, factor)
+            if self._shadow is not None:
+                self._grad.zero_()
+        if self._mirror is not None:
+            self._mirror.follow()
+        self._note_change()
+        return norm
+
+    def _update_group(self, index: int, max_grad_norm: float, factor: Tensor | None = None) -> Tensor:
+        group, options = self._groups[index], self.param_groups[index]
+        buffers = (self._param, self._grad, self._exp_avg, self._exp_avg_sq, self._ema, self._shadow)
+        param, grad, *moments, ema, shadow = (None if buffer is None else buffer[group.part] for buffer in buffers)
+        if factor is not None:  # a clipped gradient may be below the range of float16
+            grad = grad.mul_(factor) if shadow is None else grad.to(param.dtype).mul_(factor)
+        return ops.adamw_ema_(
+            param, grad, *moments, group.step, group.learning_rate, ema=ema, shadow=shadow, betas=options["betas"],
+            eps=options["eps"], weight_decay=options["weight_decay"], max_grad_norm=max_grad_norm, **self._options,
+        )  # fmt: skip
+
+    # What may happen to the network between two updates.
+
+    def _check(self) -> None:
+        """Raises ValueError where an update would not reach the network, or would not be what was asked for."""
+        for watch in self._watches:
+            watch.check()
+        self._seen = check_groups(self.param_groups, self.parameters, self._seen)
+        if self._captured_options not in (None, self._fixed_options()):
+            raise ValueError(
+                "fastdmd.AdamWEMA: expected lr alone to change under a captured graph, got other options: "
+                f"{self._fixed_options()} instead of {self._captured_options}"
+            )
+
+    def _fixed_options(self) -> list[tuple]:
+        return [(options["betas"], options["eps"], options["weight_decay"]) for options in self.param_groups]
+
+    @torch.no_grad()
+    def _adopt(self) -> None:
+        """Low-precision weights that somebody changed in place become master weights; equal ones keep their digits."""
+        if self._shadow is None:
+            return
+        versions = [parameter._version for parameter in self.parameters]
+        for index in itertools.compress(range(len(versions)), map(operator.ne, versions, self._versions)):
+            master, parameter = self._masters[index], self.parameters[index]
+            master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
+        self._versions = versions
+
+    # Saving and copying.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, by parameter name, whatever the layout of the buffers."""
+        self._adopt()
+        return {
+            "num_updates": self.num_updates, "steps": [group.step.clone() for group in self._groups],
+            "param_groups": [
+                {name: value for name, value in options.items() if name != "params"} for options in self.param_groups
+            ],
+            **{kind: {name: view.clone() for name, view in own.items()} for kind, own in self._state().items()},
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state, the options of its groups included, as torch's optimizers do.
+
+        The average's buffers become those that the network has by now. Raises TypeError or ValueError, before anything
+        has changed, where the state is of another network, has other groups, or is not one that could have been saved.
+        """
+        self._check()
+        kinds = self._state()
+        options = check_state(state, kinds, self.param_groups)
+        for kind, own in kinds.items():
+            for name, view in own.items():
+                view.copy_(state[kind][name])
+        for group, step, changes, saved in zip(self._groups, state["steps"], self.param_groups, options, strict=True):
+            group.step.copy_(step)
+            changes.update({name: value for name, value in saved.items() if name != "params"})
+        self.num_updates = state["num_updates"]
+        if self._shadow is not None:
+            self._shadow.copy_(self._param)
+        if self._mirror is not None:
+            self._mirror.follow()
+        self._note_change()
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        buffers = {"param": self._param, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "ema": self._ema}
+        return {
+            kind: dict(zip(self._names, views(buffer, self._masters), strict=True))
+            for kind, buffer in buffers.items() if buffer is not None
+        }  # fmt: skip
+
+    def _note_change(self) -> None:
+        """The weights have other values: a graph from before raises in its backward pass."""
+        torch.autograd.graph.increment_version([*self.parameters, *self._averages])
+        # In place: torch 2.11 cannot trace the assignment in a compiled step.
+        self._versions[:] = [parameter._version for parameter in self.parameters]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles. Hooks and what schedulers hang on `step` stay behind, as with torch's optimizers."""
+        self._check()
+        self._adopt()
+        return {
+            name: value for name, value in vars(self).items()
+            if name not in LINKS and name != "step" and not name.endswith("_hooks")
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._link()

@@ -1,0 +1,199 @@
+"""Samplers measured against real images: Fréchet distance, class accuracy, speed, and the floor beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdmd import data
+from fastdmd.diffusion import random_generator
+from fastdmd.memory import require_memory
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.user_code import user_code
+from fastdmd.quality import features, metrics
+from fastdmd.quality.frechet import COVARIANCES
+from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels
+
+BATCH_SIZE = 250  # images per forward pass
+SLOW_FEATURES = 4096  # of which an eigendecomposition, cubic in them, takes half a minute on two cores
+SPEED_IMAGES = 250  # enough to time a sampler whose quality is on record
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One row of the table; fields that could not be measured are None."""
+
+    frechet_distance: float | None
+    class_accuracy: float | None
+    images_per_second: float | None = None
+    evaluations: int | None = None  # of the network, per image
+    num_images: int = 0
+    recorded: bool = False  # distance and accuracy come from the weight file, the speed was measured now
+
+
+@torch.no_grad()
+def sample(sampler: Sampler, noise: Tensor, class_labels: Tensor | None) -> Tensor:
+    """Its images. What code of the user's own raises becomes one line; what ours does is a fault and stays as it is."""
+    network = sampler.network
+    if not isinstance(network, Adapted):
+        return sampler(noise, class_labels)
+    with user_code("quality", f"{type(network.network).__name__} to sample {tuple(noise.shape)}"):
+        return sampler(noise, class_labels)
+
+
+class Evaluation:
+    """The feature network, the reference statistics and the floor that one comparison shares.
+
+    Without `dataset`, the reference is the 60,000 MNIST training digits and the floor the 10,000 test digits.
+    With one, the reference is all of its images, and the floor is a random part of them (at most half) against the
+    rest.
+    `reference` (a path of EDM statistics) replaces the reference. Where the images are not what the embedded
+    digit classifier sees and no `feature_network` is given, only speed is measured. `notices` say so, and what else a
+    reader of the figures should know, a line each.
+
+    Raises ValueError or OSError for a feature network, a reference or images that do not fit each other; the network
+    is tried before any image of the dataset is looked at.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, *, num_samples: int,
+                 dataset: data.Dataset | None = None, feature_network: str | None = None, reference: str | None = None,
+                 seed: int = 0, device: torch.device | str = "cpu"):  # fmt: skip
+        self.image_shape, self.num_classes = image_shape, num_classes
+        self.num_samples, self.seed, self.device = num_samples, seed, torch.device(device)
+        self.notices: list[str] = []
+        self.floor = Measurement(None, None)
+        self._feature_network = self._reference = None
+        is_digits = feature_network is None
+        if is_digits and tuple(image_shape) != (1, 28, 28):
+            shape = "×".join(map(str, image_shape))
+            if reference is not None:
+                raise ValueError(f"expected --feature-network with --reference for {shape} images, got none")
+            self.notices.append(
+                f"no Fréchet distance: the embedded feature network sees 1×28×28 images, these are {shape}; "
+                "--feature-network names another"
+            )
+            return
+        self._feature_network = metrics.load_feature_network(feature_network, device)
+        num_features = features.verify(self._feature_network, image_shape, feature_network or "the digit classifier")
+        require_memory(
+            8 * COVARIANCES * num_features**2, torch.device("cpu"), f"covariances of {num_features} features",
+            "a --feature-network of fewer features needs less",
+        )  # fmt: skip
+        if num_features > SLOW_FEATURES:
+            warnings.warn(f"a Fréchet distance in {num_features} features takes minutes, each time", stacklevel=2)
+        if reference is not None:
+            self._reference = metrics.FeatureStatistics.from_npz(reference, num_features)
+        is_embedded = dataset is None
+        least_images = 4 if reference is None else 2  # two have a covariance; without a reference, two halves are
+        dataset = (data.load() if is_embedded else dataset).require(image_shape=image_shape, least_images=least_images)
+        has_own_reference = reference is not None or (is_digits and is_embedded)
+        if self._reference is None and has_own_reference:
+            self._reference = metrics.reference_statistics()
+        if self._reference is None or (is_digits and not is_embedded):
+            found = metrics.survey(metrics.dataset_batches(dataset), self._feature_network)
+            self._reference = self._reference or found.statistics
+            if is_digits:
+                self.notices += metrics.foreign_digits(found, dataset.name)
+        self._measure_floor(dataset, has_own_reference)
+        num_images = min(self.num_samples, self.floor.num_images)
+        if num_images <= num_features:
+            self.notices.append(
+                f"the Fréchet distance of {num_images} images in {num_features} features is too large: their "
+                "covariance needs more images than features"
+            )
+
+    def _measure_floor(self, dataset: data.Dataset, has_own_reference: bool) -> None:
+        floor_reference, batches = self._reference, metrics.dataset_batches(dataset)
+        if not has_own_reference:
+            order = torch.randperm(len(dataset), generator=random_generator(self.seed, 0, stream=SAMPLING_STREAM))
+            sample, rest = order.split([num := min(self.num_samples, len(dataset) // 2), len(dataset) - num])
+            floor_reference = metrics.feature_statistics(map(dataset.batch, rest.split(500)), self._feature_network)
+            batches = map(dataset.batch, sample.split(500))
+        floor = metrics.evaluate(batches, self._feature_network, floor_reference)
+        self.floor = Measurement(floor.frechet_distance, floor.class_accuracy, num_images=floor.num_images)
+
+    def record(self, row: Measurement) -> dict:
+        """What a weight file keeps of a measurement, so that the next run need not repeat it."""
+        return {"settings": self._settings(row.evaluations), "quality": dataclasses.asdict(row)}
+
+    def _settings(self, evaluations: int | None) -> dict:
+        """Whatever the figures depend on besides the weights; the statistics tell reference and features apart."""
+        reference = None
+        if self._reference is not None:
+            mean, variance = self._reference.mean.norm().item(), self._reference.covariance.trace().item()
+            reference = f"{len(self._reference.mean)} features, |mean| {mean:.5g}, total variance {variance:.5g}"
+        return {
+            "num_samples": self.num_samples, "seed": self.seed, "evaluations": evaluations, "reference": reference
+        }  # fmt: skip
+
+    def measure(self, sampler: Sampler, *, name: str, record: dict | None = None,
+                before_batch: Callable[[], None] = lambda: None) -> Measurement:  # fmt: skip
+        """Samples `num_samples` images of balanced classes and measures them; the clock runs while sampling only.
+
+        If `record` is of a measurement like this one, only the speed is measured again. `before_batch` may raise.
+        """
+        evaluations = sampler.num_evaluations
+        if record is not None and record["settings"] == self._settings(evaluations):
+            num_images = min(SPEED_IMAGES, self.num_samples)
+            *_, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
+            known = Measurement(**record["quality"])
+            return dataclasses.replace(known, images_per_second=num_images / sampling_seconds, recorded=True)
+        num_images = self.num_samples if self._feature_network is not None else min(SPEED_IMAGES, self.num_samples)
+        quality, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
+        return Measurement(
+            quality.frechet_distance, quality.class_accuracy, num_images / sampling_seconds, evaluations,
+            quality.num_images,
+        )  # fmt: skip
+
+    def _sample(self, sampler: Sampler, num_images: int, name: str, before_batch: Callable[[], None]
+                ) -> tuple[metrics.Quality, float]:  # fmt: skip
+        """The quality of `num_images` samples, and the seconds that sampling took."""
+        seconds = 0.0
+        labels = balanced_labels(num_images, self.num_classes, self.device)
+        starts = range(0, num_images, BATCH_SIZE)
+
+        def batches():
+            nonlocal seconds
+            for index, start in enumerate(tqdm(starts, desc=f"sampling {name}", unit="batch", leave=False)):
+                before_batch()
+                part = slice(start, min(start + BATCH_SIZE, num_images))
+                generator = random_generator(self.seed, index, self.device, stream=SAMPLING_STREAM)
+                shape = (part.stop - part.start, *self.image_shape)
+                noise = torch.randn(shape, device=self.device, generator=generator)
+                class_labels = None if labels is None else labels[part]
+                started = time.perf_counter()
+                images = sample(sampler, noise, class_labels)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds += time.perf_counter() - started
+                if not images.isfinite().all():
+                    raise ValueError(f"fastdmd.quality: expected finite images of the {name}, got NaN or infinity")
+                yield images, class_labels
+
+        if self._feature_network is None:
+            for _ in batches():
+                pass
+            return metrics.Quality(None, None, num_images), seconds
+        return metrics.evaluate(batches(), self._feature_network, self._reference), seconds
+
+
+def table(rows: dict[str, Measurement]) -> str:
+    """The rows as aligned text, one line each."""
+
+    def show(value: float | None, pattern: str) -> str:
+        return "-" if value is None or math.isnan(value) else format(value, pattern)
+
+    lines = [f"{'':<24}{'evaluations':>12}{'Fréchet distance':>18}{'class accuracy':>16}{'images/s':>12}"]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:<24}{show(row.evaluations, 'd'):>12}{show(row.frechet_distance, '.3f'):>18}"
+            f"{show(row.class_accuracy, '.2%'):>16}{show(row.images_per_second, '.0f'):>12}"
+        )
+    return "\n".join(lines)

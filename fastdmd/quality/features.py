@@ -1,0 +1,122 @@
+"""Feature networks: the embedded digit classifier, and those that a user names."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from fastdmd.networks.user_code import import_network, user_code
+from fastdmd.quality.frechet import MAX_FEATURES
+
+ASSETS = Path(__file__).parents[1] / "assets"
+FeatureNetwork = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]  # features [B, D], logits
+
+
+class DigitClassifier(torch.nn.Module):
+    """Small convolutional network for 28 x 28 digits; its last hidden layer serves as features."""
+
+    def __init__(self):
+        super().__init__()
+        layers: list[torch.nn.Module] = []
+        for num_in, num_out, size, stride in ((1, 24, 5, 2), (24, 32, 3, 1), (32, 48, 3, 2), (48, 64, 3, 1)):
+            layers.append(torch.nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False))
+            layers += [torch.nn.BatchNorm2d(num_out), torch.nn.SiLU()]
+        layers += [torch.nn.AvgPool2d(2), torch.nn.Flatten()]  # [B, 64, 7, 7] to [B, 576]
+        layers += [torch.nn.Linear(576, 64, bias=False), torch.nn.BatchNorm1d(64), torch.nn.SiLU()]
+        self.body = torch.nn.Sequential(*layers)
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [B, 1, 28, 28], float in [-1, 1], to features [B, 64] and logits [B, 10]."""
+        if images.ndim != 4 or images.shape[1:] != (1, 28, 28):
+            raise _error("images of shape (B, 1, 28, 28)", tuple(images.shape))
+        features = self.body(images)
+        return features, self.head(features)
+
+
+def load_feature_network(
+    source: str | Path | torch.nn.Module | None = None, device: torch.device | str = "cpu"
+) -> FeatureNetwork:
+    """Makes a function of images [B, C, H, W], float in [-1, 1]: (features [B, D], logits [B, K] or None).
+
+    The network is put on `device` in evaluation mode and runs without gradients. It may return features alone
+    or the tuple (features, logits); every call checks their shapes. A TorchScript file or an import runs the
+    code it holds: name only what you trust.
+
+    Args:
+        source: None for the embedded digit classifier; the path of a TorchScript file (.pt, .ts);
+            "package.module:name" of a module, or of a class or function that makes one without arguments;
+            or the module itself.
+        device: where the network runs; images are moved there.
+
+    Raises FileNotFoundError; ValueError if a string is neither a TorchScript file nor an import, or (from the
+    returned function, at any call) if the network fails or its output is wrong; TypeError if the import gives something
+    else than a module. `verify` tries what was loaded.
+    """
+    name = "the digit classifier" if source is None else str(source)
+    if source is None:
+        with torch.device("meta"):  # draws no initial weights: the caller's random state stays as it was
+            module = DigitClassifier()
+        module.load_state_dict(load_file(ASSETS / "feature_network.safetensors"), assign=True)
+    elif isinstance(source, torch.nn.Module):
+        module, name = source, type(source).__name__
+    elif Path(source).suffix in (".pt", ".ts"):
+        module = _load_script(Path(source))
+    elif not all(str(source).partition(":")):
+        raise _error("a .pt or .ts file or 'package.module:name'", repr(source))
+    else:
+        module = import_network(str(source), "features")
+    with user_code("features", f"{name} to run on {device}"):
+        module = module.eval().to(device)
+
+    @torch.no_grad()
+    def feature_network(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with user_code("features", f"{name} to take images of shape {tuple(images.shape)}"):
+            output = module(images.to(device))
+        features, logits = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+        for kind, found in (("features", features), ("logits", logits))[: 1 if logits is None else 2]:
+            is_matrix = isinstance(found, torch.Tensor) and found.is_floating_point() and found.ndim == 2
+            if not is_matrix or len(found) != len(images):
+                got = (tuple(found.shape), found.dtype) if isinstance(found, torch.Tensor) else type(found)
+                raise _error(f"{kind} ({len(images)}, D), floating point", got)
+        return features, logits
+
+    return feature_network
+
+
+def verify(feature_network: FeatureNetwork, image_shape: tuple[int, int, int], name: str) -> int:
+    """Runs a network once, on two images of a run's shape, and returns D, its number of features.
+
+    Raises ValueError, one line long, if it fails, gives something else than features (and logits), more of them than
+    a covariance can hold, NaN or infinity.
+    """
+    images = torch.randint(0, 256, (2, *image_shape), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    features, logits = feature_network(images)
+    num_features = features.shape[1]
+    if not 1 <= num_features <= MAX_FEATURES:
+        raise _error(f"1 to {MAX_FEATURES} features of {name}", num_features)
+    for kind, values in (("features", features), ("logits", logits)):
+        if values is not None and not values.isfinite().all():
+            raise _error(f"finite {kind} of {name}", "NaN or infinity")
+    if torch.equal(*features):
+        raise _error(f"features of {name} that tell two images apart", "the same of both")
+    return num_features
+
+
+def _load_script(path: Path) -> torch.nn.Module:
+    if path.exists() and not path.is_file():
+        raise _error("a TorchScript file", f"{path}, which is no regular file")
+    with open(path, "rb") as file:
+        try:
+            return torch.jit.load(file, map_location="cpu")
+        except Exception as error:  # RuntimeError, ValueError and others, ten lines long
+            kind = "what torch.save wrote, weights perhaps," if zipfile.is_zipfile(file) else "another format"
+            raise _error("a TorchScript file, as torch.jit.save writes it", f"{kind} in {path}") from error
+
+
+def _error(expected: str, got: object) -> ValueError:
+    return ValueError(f"fastdmd.features: expected {expected}, got {got}")

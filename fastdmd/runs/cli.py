@@ -1,0 +1,192 @@
+"""From the command line to a checked configuration, and from what a user got wrong to one line on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fastdmd import data, ops
+from fastdmd.runs import outputs, terminal
+from fastdmd.networks.adapted import Adapted
+from fastdmd.memory import SMALLER
+from fastdmd.runs.config import EvaluationConfig
+from fastdmd.diffusion import Denoiser
+from fastdmd.networks.user_code import place_in_user_code, reason
+from fastdmd.quality import Evaluation
+from fastdmd.networks.unet import UNet
+
+Config = TypeVar("Config")
+# Fields of configurations that name what is read.
+INPUTS = ("weights", "network", "teacher", "init", "data", "labels", "feature_network", "reference")
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # that no flag causes
+
+OUT_OF_MEMORY = re.compile(
+    "out of memory|n[o']t allocate memory|unable to allocate|not enough memory|bad_alloc|STATUS_ALLOC_FAILED"
+    # of our native ops, and of oneDNN's, where an allocation is all that can fail
+    '|dispatcher\\( *"aten::(new_)?empty|could not create a (memory|primitive)',
+    re.IGNORECASE,
+)
+
+
+@contextlib.contextmanager
+def user_errors(command: str, doing: str = "setting up", advice: str = SMALLER) -> Iterator[None]:
+    """One line and exit code 2 for what a user got wrong, 1 where memory or a disk ends. Around set-up, never around
+    training."""
+    with _one_line(command, doing, advice, 2, lambda error: isinstance(error, (ValueError, TypeError, OSError))):
+        yield
+
+
+@contextlib.contextmanager
+def run_errors(command: str, doing: str, advice: str = SMALLER) -> Iterator[None]:
+    """One line and exit code 1 where memory ends, for a full disk and the like, for what we say of the user's data and
+    networks, and for what their own code raises. Around the run itself: any other error is a fault of ours and keeps
+    its traceback."""
+    with _one_line(command, doing, advice, 1, lambda e: isinstance(e, OSError) or str(e).startswith("fastdmd.")):
+        yield
+
+
+@contextlib.contextmanager
+def _one_line(command: str, doing: str, advice: str, code: int,
+              says_it_all: Callable[[BaseException], bool]) -> Iterator[None]:  # fmt: skip
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if ran_out_of_memory(error):
+            line, code = f"out of memory while {doing}; {advice}", 1
+        elif not isinstance(error, SystemExit) and says_it_all(error):
+            line = str(error) if code == 2 else f"{error} (while {doing})"
+            code = 1 if isinstance(error, OSError) and error.errno in DISK_ERRORS else code
+        elif place_in_user_code(error) is not None:  # a SystemExit of other code has its reasons
+            line = f"expected your code to run, got {reason(error)}, while {doing}"
+        else:
+            raise
+        terminal.report(command, line, error)
+        raise SystemExit(code) from None
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, numpy, torch, a GPU's libraries or the system raise then."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError, ValueError)) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
+    """How a run ended, where that needs a word: a line or two, and exit code 1, or 128 + the number of a signal."""
+    if skipped := {name: summary[name] for name in ("skipped_updates", "left_out_images") if summary[name]}:
+        print("NaN or infinity:", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in skipped.items()))
+    if summary["outcome"] == "complete":
+        return
+    print(f"{summary['outcome']} after {summary['iterations']} of {num_iterations} iterations")
+    if summary["outcome"] == "interrupted":
+        raise SystemExit(128 + summary["signal"])
+    raise SystemExit(
+        f"{command}: error: {summary['reason']}; the last good snapshot is kept; try lower learning rates, unless the "
+        "teacher or the data are broken"
+    )
+
+
+def parse(config_class: type[Config], command: str, arguments: list[str] | None = None,
+          presets: dict[str, Config] | None = None) -> Config:  # fmt: skip
+    """The preset that `--preset` names (or the first), with every other flag over it; checked."""
+    import tyro  # commands alone need it
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with user_errors(command):
+        default = None
+        if presets:
+            name = next(iter(presets))
+            for position, argument in enumerate(arguments):
+                if argument == "--preset" and position + 1 < len(arguments):
+                    name = arguments[position + 1]
+                elif argument.startswith("--preset="):
+                    name = argument.removeprefix("--preset=")
+            if name not in presets:
+                raise ValueError(f"expected --preset one of {', '.join(presets)}, got {name}")
+            default = presets[name]
+        with terminal.readable_width():
+            config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
+        config.check()
+        if (out := getattr(config, "resolved_out", config.out)) is not None:
+            outputs.require_apart(out, inputs(config))
+        return config
+
+
+def inputs(config: Any) -> Iterator[str | Path]:
+    """What a configuration names to be read, but for `mnist`, which is part of the package."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from inputs(value)
+        elif field.name in INPUTS and value not in (None, "mnist"):
+            yield value
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes a GPU if there is one. Raises ValueError for a device that is not there, or lacks the backend that
+    the environment asks for."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            raise NotImplementedError("not one that the ops know")
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if ran_out_of_memory(error):  # of a GPU that another process fills
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"expected --device auto, cpu or a CUDA device that is there, got {name}: {reason}") from error
+    ops.require_environment(device)
+    return device
+
+
+def make_evaluation(config: EvaluationConfig, network: Denoiser, dataset: data.Dataset | None,
+                    device: torch.device) -> Evaluation | None:  # fmt: skip
+    """What the final figures are measured with; None where the user wants none."""
+    if config.num_samples == 0:
+        return None
+    evaluation = Evaluation(
+        network.image_shape, network.num_classes, num_samples=config.num_samples, dataset=dataset,
+        feature_network=config.feature_network, reference=config.reference, seed=config.seed, device=device,
+    )  # fmt: skip
+    for notice in evaluation.notices:
+        terminal.say(notice)
+    if dataset is not None and evaluation.floor.num_images:
+        print(f"measured against {len(dataset)} images of {dataset.name}")
+    return evaluation
+
+
+def load_data(config: EvaluationConfig, network: Denoiser) -> data.Dataset | None:
+    """The user's images, checked against the network; None where none were named. They need no labels."""
+    if config.data is None:
+        return None
+    return data.load(
+        config.data, labels=config.labels, resize=config.resize, crop=config.crop, image_shape=network.image_shape,
+        num_classes=network.num_classes, labels_optional=True,
+    )  # fmt: skip
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def print_resolved(config: Any, network: UNet | Adapted, **parts: Any) -> None:
+    """What `--dry-run` shows, as JSON."""
+    if isinstance(network, UNet):
+        description = dataclasses.asdict(network.config)
+    else:
+        description = {"class": type(network.network).__name__, **network.describe()}
+        description["options"].pop("alphas_cumprod", None)  # a thousand numbers
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    resolved = {**to_json(config), "network": {**description, "num_parameters": num_parameters}, **parts}
+    print(json.dumps(resolved, indent=2))

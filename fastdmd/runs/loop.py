@@ -1,0 +1,244 @@
+"""The phases of every training, once: iterate, log, keep what is finite, measure, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastdmd.runs import interrupts
+from fastdmd.networks.user_code import reason
+from fastdmd.runs.machine import versions
+from fastdmd.runs.pictures import SampleHistory
+from fastdmd.quality import Evaluation, Measurement, table
+from fastdmd.runs.folder import RunFolder
+from fastdmd.sampling import Sampler
+from fastdmd.distill.tally import Reading, Tally
+
+BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
+
+
+class Settings(Protocol):
+    """What the loop reads of a configuration."""
+
+    iterations: int
+    batch_size: int
+    log_every: int
+    snapshots: int
+
+
+class Training(Protocol):
+    """What the loop is given: one step of it, and what to keep, to show and to measure."""
+
+    network: nn.Module  # the one that is kept, shown and measured
+    tallies: Sequence[Tally]  # of its kinds of turns
+
+    def iterate(self, iteration: int) -> None: ...
+
+    def finish(self) -> None:
+        """What is left to do to the network when no iteration follows."""
+
+    def samples(self) -> Tensor:
+        """For samples.png: `[rows, columns, C, H, W]`; column 0 keeps its noise from call to call."""
+
+    def save(self, iteration: int, **information: Any) -> None: ...
+
+    def measurements(self) -> Iterable[tuple[str, Sampler, dict | None]]:
+        """Rows of the table, `network` first: name, sampler, what is on record of it."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run came. `outcome` is "complete", "interrupted", "diverged" or "failed", and `reason` says why."""
+
+    iterations: int = 0
+    outcome: str = "complete"
+    reason: str | None = None
+    skipped_updates: int = 0  # for NaN or infinity in a loss or gradient
+    left_out_images: int = 0  # of distribution matching, for NaN or infinity of the teacher or the fake score
+    train_seconds: float = 0.0
+    first_iteration_seconds: float | None = None
+    signal: int | None = None
+
+
+class Loop:
+    """One training in one run folder. To make it is the last part of the set-up: the first snapshot is in the folder.
+
+    Raises ValueError where the network gives NaN or infinity before it has learned anything.
+    """
+
+    def __init__(self, training: Training, settings: Settings, folder: RunFolder):
+        self._training, self._settings, self._folder = training, settings, folder
+        self._history = SampleHistory(folder.path / "samples.png")
+        self._started = time.perf_counter()
+        self._unwritten: str | None = None  # what the disk said last
+        if (fault := self._snapshot(0)) is not None:
+            raise ValueError(f"fastdmd: expected a network to start from, got {fault}")
+
+    def run(self, evaluation: Evaluation | None = None) -> dict:
+        """Trains, saves, measures; returns the summary that it wrote.
+
+        Its `outcome` is "complete", "interrupted" (by a signal: what was reached is saved) or "diverged" (the last
+        snapshot whose weights and images were finite stays). Raises OSError where the result cannot be written, and
+        whatever a network of the user's own or a lack of memory raises: then the outcome in the folder is "failed", and
+        what was reached is saved.
+        """
+        progress, rows = Progress(), {}
+        floor = evaluation.floor if evaluation else Measurement(None, None)
+        with interrupts.deferred() as received:
+            try:
+                self._train(progress, received)
+                self._measure(evaluation, progress, rows, received)
+            except (Exception, SystemExit) as error:
+                progress.outcome, progress.reason = "failed", reason(error)
+                if progress.iterations < self._settings.iterations:
+                    with contextlib.suppress(Exception, SystemExit):  # the network may not run for this either
+                        self._snapshot(progress.iterations)
+                with contextlib.suppress(OSError):
+                    self._summarise(progress, rows, floor)
+                raise
+            summary = self._summarise(progress, rows, floor)
+        if evaluation is not None and progress.outcome == "complete":
+            print(table({**dict(reversed(rows.items())), "floor: real images": floor}))
+        return summary
+
+    def _summarise(self, progress: Progress, rows: dict[str, Measurement], floor: Measurement) -> dict:
+        names = [name for name, *_ in self._training.measurements()]
+        summary = {
+            **{name: dataclasses.asdict(rows.get(name, Measurement(None, None))) for name in names},
+            "floor": dataclasses.asdict(floor), **dataclasses.asdict(progress),
+            "seconds": time.perf_counter() - self._started,
+            "versions": versions(next(self._training.network.parameters()).device),
+        }  # fmt: skip
+        self._folder.write_json("summary.json", summary)
+        return summary
+
+    def _train(self, progress: Progress, received: Callable[[], int | None]) -> None:
+        settings, logged_at = self._settings, 0
+        snapshot_every = -(-settings.iterations // settings.snapshots)
+        started = logged = time.perf_counter()
+        with tqdm(total=settings.iterations, unit="it", dynamic_ncols=True) as bar:
+            while progress.iterations < settings.iterations and progress.outcome == "complete":
+                self._training.iterate(progress.iterations)
+                progress.iterations += 1
+                bar.update()
+                iteration, is_last = progress.iterations, progress.iterations == settings.iterations
+                if iteration == 1:
+                    self._training.tallies[0].latest.tolist()  # waits for the device
+                    progress.first_iteration_seconds = time.perf_counter() - self._started
+                    bar.write(f"first iteration done after {progress.first_iteration_seconds:.1f} s")
+                if (number := received()) is not None:
+                    progress.outcome, progress.signal = "interrupted", number
+                if iteration % settings.log_every == 0 or is_last or progress.outcome == "interrupted":
+                    readings = [tally.read() for tally in self._training.tallies]
+                    num_images, now = (iteration - logged_at) * settings.batch_size, time.perf_counter()
+                    line = self._line(readings, progress)
+                    line |= {"seconds": now - started, "images_per_second": num_images / (now - logged)}
+                    self._keep(lambda line=line: self._folder.log(**line), bar)
+                    show(bar, line)
+                    self._judge(readings, progress, iteration - logged_at)
+                    logged_at, logged = iteration, now
+                if iteration % snapshot_every == 0 and not is_last and progress.outcome == "complete":
+                    self._keep(lambda: self._snapshot_or_end(progress), bar)
+        if progress.outcome != "diverged":
+            self._training.finish()
+            self._snapshot_or_end(progress)
+        progress.train_seconds = time.perf_counter() - self._started
+
+    def _measure(self, evaluation: Evaluation | None, progress: Progress, rows: dict[str, Measurement],
+                 received: Callable[[], int | None]) -> None:  # fmt: skip
+        def stop_if_interrupted() -> None:
+            if received() is not None:
+                raise Interrupted
+
+        for name, sampler, record in self._training.measurements():
+            if progress.outcome != "complete" or evaluation is None:
+                return
+            try:
+                rows[name] = evaluation.measure(sampler, name=name, record=record, before_batch=stop_if_interrupted)
+            except Interrupted:
+                progress.outcome, progress.signal = "interrupted", received()
+                return
+            except ValueError as error:  # images that are not finite, among ten thousand
+                progress.reason = f"{name} not measured: {error}"
+                print(progress.reason)
+                continue
+            if len(rows) == 1:
+                self._training.save(progress.iterations, record=evaluation.record(rows[name]))
+
+    def _line(self, readings: list[Reading], progress: Progress) -> dict[str, Any]:
+        """For metrics.jsonl; what never happens is not mentioned."""
+        line = {"iteration": progress.iterations}
+        for reading in readings:
+            if reading.num_good + reading.num_bad:
+                line |= reading.means
+        skipped = sum(reading.num_bad for reading in readings)
+        left_out = round(sum(reading.left_out for reading in readings) * self._settings.batch_size)
+        progress.skipped_updates += skipped
+        progress.left_out_images += left_out
+        counts = {"skipped_updates": skipped, "left_out_images": left_out}
+        return line | {name: count for name, count in counts.items() if count}
+
+    def _judge(self, readings: list[Reading], progress: Progress, num_iterations: int) -> None:
+        """Ends a run whose last turns of a kind all came to nothing; the readings are of so many iterations."""
+        for reading in readings:
+            num_turns = (reading.num_good + reading.num_bad) * self._settings.iterations // num_iterations  # of the run
+            if reading.num_bad_in_a_row >= min(BAD_IN_A_ROW, max(2, num_turns // 2)):
+                progress.outcome = "diverged"
+                what = "the losses are not finite"
+                if any(other.left_out for other in readings):
+                    what = "the teacher or the fake score gives NaN or infinity for most images"
+                progress.reason = f"{what}, {reading.num_bad_in_a_row} updates in a row"
+                return
+
+    def _snapshot_or_end(self, progress: Progress) -> None:
+        if (fault := self._snapshot(progress.iterations)) is not None:
+            progress.outcome, progress.reason = "diverged", f"there is {fault}"
+
+    def _snapshot(self, iteration: int) -> str | None:
+        """Writes weights and samples, unless the network is broken: then it returns how."""
+        for name, tensor in self._training.network.state_dict().items():
+            if not tensor.isfinite().all():
+                return f"NaN or infinity in {name}"
+        samples = self._training.samples()
+        if not samples.isfinite().all():
+            return "NaN or infinity in its samples"
+        try:
+            self._training.save(iteration)
+        except ValueError as error:  # weights beyond what the file's precision holds
+            return str(error)
+        self._history.add(samples)
+        return None
+
+    def _keep(self, write: Callable[[], None], bar: tqdm) -> None:
+        """Training goes on where the disk does not: a later write may succeed, and the last one must."""
+        try:
+            write()
+            self._unwritten = None
+        except OSError as error:
+            if str(error) != self._unwritten:
+                self._unwritten = str(error)
+                bar.write(f"not written: {error}; training goes on")
+
+
+class Interrupted(Exception):
+    """A signal came while a network was measured."""
+
+
+def show(bar: tqdm, line: dict[str, Any]) -> None:
+    """Losses and speed beside the bar; what should not happen, on a line of its own."""
+    shown = {name: value for name, value in line.items() if "loss" in name and value is not None}
+    shown["images/s"] = line["images_per_second"]
+    bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+    if "skipped_updates" in line:
+        bar.write(f"iteration {line['iteration']}: NaN or infinity; updates skipped: {line['skipped_updates']}")
+    if "left_out_images" in line:
+        bar.write(
+            f"iteration {line['iteration']}: NaN or infinity of teacher or fake score; images left out: "
+            f"{line['left_out_images']}"
+        )
