@@ -37,7 +37,7 @@ def measure(seconds: float) -> dict:
 
     device, teacher = torch.device("cpu"), teachers.load("mnist")
     config = TrainConfig().for_teacher(teacher)
-    machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
+    machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
     model, draws = distillation.build(config, teacher), distillation.make_draws(config, teacher, device)
     step, started, num_images = 0, time.perf_counter(), 0
     while time.perf_counter() - started < seconds:

@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks import loops
 from benchmarks.environment import describe
 from benchmarks.worker import Worker
-from fastdmd.distill import turns
+from fastdmd.distill import execution
 from fastdmd.runs.cli import resolve_device
 
 SUITE = [
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=int, default=10, help="guidance turns per generator turn")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"])
     parser.add_argument("--execution", default="auto", choices=["auto", "eager", "compiled", "captured"])
-    parser.add_argument("--compile-mode", default=turns.COMPILE_MODE, help="of torch.compile, for fastdmd on a GPU")
+    parser.add_argument("--compile-mode", default=execution.COMPILE_MODE, help="of torch.compile, for fastdmd on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="timed cycles of each loop")
     parser.add_argument("--compiled", action="store_true", help="the fair compiled loop too (minutes on a CPU)")
     parser.add_argument("--without", nargs="*", default=[], choices=["textbook", "fastdmd", "floor"], metavar="LOOP",

@@ -16,7 +16,7 @@ from benchmarks.fair import FairDMD2
 from benchmarks.floor import Floor, Recorder
 from benchmarks.textbook import textbook_like
 from fastdmd import teachers
-from fastdmd.distill import turns
+from fastdmd.distill import execution as execution_module
 from fastdmd.networks.unet import UNet
 from fastdmd.networks.unet_blocks import Conv3x3
 from fastdmd.runs import distillation, machine
@@ -31,22 +31,22 @@ class Loop:
     def __init__(self, name: str, arguments: argparse.Namespace, execution: str | None = None):
         self.device = device = resolve_device(arguments.device)
         teacher = make_teacher(arguments.preset, device)
-        self.config = config = TrainConfig(
+        self.config = config = TrainConfig().replace(
             batch_size=arguments.batch_size, dfake_gen_update_ratio=arguments.ratio, lr_schedule="constant",
             precision=arguments.precision, execution=execution or arguments.execution, generator_lr=1e-5,
-            guidance_lr=1e-5,
+            fake_score_lr=1e-5,
         ).for_teacher(teacher)  # fmt: skip
         self.name, self.ratio, self.step = name, arguments.ratio, 0
         self.draws = distillation.make_draws(config, teacher, device)
         if name == "fastdmd":
-            machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
-            turns.COMPILE_MODE = arguments.compile_mode
+            machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
+            execution_module.COMPILE_MODE = arguments.compile_mode
             self.model = distillation.build(config, teacher)
         elif name == "textbook":
             self.model = textbook_like(config, teacher)
         else:
             torch.backends.cudnn.benchmark = True  # as ours; the textbook loop has what PyTorch starts with
-            self.model = textbook_like(config, teacher, FairDMD2, bfloat16=config.precision == "bf16")
+            self.model = textbook_like(config, teacher, FairDMD2, bfloat16=config.compute.precision == "bf16")
 
     def cycle(self) -> float:
         self.synchronize()
@@ -108,7 +108,7 @@ class FastLoop(Loop):
 
     def facts(self) -> dict:
         return {
-            "execution": self.model.execution, "threads": torch.get_num_threads(),
+            "execution": self.model.executor.name, "threads": torch.get_num_threads(),
             "compute_dtype": str(self.model.generator_optimizer.parameters[0].dtype),
             "launches_per_turn": self.launches_per_turn(), "seconds_by_part": self.parts(),
             "seconds_by_op": self.ops(),
@@ -116,7 +116,7 @@ class FastLoop(Loop):
 
     def parts(self) -> dict[str, float]:
         """Seconds of an eager cycle by part; the medians of three cycles."""
-        loop = self if self.model.execution == "eager" else Loop("fastdmd", self.arguments, execution="eager")
+        loop = self if self.model.executor.name == "eager" else Loop("fastdmd", self.arguments, execution="eager")
         loop.cycle()
         rounds = []
         for _ in range(3):

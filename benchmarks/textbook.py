@@ -111,13 +111,22 @@ class TextbookDMD2:
 def textbook_like(config, teacher, loop=TextbookDMD2, **options):
     """The textbook loop with the settings of a `TrainConfig` with a constant learning rate."""
     config = config.for_teacher(teacher)
+    optimizer = config.optimizer
     return loop(
-        teacher, generator_lr=config.generator_lr, guidance_lr=config.guidance_lr, betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, ema_decay=config.ema_decay,
-        warmup_steps=-(-config.warmup_iterations // config.dfake_gen_update_ratio),
-        guidance_warmup_steps=config.warmup_iterations, conditioning_sigma=config.conditioning_sigma,
-        sigma_data=config.sigma_data, dfake_gen_update_ratio=config.dfake_gen_update_ratio, **options,
-    )  # fmt: skip
+        teacher,
+        generator_lr=optimizer.generator_lr,
+        guidance_lr=optimizer.fake_score_lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        ema_decay=optimizer.ema_decay,
+        warmup_steps=-(-optimizer.warmup_iterations // config.dfake_gen_update_ratio),
+        guidance_warmup_steps=optimizer.warmup_iterations,
+        conditioning_sigma=config.noise.conditioning_sigma,
+        sigma_data=config.noise.sigma_data,
+        dfake_gen_update_ratio=config.dfake_gen_update_ratio,
+        **options,
+    )
 
 
 def main():
@@ -133,7 +142,7 @@ def main():
     )
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    config = TrainConfig(batch_size=arguments.batch_size, lr_schedule="constant")
+    config = TrainConfig().replace(batch_size=arguments.batch_size, lr_schedule="constant")
     device = resolve_device(arguments.device)
     teacher = teachers.load("mnist", device=device)
     draws = distillation.make_draws(config, teacher, device)

@@ -28,7 +28,7 @@ from benchmarks.bench_step import SUITE
 from benchmarks.environment import describe
 from benchmarks.gpu_trace import read_trace, summarize
 from benchmarks.loops import Loop, matmul_peak
-from fastdmd.distill import turns
+from fastdmd.distill import execution
 
 DEFAULTS = {setting["preset"]: setting for setting in SUITE}
 TURNS = ("generator", "guidance", "generation")
@@ -47,7 +47,7 @@ def warm_up(loop: Loop) -> list[dict]:
 
     Iteration 0 compiles and tunes the networks. Raises RuntimeError if turns stay without a graph.
     """
-    wanted = set(TURNS[: 2 if loop.ratio == 1 else 3]) if loop.model.execution == "captured" else set()
+    wanted = set(TURNS[: 2 if loop.ratio == 1 else 3]) if loop.model.executor.name == "captured" else set()
     records, complete = [], False
     for _ in range(MAX_WARMUP_CYCLES):
         was_complete = complete
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ratio", type=int, help="guidance turns per generator turn; default: 10, 5 and 5")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"])
     parser.add_argument("--execution", default="auto", choices=["auto", "eager", "compiled", "captured"])
-    parser.add_argument("--compile-mode", default=turns.COMPILE_MODE, help="of torch.compile, on a GPU")
+    parser.add_argument("--compile-mode", default=execution.COMPILE_MODE, help="of torch.compile, on a GPU")
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args(arguments)
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     device, dtype = loop.device, loop.model.generator_optimizer.parameters[0].dtype
     result = {
         **describe(device.type), "settings": {k: v for k, v in vars(options).items() if k != "json"},
-        "execution": loop.model.execution, "compute_dtype": str(dtype),
+        "execution": loop.model.executor.name, "compute_dtype": str(dtype),
         "set_up_seconds": time.perf_counter() - started,
     }  # fmt: skip
     watch(loop, options.iterations, result, save)

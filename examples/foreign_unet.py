@@ -55,13 +55,14 @@ def main(out: Path = Path("foreign.safetensors"), training: int = 100, iteration
         optimizer.step(), optimizer.zero_grad()
 
     teacher = teachers.load(network, parameterization="x0", labels="one_hot")  # runs it once, to see that it fits
-    config = TrainConfig(iterations=iterations, batch_size=batch_size, warmup_iterations=0).for_teacher(teacher)
+    config = TrainConfig().replace(iterations=iterations, batch_size=batch_size, warmup_iterations=0)
+    config = config.for_teacher(teacher)
     model, draws = distillation.build(config, teacher), distillation.make_draws(config, teacher, torch.device("cpu"))
     for step in range(iterations):
         metrics = model.iterate(step, draws)
-    print(f"loss of the fake score after {iterations} iterations: {metrics.loss_fake.item():.3f}")
+    print(f"loss of the fake score after {iterations} iterations: {metrics['loss_fake'].item():.3f}")
 
-    average, level = model.generator_optimizer.ema_network, config.conditioning_sigma
+    average, level = model.generator_optimizer.ema_network, config.noise.conditioning_sigma
     save_network(out, average, kind="generator", conditioning_sigma=level)
     generator = load_generator(out, network=ForeignUNet)  # code is named, never taken from the file
     images = generator(torch.randn(10, 1, 28, 28), torch.arange(10))

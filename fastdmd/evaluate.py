@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
             outputs.require_file(config.out)
         machine.prepare(device)
         network, metadata = teachers.read(config.weights, config.adapter, device)
-        sampler = teachers.sampler_of(network, metadata, config.teacher_steps)
-        dataset = cli.load_data(config, network)
+        sampler = teachers.sampler_of(network, metadata, config.evaluation.teacher_steps)
+        dataset = config.data.load_named(network)
         evaluation = cli.make_evaluation(config, network, dataset, device)
     with cli.run_errors("fastdmd.evaluate", "measuring", ADVICE):
         row = evaluation.measure(sampler, name=metadata["kind"])

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from fastdmd import __version__, settings
+from fastdmd import __version__
 from fastdmd.diffusion import random_generator
 from fastdmd.files import replacing, write_atomically
 from fastdmd.networks.unet import UNet
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 from fastdmd.networks.weights import METADATA_KEY, load_network, save_network
 from fastdmd.runs import cli, outputs, terminal
-from fastdmd.runs.config import Switch
+from fastdmd.runs.config import CommandSettings
 from fastdmd.sampling import Generator, balanced_labels
 from fastdmd.settings import Positional, above
 
@@ -43,7 +43,7 @@ ONNX_BYTES = 1_500_000_000  # protobuf ends at 2 GiB; beyond this PyTorch writes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(CommandSettings):
     """Export a one-step generator, sampling included, and check what was written against it."""
 
     weights: Annotated[Path, Positional]
@@ -54,11 +54,6 @@ class ExportConfig:
     """Of the weights in a .safetensors file; programs are float32."""
     tolerance: Annotated[float, above(0, 1e9)] = 1e-3
     """The file is not kept if its images, in [-1, 1], differ by more from those of the same (rounded) weights."""
-    verbose: Switch = False
-    """Show the traceback of an error beneath its line, as FASTDMD_TRACEBACK=1 does."""
-
-    def check(self) -> None:
-        settings.check(self)
 
 
 @terminal.command("fastdmd.export")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 try:
     from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
@@ -13,13 +16,41 @@ except ModuleNotFoundError:  # commands alone need it; what they configure is al
     FlagCreatePairsOff = OmitArgPrefixes = Positional = Suppress = None
 
     class arg(NamedTuple):
-        name: str  # `check` reads it
+        name: str | None = None  # `check` reads it
+        aliases: tuple[str, ...] = ()
 
 
 __all__ = [
-    "Bounds", "FlagCreatePairsOff", "OmitArgPrefixes", "Positional", "Suppress", "above", "arg", "at_least", "check",
-    "within",
+    "Bounds", "OmitArgPrefixes", "Positional", "Settings", "Suppress", "Switch", "above", "arg", "at_least", "check",
+    "fail", "within",
 ]  # fmt: skip
+
+Switch = Annotated[bool, FlagCreatePairsOff]  # a flag without a value, and without a --no-flag beside it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user can turn of one room; rooms nest in the configuration of a command."""
+
+    def check(self) -> None:
+        """Raises ValueError for a value that cannot be, naming the flag, what was expected and what came."""
+        check(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """With other values, by the names of their flags, in whatever room: `config.replace(data="d", beta1=0.5)`.
+
+        Raises TypeError for a name that no flag has.
+        """
+        left = dict(changes)
+        replaced = _replaced(self, left)
+        if left:
+            raise TypeError(f"fastdmd.{type(self).__name__}: expected names of its settings, got {', '.join(left)}")
+        return replaced
+
+
+def fail(settings: Any, name: str, expected: str) -> NoReturn:
+    """Raises ValueError for the field `name`, under its flag."""
+    raise ValueError(f"expected --{_flag(settings, name)} {expected}, got {getattr(settings, name)}")
 
 
 class Bounds(NamedTuple):
@@ -71,16 +102,43 @@ def check(settings: Any) -> None:
     hints = get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        if isinstance(value, Settings):
+            value.check()
+            continue
         if dataclasses.is_dataclass(value):
             check(value)
             continue
-        metadata = list(_metadata(hints[field.name]))
-        bounds = next((entry for entry in metadata if isinstance(entry, Bounds)), None)
-        name = next((name for entry in metadata if (name := getattr(entry, "name", None))), field.name)
+        bounds = next((entry for entry in _metadata(hints[field.name]) if isinstance(entry, Bounds)), None)
         for item in value if isinstance(value, tuple) else (value,):
             expected = _fault(item, bounds)
             if expected is not None:
-                raise ValueError(f"expected --{name.replace('_', '-')} {expected}, got {value!r}")
+                raise ValueError(f"expected --{_flag(settings, field.name)} {expected}, got {value!r}")
+
+
+def _replaced(settings: Any, changes: dict[str, Any]) -> Any:
+    """Takes those of the changes that it knows."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = _replaced(value, changes)
+        for flag in _flags(settings, field.name):
+            if flag in changes:
+                values[field.name] = changes.pop(flag)
+    return dataclasses.replace(settings, **values)
+
+
+def _flag(settings: Any, name: str) -> str:
+    """The name of a field as a flag, which its annotation may say."""
+    return _flags(settings, name)[0].replace("_", "-")
+
+
+def _flags(settings: Any, name: str) -> list[str]:
+    """All of its names, as identifiers."""
+    metadata = list(_metadata(get_type_hints(type(settings), include_extras=True)[name]))
+    named = next((found for entry in metadata if (found := getattr(entry, "name", None))), name)
+    aliases = next((found for entry in metadata if (found := getattr(entry, "aliases", None))), ())
+    return [flag.lstrip("-").replace("-", "_") for flag in (named, *aliases)]
 
 
 def _metadata(hint: Any) -> Iterator[Any]:

@@ -15,10 +15,11 @@ from torch import nn
 
 from fastdmd import teachers
 from fastdmd.distill.budget import Budget, estimate
+from fastdmd.distill.optimization import warm_up_notice
 from fastdmd.memory import require_memory
 from fastdmd.networks.unet import UNet
 from fastdmd.runs import cli, distillation, machine, terminal
-from fastdmd.runs.config import TrainConfig, warm_up_notice
+from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import RunFolder, require_new
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
@@ -30,18 +31,17 @@ HOPELESS = 2  # times the memory that there is: no estimate is as wrong as that,
 @terminal.command("fastdmd.train")
 def main(arguments: list[str] | None = None) -> None:
     presets = {name: preset.config for name, preset in PRESETS.items()}
-    config = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
+    chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
     with cli.user_errors("fastdmd.train"):
-        device = cli.resolve_device(config.device)
-        config = dataclasses.replace(config, out=config.resolved_out)
-        if not config.dry_run:
-            require_new(config.out)
-        if (notice := warm_up_notice(config)) is not None:
+        device = cli.resolve_device(chosen.device)
+        if not chosen.dry_run and chosen.out is not None:
+            require_new(chosen.out)
+        if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
             terminal.say(notice)
-        teacher, metadata = load_teacher(config, device)
-        config = config.for_teacher(teacher, device)
-        machine.prepare(device, precision=config.precision, batch_size=config.batch_size)
-        dataset = cli.load_data(config, teacher)
+        teacher, metadata = load_teacher(chosen, device)
+        config = chosen.for_teacher(teacher, device)
+        machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
+        dataset = config.data.load_named(teacher)
         budget = budget_of(config, teacher, device)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
@@ -88,9 +88,11 @@ def load_teacher(config: TrainConfig, device: torch.device) -> tuple[nn.Module, 
     return teacher, metadata
 
 
-def budget_of(config: TrainConfig, teacher: nn.Module, device: torch.device) -> Budget | None:
+def budget_of(config: ResolvedTrainConfig, teacher: nn.Module, device: torch.device) -> Budget | None:
     """None where the teacher is somebody's module that does not run on meta tensors."""
-    eager = dataclasses.replace(config, execution="eager", compile=False)  # what meta tensors can do
+    eager = dataclasses.replace(
+        config, compute=dataclasses.replace(config.compute, execution="eager")
+    )  # as meta tensors
     try:
         return estimate(teacher, lambda network: distillation.build(eager, network), config.batch_size, device)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):

@@ -7,18 +7,20 @@ from typing import Annotated
 
 import pytest
 
-from fastdmd import diffusion, export, pretrain, settings
+from fastdmd import diffusion, export, settings
+from fastdmd.distill.optimization import warm_up_notice
 from fastdmd.networks.adapted import AdapterOptions, flag
 from fastdmd.runs import config
-from fastdmd.runs.config import warm_up_notice
+from fastdmd.runs.pretraining import PretrainConfig
 from fastdmd.teachers import TeacherOptions
 
 COMMANDS = {
-    "train": config.TrainConfig(), "pretrain": pretrain.PretrainConfig(),
+    "train": config.TrainConfig(), "pretrain": PretrainConfig(),
     "evaluate": config.EvaluateConfig(weights="a.safetensors"),
     "sample": config.SampleConfig(weights="a.safetensors"),
     "export": export.ExportConfig(weights=Path("a.safetensors"), out=Path("a.pt2")),
 }  # fmt: skip
+FLAGS = {"fake_score_lr": "guidance_lr"}  # that are not called as their settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,25 +59,31 @@ def test_values_at_the_bounds_are_good():
     settings.check(Settings(count=1, decay=0, rate=1e-300, share=0))  # 0 is a value of a float
 
 
+def values(default):
+    """Names and values of all settings, in whatever room they are."""
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        yield from values(value) if dataclasses.is_dataclass(value) else [(field.name, value)]
+
+
 def numbers():
     """Every number that a command takes, with an absurd value of its own type."""
     for command, default in COMMANDS.items():
-        for field in dataclasses.fields(default):
-            kind = str(field.type)
-            if kind == "bool" or "bool" in kind or "Switch" in kind or "str" in kind or "Literal" in kind:
+        for name, value in values(default):
+            if isinstance(value, tuple):
+                yield command, name, (10**12,)
+            elif isinstance(value, bool):
                 continue
-            if isinstance(value := getattr(default, field.name), tuple):
-                yield command, field.name, (10**12,)
             elif isinstance(value, int):
-                yield command, field.name, 10**12
+                yield command, name, 10**12
             elif isinstance(value, float):
-                yield from ((command, field.name, absurd) for absurd in (math.nan, math.inf, -math.inf, 1e308))
+                yield from ((command, name, absurd) for absurd in (math.nan, math.inf, -math.inf, 1e308))
 
 
 @pytest.mark.parametrize(("command", "name", "value"), list(numbers()))
 def test_no_number_is_without_bounds(command, name, value):
-    with pytest.raises(ValueError, match=f"expected --{name.replace('_', '-')} .*, got") as error:
-        dataclasses.replace(COMMANDS[command], **{name: value}).check()
+    with pytest.raises(ValueError, match=f"expected --{FLAGS.get(name, name).replace('_', '-')} .*, got") as error:
+        COMMANDS[command].replace(**{name: value}).check()
     assert "\n" not in str(error.value)
 
 
@@ -90,7 +98,7 @@ def test_all_commands_are_covered_and_their_defaults_are_good():
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf, 1e308])
 def test_optional_numbers_have_bounds_too(name, value):
     with pytest.raises(ValueError, match=f"expected --{name.replace('_', '-')} "):
-        config.TrainConfig(**{name: value}).check()
+        config.TrainConfig().replace(**{name: value}).check()
 
 
 @pytest.mark.parametrize(
@@ -115,11 +123,20 @@ def test_zero_is_not_the_default_of_a_noise_schedule():
 
 
 def test_a_warm_up_that_outlasts_the_run_is_told():
-    train = config.TrainConfig
-    assert warm_up_notice(train()) is None and warm_up_notice(pretrain.PretrainConfig()) is None
-    assert warm_up_notice(train(iterations=1, warmup_iterations=0)) is None
-    assert warm_up_notice(train(iterations=51, warmup_iterations=50)) is None
-    for configured in (train(iterations=20), train(iterations=50), pretrain.PretrainConfig(iterations=300)):
-        notice = warm_up_notice(configured)
-        assert f"warm-up takes {configured.warmup_iterations} iterations" in notice
-        assert f"ends after {configured.iterations}" in notice and "\n" not in notice
+    assert warm_up_notice(1600, 50) is None and warm_up_notice(51, 50) is None and warm_up_notice(1, 0) is None
+    for iterations, warmup_iterations in ((20, 50), (50, 50)):
+        notice = warm_up_notice(iterations, warmup_iterations)
+        assert f"warm-up takes {warmup_iterations} iterations" in notice
+        assert f"ends after {iterations}" in notice and "\n" not in notice
+
+
+def test_settings_are_replaced_in_whatever_room_they_are():
+    """By the names of their flags, old ones and new."""
+    changed = config.TrainConfig().replace(data="d", batch_size=4, beta1=0.5, sigma_data=2.0, teacher_sigma_data=3.0)
+    assert (changed.data.path, changed.batch_size, changed.optimizer.beta1) == ("d", 4, 0.5)
+    assert (changed.noise.sigma_data, changed.adapter.sigma_data) == (2.0, 3.0)
+    for name in ("guidance_lr", "fake_score_lr"):
+        assert config.TrainConfig().replace(**{name: 0.25}).optimizer.fake_score_lr == 0.25
+    assert changed.replace() == changed and changed.replace(beta1=0.9).optimizer.beta1 == 0.9
+    with pytest.raises(TypeError, match="fastdmd.TrainConfig: expected names of its settings, got optimiser, path"):
+        config.TrainConfig().replace(optimiser=1, path="d", seed=3)

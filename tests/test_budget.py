@@ -23,7 +23,7 @@ def dry_run(capsys, *arguments):
 
 
 def estimate(network, **changes):
-    config = TrainConfig(precision="fp32", **changes)
+    config = TrainConfig().replace(precision="fp32", **changes)
     return budget.estimate(network, lambda meta: distillation.build(config, meta), config.batch_size, CPU)
 
 
@@ -37,7 +37,7 @@ def test_dry_run_of_presets(preset, parameters, flops, capsys):
     # A part of the batch takes as many operations as the whole.
     resolved = dry_run(capsys, "--preset", preset, "--batch-size", "8", "--accumulation-steps", "1")
     assert resolved["preset"] == preset and resolved["dfake_gen_update_ratio"] == 5
-    assert resolved["conditioning_sigma"] == 80.0 and resolved["max_grad_norm"] == 10.0
+    assert resolved["noise"]["conditioning_sigma"] == 80.0 and resolved["optimizer"]["max_grad_norm"] == 10.0
     cost = resolved["budget"]
     assert cost["num_parameters"] == pytest.approx(parameters, rel=0.002)
     if flops:
@@ -50,8 +50,10 @@ def test_dry_run_of_presets(preset, parameters, flops, capsys):
 
 def test_imagenet_preset_is_the_published_one():
     config = PRESETS["imagenet64"].config
-    assert (config.batch_size, config.generator_lr, config.guidance_lr) == (280, 2e-6, 2e-6)
-    assert (config.beta1, config.beta2, config.weight_decay, config.step_range) == (0.9, 0.999, 0.01, (20, 980))
+    optimizer = config.optimizer
+    assert (config.batch_size, optimizer.generator_lr, optimizer.fake_score_lr) == (280, 2e-6, 2e-6)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.999, 0.01)
+    assert config.noise.step_range == (20, 980)
 
 
 @pytest.mark.parametrize("name", PRESETS)

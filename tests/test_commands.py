@@ -20,7 +20,8 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(teacher_fi
     train.main(["--teacher", str(teacher_file), "--preset", "mnist-reference", "--seed", "9", "--dry-run",
                 "--out", str(tmp_path / "run")])  # fmt: skip
     resolved = json.loads(capsys.readouterr().out)
-    assert resolved["dfake_gen_update_ratio"] == 10 and resolved["seed"] == 9 and resolved["generator_lr"] == 2e-4
+    assert resolved["dfake_gen_update_ratio"] == 10 and resolved["seed"] == 9
+    assert resolved["optimizer"]["generator_lr"] == 2e-4
     assert resolved["budget"]["num_parameters"] == sum(p.numel() for p in make_network().parameters())
     assert not (tmp_path / "run").exists()
 

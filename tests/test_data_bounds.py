@@ -12,8 +12,7 @@ from PIL import Image
 
 from fastdmd import data, pretrain
 from fastdmd.data import image_files, labels
-from fastdmd.runs import cli
-from fastdmd.runs.config import EvaluationConfig
+from fastdmd.data.settings import DataSettings
 
 GREY = pixels(1)[0]
 
@@ -110,7 +109,7 @@ def test_commands_ask_before_pixels(tmp_path, teacher_file, monkeypatch, capsys)
     assert exit_.value.code == 2 and "expected images of shape (1, 28, 28), got (1, 6, 6)" in capsys.readouterr().err
     network = type("Network", (), {"image_shape": (1, 28, 28), "num_classes": 10})
     with pytest.raises(ValueError, match=r"expected images of shape \(1, 28, 28\), got \(1, 6, 6\) in .*a.npz"):
-        cli.load_data(EvaluationConfig(data=source), network)
+        DataSettings(path=source).load_named(network)
 
 
 def test_descriptions_are_bounded_by_the_number_of_images(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import gc
 import pickle
@@ -43,7 +42,7 @@ def inputs(batch_size):
 class Small(torch.nn.Module):
     """Somebody else's denoiser; a look at a value breaks its graph where it is asked to."""
 
-    dynamics = "flow"
+    image_shape, num_classes, sigma_data, dynamics = (1, 8, 8), 0, 0.5, "flow"
 
     def __init__(self, breaks=False, dtype=torch.float32):
         super().__init__()
@@ -142,10 +141,10 @@ CONFIG = TrainConfig(batch_size=4, dfake_gen_update_ratio=3, iterations=12)
 
 
 def iterate(execution, device="cpu", steps=range(4), **changes):
-    config = dataclasses.replace(CONFIG, execution=execution, precision="fp32", **changes)
+    config = CONFIG.replace(execution=execution, precision="fp32", **changes)
     teacher = make_network(TINY).to(device)
     model, draws = distillation.build(config, teacher), distillation.make_draws(config, teacher, torch.device(device))
-    losses = [model.iterate(step, draws).loss_fake for step in steps]
+    losses = [model.iterate(step, draws)["loss_fake"] for step in steps]
     return model, losses
 
 
@@ -155,7 +154,7 @@ def test_a_model_is_freed_when_nobody_holds_it(traced, execution):
     gc.collect()
     model, _ = iterate(execution)
     dead = [weakref.ref(thing) for thing in (model, model.generator, model.generator_optimizer.ema_network,
-                                             model.fake_score.conv_in.weight, model._x_gen)]  # fmt: skip
+                                             model.fake_score.conv_in.weight, model.buffers.x_gen)]  # fmt: skip
     gc.disable()
     try:
         del model
@@ -170,11 +169,11 @@ def test_a_model_is_freed_when_nobody_holds_it(traced, execution):
 def test_a_copy_goes_on_as_the_model_does(traced, execution, copied):
     """Both from the midst of images made ahead, and each with its own weights and buffers."""
     model, _ = iterate(execution, steps=range(2))
-    model._stream = model._side_stream = (n for n in ())  # which no copy takes, as it takes no stream
+    model.executor._streams = (n for n in ())  # which no copy takes, as it takes no stream
     other = copied(model)
-    model._stream = model._side_stream = None
+    model.executor._streams = None
     draws = distillation.make_draws(CONFIG, model.teacher, torch.device("cpu"))
-    losses = [[one.iterate(step, draws).loss_fake.item() for step in range(2, 6)] for one in (model, other)]
+    losses = [[one.iterate(step, draws)["loss_fake"].item() for step in range(2, 6)] for one in (model, other)]
     assert losses[0] == losses[1]
     for network in ("generator", "fake_score"):
         for own, others in zip(*(getattr(one, network).parameters() for one in (model, other)), strict=True):
@@ -254,12 +253,12 @@ def test_captured_shapes_alternate_and_leave_no_memory(float32_units):
     for _ in range(2):
         models = [iterate(execution, "cuda", steps=())[0] for execution in ("eager", "captured")]
         for batch_size, ratio in ((4, 3), (6, 5), (4, 2)):
-            config = dataclasses.replace(CONFIG, batch_size=batch_size)
+            config = CONFIG.replace(batch_size=batch_size)
             draws = distillation.make_draws(config, models[0].generator, torch.device("cuda"))
             for step in range(4 * ratio):
                 for model in models:
                     model.dfake_gen_update_ratio = ratio
-                eager, captured = (model.iterate(step, draws).loss_fake.item() for model in models)
+                eager, captured = (model.iterate(step, draws)["loss_fake"].item() for model in models)
                 assert captured == pytest.approx(eager, rel=1e-2), (batch_size, ratio, step)
             assert models[1].captured_turns == {"generator", "guidance", "generation"}
         del models, model

@@ -51,14 +51,14 @@ def test_generation_starts_from_pure_noise():
     network = make_network(FLOW).double()
     _, noise, _, labels = batch()
     config = TrainConfig().for_teacher(network)
-    assert config.dynamics == "flow" and config.conditioning_sigma == 1e6
-    x_gen = Generator(network, (config.conditioning_sigma,))(noise, labels)
+    assert config.noise.dynamics == "flow" and config.noise.conditioning_sigma == 1e6
+    x_gen = Generator(network, (config.noise.conditioning_sigma,))(noise, labels)
     v = network.raw(noise, torch.full((3,), 1000.0, dtype=torch.float64), labels)
     torch.testing.assert_close(x_gen, noise - v, rtol=1e-3, atol=1e-4)
 
 
 def test_levels_are_logit_normal():
-    config = TrainConfig(time_mean=-0.5, time_std=2.0, batch_size=512)
+    config = TrainConfig().replace(time_mean=-0.5, time_std=2.0, batch_size=512)
     draws = distillation.make_draws(config, make_network(FLOW), CPU)
     sigma = torch.cat([draws(step).fake_sigma for step in range(40)]).double()
     logit = torch.logit(sigma / (1 + sigma))
@@ -69,7 +69,7 @@ def test_levels_are_logit_normal():
 
 def test_other_dynamics_than_the_teachers_are_refused():
     with pytest.raises(ValueError, match="expected --dynamics flow, as the teacher was trained, got edm"):
-        TrainConfig(dynamics="edm").for_teacher(make_network(FLOW))
+        TrainConfig().replace(dynamics="edm").for_teacher(make_network(FLOW))
 
 
 def test_a_velocity_network_learns_digits():
@@ -115,12 +115,24 @@ def test_a_velocity_teacher_is_distilled():
     torch.testing.assert_close(*samples, rtol=1e-3, atol=1e-3)
 
     evaluation = Evaluation((1, 28, 28), 10, num_samples=200)
-    config = TrainConfig(iterations=60, batch_size=24, dfake_gen_update_ratio=2, warmup_iterations=5, generator_lr=6e-4,
-                         guidance_lr=1.2e-3, ema_decay=0.9, conditioning_sigma=80.0).for_teacher(teacher)  # fmt: skip
+    config = (
+        TrainConfig()
+        .replace(
+            iterations=60,
+            batch_size=24,
+            dfake_gen_update_ratio=2,
+            warmup_iterations=5,
+            generator_lr=6e-4,
+            fake_score_lr=1.2e-3,
+            ema_decay=0.9,
+            conditioning_sigma=80.0,
+        )
+        .for_teacher(teacher)
+    )
     model, draws = distillation.build(config, teacher), distillation.make_draws(config, teacher, CPU)
 
     def measure():
-        sampler = Generator(model.generator_optimizer.ema_network, (config.conditioning_sigma,))
+        sampler = Generator(model.generator_optimizer.ema_network, (config.noise.conditioning_sigma,))
         return evaluation.measure(sampler, name="generator")
 
     before = measure()

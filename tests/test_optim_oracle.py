@@ -141,7 +141,7 @@ def test_any_configuration_is_torch_adamw(configuration):
 
 TINY = UNetConfig(image_size=8, num_classes=3, model_channels=8, channel_multipliers=(1,), num_blocks=1,
                   attention_resolutions=())  # fmt: skip
-OPTIONS = dict(generator_lr=1e-3, guidance_lr=2e-3, weight_decay=0.02, max_grad_norm=0.5, warmup_steps=3,
+OPTIONS = dict(generator_lr=1e-3, fake_score_lr=2e-3, weight_decay=0.02, max_grad_norm=0.5, warmup_steps=3,
                guidance_warmup_steps=7, ema_decay=0.9, dfake_gen_update_ratio=3)  # fmt: skip
 RATES = OPTIONS["generator_lr"], OPTIONS["guidance_lr"]
 NETWORK_OPS = {"group_norm_silu": GroupNormSiLU, "group_norm": GroupNorm, "conv3x3": Conv3x3}

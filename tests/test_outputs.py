@@ -13,9 +13,12 @@ from conftest import make_network
 from tiny_runs import QUICK
 
 from fastdmd import evaluate, export, files, pretrain, quality, sample, teachers, train
+from fastdmd.data.settings import DataSettings
 from fastdmd.networks.weights import save_network
+from fastdmd.quality.settings import EvaluationSettings
 from fastdmd.runs import cli, outputs
 from fastdmd.runs.config import EvaluateConfig, SampleConfig, TrainConfig
+from fastdmd.runs.pretraining import PretrainConfig
 from fastdmd.teachers import TeacherOptions
 
 
@@ -186,7 +189,16 @@ def test_what_lies_beside_an_input_may_be_written(inputs):
 
 def test_every_setting_that_could_be_a_path_is_known():
     """As something to read, or as none: a new one has to be sorted here."""
-    configs = [EvaluateConfig, SampleConfig, TrainConfig, pretrain.PretrainConfig, export.ExportConfig, TeacherOptions]
+    configs = [
+        EvaluateConfig,
+        SampleConfig,
+        TrainConfig,
+        PretrainConfig,
+        export.ExportConfig,
+        TeacherOptions,
+        DataSettings,
+        EvaluationSettings,
+    ]
     fields = [field for config in configs for field in dataclasses.fields(config)]
     texts = {field.name for field in fields if re.search(r"\b(str|Path)\b", str(field.type))}
     assert texts - set(cli.INPUTS) == {"out", "device", "weights_key"} and set(cli.INPUTS) <= texts

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_network
 
-from fastdmd.distill import turns as step_module
+from fastdmd.distill import ahead as ahead_module
 from fastdmd.distill.turns import DMD2
 from fastdmd.networks.unet import UNetConfig
 from fastdmd.optim import AdamWEMA
@@ -20,20 +20,27 @@ from fastdmd.runs import distillation, precision
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.precision import resolve_execution, resolve_precision
 
-CONFIG = TrainConfig(batch_size=6, dfake_gen_update_ratio=3, warmup_iterations=2, iterations=12, generator_lr=1e-3,
-                     guidance_lr=2e-3, ema_decay=0.9)  # fmt: skip
+CONFIG = TrainConfig().replace(
+    batch_size=6,
+    dfake_gen_update_ratio=3,
+    warmup_iterations=2,
+    iterations=12,
+    generator_lr=1e-3,
+    fake_score_lr=2e-3,
+    ema_decay=0.9,
+)
 CPU = torch.device("cpu")
 
 
 def run(teacher, num_iterations=7, change=lambda step, model: None, **changes):
     """A model after some iterations, and the losses on the way."""
-    config = dataclasses.replace(CONFIG, **changes)
+    config = CONFIG.replace(**changes)
     draws = distillation.make_draws(config, teacher, next(teacher.parameters()).device)
     model, losses = distillation.build(config, copy.deepcopy(teacher)), []
     for step in range(num_iterations):
         change(step, model)
         metrics = model.iterate(step, draws)
-        losses.append([metrics.loss_fake.item(), metrics.loss_dm.item() if metrics.loss_dm is not None else None])
+        losses.append([metrics["loss_fake"].item(), metrics["loss_dm"].item() if "loss_dm" in metrics else None])
     return model, losses
 
 
@@ -53,10 +60,10 @@ def difference(model, other, teacher):
 def test_images_made_ahead_are_the_same(teacher, monkeypatch):
     """Chunks of two iterations against one at a time: the same numbers to rounding."""
     ahead, losses = run(teacher)
-    assert ahead._chunk == 2
-    monkeypatch.setattr(step_module, "MAX_IMAGES_AHEAD", 6)
+    assert ahead.images_ahead == 2
+    monkeypatch.setattr(ahead_module, "MAX_IMAGES_AHEAD", 6)
     single, expected = run(teacher)
-    assert single._chunk == 1
+    assert single.images_ahead == 1
     for got, want in zip(losses, expected, strict=True):
         assert got[0] == pytest.approx(want[0], rel=1e-5)
     assert difference(ahead, single, teacher) < 1e-3
@@ -65,22 +72,22 @@ def test_images_made_ahead_are_the_same(teacher, monkeypatch):
 def test_chunks_end_where_the_generator_moves(teacher, monkeypatch):
     """A ratio of 10 has 9 iterations between: chunks of 9, 3 or 1, never one that reaches past a generator turn."""
     for limit, chunk in ((60, 9), (53, 3), (17, 1), (1, 1)):
-        monkeypatch.setattr(step_module, "MAX_IMAGES_AHEAD", limit)
-        assert run(teacher, 1, dfake_gen_update_ratio=10)[0]._chunk == chunk
+        monkeypatch.setattr(ahead_module, "MAX_IMAGES_AHEAD", limit)
+        assert run(teacher, 1, dfake_gen_update_ratio=10)[0].images_ahead == chunk
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(teacher):
     whole, losses = run(teacher)
     parts, same_losses = run(teacher, accumulation_steps=3)
-    assert len(parts._parts) == 3 and len(parts._parts[0].noise) == 2
+    assert len(parts.buffers.parts) == 3 and len(parts.buffers.parts[0].draws.noise) == 2
     torch.testing.assert_close(torch.tensor([a for a, _ in losses]), torch.tensor([a for a, _ in same_losses]))
     assert difference(parts, whole, teacher) < 2e-3
 
 
 def test_batch_that_does_not_divide(teacher):
-    model = distillation.build(dataclasses.replace(CONFIG, accumulation_steps=3, batch_size=6), teacher)
+    model = distillation.build(CONFIG.replace(accumulation_steps=3, batch_size=6), teacher)
     with pytest.raises(ValueError, match="expected a batch that 3 accumulation steps divide, got 4"):
-        model.iterate(0, distillation.make_draws(dataclasses.replace(CONFIG, batch_size=4), teacher, CPU))
+        model.iterate(0, distillation.make_draws(CONFIG.replace(batch_size=4), teacher, CPU))
 
 
 def test_iterations_may_start_anywhere(teacher):
@@ -90,19 +97,19 @@ def test_iterations_may_start_anywhere(teacher):
     model.iterate(5, draws)
     fresh = distillation.build(CONFIG, copy.deepcopy(teacher))
     x_gen = fresh.generator(80 * draws(5).noise, torch.full((6,), 80.0), draws(5).class_labels)
-    torch.testing.assert_close(model._x_gen, x_gen.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.buffers.x_gen, x_gen.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_change_of_shape_and_ratio(teacher):
     """Buffers follow the batch, chunks the ratio; nothing stale is read."""
-    small = dataclasses.replace(CONFIG, batch_size=4)
+    small = CONFIG.replace(batch_size=4)
     model, draws = distillation.build(CONFIG, copy.deepcopy(teacher)), distillation.make_draws(CONFIG, teacher, CPU)
     model.iterate(0, draws)
     model.iterate(1, distillation.make_draws(small, teacher, CPU))
-    assert model._x_gen.shape[0] == 4
+    assert model.buffers.x_gen.shape[0] == 4
     model.dfake_gen_update_ratio = 2
     metrics = model.iterate(2, draws)
-    assert metrics.loss_dm is not None and model._x_gen.shape[0] == 6 and model._chunk == 1
+    assert "loss_dm" in metrics and model.buffers.x_gen.shape[0] == 6 and model.images_ahead == 1
 
 
 def test_learning_rate_follows_the_host(teacher):
@@ -142,7 +149,7 @@ def test_a_new_function_of_the_same_draws_makes_no_image_again():
         draws, model = distillation.make_draws(CONFIG, teacher, CPU), distillation.build(CONFIG, copy.deepcopy(teacher))
         sizes = []
         model.generator.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-        return [model.iterate(step, wrap(draws)).loss_fake.item() for step in range(5)], sum(sizes)
+        return [model.iterate(step, wrap(draws))["loss_fake"].item() for step in range(5)], sum(sizes)
 
     assert iterate(lambda draws: draws) == iterate(lambda draws: lambda step: draws(step))
 
@@ -152,7 +159,7 @@ def test_a_new_function_of_the_same_draws_makes_no_image_again():
 def test_a_new_function_of_other_draws_is_followed(change, others_at):
     """In the middle of a chunk, whichever of its tensors differs, there and back: as one function all along."""
     teacher = make_network(TINY)
-    draws, others = (distillation.make_draws(dataclasses.replace(CONFIG, seed=seed), teacher, CPU) for seed in (0, 1))
+    draws, others = (distillation.make_draws(CONFIG.replace(seed=seed), teacher, CPU) for seed in (0, 1))
 
     def changed(step):
         other = others(step)
@@ -163,7 +170,7 @@ def test_a_new_function_of_other_draws_is_followed(change, others_at):
 
     def iterate(function_at, steps=range(5)):
         model = distillation.build(CONFIG, copy.deepcopy(teacher))
-        return [model.iterate(step, function_at(step)).loss_fake.item() for step in steps]
+        return [model.iterate(step, function_at(step))["loss_fake"].item() for step in steps]
 
     got, first = iterate(choose), min(others_at)
     assert got == iterate(lambda _: lambda step: choose(step)(step))
@@ -178,7 +185,7 @@ def assert_same_training(teacher, num_iterations, execution, *, tolerance, **cha
     """Losses and weights after these iterations, against eager execution."""
     eager, losses = run(teacher, num_iterations, **changes, execution="eager")
     other, same = run(teacher, num_iterations, **changes, execution=execution)
-    assert other.execution == execution
+    assert other.executor.name == execution
     for got, want in zip(same, losses, strict=True):
         assert got[0] == pytest.approx(want[0], rel=tolerance)
     assert difference(other, eager, teacher) < 10 * tolerance
@@ -200,12 +207,10 @@ def test_executions_agree_on_a_gpu(teacher, execution, precision, float32_units)
 @pytest.mark.cuda
 def test_captured_turns_see_what_changes(teacher, float32_units):
     """Learning rate, ratio and shape, changed between replays."""
-    draws = [distillation.make_draws(dataclasses.replace(CONFIG, batch_size=B), teacher, torch.device("cuda"))
+    draws = [distillation.make_draws(CONFIG.replace(batch_size=B), teacher, torch.device("cuda"))
              for B in (6, 4)]  # fmt: skip
     models = [
-        distillation.build(
-            dataclasses.replace(CONFIG, execution=execution, precision="fp32"), copy.deepcopy(teacher).cuda()
-        )
+        distillation.build(CONFIG.replace(execution=execution, precision="fp32"), copy.deepcopy(teacher).cuda())
         for execution in ("eager", "captured")
     ]
     for step in range(30):
@@ -215,7 +220,7 @@ def test_captured_turns_see_what_changes(teacher, float32_units):
             if step == 20:
                 model.dfake_gen_update_ratio = 2
         eager, captured = (model.iterate(step, draws[step >= 25]) for model in models)
-        assert captured.loss_fake.item() == pytest.approx(eager.loss_fake.item(), rel=1e-3), step
+        assert captured["loss_fake"].item() == pytest.approx(eager["loss_fake"].item(), rel=1e-3), step
 
 
 def test_nothing_grows(teacher):
@@ -226,7 +231,7 @@ def test_nothing_grows(teacher):
     def state():
         gc.collect()
         tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
-        return len(tensors), model._x_gen.data_ptr(), model._inputs.noise.data_ptr()
+        return len(tensors), model.buffers.x_gen.data_ptr(), model.buffers.inputs.noise.data_ptr()
 
     for step in range(6):
         model.iterate(step, draws)
@@ -296,7 +301,7 @@ with FakeTensorMode():
         model = DMD2(fake_cuda.fake(network), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=3,
                      generator_options=dict(learning_rate=1e-3, ema_decay=0.9, max_grad_norm=1.0, groups=groups),
                      guidance_options=dict(learning_rate=1e-3, max_grad_norm=1.0), **options)
-        model._execute = execute
+        model.executor.run = execute
         for step in range(5):
             metrics = model.iterate(step, draws)
         for wrong in (lambda x: x.copy_(torch.ones(3)), lambda x: torch.ones(3).to(x.device), lambda x: x.cpu()):
@@ -306,8 +311,8 @@ with FakeTensorMode():
                 assert "'cpu'" in str(error), error
             else:
                 raise AssertionError("a copy went unnoticed")
-        assert metrics.loss_fake.device.type == "cuda" and model.generator.conv_in.weight.grad.device.type == "cuda"
-        for sync in (lambda: metrics.loss_fake.item(), lambda: bool(metrics.fake_grad_norm > 1)):
+        assert metrics["loss_fake"].device.type == "cuda" and model.generator.conv_in.weight.grad.device.type == "cuda"
+        for sync in (lambda: metrics["loss_fake"].item(), lambda: bool(metrics["fake_grad_norm"] > 1)):
             try:
                 sync()
             except DataDependentOutputException:

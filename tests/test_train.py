@@ -36,7 +36,7 @@ def test_run_folder_holds_what_it_should(teacher_file, tmp_path, capsys):
     assert summary["versions"]["torch"] == torch.__version__ and summary["seconds"] > 0
 
     config = json.loads((out / "config.json").read_text())
-    assert config["iterations"] == 4 and config["teacher"] == str(teacher_file) and config["rho"] == 7.0
+    assert config["iterations"] == 4 and config["teacher"] == str(teacher_file) and config["noise"]["rho"] == 7.0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [2, 4]
     assert all(np.isfinite(list(line.values())).all() and line["loss_fake"] > 0 for line in lines)

@@ -62,8 +62,8 @@ def estimate(teacher: nn.Module, build: Callable[[nn.Module], DMD2], batch_size:
     """
     meta = copy.deepcopy(teacher).to("meta")
     memory, model, flops = _dry_run(meta, build, batch_size)
-    ratio, ahead = model.dfake_gen_update_ratio, model._chunk * batch_size
-    generation = flops["generation"] // model._chunk
+    ratio, ahead = model.dfake_gen_update_ratio, model.images_ahead * batch_size
+    generation = flops["generation"] // model.images_ahead
     iteration = flops["guidance"] + (flops["generator"] + (ratio - 1) * generation) // ratio
     available, largest = available_bytes(device), None
     if available is not None and memory.peak > available:
@@ -93,11 +93,14 @@ def _dry_run(meta: nn.Module, build: Callable[[nn.Module], DMD2], batch_size: in
     """Memory, the model, and the FLOPs of each kind of turn."""
     with Allocations() as memory:
         model = build(meta)
-        model._load(_draws(meta, batch_size))
+        model.load(_draws(meta, batch_size))
         memory.state = memory.live() + sum(p.numel() * p.element_size() for p in meta.parameters())
         memory.most = before = memory.live()
-        turns = {"generator": model._run_generator_turn, "guidance": model._run_guidance_turn,
-                 "generation": model._run_generation}  # fmt: skip
+        turns = {
+            "generator": model.generator_turn,
+            "guidance": model.guidance_turn,
+            "generation": model.generation,
+        }
         flops = {name: _flops(run) for name, run in turns.items()}
         memory.peak = memory.state + memory.most - before
     return memory, model, flops

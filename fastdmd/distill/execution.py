@@ -1,19 +1,95 @@
-"""How networks and turns are executed on a GPU: networks by torch.compile, turns as CUDA graphs."""
+"""How networks and turns are executed: eager, compiled by torch.compile, or whole turns as CUDA graphs beside."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastdmd.diffusion import Denoiser
 
+Execution = Literal["eager", "compiled", "captured"]
+# Of torch.compile on a GPU; read when an Executor is made. CUDA graphs are "captured" execution's own. On an H200,
+# beside other work, the first iteration of the MNIST networks took 53 s like this; "max-autotune-no-cudagraphs", which
+# times every convolution, was not done with the first network after 60 s.
+COMPILE_MODE = "default"
 NUM_WARMUP_CALLS = 2  # of a captured turn: they validate, compile and allocate; the next one captures
 
 _numbers = itertools.count()
+
+
+class Executor:
+    """How the networks and turns of one model run.
+
+    `name`: "eager"; "compiled", every network by `torch.compile`; "captured" (CUDA), compiled networks and each whole
+    turn one CUDA graph, where what does not depend on each other runs side by side on two streams. Raises ValueError
+    for another name, and for captured turns on a CPU.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        if name not in get_args(Execution):
+            raise ValueError(f"fastdmd.DMD2: expected execution out of {', '.join(get_args(Execution))}, got {name}")
+        if name == "captured" and device.type != "cuda":
+            raise ValueError(f"fastdmd.DMD2: expected a CUDA device for captured execution, got {device}")
+        self.name, self.device = name, device
+        self._compiler = Compiler(COMPILE_MODE if device.type == "cuda" else None)
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None  # of the turns, and beside them
+        self._turns: dict[str, CapturedTurn] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have streams and graphs of their own."""
+        return vars(self) | {"_streams": None, "_turns": {}}
+
+    def denoiser(self, network: Denoiser) -> Denoiser:
+        """The network, as the turns call it."""
+        return network if self.name == "eager" else CompiledNetwork(network, self._compiler)
+
+    def renew(self, turns: tuple[str, ...], turns_beside: tuple[str, ...]) -> None:
+        """For turns over new buffers, which need other graphs."""
+        if self.name != "captured":
+            return
+        torch.cuda.synchronize(self.device)  # what runs still reads the buffers and graphs that go now
+        if self._streams is None:
+            self._streams = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        self._turns = {}
+        for stream, names in zip(self._streams, (turns, turns_beside), strict=True):
+            pool = torch.cuda.graph_pool_handle()
+            self._turns |= {name: CapturedTurn(stream, pool) for name in names}
+
+    def run(self, name: str, turn: Callable[[], None]) -> None:
+        """Runs a turn, or the graph that it has become. Keeps no reference to it, and so none to its model."""
+        captured = self._turns.get(name)
+        if captured is None:
+            turn()
+        else:
+            captured(turn)
+
+    @property
+    def captured(self) -> frozenset[str]:
+        """The turns that are CUDA graphs by now."""
+        return frozenset(name for name, turn in self._turns.items() if turn.is_captured)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is inside may run beside what follows, up to `join`, where turns are captured.
+
+        What each stream makes is freed when both have met again, and its memory goes to later work of that stream.
+        """
+        if self._streams is None:
+            yield
+            return
+        self._streams[1].wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._streams[1]):
+            yield
+
+    def join(self) -> None:
+        """Lets what comes next wait for what runs beside."""
+        if self._streams is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._streams[1])
 
 
 class Compiler:
@@ -26,7 +102,8 @@ class Compiler:
     """
 
     def __init__(self, mode: str | None):
-        self._mode, self._forwards = mode, {}
+        self._mode = mode
+        self._forwards: dict[tuple[torch.Size, bool], Callable[..., Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which compile for themselves."""
@@ -46,7 +123,9 @@ class CompiledNetwork:
     """A compiled denoiser. Hooks on the network are traced, its own alone; with other hooks it is traced anew."""
 
     def __init__(self, network: Denoiser, compiler: Compiler):
-        self.dynamics = network.dynamics
+        self.image_shape, self.num_classes = network.image_shape, network.num_classes
+        self.sigma_data, self.dynamics = network.sigma_data, network.dynamics
+        self.is_one_graph = getattr(network, "is_one_graph", False)
         self._network, self._compiler = network, compiler
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -78,7 +157,8 @@ class CapturedTurn:
 
     def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int]):
         self._stream, self._pool = stream, pool
-        self._num_calls, self._graph = 0, None
+        self._num_calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
     def is_captured(self) -> bool:

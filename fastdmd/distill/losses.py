@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,9 +11,12 @@ from torch import Tensor
 from fastdmd import ops
 from fastdmd.diffusion import Denoiser
 
+Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, class_labels)
 
-def generator_loss(x_gen: Tensor, teacher: Denoiser, fake_score: Denoiser, class_labels: Tensor | None, *,
-                   sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+
+def generator_loss(
+    x_gen: Tensor, teacher: Denoise, fake_score: Denoise, class_labels: Tensor | None, *, sigma: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
     """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone, and the share of samples it left out.
 
     Noises `x_gen`, lets both networks denoise it, and compares (see `ops.dm_loss`, which takes a sample for which

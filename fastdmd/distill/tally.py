@@ -47,6 +47,10 @@ class Tally:
         self._counts[1:3] += ~good
         self._counts[2] *= ~good
 
+    def scalars(self) -> dict[str, Tensor]:
+        """Those of the last turn, 0-dim each, until the next one."""
+        return dict(zip(self.names, self.latest, strict=True))
+
     def read(self) -> Reading:
         """Waits for the device; the next reading starts from here."""
         *sums, num_good, num_bad, num_bad_in_a_row, left_out = torch.cat([self._sums, self._counts]).tolist()

@@ -15,18 +15,18 @@ from typing import Any, TypeVar
 import torch
 
 from fastdmd import data, ops
-from fastdmd.runs import outputs, terminal
-from fastdmd.networks.adapted import Adapted
-from fastdmd.memory import SMALLER
-from fastdmd.runs.config import EvaluationConfig
 from fastdmd.diffusion import Denoiser
+from fastdmd.memory import SMALLER
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.unet import UNet
 from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
-from fastdmd.networks.unet import UNet
+from fastdmd.runs import outputs, terminal
+from fastdmd.runs.config import CommandConfig, CommandSettings
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=CommandSettings)
 # Fields of configurations that name what is read.
-INPUTS = ("weights", "network", "teacher", "init", "data", "labels", "feature_network", "reference")
+INPUTS = ("weights", "network", "teacher", "init", "path", "labels", "feature_network", "reference")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # that no flag causes
 
 OUT_OF_MEMORY = re.compile(
@@ -116,7 +116,8 @@ def parse(config_class: type[Config], command: str, arguments: list[str] | None 
         with terminal.readable_width():
             config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
         config.check()
-        if (out := getattr(config, "resolved_out", config.out)) is not None:
+        config = config.placed()
+        if (out := getattr(config, "out", None)) is not None:
             outputs.require_apart(out, inputs(config))
         return config
 
@@ -150,30 +151,28 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def make_evaluation(config: EvaluationConfig, network: Denoiser, dataset: data.Dataset | None,
-                    device: torch.device) -> Evaluation | None:  # fmt: skip
+def make_evaluation(
+    config: CommandConfig, network: Denoiser, dataset: data.Dataset | None, device: torch.device
+) -> Evaluation | None:
     """What the final figures are measured with; None where the user wants none."""
-    if config.num_samples == 0:
+    settings = config.evaluation
+    if settings.num_samples == 0:
         return None
     evaluation = Evaluation(
-        network.image_shape, network.num_classes, num_samples=config.num_samples, dataset=dataset,
-        feature_network=config.feature_network, reference=config.reference, seed=config.seed, device=device,
-    )  # fmt: skip
+        network.image_shape,
+        network.num_classes,
+        num_samples=settings.num_samples,
+        dataset=dataset,
+        feature_network=settings.feature_network,
+        reference=settings.reference,
+        seed=config.seed,
+        device=device,
+    )
     for notice in evaluation.notices:
         terminal.say(notice)
     if dataset is not None and evaluation.floor.num_images:
         print(f"measured against {len(dataset)} images of {dataset.name}")
     return evaluation
-
-
-def load_data(config: EvaluationConfig, network: Denoiser) -> data.Dataset | None:
-    """The user's images, checked against the network; None where none were named. They need no labels."""
-    if config.data is None:
-        return None
-    return data.load(
-        config.data, labels=config.labels, resize=config.resize, crop=config.crop, image_shape=network.image_shape,
-        num_classes=network.num_classes, labels_optional=True,
-    )  # fmt: skip
 
 
 def to_json(config: Any) -> dict[str, Any]:

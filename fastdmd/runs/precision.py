@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import warnings
+from typing import Annotated, Literal
 
 import torch
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
-EXECUTIONS = ("auto", "eager", "compiled", "captured")
+from fastdmd.distill.execution import Execution
+from fastdmd.settings import Settings, Switch, at_least, fail
+
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeSettings(Settings):
+    """What networks compute in, and how turns run."""
+
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """What the networks compute in; weights are kept in float32. auto: bf16 on a GPU, fp32 on a CPU."""
+    execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
+    """How turns run. auto: captured (compiled networks, a CUDA graph per turn) on a GPU, eager on a CPU."""
+    compile: Switch = False
+    """Short for --execution compiled."""
+    accumulation_steps: Annotated[int, at_least(1, 10**6)] = 1
+    """Parts that a batch is processed in: less memory, the same gradient."""
+
+    def check(self) -> None:
+        super().check()
+        if self.compile and self.execution not in ("auto", "compiled"):
+            fail(self, "execution", "compiled with --compile")
+
+    def for_device(self, device: torch.device) -> Compute:
+        """With the defaults of the device filled in. Raises ValueError for what it cannot do."""
+        return Compute(
+            precision=resolve_precision(self.precision, device),
+            execution="compiled" if self.compile else resolve_execution(self.execution, device),
+            compile=self.compile,
+            accumulation_steps=self.accumulation_steps,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute(ComputeSettings):
+    """`ComputeSettings` with nothing left open."""
+
+    precision: Precision = dataclasses.field()
+    execution: Execution = dataclasses.field()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the networks compute in; None leaves them as they are. Weights, moments and averages are float32."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+
+def resolve_precision(name: Literal["auto", "fp32", "tf32", "bf16"], device: torch.device) -> Precision:
     """`auto` is bf16 on a GPU and fp32 on a CPU. Raises ValueError for TF32 where there are no such units.
 
     Warns of bf16 on a CPU without its instructions. There oneDNN emulates it: convolutions of 16 to 96 channels, 14x14,
@@ -34,15 +79,10 @@ def has_bfloat16_arithmetic() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def resolve_execution(name: str, device: torch.device) -> str:
+def resolve_execution(name: Literal["auto", "eager", "compiled", "captured"], device: torch.device) -> Execution:
     """`auto` is captured on a GPU; on a CPU, where compiling takes minutes, eager."""
     if name == "auto":
         return "captured" if device.type == "cuda" else "eager"
     if name == "captured" and device.type != "cuda":
         raise ValueError(f"expected --execution eager or compiled on {device}, got captured")
     return name
-
-
-def compute_dtype(precision: str) -> torch.dtype | None:
-    """Of the networks; None leaves them as they are. Weights, moments and averages are float32 in any case."""
-    return torch.bfloat16 if precision == "bf16" else None

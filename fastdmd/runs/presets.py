@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
-from fastdmd.runs.config import TrainConfig
+from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.networks.unet_config import UNetConfig
+from fastdmd.quality.settings import EvaluationSettings
+from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.precision import ComputeSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,33 +36,62 @@ ADM = UNetConfig(
 # AdamW, clipping and warm-up are published. The number of iterations and the average of the weights, which DMD2 does
 # without, are ours.
 IMAGENET64 = TrainConfig(
-    preset="imagenet64", teacher=None, iterations=200_000, batch_size=280, accumulation_steps=7,
-    dfake_gen_update_ratio=5, generator_lr=2e-6, guidance_lr=2e-6, lr_schedule="constant", warmup_iterations=500,
-    max_grad_norm=10.0, ema_decay=0.999, log_every=100, snapshots=50, num_samples=50_000,
-)  # fmt: skip
-# No settings are published for the smaller data sets. Ours, not validated: ImageNet's, with learning rates for
-# networks of a fifth of its size and a batch that one GPU holds.
-SMALL = dict(iterations=100_000, batch_size=128, accumulation_steps=1, generator_lr=1e-5, guidance_lr=1e-5)
+    preset="imagenet64",
+    teacher=None,
+    iterations=200_000,
+    batch_size=280,
+    dfake_gen_update_ratio=5,
+    optimizer=OptimizerSettings(
+        generator_lr=2e-6,
+        fake_score_lr=2e-6,
+        lr_schedule="constant",
+        warmup_iterations=500,
+        max_grad_norm=10.0,
+        ema_decay=0.999,
+    ),
+    compute=ComputeSettings(accumulation_steps=7),
+    evaluation=EvaluationSettings(num_samples=50_000),
+    log_every=100,
+    snapshots=50,
+)
+# The settings of the published re-implementation.
+MNIST_REFERENCE = TrainConfig(
+    preset="mnist-reference",
+    iterations=20_000,
+    batch_size=128,
+    dfake_gen_update_ratio=10,
+    optimizer=OptimizerSettings(
+        generator_lr=2e-4,
+        fake_score_lr=2e-4,
+        lr_schedule="constant",
+        warmup_iterations=500,
+        max_grad_norm=1.0,
+        ema_decay=0.999,
+    ),
+)
 
+
+def small(preset: Literal["cifar10-cond", "cifar10-uncond", "afhqv2-64", "ffhq-64"]) -> TrainConfig:
+    """No settings are published for the smaller data sets. Ours, not validated: ImageNet's, with learning rates for
+    networks of a fifth of its size and a batch that one GPU holds."""
+    return dataclasses.replace(
+        IMAGENET64,
+        preset=preset,
+        iterations=100_000,
+        batch_size=128,
+        optimizer=dataclasses.replace(IMAGENET64.optimizer, generator_lr=1e-5, fake_score_lr=1e-5),
+        compute=ComputeSettings(),
+    )
+
+
+CIFAR10_UNCONDITIONAL = dataclasses.replace(DDPMPP, num_classes=0)
+AFHQ = dataclasses.replace(DDPMPP_64, dropout=0.25)
 PRESETS = {
     "mnist": Preset(TrainConfig()),
-    "mnist-reference": Preset(TrainConfig(
-        preset="mnist-reference", iterations=20_000, batch_size=128, dfake_gen_update_ratio=10, generator_lr=2e-4,
-        guidance_lr=2e-4, max_grad_norm=1.0, ema_decay=0.999, warmup_iterations=500, lr_schedule="constant",
-    )),
-    "cifar10-cond": Preset(
-        dataclasses.replace(IMAGENET64, preset="cifar10-cond", **SMALL), DDPMPP, "edm-cifar10-32x32-cond-vp.pkl"
-    ),
-    "cifar10-uncond": Preset(
-        dataclasses.replace(IMAGENET64, preset="cifar10-uncond", **SMALL), dataclasses.replace(DDPMPP, num_classes=0),
-        "edm-cifar10-32x32-uncond-vp.pkl",
-    ),
+    "mnist-reference": Preset(MNIST_REFERENCE),
+    "cifar10-cond": Preset(small("cifar10-cond"), DDPMPP, "edm-cifar10-32x32-cond-vp.pkl"),
+    "cifar10-uncond": Preset(small("cifar10-uncond"), CIFAR10_UNCONDITIONAL, "edm-cifar10-32x32-uncond-vp.pkl"),
     "imagenet64": Preset(IMAGENET64, ADM, "edm-imagenet-64x64-cond-adm.pkl"),
-    "afhqv2-64": Preset(
-        dataclasses.replace(IMAGENET64, preset="afhqv2-64", **SMALL), dataclasses.replace(DDPMPP_64, dropout=0.25),
-        "edm-afhqv2-64x64-uncond-vp.pkl",
-    ),
-    "ffhq-64": Preset(
-        dataclasses.replace(IMAGENET64, preset="ffhq-64", **SMALL), DDPMPP_64, "edm-ffhq-64x64-uncond-vp.pkl"
-    ),
-}  # fmt: skip
+    "afhqv2-64": Preset(small("afhqv2-64"), AFHQ, "edm-afhqv2-64x64-uncond-vp.pkl"),
+    "ffhq-64": Preset(small("ffhq-64"), DDPMPP_64, "edm-ffhq-64x64-uncond-vp.pkl"),
+}

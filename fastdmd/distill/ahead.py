@@ -1,0 +1,96 @@
+"""Images made ahead: between its turns the generator is constant, so several iterations' images are made at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from fastdmd.distill.draws import Draws
+
+# Images in one no-grad forward of the generator, which serves several iterations where the batch is smaller. Measured
+# on two cores, 48-wide network: 8 images cost 1.5 ms each, 72 cost 1.1 ms, 128 the same.
+MAX_IMAGES_AHEAD = 128
+
+Source = Callable[[int], Draws]  # the random inputs of an iteration
+
+
+class Ahead:
+    """Static buffers for the images of a chunk of iterations between two generator turns, and the draws behind them.
+
+    Iteration `k * ratio` has a generator turn; those between it and the next are cut into chunks of equal length. The
+    random inputs of a chunk are asked for when its images are made.
+    """
+
+    def __init__(self, draws: Draws, ratio: int):
+        self._ratio, batch_size = ratio, len(draws.noise)
+        lengths = [length for length in range(1, ratio) if (ratio - 1) % length == 0]
+        self.chunk = max((n for n in lengths if n * batch_size <= MAX_IMAGES_AHEAD), default=1)  # iterations
+        shape = (self.chunk * batch_size, *draws.noise.shape[1:])
+        self.noise = draws.noise.new_empty(shape)  # [chunk * B, C, H, W]
+        self.x_gen = draws.noise.new_empty(shape)  # [chunk * B, C, H, W]
+        labels = draws.class_labels
+        self.class_labels = None if labels is None else labels.new_empty(shape[0])  # int64 [chunk * B]
+        self._start: int | None = None  # of the chunk whose images are here
+        self._source: Source | None = None
+        self._drawn: dict[int, Draws] = {}
+
+    def starts(self, step: int) -> bool:
+        """Whether a chunk begins with this iteration."""
+        position = step % self._ratio
+        return position > 0 and (position - 1) % self.chunk == 0
+
+    def missing(self, step: int) -> int | None:
+        """The start of the chunk of this iteration, if its images are not here: of the first one, or after a change."""
+        start = step - self._index(step)
+        return None if self._start == start else start
+
+    def draws(self, step: int, source: Source) -> Draws:
+        """The random inputs of an iteration: kept ones, or new ones of another source than they are from.
+
+        Images stay where another source draws what they were made from; on a GPU that comparison waits for the device.
+        """
+        kept = self._drawn.pop(step, None)
+        if source is self._source:
+            return kept or source(step)
+        drawn = source(step)
+        if kept is None or not _same_start(kept, drawn):
+            self._start = None
+        return drawn
+
+    def fill(self, start: int, source: Source) -> None:
+        """Puts noise and labels of the iterations `[start, start + chunk)` where `generate` reads them."""
+        self._drawn = {step: source(step) for step in range(start, start + self.chunk)}
+        for index, drawn in enumerate(self._drawn.values()):
+            rows = slice(index * len(drawn.noise), (index + 1) * len(drawn.noise))
+            self.noise[rows].copy_(drawn.noise)
+            if self.class_labels is not None and drawn.class_labels is not None:
+                self.class_labels[rows].copy_(drawn.class_labels)
+        self._start, self._source = start, source
+
+    @torch.no_grad()
+    def generate(self, generator: Callable[[Tensor, Tensor | None], Tensor], num_parts: int) -> None:
+        """Makes the images, in as many parts as a batch is processed in."""
+        for rows in _parts(len(self.noise), num_parts):
+            labels = None if self.class_labels is None else self.class_labels[rows]
+            self.x_gen[rows] = generator(self.noise[rows], labels)
+
+    def images(self, step: int) -> Tensor:
+        """Those of an iteration, `[B, C, H, W]`."""
+        return self.x_gen.unflatten(0, (self.chunk, -1))[self._index(step)]
+
+    def _index(self, step: int) -> int:
+        return (step % self._ratio - 1) % self.chunk
+
+
+def _parts(length: int, num_parts: int) -> Iterable[slice]:
+    size = length // num_parts
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
+def _same_start(a: Draws, b: Draws) -> bool:
+    """Whether a generator makes the same images of both."""
+    if a.class_labels is None or b.class_labels is None:
+        return a.class_labels is b.class_labels and torch.equal(a.noise, b.noise)
+    return torch.equal(a.noise, b.noise) and torch.equal(a.class_labels, b.class_labels)
