@@ -1,0 +1,404 @@
+"""The turns: eager, compiled, accumulated, in bfloat16, resumed, on fake CUDA tensors; the optimizer beneath them."""
+
+import copy
+import dataclasses
+import gc
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdmd.distill import turns as step_module
+from fastdmd.distill.turns import DMD2
+from fastdmd.networks.unet import UNetConfig
+from fastdmd.optim import AdamWEMA
+from fastdmd.runs import distillation, precision
+from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.precision import resolve_execution, resolve_precision
+from tests.helpers.networks import make_network
+
+CONFIG = TrainConfig(batch_size=6, dfake_gen_update_ratio=3, warmup_iterations=2, iterations=12, generator_lr=1e-3,
+                     guidance_lr=2e-3, ema_decay=0.9)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def run(teacher, num_iterations=7, change=lambda step, model: None, **changes):
+    """A model after some iterations, and the losses on the way."""
+    config = dataclasses.replace(CONFIG, **changes)
+    draws = distillation.make_draws(config, teacher, next(teacher.parameters()).device)
+    model, losses = distillation.build(config, copy.deepcopy(teacher)), []
+    for step in range(num_iterations):
+        change(step, model)
+        metrics = model.iterate(step, draws)
+        losses.append([metrics.loss_fake.item(), metrics.loss_dm.item() if metrics.loss_dm is not None else None])
+    return model, losses
+
+
+def movement(model, teacher):
+    """How far generator, fake score and average went, as one vector."""
+    start = torch.cat([p.flatten() for p in teacher.parameters()])
+    networks = (model.generator, model.fake_score, model.generator_optimizer.ema_network)
+    return torch.cat([torch.cat([p.detach().float().flatten() for p in n.parameters()]) - start for n in networks])
+
+
+def difference(model, other, teacher):
+    a, b = movement(model, teacher), movement(other, teacher)
+    assert b.norm() > 0
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_images_made_ahead_are_the_same(teacher, monkeypatch):
+    """Chunks of two iterations against one at a time: the same numbers to rounding."""
+    ahead, losses = run(teacher)
+    assert ahead._chunk == 2
+    monkeypatch.setattr(step_module, "MAX_IMAGES_AHEAD", 6)
+    single, expected = run(teacher)
+    assert single._chunk == 1
+    for got, want in zip(losses, expected, strict=True):
+        assert got[0] == pytest.approx(want[0], rel=1e-5)
+    assert difference(ahead, single, teacher) < 1e-3
+
+
+def test_chunks_end_where_the_generator_moves(teacher, monkeypatch):
+    """A ratio of 10 has 9 iterations between: chunks of 9, 3 or 1, never one that reaches past a generator turn."""
+    for limit, chunk in ((60, 9), (53, 3), (17, 1), (1, 1)):
+        monkeypatch.setattr(step_module, "MAX_IMAGES_AHEAD", limit)
+        assert run(teacher, 1, dfake_gen_update_ratio=10)[0]._chunk == chunk
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(teacher):
+    whole, losses = run(teacher)
+    parts, same_losses = run(teacher, accumulation_steps=3)
+    assert len(parts._parts) == 3 and len(parts._parts[0].noise) == 2
+    torch.testing.assert_close(torch.tensor([a for a, _ in losses]), torch.tensor([a for a, _ in same_losses]))
+    assert difference(parts, whole, teacher) < 2e-3
+
+
+def test_batch_that_does_not_divide(teacher):
+    model = distillation.build(dataclasses.replace(CONFIG, accumulation_steps=3, batch_size=6), teacher)
+    with pytest.raises(ValueError, match="expected a batch that 3 accumulation steps divide, got 4"):
+        model.iterate(0, distillation.make_draws(dataclasses.replace(CONFIG, batch_size=4), teacher, CPU))
+
+
+def test_iterations_may_start_anywhere(teacher):
+    """Iteration 5 lies inside a chunk; its x_gen does not depend on what ran before, since no generator moved."""
+    draws = distillation.make_draws(CONFIG, teacher, CPU)
+    model = distillation.build(CONFIG, copy.deepcopy(teacher))
+    model.iterate(5, draws)
+    fresh = distillation.build(CONFIG, copy.deepcopy(teacher))
+    x_gen = fresh.generator(80 * draws(5).noise, torch.full((6,), 80.0), draws(5).class_labels)
+    torch.testing.assert_close(model._x_gen, x_gen.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_change_of_shape_and_ratio(teacher):
+    """Buffers follow the batch, chunks the ratio; nothing stale is read."""
+    small = dataclasses.replace(CONFIG, batch_size=4)
+    model, draws = distillation.build(CONFIG, copy.deepcopy(teacher)), distillation.make_draws(CONFIG, teacher, CPU)
+    model.iterate(0, draws)
+    model.iterate(1, distillation.make_draws(small, teacher, CPU))
+    assert model._x_gen.shape[0] == 4
+    model.dfake_gen_update_ratio = 2
+    metrics = model.iterate(2, draws)
+    assert metrics.loss_dm is not None and model._x_gen.shape[0] == 6 and model._chunk == 1
+
+
+def test_learning_rate_follows_the_host(teacher):
+    def stop(step, model):
+        if step == 3:
+            model.generator_optimizer.peak_learning_rate = model.guidance_optimizer.peak_learning_rate = 0.0
+
+    stopped, _ = run(teacher, 7, change=stop)
+    early, _ = run(teacher, 3)
+    assert torch.equal(stopped.generator.conv_in.weight, early.generator.conv_in.weight)
+    assert torch.equal(stopped.fake_score.conv_in.weight, early.fake_score.conv_in.weight)
+
+
+def test_bfloat16_follows_float32(teacher):
+    """Networks in bfloat16, master weights in float32: the losses agree to the precision of the networks."""
+    wide, losses = run(teacher)
+    narrow, same = run(teacher, precision="bf16")
+    for network in (narrow.teacher, narrow.generator, narrow.fake_score):
+        assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in narrow.generator_optimizer.ema_network.parameters()} == {torch.float32}
+    for (fake, dm), (expected_fake, expected_dm) in zip(same, losses, strict=True):
+        assert fake == pytest.approx(expected_fake, rel=0.05)
+        assert dm is None or dm == pytest.approx(expected_dm, rel=0.05)
+    a, b = movement(narrow, teacher), movement(wide, teacher)
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.8
+
+
+TINY = UNetConfig(image_size=8, model_channels=8, channel_multipliers=(1,), num_blocks=1, attention_resolutions=())
+
+
+def test_a_new_function_of_the_same_draws_makes_no_image_again():
+    """A lambda written in the loop: the same losses, and as many images through the generator."""
+
+    teacher = make_network(TINY)
+
+    def iterate(wrap):
+        draws, model = distillation.make_draws(CONFIG, teacher, CPU), distillation.build(CONFIG, copy.deepcopy(teacher))
+        sizes = []
+        model.generator.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+        return [model.iterate(step, wrap(draws)).loss_fake.item() for step in range(5)], sum(sizes)
+
+    assert iterate(lambda draws: draws) == iterate(lambda draws: lambda step: draws(step))
+
+
+@pytest.mark.parametrize("change", ["noise", "fake_noise", "everything"])
+@pytest.mark.parametrize("others_at", [{1}, {2, 3}], ids=str)
+def test_a_new_function_of_other_draws_is_followed(change, others_at):
+    """In the middle of a chunk, whichever of its tensors differs, there and back: as one function all along."""
+    teacher = make_network(TINY)
+    draws, others = (distillation.make_draws(dataclasses.replace(CONFIG, seed=seed), teacher, CPU) for seed in (0, 1))
+
+    def changed(step):
+        other = others(step)
+        return other if change == "everything" else dataclasses.replace(draws(step), **{change: getattr(other, change)})
+
+    def choose(step):
+        return changed if step in others_at else draws
+
+    def iterate(function_at, steps=range(5)):
+        model = distillation.build(CONFIG, copy.deepcopy(teacher))
+        return [model.iterate(step, function_at(step)).loss_fake.item() for step in steps]
+
+    got, first = iterate(choose), min(others_at)
+    assert got == iterate(lambda _: lambda step: choose(step)(step))
+    unchanged = iterate(lambda _: draws)
+    assert got[:first] == unchanged[:first] and got[first] != unchanged[first]
+    # Iteration 2 after 4: what was drawn ahead for it by another function is forgotten.
+    jump = iterate(lambda step: draws if step == 1 else changed, (1, 4, 2))
+    assert jump == iterate(lambda _: lambda step: (draws if step == 1 else changed)(step), (1, 4, 2))
+
+
+def assert_same_training(teacher, num_iterations, execution, *, tolerance, **changes):
+    """Losses and weights after these iterations, against eager execution."""
+    eager, losses = run(teacher, num_iterations, **changes, execution="eager")
+    other, same = run(teacher, num_iterations, **changes, execution=execution)
+    assert other.execution == execution
+    for got, want in zip(same, losses, strict=True):
+        assert got[0] == pytest.approx(want[0], rel=tolerance)
+    assert difference(other, eager, teacher) < 10 * tolerance
+
+
+def test_compiled_equals_eager_after_50_iterations():
+    """Measured: losses to 3e-7, the movement of the weights to 2e-4."""
+    assert_same_training(make_network(TINY), 50, "compiled", tolerance=1e-4, dfake_gen_update_ratio=2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("execution", ["compiled", "captured"])
+def test_executions_agree_on_a_gpu(teacher, execution, precision, float32_units):
+    tolerance = 1e-3 if precision == "fp32" else 3e-2
+    assert_same_training(teacher.cuda(), 50, execution, tolerance=tolerance, precision=precision)
+
+
+@pytest.mark.cuda
+def test_captured_turns_see_what_changes(teacher, float32_units):
+    """Learning rate, ratio and shape, changed between replays."""
+    draws = [distillation.make_draws(dataclasses.replace(CONFIG, batch_size=B), teacher, torch.device("cuda"))
+             for B in (6, 4)]  # fmt: skip
+    models = [
+        distillation.build(
+            dataclasses.replace(CONFIG, execution=execution, precision="fp32"), copy.deepcopy(teacher).cuda()
+        )
+        for execution in ("eager", "captured")
+    ]
+    for step in range(30):
+        for model in models:
+            if step == 10:
+                model.generator_optimizer.peak_learning_rate *= 2
+            if step == 20:
+                model.dfake_gen_update_ratio = 2
+        eager, captured = (model.iterate(step, draws[step >= 25]) for model in models)
+        assert captured.loss_fake.item() == pytest.approx(eager.loss_fake.item(), rel=1e-3), step
+
+
+def test_nothing_grows(teacher):
+    """After the first cycle an iteration leaves no tensor behind, and the buffers stay where they are."""
+    draws = distillation.make_draws(CONFIG, teacher, CPU)
+    model = distillation.build(CONFIG, copy.deepcopy(teacher))
+
+    def state():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        return len(tensors), model._x_gen.data_ptr(), model._inputs.noise.data_ptr()
+
+    for step in range(6):
+        model.iterate(step, draws)
+    before = state()
+    for step in range(6, 12):
+        model.iterate(step, draws)
+    assert state() == before
+
+
+def test_defaults_per_device(monkeypatch):
+    cuda = torch.device("cuda")
+    assert resolve_execution("auto", CPU) == "eager" and resolve_execution("auto", cuda) == "captured"
+    assert resolve_precision("auto", CPU) == "fp32" and resolve_precision("auto", cuda) == "bf16"
+    monkeypatch.setattr(precision, "has_bfloat16_arithmetic", lambda: False)
+    with pytest.warns(UserWarning, match="--precision bf16: this CPU only emulates it"):
+        assert resolve_precision("bf16", CPU) == "bf16"
+    with pytest.raises(ValueError, match="expected --execution eager or compiled on cpu, got captured"):
+        resolve_execution("captured", CPU)
+    with pytest.raises(ValueError, match="expected --precision fp32 or bf16 on cpu, got tf32"):
+        resolve_precision("tf32", CPU)
+    with pytest.raises(ValueError, match="expected a CUDA device for captured execution, got cpu"):
+        DMD2(make_network(), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=1, generator_options={},
+             guidance_options={}, execution="captured")  # fmt: skip
+
+
+ON_FAKE_CUDA = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from benchmarks import fake_cuda
+fake_cuda.load(Path({folder!r}))
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from tests.helpers.networks import make_network
+from fastdmd.distill.draws import Draws
+from fastdmd.distill.turns import DMD2
+from fastdmd.networks.unet import UNetConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+class NothingFromTheHost(TorchDispatchMode):  # nor to it: a pageable copy would end a capture
+    def __init__(self):
+        super().__init__()
+        self.names = []
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {{}}))
+        devices = {{x.device.type for x in tree_leaves((arguments, options, result)) if isinstance(x, torch.Tensor)}}
+        assert devices <= {{"cuda"}}, f"{{function}} on {{devices}}"
+        self.names.append(str(function))
+        return result
+
+def execute(name, run):
+    with NothingFromTheHost() as mode:
+        run()
+    assert len(mode.names) > 50 and (name == "generation" or any("backward" in op for op in mode.names)), name
+
+def draws(step):
+    image, level = lambda: torch.empty(4, 1, 28, 28, device="cuda"), lambda: torch.empty(4, device="cuda")
+    labels = torch.empty(4, device="cuda", dtype=torch.int64)
+    return Draws(noise=image(), class_labels=labels, dm_sigma=level(), dm_noise=image(), fake_sigma=level(),
+                 fake_noise=image())
+
+network = make_network()
+with FakeTensorMode():
+    for options in ({{}}, {{"compute_dtype": torch.bfloat16, "accumulation_steps": 2}}):
+        groups = {{"norm": {{"weight_decay": 0.0}}}} if options else None
+        model = DMD2(fake_cuda.fake(network), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=3,
+                     generator_options=dict(learning_rate=1e-3, ema_decay=0.9, max_grad_norm=1.0, groups=groups),
+                     guidance_options=dict(learning_rate=1e-3, max_grad_norm=1.0), **options)
+        model._execute = execute
+        for step in range(5):
+            metrics = model.iterate(step, draws)
+        for wrong in (lambda x: x.copy_(torch.ones(3)), lambda x: torch.ones(3).to(x.device), lambda x: x.cpu()):
+            try:
+                execute("wrong", lambda: wrong(torch.ones(3, device="cuda")))
+            except AssertionError as error:
+                assert "'cpu'" in str(error), error
+            else:
+                raise AssertionError("a copy went unnoticed")
+        assert metrics.loss_fake.device.type == "cuda" and model.generator.conv_in.weight.grad.device.type == "cuda"
+        for sync in (lambda: metrics.loss_fake.item(), lambda: bool(metrics.fake_grad_norm > 1)):
+            try:
+                sync()
+            except DataDependentOutputException:
+                continue
+            raise AssertionError("a host sync went unnoticed")
+print("no sync in", step + 1, "iterations", flush=True)
+os._exit(0)  # the engine's thread for the fake device cannot be joined
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to make a fake CUDA device")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch has registered a CUDA of its own")
+def test_turns_never_wait_for_the_host(tmp_path):
+    """Whole turns on fake CUDA tensors, where any host sync or data-dependent branch raises; and that it does."""
+    code = ON_FAKE_CUDA.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path))
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "no sync in 5 iterations" in result.stdout
+
+
+# The optimizer.
+
+
+def small_network():
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 3, 3)
+    return torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def optimize(optimizer, num_steps=3, dtype=torch.float32):
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for _ in range(num_steps):
+        optimizer.network(x).square().mean().backward()
+        norm = optimizer.step()
+    return norm
+
+
+OPTIONS = dict(learning_rate=1e-2, max_grad_norm=0.1, ema_decay=0.9)
+
+
+def test_groups_that_differ_in_nothing_change_nothing():
+    one, two = (AdamWEMA(small_network(), groups=g, **OPTIONS) for g in (None, {"bias": {"weight_decay": 0.01}}))
+    torch.testing.assert_close(optimize(one), optimize(two))
+    for name, parameter in one.network.named_parameters():
+        torch.testing.assert_close(parameter, dict(two.network.named_parameters())[name], rtol=1e-5, atol=1e-6)
+
+
+def test_groups_have_their_own_rate_and_decay():
+    groups = {r"^0\.": {"learning_rate_factor": 0.0}, "bias": {"weight_decay": 0.5}}
+    optimizer, plain = AdamWEMA(small_network(), groups=groups, **OPTIONS), AdamWEMA(small_network(), **OPTIONS)
+    start = small_network()
+    optimize(optimizer, 1), optimize(plain, 1)
+    assert torch.equal(optimizer.network[0].weight, start[0].weight)
+    assert not torch.equal(plain.network[0].weight, start[0].weight)
+    assert not torch.equal(optimizer.network[2].weight, start[2].weight)
+    decayed = plain.network[2].bias - 1e-2 * (0.5 - 0.01) * start[2].bias
+    torch.testing.assert_close(optimizer.network[2].bias, decayed, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="expected groups with weight_decay or learning_rate_factor, got"):
+        AdamWEMA(small_network(), groups={"bias": {"lr": 1.0}}, **OPTIONS)
+
+
+def test_one_gradient_that_is_not_finite_stops_all_groups():
+    optimizer = AdamWEMA(small_network(), groups={"bias": {}}, **OPTIONS)
+    before = copy.deepcopy(optimizer.state_dict()["param"])
+    optimizer.network[0].bias.grad[0] = float("nan")
+    assert optimizer.step().isnan()
+    for name, value in optimizer.state_dict()["param"].items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad.eq(0).all() for p in optimizer.network.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_state_goes_on_bit_for_bit(dtype):
+    compute = None if dtype == torch.float32 else dtype
+    optimizer, other = (AdamWEMA(small_network(), compute_dtype=compute, **OPTIONS) for _ in range(2))
+    optimize(optimizer, 3, dtype)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimize(optimizer, 2, dtype), optimize(other, 2, dtype)
+    assert other.num_updates == 5
+    for kind in ("param", "exp_avg", "exp_avg_sq", "ema"):
+        for name, value in optimizer.state_dict()[kind].items():
+            assert torch.equal(value, other.state_dict()[kind][name]), (kind, name)
+    assert torch.equal(optimizer.network[0].weight, other.network[0].weight)
+
+
+def test_state_of_another_network_is_refused():
+    state = AdamWEMA(small_network(), **OPTIONS).state_dict()
+    wider = torch.nn.Sequential(torch.nn.Conv2d(3, 9, 3), torch.nn.GroupNorm(3, 9), torch.nn.Conv2d(9, 3, 3))
+    with pytest.raises(ValueError, match=r"expected param of 0.weight of shape \(9, 3, 3, 3\), got \(8, 3, 3, 3\)"):
+        AdamWEMA(wider, **OPTIONS).load_state_dict(state)
+    with pytest.raises(ValueError, match="expected 2 parameter groups, got 1"):
+        AdamWEMA(small_network(), groups={"bias": {}}, **OPTIONS).load_state_dict(state)
+    with pytest.raises(ValueError, match="expected the entries of this optimizer"):
+        AdamWEMA(small_network(), learning_rate=1e-2).load_state_dict(state)
