@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import torch
 
 from fastdmd import data, ops
-from fastdmd.diffusion import Denoiser
-from fastdmd.memory import SMALLER
+from fastdmd.runs import outputs, terminal
 from fastdmd.networks.adapted import Adapted
-from fastdmd.networks.unet import UNet
+from fastdmd.memory import SMALLER
+from fastdmd.runs.config import EvaluationConfig
+from fastdmd.diffusion import Denoiser
 from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
-from fastdmd.runs import outputs, terminal
-from fastdmd.runs.config import EvaluationConfig
+from fastdmd.networks.unet import UNet
 
 Config = TypeVar("Config")
 # Fields of configurations that name what is read.

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 import torch
 
 from fastdmd import settings
+from fastdmd.settings import above, at_least, within
 from fastdmd.data.framing import Framing
 from fastdmd.data.labels import require_choice
 from fastdmd.diffusion import Denoiser
+from fastdmd.settings import FlagCreatePairsOff, OmitArgPrefixes, Positional
 from fastdmd.runs.precision import resolve_execution, resolve_precision
-from fastdmd.settings import FlagCreatePairsOff, OmitArgPrefixes, Positional, above, at_least, within
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
 
 Switch = Annotated[bool, FlagCreatePairsOff]

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from fastdmd import diffusion
-from fastdmd.diffusion import Denoiser, random_generator
 from fastdmd.distill.draws import Draws, draw
-from fastdmd.distill.turns import DMD2
 from fastdmd.networks.adapted import Adapted
-from fastdmd.networks.unet import UNet
 from fastdmd.networks.weights import save_network
-from fastdmd.quality import sample
 from fastdmd.runs.config import TrainConfig
-from fastdmd.runs.folder import RunFolder
+from fastdmd.diffusion import Denoiser, random_generator
 from fastdmd.runs.precision import compute_dtype
+from fastdmd.quality import sample
+from fastdmd.runs.folder import RunFolder
 from fastdmd.sampling import SAMPLING_STREAM, Generator, HeunSampler, Sampler
+from fastdmd.distill.turns import DMD2
+from fastdmd.networks.unet import UNet
 
 NUM_SAMPLE_ROWS = 10  # of samples.png, at most: one row per class
 NUM_SAMPLE_COLUMNS = 11  # the first repeats its noise through the run

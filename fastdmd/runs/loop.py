@@ -11,14 +11,14 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdmd.distill.tally import Reading, Tally
-from fastdmd.networks.user_code import reason
-from fastdmd.quality import Evaluation, Measurement, table
 from fastdmd.runs import interrupts
-from fastdmd.runs.folder import RunFolder
+from fastdmd.networks.user_code import reason
 from fastdmd.runs.machine import versions
 from fastdmd.runs.pictures import SampleHistory
+from fastdmd.quality import Evaluation, Measurement, table
+from fastdmd.runs.folder import RunFolder
 from fastdmd.sampling import Sampler
+from fastdmd.distill.tally import Reading, Tally
 
 BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastdmd.networks.unet_config import UNetConfig
 from fastdmd.runs.config import TrainConfig
+from fastdmd.networks.unet_config import UNetConfig
 
 
 @dataclasses.dataclass(frozen=True)

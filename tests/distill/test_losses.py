@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -232,3 +233,23 @@ def test_noise_levels_cover_exactly_the_range_they_should():
     assert torch.cat(labels).unique().tolist() == list(range(10))
     assert draw((2, 1, 1, 1), 0, sigmas, 1, 48, seed=0, step=0).class_labels is None
     assert TrainConfig().step_range == (20, 980)
+
+
+def test_generator_loss_tells_what_it_leaves_out():
+    x_gen = torch.randn(4, 1, 4, 4)
+    real, fake = torch.randn(2, 4, 1, 4, 4)
+    for value, pixel, expected in (
+        (1e30, (0, 0, 0, 0), 0),
+        (math.nan, (1, 0, 2, 2), 0.25),
+        (math.inf, (2, 0, 0, 1), 0.5),
+    ):
+        real[pixel] = value
+        loss, left_out = generator_loss(
+            x_gen, lambda *_: real, lambda *_: fake, None, sigma=torch.ones(4), noise=torch.zeros_like(x_gen)
+        )
+        assert left_out == expected and loss.isfinite()
+    fake[3] = -math.inf
+    _, left_out = generator_loss(
+        x_gen, lambda *_: real, lambda *_: fake, None, sigma=torch.ones(4), noise=torch.zeros_like(x_gen)
+    )
+    assert left_out == 0.75

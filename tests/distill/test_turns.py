@@ -1,12 +1,8 @@
-"""The turns: eager, compiled, accumulated, in bfloat16, resumed, on fake CUDA tensors; the optimizer beneath them."""
+"""The turns: eager, compiled, captured, accumulated, in bfloat16, and from whichever iteration they start."""
 
 import copy
 import dataclasses
 import gc
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +10,6 @@ import torch
 from fastdmd.distill import turns as step_module
 from fastdmd.distill.turns import DMD2
 from fastdmd.networks.unet import UNetConfig
-from fastdmd.optim import AdamWEMA
 from fastdmd.runs import distillation, precision
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.precision import resolve_execution, resolve_precision
@@ -250,155 +245,3 @@ def test_defaults_per_device(monkeypatch):
     with pytest.raises(ValueError, match="expected a CUDA device for captured execution, got cpu"):
         DMD2(make_network(), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=1, generator_options={},
              guidance_options={}, execution="captured")  # fmt: skip
-
-
-ON_FAKE_CUDA = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from benchmarks import fake_cuda
-fake_cuda.load(Path({folder!r}))
-import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from tests.helpers.networks import make_network
-from fastdmd.distill.draws import Draws
-from fastdmd.distill.turns import DMD2
-from fastdmd.networks.unet import UNetConfig
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-class NothingFromTheHost(TorchDispatchMode):  # nor to it: a pageable copy would end a capture
-    def __init__(self):
-        super().__init__()
-        self.names = []
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {{}}))
-        devices = {{x.device.type for x in tree_leaves((arguments, options, result)) if isinstance(x, torch.Tensor)}}
-        assert devices <= {{"cuda"}}, f"{{function}} on {{devices}}"
-        self.names.append(str(function))
-        return result
-
-def execute(name, run):
-    with NothingFromTheHost() as mode:
-        run()
-    assert len(mode.names) > 50 and (name == "generation" or any("backward" in op for op in mode.names)), name
-
-def draws(step):
-    image, level = lambda: torch.empty(4, 1, 28, 28, device="cuda"), lambda: torch.empty(4, device="cuda")
-    labels = torch.empty(4, device="cuda", dtype=torch.int64)
-    return Draws(noise=image(), class_labels=labels, dm_sigma=level(), dm_noise=image(), fake_sigma=level(),
-                 fake_noise=image())
-
-network = make_network()
-with FakeTensorMode():
-    for options in ({{}}, {{"compute_dtype": torch.bfloat16, "accumulation_steps": 2}}):
-        groups = {{"norm": {{"weight_decay": 0.0}}}} if options else None
-        model = DMD2(fake_cuda.fake(network), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=3,
-                     generator_options=dict(learning_rate=1e-3, ema_decay=0.9, max_grad_norm=1.0, groups=groups),
-                     guidance_options=dict(learning_rate=1e-3, max_grad_norm=1.0), **options)
-        model._execute = execute
-        for step in range(5):
-            metrics = model.iterate(step, draws)
-        for wrong in (lambda x: x.copy_(torch.ones(3)), lambda x: torch.ones(3).to(x.device), lambda x: x.cpu()):
-            try:
-                execute("wrong", lambda: wrong(torch.ones(3, device="cuda")))
-            except AssertionError as error:
-                assert "'cpu'" in str(error), error
-            else:
-                raise AssertionError("a copy went unnoticed")
-        assert metrics.loss_fake.device.type == "cuda" and model.generator.conv_in.weight.grad.device.type == "cuda"
-        for sync in (lambda: metrics.loss_fake.item(), lambda: bool(metrics.fake_grad_norm > 1)):
-            try:
-                sync()
-            except DataDependentOutputException:
-                continue
-            raise AssertionError("a host sync went unnoticed")
-print("no sync in", step + 1, "iterations", flush=True)
-os._exit(0)  # the engine's thread for the fake device cannot be joined
-"""
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to make a fake CUDA device")
-@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch has registered a CUDA of its own")
-def test_turns_never_wait_for_the_host(tmp_path):
-    """Whole turns on fake CUDA tensors, where any host sync or data-dependent branch raises; and that it does."""
-    code = ON_FAKE_CUDA.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path))
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "no sync in 5 iterations" in result.stdout
-
-
-# The optimizer.
-
-
-def small_network():
-    torch.manual_seed(0)
-    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 3, 3)
-    return torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
-
-
-def optimize(optimizer, num_steps=3, dtype=torch.float32):
-    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for _ in range(num_steps):
-        optimizer.network(x).square().mean().backward()
-        norm = optimizer.step()
-    return norm
-
-
-OPTIONS = dict(learning_rate=1e-2, max_grad_norm=0.1, ema_decay=0.9)
-
-
-def test_groups_that_differ_in_nothing_change_nothing():
-    one, two = (AdamWEMA(small_network(), groups=g, **OPTIONS) for g in (None, {"bias": {"weight_decay": 0.01}}))
-    torch.testing.assert_close(optimize(one), optimize(two))
-    for name, parameter in one.network.named_parameters():
-        torch.testing.assert_close(parameter, dict(two.network.named_parameters())[name], rtol=1e-5, atol=1e-6)
-
-
-def test_groups_have_their_own_rate_and_decay():
-    groups = {r"^0\.": {"learning_rate_factor": 0.0}, "bias": {"weight_decay": 0.5}}
-    optimizer, plain = AdamWEMA(small_network(), groups=groups, **OPTIONS), AdamWEMA(small_network(), **OPTIONS)
-    start = small_network()
-    optimize(optimizer, 1), optimize(plain, 1)
-    assert torch.equal(optimizer.network[0].weight, start[0].weight)
-    assert not torch.equal(plain.network[0].weight, start[0].weight)
-    assert not torch.equal(optimizer.network[2].weight, start[2].weight)
-    decayed = plain.network[2].bias - 1e-2 * (0.5 - 0.01) * start[2].bias
-    torch.testing.assert_close(optimizer.network[2].bias, decayed, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="expected groups with weight_decay or learning_rate_factor, got"):
-        AdamWEMA(small_network(), groups={"bias": {"lr": 1.0}}, **OPTIONS)
-
-
-def test_one_gradient_that_is_not_finite_stops_all_groups():
-    optimizer = AdamWEMA(small_network(), groups={"bias": {}}, **OPTIONS)
-    before = copy.deepcopy(optimizer.state_dict()["param"])
-    optimizer.network[0].bias.grad[0] = float("nan")
-    assert optimizer.step().isnan()
-    for name, value in optimizer.state_dict()["param"].items():
-        assert torch.equal(value, before[name])
-    assert all(p.grad.eq(0).all() for p in optimizer.network.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_saved_state_goes_on_bit_for_bit(dtype):
-    compute = None if dtype == torch.float32 else dtype
-    optimizer, other = (AdamWEMA(small_network(), compute_dtype=compute, **OPTIONS) for _ in range(2))
-    optimize(optimizer, 3, dtype)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    optimize(optimizer, 2, dtype), optimize(other, 2, dtype)
-    assert other.num_updates == 5
-    for kind in ("param", "exp_avg", "exp_avg_sq", "ema"):
-        for name, value in optimizer.state_dict()[kind].items():
-            assert torch.equal(value, other.state_dict()[kind][name]), (kind, name)
-    assert torch.equal(optimizer.network[0].weight, other.network[0].weight)
-
-
-def test_state_of_another_network_is_refused():
-    state = AdamWEMA(small_network(), **OPTIONS).state_dict()
-    wider = torch.nn.Sequential(torch.nn.Conv2d(3, 9, 3), torch.nn.GroupNorm(3, 9), torch.nn.Conv2d(9, 3, 3))
-    with pytest.raises(ValueError, match=r"expected param of 0.weight of shape \(9, 3, 3, 3\), got \(8, 3, 3, 3\)"):
-        AdamWEMA(wider, **OPTIONS).load_state_dict(state)
-    with pytest.raises(ValueError, match="expected 2 parameter groups, got 1"):
-        AdamWEMA(small_network(), groups={"bias": {}}, **OPTIONS).load_state_dict(state)
-    with pytest.raises(ValueError, match="expected the entries of this optimizer"):
-        AdamWEMA(small_network(), learning_rate=1e-2).load_state_dict(state)

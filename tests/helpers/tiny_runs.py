@@ -1,8 +1,10 @@
-"""Tiny runs of `fastdmd.train`, and what they are fed."""
+"""Tiny runs of `fastdmd.train`, what they are fed, and commands that refuse to begin."""
 
 import json
+import re
 
 import numpy as np
+import pytest
 from torch import nn
 
 from fastdmd import train
@@ -32,3 +34,18 @@ class Colour(nn.Sequential):
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 3), nn.Flatten())
+
+
+def distill(out, *options):
+    """The generator's file."""
+    train.main(["--out", str(out), *QUICK, *options])
+    return out / "generator.safetensors"
+
+
+def refuses(command, arguments, message, capsys):
+    """That a command ends with exit code 2 and one line."""
+    with pytest.raises(SystemExit) as exit_:
+        command.main(arguments)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and re.fullmatch(r"fastdmd\.\w+: error: [^\n]*\n", error), error
+    assert re.search(message, error), error

@@ -86,20 +86,9 @@ TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", t
 def test_every_op_through_the_interpreter():
     """The tests of the ops once more, with Triton among the implementations and behind the public functions."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTDMD_BACKEND": "triton"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-W",
-        "ignore",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        INTERPRETED,
-        str(Path(__file__).parents[1] / "ops"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    ops_tests = str(Path(__file__).parents[1] / "ops")
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-k", INTERPRETED]
+    run = subprocess.run([*command, ops_tests], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout[-4000:]
     assert run.stdout.count(".") > 500, run.stdout[-4000:]
 

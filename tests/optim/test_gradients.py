@@ -159,3 +159,16 @@ def test_groups_clip_as_one_does(compute_dtype, max_grad_norm):
             assert value.norm() > 0
             relative = (states[1][kind][name] - value).norm() / value.norm()
             assert relative < (1e-3 if compute_dtype is None else 0.03), (kind, name)
+
+
+def test_gradients_whose_data_was_replaced_count():
+    optimizer, reference, (net, other) = pair()
+    for step, module in ((optimizer, net), (reference, other)):
+        for _ in range(2):
+            loss_of(module).backward()
+            for parameter in module.parameters():
+                for _ in range(20):
+                    parameter.grad.data = 2 * parameter.grad.data.sign()
+            step.step()
+            step.zero_grad()
+    assert_alike(net, other)

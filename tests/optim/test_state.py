@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from fastdmd.optim import AdamWEMA
 from tests.helpers.optimizers import images, loss_of, network, train
 
+OPTIONS = dict(learning_rate=1e-2, max_grad_norm=0.1, ema_decay=0.9)
+
 
 class Uncounted(nn.Module):
     """Statistics of its own, which batch_norm changes without counting; a fixed weight, a buffer that comes late."""
@@ -194,3 +196,28 @@ def test_a_compiled_step_is_the_same():
     assert optimizer.num_updates == 3
     for own, exact in zip(optimizer.network.parameters(), other.network.parameters(), strict=True):
         assert torch.equal(own, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_state_goes_on_bit_for_bit(dtype):
+    compute = None if dtype == torch.float32 else dtype
+    optimizer, other = (AdamWEMA(network(), compute_dtype=compute, **OPTIONS) for _ in range(2))
+    train(optimizer, num_steps=3)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer), train(other)
+    assert other.num_updates == 5
+    for kind in ("param", "exp_avg", "exp_avg_sq", "ema"):
+        for name, value in optimizer.state_dict()[kind].items():
+            assert torch.equal(value, other.state_dict()[kind][name]), (kind, name)
+    assert torch.equal(optimizer.network[0].weight, other.network[0].weight)
+
+
+def test_state_of_another_network_is_refused():
+    state = AdamWEMA(network(), **OPTIONS).state_dict()
+    wider = torch.nn.Sequential(torch.nn.Conv2d(3, 9, 3), torch.nn.GroupNorm(3, 9), torch.nn.Conv2d(9, 3, 3))
+    with pytest.raises(ValueError, match=r"expected param of 0.weight of shape \(9, 3, 3, 3\), got \(8, 3, 3, 3\)"):
+        AdamWEMA(wider, **OPTIONS).load_state_dict(state)
+    with pytest.raises(ValueError, match="expected 2 parameter groups, got 1"):
+        AdamWEMA(network(), groups={"bias": {}}, **OPTIONS).load_state_dict(state)
+    with pytest.raises(ValueError, match="expected the entries of this optimizer"):
+        AdamWEMA(network(), learning_rate=1e-2).load_state_dict(state)

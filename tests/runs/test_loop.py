@@ -7,18 +7,15 @@ import re
 import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from fastdmd import files
-from fastdmd.distill.losses import generator_loss
 from fastdmd.distill.tally import Tally
 from fastdmd.networks import user_code
 from fastdmd.quality import Measurement
-from fastdmd.runs import cli, pictures
+from fastdmd.runs import cli
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.loop import Loop
@@ -65,37 +62,6 @@ def run(path, losses, *, evaluation=None, settings=None, **options):
     written, *lines = (json.loads(text, parse_constant=pytest.fail) for text in (texts[0], *texts[1].splitlines()))
     assert written == json.loads(json.dumps(summary))
     return summary, lines, json.loads(texts[2])
-
-
-def test_tally_counts_what_is_bad_and_leaves_it_out_of_the_means():
-    tally = Tally(("loss", "norm"), CPU)
-    for loss, norm, left_out in ((1, 2, 0), (3, 4, 0.25), (NAN, 1, 0), (1, math.inf, 0), (100, 100, 0.5)):
-        tally.add(torch.tensor(float(loss)), torch.tensor(float(norm)), left_out=torch.tensor(left_out))
-    assert tally.latest.tolist() == [100, 100]
-    reading = tally.read()
-    assert reading.means == {"loss": 2, "norm": 3}
-    assert (reading.num_good, reading.num_bad, reading.num_bad_in_a_row, reading.left_out) == (2, 3, 3, 0.75)
-    tally.add(torch.tensor(NAN), torch.tensor(1.0))
-    reading = tally.read()
-    assert reading.means == {"loss": None, "norm": None} and reading.num_bad_in_a_row == 4
-    tally.add(torch.tensor(5.0), torch.tensor(6.0))
-    assert tally.read().num_bad_in_a_row == 0
-
-
-def test_generator_loss_tells_what_it_leaves_out():
-    x_gen = torch.randn(4, 1, 4, 4)
-    real, fake = torch.randn(2, 4, 1, 4, 4)
-    for value, pixel, expected in ((1e30, (0, 0, 0, 0), 0), (NAN, (1, 0, 2, 2), 0.25), (math.inf, (2, 0, 0, 1), 0.5)):
-        real[pixel] = value
-        loss, left_out = generator_loss(
-            x_gen, lambda *_: real, lambda *_: fake, None, sigma=torch.ones(4), noise=torch.zeros_like(x_gen)
-        )
-        assert left_out == expected and loss.isfinite()
-    fake[3] = -math.inf
-    _, left_out = generator_loss(
-        x_gen, lambda *_: real, lambda *_: fake, None, sigma=torch.ones(4), noise=torch.zeros_like(x_gen)
-    )
-    assert left_out == 0.75
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -288,16 +254,3 @@ def test_what_was_measured_is_on_record_in_the_weight_file(tmp_path, capsys):
     _, _, weights = run(tmp_path / "run", [1.0] * 4, evaluation=Evaluation())
     assert weights["iteration"] == 4 and weights["record"] == {"frechet_distance": 0.25}
     assert "0.250" in capsys.readouterr().out
-
-
-def test_pictures_of_any_number_of_channels(tmp_path):
-    """Grey and RGB as they are; channels of a latent space side by side."""
-    for channels, mode, width in ((1, "L", 4), (2, "L", 8), (3, "RGB", 4), (4, "L", 16), (16, "L", 64)):
-        images = torch.linspace(-1, 1, 2 * channels * 16).reshape(2, channels, 4, 4)
-        picture = pictures.image_grid(images, 2)
-        assert (picture.mode, picture.size) == (mode, (2 * width + 1, 4))
-    latent = torch.stack([torch.full((4, 4), value) for value in (-1.0, 0.0, 1.0, 2.0)])[None]
-    assert np.asarray(pictures.image_grid(latent, 1))[0, ::4].tolist() == [0, 128, 255, 255]
-    history = pictures.SampleHistory(tmp_path / "samples.png")
-    history.add(torch.zeros(2, 3, 5, 4, 4))
-    assert Image.open(tmp_path / "samples.png").mode == "L"
