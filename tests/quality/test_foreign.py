@@ -109,7 +109,7 @@ class OnlyTwo(nn.Module):
 @pytest.mark.parametrize(
     ("make", "got"),
     [
-        (lambda: Made(only_two), r"Made .* SystemExit: 0 \(.*test_foreign_metrics.py, line \d+\)"),
+        (lambda: Made(only_two), r"Made .* SystemExit: 0 \(.*test_foreign.py, line \d+\)"),
         (lambda: Made(lambda x: {2: x.flatten(1)}[len(x)]), r"Made .* KeyError: 500 \(.*, line \d+\)"),
         (lambda: "only_two.pt", r"only_two.pt .* RuntimeError: shape '\[2, 784\]' is invalid for input of size 392000"),
     ],
