@@ -11,7 +11,7 @@ from fastdmd import pretrain, train
 from fastdmd.distill import budget
 from fastdmd.networks.unet import UNet
 from tests.helpers.small_datasets import write_idx
-from tests.helpers.tiny_runs import QUICK, digits, run_train
+from tests.helpers.tiny_runs import QUICK, Colour, digits, run_train
 
 
 def truncated_idx(path):
@@ -64,10 +64,10 @@ def statistics(D=64, **changes):
         (["--reference", statistics(num_images=np.int64(-5))], "expected num_images >= 2, got -5 in"),
         (["--reference", statistics(mu=np.array([None] * 64))], r"expected mu float \(64,\), got object"),
         (["--feature-network", "torch.nn:Identity"], "expected features .*, got .*1, 28, 28"),
-        (["--feature-network", "tiny_runs:Colour"], r"tiny_runs:Colour to take images of shape \(2, 1, 28, 28\)"),
+        (["--feature-network", f"{Colour.__module__}:Colour"], r"Colour to take images of shape \(2, 1, 28, 28\)"),
         (["--weight-decay", "inf"], "expected --weight-decay >= 0 and finite, got inf"),
         (["--iterations", "1000000000000"], r"expected --iterations <= 10\^9, got 1000000000000"),
-        (["--batch-size", "1000000"], "the run needs about .* GB, .* are free: try --batch-size"),
+        (["--batch-size", "1000000"], "the run needs about .* GB, .* are free: (try --batch-size|weights and)"),
         (["--feature-network", "no.such.module:thing"], "expected no.such.module:thing to be importable"),
     ],
 )  # fmt: skip
