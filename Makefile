@@ -19,7 +19,7 @@ test: .venv/ready-dev lint
 
 # The CUDA kernels, compiled for the CPU under g++'s sanitizers, through the tests of the ops.
 sanitize: .venv/ready-dev
-	FASTDMD_SANITIZERS=address,undefined $(VENV) -m pytest tests/test_cuda_on_cpu.py $(ARGS)
+	FASTDMD_SANITIZERS=address,undefined $(VENV) -m pytest tests/native/test_cuda_on_cpu.py $(ARGS)
 
 # The tests on another torch, TORCH=2.14.1, in an environment and a copy of the sources of their own; where pip brings
 # builds for CUDA, those are several GB. FASTDMD_NATIVE=1: the libraries are built, or this fails. setuptools is as old as

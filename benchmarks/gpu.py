@@ -34,8 +34,8 @@ from fastdmd.files import write_atomically
 
 PYTEST = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-p", "benchmarks.record_tests", "--record", "{json}",
           "-rfE", "--tb=short"]  # fmt: skip
-OP_TESTS = [f"tests/test_ops_{name}.py" for name in ("accuracy", "adamw", "group_norm", "memory", "random")]
-STEP_TESTS = [f"tests/test_{name}.py" for name in ("step", "execution", "data")]
+OP_TESTS = [f"tests/ops/test_{name}.py" for name in ("accuracy", "adamw_ema", "group_norm_silu", "memory", "random")]
+STEP_TESTS = [f"tests/{name}.py" for name in ("distill/test_turns", "distill/test_execution", "data/test_dataset")]
 TRAINING = ("numpy", "safetensors", "PIL", "tqdm")
 
 

@@ -23,7 +23,7 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from tests import fake_cuda  # its load comes before torch is imported
+from benchmarks import fake_cuda  # its load comes before torch is imported
 
 ROOT = Path(__file__).parents[1]
 KIND = "estimate from generated code, nothing was run on a GPU"
@@ -40,7 +40,7 @@ SOURCES = (
     "fastdmd/networks/unet*.py", "fastdmd/diffusion.py", "fastdmd/sampling.py", "fastdmd/optim/adamw_ema.py",
     "fastdmd/optim/flat.py", "fastdmd/optim/gradients.py", "fastdmd/optim/groups.py",
     "fastdmd/distill/draws.py", "fastdmd/distill/losses.py", "fastdmd/distill/turns.py", "fastdmd/distill/execution.py",
-    "fastdmd/runs/presets.py", "fastdmd/ops/*.py", "fastdmd/kernels/*.py", "tests/fake_cuda/*",
+    "fastdmd/runs/presets.py", "fastdmd/ops/*.py", "fastdmd/kernels/*.py", "benchmarks/fake_cuda/*",
     "benchmarks/inspect_step.py",
 )  # fmt: skip
 
@@ -61,10 +61,10 @@ def record_turns(config, batch_size: int) -> dict[str, list]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from benchmarks.fake_cuda.inductor import Record
     from fastdmd.distill.draws import Draws
     from fastdmd.distill.turns import DMD2
     from fastdmd.networks.unet import UNet
-    from tests.fake_cuda.inductor import Record
 
     with torch.device("meta"):
         teacher = UNet(config).to(memory_format=torch.channels_last)
@@ -124,7 +124,7 @@ def summarize(launches: list) -> dict:
 
 
 def convolutions_not_channels_last(launches: list) -> list[dict]:
-    from tests.fake_cuda.inductor import layout
+    from benchmarks.fake_cuda.inductor import layout
 
     return grouped(
         launch for launch in launches if launch.kind.startswith("convolution")
@@ -134,7 +134,7 @@ def convolutions_not_channels_last(launches: list) -> list[dict]:
 
 def layout_changes(launches: list) -> list[dict]:
     """Kernels of which one feature map, read or written, is channels_last and another is not."""
-    from tests.fake_cuda.inductor import layout
+    from benchmarks.fake_cuda.inductor import layout
 
     found = []
     for launch in launches:
@@ -209,9 +209,9 @@ def main() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         fake_cuda.load(Path(folder))
         from benchmarks.environment import describe
+        from benchmarks.fake_cuda import inductor
         from fastdmd import teachers
         from fastdmd.runs.presets import PRESETS
-        from tests.fake_cuda import inductor
 
         environment = {key: value for key, value in describe("cpu").items() if key in ("commit", "torch", "triton")}
         config = PRESETS[arguments.preset].network or teachers.load("mnist").config

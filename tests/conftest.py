@@ -10,23 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastdmd.networks.unet import UNet, UNetConfig
+from fastdmd.networks.unet import UNet
 from fastdmd.runs import machine
-
-SMALL = UNetConfig(
-    image_size=28, num_classes=10, patch_size=2, model_channels=8, channel_multipliers=(1, 2), num_blocks=1,
-    attention_resolutions=(7,),
-)  # fmt: skip
-
-
-def make_network(config: UNetConfig = SMALL, seed: int = 0) -> UNet:
-    """A network whose zero-initialised convolutions are random too, so that every part matters."""
-    torch.manual_seed(seed)
-    network = UNet(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+from tests.helpers.networks import make_network
 
 
 @pytest.fixture
@@ -46,7 +32,7 @@ def teacher_file(tmp_path, teacher) -> Path:
 @pytest.fixture(scope="session")
 def golden_losses() -> dict[str, torch.Tensor]:
     """Both turns of DMD2, from an independent implementation."""
-    local = Path(__file__).parent / "data" / "dmd2_losses.npz"
+    local = Path(__file__).parent / "golden" / "dmd2_losses.npz"
     return {name: torch.from_numpy(np.asarray(array)) for name, array in np.load(local).items()}
 
 

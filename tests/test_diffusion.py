@@ -1,5 +1,7 @@
 """Schedules, preconditioning, and the choice of noise levels."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -63,3 +65,28 @@ def test_random_generator_is_a_function_of_all_its_arguments():
 
     assert draw(1, 2) == draw(1, 2)
     assert len({tuple(draw(*a)) for a in ((1, 2), (2, 1), (1, 3), (0, 2))} | {tuple(draw(1, 2, stream=1))}) == 5
+
+
+def test_schedules_match_their_papers():
+    """Products of alpha, from betas summed up one by one."""
+    for schedule, first, last, power in (("linear", 1e-4, 0.02, 1), ("scaled_linear", 0.00085, 0.012, 2)):
+        product, expected = 1.0, []
+        for index in range(1000):
+            root = first ** (1 / power) + index / 999 * (last ** (1 / power) - first ** (1 / power))
+            product *= 1 - root**power
+            expected.append(product)
+        assert_close(diffusion.ddpm_alphas_cumprod(schedule), torch.tensor(expected, dtype=torch.float64))
+    cosine = diffusion.ddpm_alphas_cumprod("cosine")
+    for index in (0, 400, 990):
+        expected = math.cos(((index + 1) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+        assert cosine[index].item() == pytest.approx(expected / math.cos(0.008 / 1.008 * math.pi / 2) ** 2, rel=1e-9)
+    assert cosine[999] / cosine[998] == pytest.approx(0.001)  # beta is at most 0.999
+    assert torch.equal(cosine, diffusion.ddpm_alphas_cumprod("squaredcos_cap_v2"))
+    assert diffusion.ddpm_alphas_cumprod("linear", 10, beta_end=0.5)[-1] < 0.1
+    for arguments, options, message in (
+        (("sqrt",), {}, "expected schedule out of linear, scaled_linear, cosine, squaredcos_cap_v2, got sqrt"),
+        (("linear", 1), {}, "expected num_steps >= 2, got 1"),
+        (("linear",), {"beta_start": 0.5}, "expected 0 < beta_start < beta_end < 1, got 0.5 and 0.02"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            diffusion.ddpm_alphas_cumprod(*arguments, **options)

@@ -11,7 +11,8 @@ import pytest
 
 from fastdmd._former_names import MOVED
 
-PACKAGE = Path(__file__).parents[1] / "fastdmd"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastdmd"
 
 
 def test_the_public_names():
@@ -61,5 +62,16 @@ print(*(warning.message for warning in caught if "fastdmd" in str(warning.messag
 
 
 def test_files_stay_rooms():
-    long = {str(path): n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text().splitlines())) > 320}
-    assert long == {}
+    files = [path for name in ("fastdmd", "tests", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    assert len(files) > 200
+    assert {str(path): n for path in files if (n := len(path.read_text().splitlines())) > 320} == {}
+
+
+def test_the_tests_mirror_the_package():
+    """A folder for each of its folders, all of them packages: two files of one name do not clash. A folder that pytest
+    or ruff leaves out, as they do `build` and `dist`, would be tests that nobody runs."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert all((folder / "__init__.py").exists() for folder in folders)
+    mirrored = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert mirrored and mirrored <= {folder.name for folder in folders}
+    assert not {"build", "dist", "venv"} & {folder.name for folder in folders}

@@ -1,0 +1,84 @@
+"""Turns never wait for the host: whole ones on fake CUDA tensors, where any look at a value raises."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ON_FAKE_CUDA = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from benchmarks import fake_cuda
+fake_cuda.load(Path({folder!r}))
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from tests.helpers.networks import make_network
+from fastdmd.distill.draws import Draws
+from fastdmd.distill.turns import DMD2
+from fastdmd.networks.unet import UNetConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+class NothingFromTheHost(TorchDispatchMode):  # nor to it: a pageable copy would end a capture
+    def __init__(self):
+        super().__init__()
+        self.names = []
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {{}}))
+        devices = {{x.device.type for x in tree_leaves((arguments, options, result)) if isinstance(x, torch.Tensor)}}
+        assert devices <= {{"cuda"}}, f"{{function}} on {{devices}}"
+        self.names.append(str(function))
+        return result
+
+def execute(name, run):
+    with NothingFromTheHost() as mode:
+        run()
+    assert len(mode.names) > 50 and (name == "generation" or any("backward" in op for op in mode.names)), name
+
+def draws(step):
+    image, level = lambda: torch.empty(4, 1, 28, 28, device="cuda"), lambda: torch.empty(4, device="cuda")
+    labels = torch.empty(4, device="cuda", dtype=torch.int64)
+    return Draws(noise=image(), class_labels=labels, dm_sigma=level(), dm_noise=image(), fake_sigma=level(),
+                 fake_noise=image())
+
+network = make_network()
+with FakeTensorMode():
+    for options in ({{}}, {{"compute_dtype": torch.bfloat16, "accumulation_steps": 2}}):
+        groups = {{"norm": {{"weight_decay": 0.0}}}} if options else None
+        model = DMD2(fake_cuda.fake(network), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=3,
+                     generator_options=dict(learning_rate=1e-3, ema_decay=0.9, max_grad_norm=1.0, groups=groups),
+                     guidance_options=dict(learning_rate=1e-3, max_grad_norm=1.0), **options)
+        model.executor.run = execute
+        for step in range(5):
+            metrics = model.iterate(step, draws)
+        for wrong in (lambda x: x.copy_(torch.ones(3)), lambda x: torch.ones(3).to(x.device), lambda x: x.cpu()):
+            try:
+                execute("wrong", lambda: wrong(torch.ones(3, device="cuda")))
+            except AssertionError as error:
+                assert "'cpu'" in str(error), error
+            else:
+                raise AssertionError("a copy went unnoticed")
+        assert metrics["loss_fake"].device.type == "cuda" and model.generator.conv_in.weight.grad.device.type == "cuda"
+        for sync in (lambda: metrics["loss_fake"].item(), lambda: bool(metrics["fake_grad_norm"] > 1)):
+            try:
+                sync()
+            except DataDependentOutputException:
+                continue
+            raise AssertionError("a host sync went unnoticed")
+print("no sync in", step + 1, "iterations", flush=True)
+os._exit(0)  # the engine's thread for the fake device cannot be joined
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to make a fake CUDA device")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch has registered a CUDA of its own")
+def test_turns_never_wait_for_the_host(tmp_path):
+    """Whole turns on fake CUDA tensors, where any host sync or data-dependent branch raises; and that it does."""
+    code = ON_FAKE_CUDA.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path))
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "no sync in 5 iterations" in result.stdout

@@ -1,0 +1,168 @@
+"""conv3x3 against torch's convolution in float64, on every instruction set, and where it leaves the work to torch."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdmd import ops
+
+module = importlib.import_module("fastdmd.ops.conv3x3")  # behind the function of its name
+# B, C_in, C_out, H, W: whole and cut tiles, one row, all widths of a panel, more than one block, one or two threads.
+SHAPES = [
+    (4, 16, 16, 8, 8), (3, 48, 48, 7, 7), (2, 16, 80, 9, 12), (1, 80, 32, 16, 17), (64, 16, 64, 1, 3),
+    (20, 96, 48, 5, 6), (70, 32, 16, 1, 1), (9, 64, 144, 14, 14),
+]  # fmt: skip
+
+
+def inputs(shape, bias=True):
+    B, C_in, C_out, H, W = shape
+    generator = torch.Generator().manual_seed(B * H)
+    x = torch.randn(B, C_in, H, W, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(C_out, C_in, 3, 3, generator=generator) / C_in**0.5
+    return x, weight, torch.randn(C_out, generator=generator) if bias else None
+
+
+def results(function, *arguments):
+    """The output and the gradients of all arguments."""
+    arguments = [None if a is None else a.detach().clone().requires_grad_() for a in arguments]
+    y = function(*arguments)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [a for a in arguments if a is not None], grad_y)]
+
+
+def worst_error(shape, *, bias=True, weight_format=torch.contiguous_format):
+    x, weight, bias = inputs(shape, bias)
+    weight = weight.contiguous(memory_format=weight_format)
+    own = results(torch.ops.fastdmd.conv3x3, x, weight, bias)  # whether it suits or not
+    exact = results(
+        lambda *a: F.conv2d(*a, padding=1), *(None if a is None else a.double() for a in (x, weight, bias))
+    )  # fmt: skip
+    assert own[0].is_contiguous(memory_format=torch.channels_last) and own[2].stride() == weight.stride()
+    return max(((o - e).abs().max() / e.abs().max()).item() for o, e in zip(own, exact, strict=True))
+
+
+def is_native():
+    return "native" in ops.implementations("conv3x3")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_close_to_float64(shape):
+    assert worst_error(shape) < 3e-6
+    assert worst_error(shape, weight_format=torch.channels_last) < 3e-6
+    assert worst_error(shape, bias=False) < 3e-6
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 48, 48, 14, 14), (64, 32, 32, 14, 14), (32, 16, 16, 28, 28), (8, 16, 16, 128, 128)]
+)
+def test_weight_gradients_err_no_more_than_twice_what_torch_errs(shape):
+    """Of many tiles: what they add up to may not lose digits by their number."""
+    x, weight, _ = inputs(shape, bias=False)
+    own, plain, exact = (
+        results(function, *(t.to(dtype) for t in (x, weight)))[2].double()
+        for function, dtype in (
+            (lambda *a: torch.ops.fastdmd.conv3x3(*a, None), torch.float32),
+            (lambda *a: F.conv2d(*a, padding=1), torch.float32), (lambda *a: F.conv2d(*a, padding=1), torch.float64),
+        )
+    )  # fmt: skip
+    assert (own - exact).square().mean().sqrt() < 2 * (plain - exact).square().mean().sqrt()
+
+
+EVERYWHERE = """
+import sys
+import torch
+from fastdmd import _native
+from tests.ops.test_conv3x3 import SHAPES, worst_error
+assert _native.build_facts().endswith(sys.argv[1]), _native.build_facts()
+assert max(worst_error(shape) for shape in SHAPES) < 3e-6
+"""
+
+
+@pytest.mark.parametrize("allowed, name", [("default", "generic"), ("avx2", "avx2")])
+def test_every_instruction_set(allowed, name):
+    if not is_native():
+        pytest.skip("no native library: " + ops.unavailable("conv3x3")["native"])
+    if name == "avx2" and not torch.cpu._is_avx2_supported():
+        pytest.skip("this machine has no AVX2")
+    result = subprocess.run([sys.executable, "-c", EVERYWHERE, name], capture_output=True, text=True,
+                            env={**os.environ, "ATEN_CPU_CAPABILITY": allowed})  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not is_native(), reason="there is no native library to choose")
+def test_where_torch_does_it():
+    x, weight, bias = inputs((4, 32, 32, 14, 14))
+    assert module._suits(x, weight)
+    assert not module._suits(x.contiguous(), weight)
+    assert not module._suits(x.double(), weight.double()) and not module._suits(x.bfloat16(), weight.bfloat16())
+    assert not module._suits(x[:, :24].contiguous(memory_format=torch.channels_last), weight[:, :24])
+    assert not module._suits(x, weight[:24]) and not module._suits(x[:1, :, :8, :8], weight)
+    assert not module._suits(x.to("meta"), weight.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not module._suits(x, weight) and ops.conv3x3(x, weight, bias).dtype == torch.bfloat16
+    assert torch.equal(ops.conv3x3(x.contiguous(), weight, bias), F.conv2d(x.contiguous(), weight, bias, padding=1))
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_wanted_gradients(wanted):
+    tensors = [t.requires_grad_(w) for t, w in zip(inputs((4, 32, 32, 8, 8)), wanted, strict=True)]
+    one = [t for t in tensors if t.requires_grad]
+    (grad,) = torch.autograd.grad(ops.conv3x3(*tensors).square().sum(), one)
+    (expected,) = torch.autograd.grad(F.conv2d(*tensors, padding=1).square().sum(), one)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_traces_and_checks():
+    x, weight, bias = inputs((4, 16, 32, 8, 8))
+    tensors = [t.requires_grad_() for t in (x, weight, bias)]
+    torch.library.opcheck(torch.ops.fastdmd.conv3x3.default, tensors)
+    backward = (torch.randn(4, 32, 8, 8).contiguous(memory_format=torch.channels_last), x.detach(), weight.detach())
+    for wanted in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(torch.ops.fastdmd.conv3x3_backward.default, (*backward, *wanted))
+    compiled = torch.compile(ops.conv3x3, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), ops.conv3x3(*tensors))
+    with pytest.raises(ValueError, match=r"fastdmd.conv3x3: expected weight of shape \[C_out, 16, 3, 3\], got \(32, 8"):
+        ops.conv3x3(x, weight[:, :8])
+    with pytest.raises(ValueError, match=r"fastdmd.conv3x3: expected bias of shape \(32,\), got \(31,\)"):
+        ops.conv3x3(x, weight, bias[:31])
+    with pytest.raises(ValueError, match=r"fastdmd.conv3x3: expected x of shape \[B, C, H, W\], got \(16, 8, 8\)"):
+        ops.conv3x3(x[0], weight)
+
+
+def test_nothing_is_hidden():
+    """NaN and infinity of a pixel reach the outputs around it, and those alone."""
+    x, weight, _ = inputs((4, 16, 16, 12, 12))
+    for value in (float("nan"), float("inf")):
+        x[1, 3, 5, 6] = value
+        y = ops.conv3x3(x, weight)
+        assert not y[1, :, 4:7, 5:8].isfinite().any() and y[[0, 2, 3]].isfinite().all()
+        assert y[1, :, :4].isfinite().all() and y[1, :, 8:].isfinite().all()  # the tiles around it, no other
+
+
+def test_a_gpu_leaves_it_to_torch():
+    assert list(ops.implementations("conv3x3", "cuda")) == ["reference"]
+    assert "native code for CPUs alone" in ops.unavailable("conv3x3", "cuda")["triton"]
+
+
+def test_its_flops_are_those_of_the_definition():
+    x, weight, bias = inputs((4, 32, 16, 14, 14))
+    with FlopCounterMode(display=False) as counter:
+        ops.conv3x3(x.requires_grad_(), weight.requires_grad_(), bias).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 4 * 14 * 14 * weight.numel()
+
+
+def test_what_is_traced_has_the_strides_of_what_runs():
+    """Where a size is 1, more than one set of strides is channels_last."""
+    for shape in ((80, 16, 1, 1), (80, 16, 1, 3), (1, 16, 32, 32)):
+        x = torch.randn(shape).to(memory_format=torch.channels_last)
+        weight = torch.randn(16, 16, 3, 3)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            traced = ops.conv3x3(mode.from_tensor(x), mode.from_tensor(weight))
+        assert traced.stride() == ops.conv3x3(x, weight).stride()
