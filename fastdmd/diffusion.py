@@ -1,4 +1,4 @@
-"""EDM diffusion: noise schedules, preconditioning and loss weights."""
+"""What a denoiser is, its preconditioning, and noise schedules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastdmd.ops._math import per_sample as per_sample  # the ops' own, public here
+from fastdmd.ops._math import preconditioning as preconditioning
 
 DDPM_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # first and last
 DDPM_SCHEDULES = (*DDPM_BETAS, "cosine", "squaredcos_cap_v2")
@@ -28,11 +31,6 @@ class Denoiser(Protocol):
     is_one_graph: bool  # torch.compile can take it whole
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
-
-
-def per_sample(values: Tensor) -> Tensor:
-    """`[B] -> [B, 1, 1, 1]`, to broadcast over `[B, C, H, W]`."""
-    return values[:, None, None, None]
 
 
 def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *, stream: int = 0) -> torch.Generator:
@@ -67,17 +65,6 @@ def karras_sigmas(
     return ((high + ramp * (low - high)) ** rho).flip(0).to(device)
 
 
-def preconditioning(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`c_skip, c_out, c_in, c_noise` of EDM, each `[B]` (Karras et al. 2022, table 1).
-
-    `c_skip = sd^2 / (sigma^2 + sd^2)`, `c_out = sigma * sd / sqrt(sigma^2 + sd^2)`,
-    `c_in = 1 / sqrt(sigma^2 + sd^2)`, `c_noise = ln(sigma) / 4`.
-    """
-    variance = sigma**2 + sigma_data**2
-    c_in = variance.rsqrt()
-    return sigma_data**2 / variance, sigma * sigma_data * c_in, c_in, sigma.log() / 4
-
-
 def ddpm_alphas_cumprod(
     schedule: str = "linear", num_steps: int = 1000, *, beta_start: float | None = None, beta_end: float | None = None
 ) -> Tensor:
@@ -108,11 +95,6 @@ def ddpm_alphas_cumprod(
             f"fastdmd.ddpm_alphas_cumprod: expected schedule out of {', '.join(DDPM_SCHEDULES)}, got {schedule}"
         )
     return (1 - betas).cumprod(0)
-
-
-def loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """EDM's weight of the denoising loss, `1 / c_out^2 = sigma^-2 + sd^-2`, `[B]`."""
-    return sigma**-2 + sigma_data**-2
 
 
 def velocity_preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

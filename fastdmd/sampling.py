@@ -51,8 +51,9 @@ class Generator:
     def num_evaluations(self) -> int:
         return len(self.sigmas)
 
-    def __call__(self, noise: Tensor, class_labels: Tensor | None = None, *, random: torch.Generator | None = None
-                 ) -> Tensor:  # fmt: skip
+    def __call__(
+        self, noise: Tensor, class_labels: Tensor | None = None, *, random: torch.Generator | None = None
+    ) -> Tensor:
         x = _denoise(self.network, noise * self.sigmas[0], self.sigmas[0], class_labels)
         for sigma in self.sigmas[1:]:
             fresh_noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=random)

@@ -45,10 +45,29 @@ def test_schedule_refuses(options, message):
 def test_preconditioning_identities():
     sigma, sd = diffusion.karras_sigmas(200).double(), 0.7
     c_skip, c_out, c_in, c_noise = diffusion.preconditioning(sigma, sd)
-    assert_close(diffusion.loss_weight(sigma, sd) * c_out**2, torch.ones_like(sigma))
+    assert_close((sigma**-2 + sd**-2) * c_out**2, torch.ones_like(sigma))  # the weight of the loss
     assert_close(c_in**2 * (sigma**2 + sd**2), torch.ones_like(sigma))  # unit variance of the network's input
     assert_close(c_skip**2 * sigma**2 + (1 - c_skip) ** 2 * sd**2, c_out**2)  # c_skip minimises c_out
     assert_close((4 * c_noise).exp(), sigma)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+def test_preconditioning_keeps_its_digits_in_every_dtype(dtype):
+    """Squares of these levels leave the range of float16, and the largest one that of float32."""
+    largest = {torch.float16: 6e4}.get(dtype, 1e30)
+    sigma = torch.tensor([1e-4, 0.002, 0.5, 80.0, 500.0, largest]).to(dtype)
+    exact = diffusion.preconditioning(sigma.double(), 0.5)
+    for result, truth in zip(diffusion.preconditioning(sigma, 0.5), exact, strict=True):
+        smallest = torch.finfo(dtype).smallest_normal  # c_skip of large levels is less
+        assert_close(result.double(), truth, rtol=4 * torch.finfo(dtype).eps, atol=smallest)
+
+
+def test_preconditioning_has_its_limits():
+    """At infinite sigma `D = sd F`, and for infinite sd `D = x + sigma F`."""
+    infinite, sigma = torch.tensor([torch.inf]), torch.tensor([0.0, 3.0])
+    assert [c.item() for c in diffusion.preconditioning(infinite, 0.7)[:3]] == [0.0, pytest.approx(0.7), 0.0]
+    assert [c.tolist() for c in diffusion.preconditioning(sigma, torch.inf)[:3]] == [[1, 1], [0, 3], [0, 0]]
+    assert [c[0].item() for c in diffusion.preconditioning(sigma, 0.5)[:3]] == [1, 0, 2]
 
 
 def test_lognormal_sigma_has_the_stated_moments():

@@ -1,33 +1,41 @@
-// The denoising loss of the fake score and its gradient in one launch, and the scaling of a stored gradient.
+// The weighted denoising loss and its gradient in one launch, and the scaling of a stored gradient.
 #include "grid_sum.cuh"
 
 namespace fastdmd {
 namespace {
 
 struct FakeLoss {
-  const void* output;  // [B * sample_size]: D_fake, or F_fake if x_t is given
-  const void* x_gen;   // [B * sample_size]
+  const void* output;  // [B * sample_size]: D_x, or F_x if x_t is given
+  const void* images;  // [B * sample_size]
   const void* x_t;     // [B * sample_size], or null
   void* grad;          // [B * sample_size], the derivative of the loss in output
   void* loss;          // one wide value
   void* partials;      // [blocks], wide
   Dtype dtype, grad_dtype;
-  Values sigma;  // [B]
+  Values weight;  // [B], or null: it follows from sigma
+  Values sigma;   // [B], or null
   double sigma_data;
   int64_t numel, sample_size;
   unsigned ticket;
 };
 
-// Of one sample: error = output - (x_gen - c_skip * x_t) * inverse_c_out, or output - x_gen if there is no x_t.
+// Of one sample: error = output - (images - c_skip * x_t) * inverse_c_out, or output - images if there is no x_t.
 template <class W>
 struct Coefficients {
   W weight, c_skip, inverse_c_out;
 
-  __device__ __forceinline__ Coefficients(const FakeLoss& a, int64_t sample) {
+  __device__ __forceinline__ Coefficients(const FakeLoss& a, int64_t sample) : weight(1), c_skip(0), inverse_c_out(1) {
+    if (a.weight.data) {
+      weight = a.weight.at<W>(sample);
+      return;
+    }
     const W sigma = a.sigma.at<W>(sample), sigma_data = W(a.sigma_data);
-    weight = a.x_t ? W(1) : fastdmd::loss_weight(sigma, sigma_data);
-    c_skip = a.x_t ? fastdmd::c_skip(sigma, sigma_data) : W(0);
-    inverse_c_out = a.x_t ? W(1) / fastdmd::c_out(sigma, sigma_data) : W(1);
+    if (a.x_t) {
+      c_skip = fastdmd::c_skip(sigma, sigma_data);
+      inverse_c_out = W(1) / fastdmd::c_out(sigma, sigma_data);
+    } else {
+      weight = fastdmd::loss_weight(sigma, sigma_data);
+    }
   }
 };
 
@@ -43,7 +51,7 @@ __global__ void __launch_bounds__(THREADS, 4) fake_loss_vectors(FakeLoss a) {
   using G = std::conditional_t<std::is_same_v<T, __half>, float, T>;
   constexpr int V = 16 / sizeof(T);
   const T* output = static_cast<const T*>(a.output);
-  const T* x_gen = static_cast<const T*>(a.x_gen);
+  const T* images = static_cast<const T*>(a.images);
   const T* x_t = static_cast<const T*>(a.x_t);
   G* grad = static_cast<G*>(a.grad);
   const float factor = float(2 / double(a.numel));
@@ -53,7 +61,7 @@ __global__ void __launch_bounds__(THREADS, 4) fake_loss_vectors(FakeLoss a) {
     const int64_t count = a.numel - i;
     float error[V], target[V], skipped[V];
     load(output + i, error, count);
-    load(x_gen + i, target, count);
+    load(images + i, target, count);
     if constexpr (Raw) load(x_t + i, skipped, count);
     const Samples samples = samples_of<V>(i, a.sample_size, count);
     const Coefficients<float> first(a, samples.first);
@@ -81,7 +89,7 @@ __global__ void __launch_bounds__(THREADS) fake_loss_any(FakeLoss a) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < a.numel; i += step) {
     const Coefficients<W> of_sample(a, divide(i, a.sample_size));
-    W target = read<W>(a.x_gen, a.dtype, i);
+    W target = read<W>(a.images, a.dtype, i);
     if (a.x_t) target = (target - of_sample.c_skip * read<W>(a.x_t, a.dtype, i)) * of_sample.inverse_c_out;
     const W error = read<W>(a.output, a.dtype, i) - target, weighted = of_sample.weight * error;
     sum += weighted * error;
@@ -90,16 +98,17 @@ __global__ void __launch_bounds__(THREADS) fake_loss_any(FakeLoss a) {
   finish(a, sum);
 }
 
-std::tuple<Tensor, Tensor> denoising_loss(const char* op, const Tensor& output, const Tensor& x_gen, const void* x_t,
-                                          const Tensor& sigma, double sigma_data) {
+std::tuple<Tensor, Tensor> weighted_error(const char* op, const Tensor& output, const Tensor& images, const void* x_t,
+                                          const std::optional<Tensor>& weight, const std::optional<Tensor>& sigma,
+                                          double sigma_data) {
   const ScalarType grad_type = output.scalar_type() == ScalarType::Half ? ScalarType::Float : output.scalar_type();
   Tensor grad = empty_like(output, grad_type);
   Tensor loss = torch::stable::new_empty(output, {}, wide_type(output));
   const int64_t numel = output.numel();
   const Dtype dtype = dtype_of(output, op);
   if (numel == 0) return {torch::stable::fill_(loss, std::numeric_limits<double>::quiet_NaN()), grad};
-  FakeLoss a{output.const_data_ptr(), x_gen.const_data_ptr(), x_t, grad.mutable_data_ptr(), loss.mutable_data_ptr(),
-             nullptr, dtype, dtype_of(grad_type, op), values_of(sigma, op), sigma_data, numel,
+  FakeLoss a{output.const_data_ptr(), images.const_data_ptr(), x_t, grad.mutable_data_ptr(), loss.mutable_data_ptr(),
+             nullptr, dtype, dtype_of(grad_type, op), values_of(weight, op), values_of(sigma, op), sigma_data, numel,
              numel / output.size(0), 0};
   const Device device(output);
   a.ticket = next_ticket(device.stream());
@@ -110,7 +119,7 @@ std::tuple<Tensor, Tensor> denoising_loss(const char* op, const Tensor& output, 
     device.launch(kernel, blocks, THREADS, a);
   };
   const int64_t width = dtype == Dtype::float32 ? 4 : 8;
-  if (dtype != Dtype::float64 && aligned({a.output, a.x_gen, a.x_t, a.grad}) && a.sample_size >= width)
+  if (dtype != Dtype::float64 && aligned({a.output, a.images, a.x_t, a.grad}) && a.sample_size >= width)
     dispatch_vectors(dtype, [&](auto type) {
       using T = decltype(type);
       static const int64_t resident[] = {device.resident_blocks(fake_loss_vectors<T, false>, THREADS),
@@ -126,11 +135,15 @@ std::tuple<Tensor, Tensor> denoising_loss(const char* op, const Tensor& output, 
 }
 
 std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, double sigma_data) {
-  return denoising_loss("fake_loss", D_fake, x_gen, nullptr, sigma, sigma_data);
+  return weighted_error("fake_loss", D_fake, x_gen, nullptr, std::nullopt, sigma, sigma_data);
 }
 
 std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, double sigma_data) {
-  return denoising_loss("fake_loss_raw", F_fake, x_gen, x_t.const_data_ptr(), sigma, sigma_data);
+  return weighted_error("fake_loss_raw", F_fake, x_gen, x_t.const_data_ptr(), std::nullopt, sigma, sigma_data);
+}
+
+std::tuple<Tensor, Tensor> denoising_loss(Tensor D_x, Tensor images, Tensor weight) {
+  return weighted_error("denoising_loss", D_x, images, nullptr, weight, std::nullopt, 0);
 }
 
 struct ScaleGradient {
@@ -195,6 +208,7 @@ Tensor scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastdmd_native, CUDA, m) {
+  m.impl("denoising_loss", TORCH_BOX(&denoising_loss));
   m.impl("fake_loss", TORCH_BOX(&fake_loss));
   m.impl("fake_loss_raw", TORCH_BOX(&fake_loss_raw));
   m.impl("scale_gradient", TORCH_BOX(&scale_gradient));

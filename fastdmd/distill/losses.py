@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastdmd import ops
-from fastdmd.diffusion import Denoiser
+from fastdmd.diffusion import Denoiser, velocity_preconditioning
 
 
-def generator_loss(x_gen: Tensor, teacher: Denoiser, fake_score: Denoiser, class_labels: Tensor | None, *,
-                   sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def generator_loss(
+    x_gen: Tensor, teacher: Denoiser, fake_score: Denoiser, class_labels: Tensor | None, *, sigma: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
     """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone, and the share of samples it left out.
 
     Noises `x_gen`, lets both networks denoise it, and compares (see `ops.dm_loss`, which takes a sample for which
@@ -26,8 +25,9 @@ def generator_loss(x_gen: Tensor, teacher: Denoiser, fake_score: Denoiser, class
     return ops.dm_loss(x_gen, D_real, D_fake), left_out
 
 
-def denoising_loss(images: Tensor, denoiser: Denoiser, class_labels: Tensor | None, *, sigma: Tensor,
-                   noise: Tensor, sigma_data: float) -> Tensor:  # fmt: skip
+def denoising_loss(
+    images: Tensor, denoiser: Denoiser, class_labels: Tensor | None, *, sigma: Tensor, noise: Tensor, sigma_data: float
+) -> Tensor:
     """`mean(weight * (D(images + sigma * noise, sigma, class_labels) - images)^2)`, differentiable in the weights of D.
 
     It trains teachers and, on generated images, the fake score (`L_fake`). The weight is EDM's, `sigma^-2 + sd^-2`
@@ -37,5 +37,6 @@ def denoising_loss(images: Tensor, denoiser: Denoiser, class_labels: Tensor | No
     images = images.detach()
     D_x = denoiser(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
     if denoiser.dynamics == "flow":
-        return ops.fake_loss(D_x, images, sigma / (1 + sigma), sigma_data=math.inf)
+        *_, t = velocity_preconditioning(sigma)
+        return ops.denoising_loss(D_x, images, t**-2)
     return ops.fake_loss(D_x, images, sigma, sigma_data=sigma_data)

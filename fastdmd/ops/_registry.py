@@ -29,9 +29,17 @@ _CHOSEN: dict[tuple[str, str], Callable] = {}  # (name, device type): implementa
 _BLOCKS: contextvars.ContextVar[tuple[Mapping, ...]] = contextvars.ContextVar("fastdmd_backends", default=())
 
 
-def define(schema: str, *, module: str, reference: Callable, fake: Callable, backward: Callable | None = None,
-           setup_context: Callable | None = None, before: Callable | None = None, cpu_only: bool = False
-           ) -> Any:  # fmt: skip
+def define(
+    schema: str,
+    *,
+    module: str,
+    reference: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    before: Callable | None = None,
+    cpu_only: bool = False,
+) -> Any:
     """Registers an op with `torch.library` and returns it.
 
     `reference` is its default implementation, on every device. CPU and CUDA choose at the first call; `kernels/MODULE`
@@ -51,8 +59,14 @@ def define(schema: str, *, module: str, reference: Callable, fake: Callable, bac
     return op
 
 
-def compose(schema: str, *, function: Callable, fake: Callable, backward: Callable | None = None,
-            setup_context: Callable | None = None) -> Any:  # fmt: skip
+def compose(
+    schema: str,
+    *,
+    function: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> Any:
     """Registers an op that has one implementation alone, made of others."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
