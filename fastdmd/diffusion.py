@@ -46,7 +46,12 @@ def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *
 
 
 def karras_sigmas(
-    num_steps: int = 1000, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device=None
+    num_steps: int,
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """The Karras noise levels, ascending: index 0 is the least noise.
 
@@ -117,7 +122,7 @@ def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Ten
     return (mean + std * normal).exp()
 
 
-def lognormal_sigmas(num_steps: int = 1000, *, mean: float = 0.0, std: float = 1.0, device=None) -> Tensor:
+def lognormal_sigmas(num_steps: int, *, mean: float, std: float, device: torch.device | str | None = None) -> Tensor:
     """Equally probable levels of `lognormal_sigma`, ascending, float32 `[num_steps]`: the medians of its quantiles."""
     if num_steps < 2:
         raise ValueError(f"fastdmd.lognormal_sigmas: expected num_steps >= 2, got {num_steps}")

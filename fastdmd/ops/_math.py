@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def preconditioning(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`c_skip, c_out, c_in, c_noise` of EDM, each of the shape of `sigma` (Karras et al. 2022, table 1).
 
     `c_skip = sd^2 / (sigma^2 + sd^2)`, `c_out = sigma * sd / sqrt(sigma^2 + sd^2)`,

@@ -49,7 +49,7 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     )
 
 
-def check_no_tangent(op: str, *tensors: Tensor) -> None:
+def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
     if has_tangent(*tensors):
         raise NotImplementedError(f"fastdmd.{op}: expected derivatives by backward, got forward mode, which it lacks")
 
@@ -62,7 +62,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def laid_out(grad: Tensor, layout: torch.memory_format) -> Tensor:
     """Dense in this order; also under `is_grads_batched=True`, whose vmap does not know channels_last."""
-    if layout == torch.channels_last and torch._C._dispatch_keys(grad).has(BATCHED):
+    # torch's stubs let a key that is parsed be None.
+    if layout == torch.channels_last and torch._C._dispatch_keys(grad).has(BATCHED):  # type: ignore[arg-type]
         return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return grad.contiguous(memory_format=layout)
 

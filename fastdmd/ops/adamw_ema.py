@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ RANGES = {  # of options, as text and as a test, which NaN fails
 NOT_NEGATIVE = (">= 0 and finite", lambda value: 0 <= value < math.inf)
 
 
-def check_options(place: str, **options: float | tuple[float, float]) -> None:
+def check_options(place: str, **options: Any) -> None:
     """Raises TypeError or ValueError for the first that is no number, or in `betas` no pair, or out of its range."""
     for name, value in options.items():
         text, allows = RANGES.get(name, NOT_NEGATIVE)

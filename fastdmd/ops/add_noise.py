@@ -43,21 +43,33 @@ def add_noise(
     Raises TypeError or ValueError, naming what was expected and what came; RuntimeError for a draw from rng_state
     in a backward pass that is no recomputation of a known one.
     """
-    if (noise is None) == (rng_state is None):
-        got = "neither" if noise is None else "both"
-        raise ValueError(f"fastdmd.add_noise: expected either noise or rng_state, got {got}")
-    (x, *given) = check_images("add_noise", x=x, **({} if noise is None else {"noise": noise}))
+    if noise is not None and rng_state is None:
+        x, noise = check_images("add_noise", x=x, noise=noise)
+        dtype = _check(x, sigma, scale, dtype)
+        compute = reference if has_tangent(x, sigma, noise, scale) else _add_noise
+        return compute(x, sigma, noise, scale, dtype)
+    if rng_state is not None and noise is None:
+        (x,) = check_images("add_noise", x=x)
+        dtype = _check(x, sigma, scale, dtype)
+        check_rng_state("add_noise", rng_state, x)
+        check_no_tangent("add_noise", x, sigma, scale)
+        return _draw(x, sigma, rng_state, scale, dtype)
+    got = "neither" if noise is None else "both"
+    raise ValueError(f"fastdmd.add_noise: expected either noise or rng_state, got {got}")
+
+
+def _check(x: Tensor, sigma: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the result, where all is as it should be."""
     check_constant("add_noise", "sigma", sigma, x)
     if scale is not None:
         check_constant("add_noise", "scale", scale, x)
     dtype = dtype or x.dtype
     if dtype not in DTYPES:
         raise TypeError(f"fastdmd.add_noise: expected a floating point dtype, got {dtype}")
-    if given:
-        compute = reference if has_tangent(x, sigma, *given, scale) else _add_noise
-        return compute(x, sigma, given[0], scale, dtype)
-    check_rng_state("add_noise", rng_state, x)
-    check_no_tangent("add_noise", x, sigma, scale)
+    return dtype
+
+
+def _draw(x: Tensor, sigma: Tensor, rng_state: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     drawn = drawn_before(rng_state)
     if drawn is not None:
         return replay(_add_noise_drawn, x, sigma, drawn, scale, dtype)

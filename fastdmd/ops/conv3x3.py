@@ -102,7 +102,8 @@ def reference_backward(
         1,
         [of_input, of_parameters, of_parameters],
     )
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_weight, grad_bias
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -49,7 +49,7 @@ def group_norm_silu(
     if (scale is None) != (shift is None):
         got = "shift" if scale is None else "scale"
         raise ValueError(f"fastdmd.group_norm_silu: expected scale and shift together, got {got} alone")
-    if scale is not None:
+    if scale is not None and shift is not None:
         check_vector("group_norm_silu", "scale", scale, x, x.shape[:2])
         check_vector("group_norm_silu", "shift", shift, x, x.shape[:2])
         scale, shift = _unit_stride(scale), _unit_stride(shift)
@@ -109,7 +109,7 @@ def reference(
     wide = wide_dtype(x)
     x_wide = x.to(wide).contiguous() if x.is_cuda else x.to(wide)  # torch 2.11 knows no other layout on a GPU
     n, mean, rstd = torch.native_group_norm(x_wide, weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps)
-    m = n if scale is None else n * (1 + _table(scale, x)) + _table(shift, x)
+    m = n if scale is None or shift is None else n * (1 + _table(scale, x)) + _table(shift, x)
     y = F.silu(m) if silu else m
     return y.to(x.dtype, memory_format=memory_format(x)), mean, rstd
 
@@ -129,17 +129,19 @@ def reference_backward(
     wide = mean.dtype
     h = (x.to(wide) - _spread(mean, x)) * _spread(rstd, x)
     n = torch.addcmul(_table(bias[None], x), h, _table(weight[None], x))
-    gain = None if scale is None else 1 + _table(scale, x)
-    m = n if scale is None else n * gain + _table(shift, x)
+    m = n
+    gain = None
+    if scale is not None and shift is not None:
+        gain = 1 + _table(scale, x)
+        m = n * gain + _table(shift, x)
     s = torch.sigmoid(m)
     grad_m = grad_y.to(wide) * (s + m * s * (1 - s) if silu else 1)
     grad_n = grad_m if gain is None else grad_m * gain
     grad_h = grad_n * _table(weight[None], x)
     apart = grad_h - _spread(_groups(grad_h, num_groups).mean(dim=2), x)
     apart = apart - h * _spread(_groups(grad_h * h, num_groups).mean(dim=2), x)
-    if scale is None:
-        grad_scale = grad_shift = m.new_empty(0)
-    else:
+    grad_scale = grad_shift = m.new_empty(0)
+    if scale is not None and shift is not None:
         grad_scale = (grad_m * n).sum(dim=(2, 3)).to(scale.dtype)
         grad_shift = grad_m.sum(dim=(2, 3)).to(shift.dtype)
     return (
