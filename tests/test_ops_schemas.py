@@ -88,10 +88,11 @@ def names_and_types(schema):
 
 def registered(text):
     """The functions that a C++ source registers by `m.impl`: their arguments and results, by the name of the op."""
+    text = re.sub(r" *(//[^\n]*|/\*.*?\*/)", "", text)
     found = {}
     for name, function in re.findall(r'm\.impl\("(\w+)", TORCH_BOX\(&(\w+)\)\)', text):
         ((result, parameters),) = re.findall(rf"^(\S[^\n]*?)\s{function}\(([^()]*)\) \{{", text, re.MULTILINE)
-        pairs = [parameter.split() for parameter in parameters.split(",")]
+        pairs = [re.fullmatch(r"(\S+) (\w+)", parameter.strip()).groups() for parameter in parameters.split(",")]
         results = re.findall("Tensor", result)
         assert result in ("Tensor", f"std::tuple<{', '.join(results)}>"), result
         found[name] = [(argument, TYPES[kind]) for kind, argument in pairs], results
@@ -110,11 +111,14 @@ def test_functions_of_cpp_take_what_their_schemas_say(source):
 
 def test_a_function_of_another_type_is_found():
     """The float and the int of a schema in each other's place: both are eight bytes, read as what they are not."""
-    source = (CSRC / "cpu" / "bind_losses.cpp").read_text()
-    right = "Tensor dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {"
-    for wrong in (right.replace("double", "int64_t"), right.replace("x_gen, Tensor D_real", "D_real, Tensor x_gen")):
-        assert right in source
-        assert registered(source.replace(right, wrong))["dm_gradient"] != names_and_types(NATIVE["dm_gradient"])
+    right = """
+std::tuple<Tensor, Tensor> f(Tensor D_fake,  // [B, ...]
+                             Tensor x_gen, Tensor sigma /* [B] */,
+                             double sigma_data) {
+m.impl("fake_loss", TORCH_BOX(&f));"""
+    assert registered(right) == {"fake_loss": names_and_types(NATIVE["fake_loss"])}
+    for part, wrong in (("double", "int64_t"), ("D_fake", "D"), ("Tensor, Tensor>", "Tensor>"), ("Tensor x_gen, ", "")):
+        assert part in right and registered(right.replace(part, wrong)) != registered(right)
 
 
 @pytest.mark.parametrize(("kind", "left_to_torch"), [("cpu", set()), ("cuda", {"conv3x3", "conv3x3_backward"})])

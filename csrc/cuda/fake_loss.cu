@@ -29,7 +29,8 @@ struct Coefficients {
       weight = a.weight.at<W>(sample);
       return;
     }
-    const W sigma = a.sigma.at<W>(sample), sigma_data = W(a.sigma_data);
+    const W sigma = a.sigma.at<W>(sample);
+    const W sigma_data = W(a.sigma_data);
     if (a.x_t) {
       c_skip = fastdmd::c_skip(sigma, sigma_data);
       inverse_c_out = W(1) / fastdmd::c_out(sigma, sigma_data);
@@ -46,6 +47,7 @@ __device__ void finish(const FakeLoss& a, W sum) {
     *static_cast<W*>(a.loss) = W(total / double(a.numel));
 }
 
+// A thread has V elements in a row, and then every gridDim * blockDim-th such vector.
 template <class T, bool Raw>
 __global__ void __launch_bounds__(THREADS, 4) fake_loss_vectors(FakeLoss a) {
   using G = std::conditional_t<std::is_same_v<T, __half>, float, T>;
@@ -82,6 +84,7 @@ __global__ void __launch_bounds__(THREADS, 4) fake_loss_vectors(FakeLoss a) {
   finish(a, sum);
 }
 
+// A thread has every gridDim * blockDim-th element.
 template <class W>
 __global__ void __launch_bounds__(THREADS) fake_loss_any(FakeLoss a) {
   const W factor = W(2 / double(a.numel));
@@ -91,15 +94,20 @@ __global__ void __launch_bounds__(THREADS) fake_loss_any(FakeLoss a) {
     const Coefficients<W> of_sample(a, divide(i, a.sample_size));
     W target = read<W>(a.images, a.dtype, i);
     if (a.x_t) target = (target - of_sample.c_skip * read<W>(a.x_t, a.dtype, i)) * of_sample.inverse_c_out;
-    const W error = read<W>(a.output, a.dtype, i) - target, weighted = of_sample.weight * error;
+    const W error = read<W>(a.output, a.dtype, i) - target;
+    const W weighted = of_sample.weight * error;
     sum += weighted * error;
     write(a.grad, a.grad_dtype, i, factor * weighted);
   }
   finish(a, sum);
 }
 
-std::tuple<Tensor, Tensor> weighted_error(const char* op, const Tensor& output, const Tensor& images, const void* x_t,
-                                          const std::optional<Tensor>& weight, const std::optional<Tensor>& sigma,
+std::tuple<Tensor, Tensor> weighted_error(const char* op,
+                                          const Tensor& output,                 // [B, ...]
+                                          const Tensor& images,                 // [B, ...]
+                                          const void* x_t,                      // [B, ...], or null
+                                          const std::optional<Tensor>& weight,  // [B], or else
+                                          const std::optional<Tensor>& sigma,   // [B]
                                           double sigma_data) {
   const ScalarType grad_type = output.scalar_type() == ScalarType::Half ? ScalarType::Float : output.scalar_type();
   Tensor grad = empty_like(output, grad_type);
@@ -107,11 +115,22 @@ std::tuple<Tensor, Tensor> weighted_error(const char* op, const Tensor& output, 
   const int64_t numel = output.numel();
   const Dtype dtype = dtype_of(output, op);
   if (numel == 0) return {torch::stable::fill_(loss, std::numeric_limits<double>::quiet_NaN()), grad};
-  FakeLoss a{output.const_data_ptr(), images.const_data_ptr(), x_t, grad.mutable_data_ptr(), loss.mutable_data_ptr(),
-             nullptr, dtype, dtype_of(grad_type, op), values_of(weight, op), values_of(sigma, op), sigma_data, numel,
-             numel / output.size(0), 0};
   const Device device(output);
-  a.ticket = next_ticket(device.stream());
+  FakeLoss a{
+      .output = output.const_data_ptr(),
+      .images = images.const_data_ptr(),
+      .x_t = x_t,
+      .grad = grad.mutable_data_ptr(),
+      .loss = loss.mutable_data_ptr(),
+      .dtype = dtype,
+      .grad_dtype = dtype_of(grad_type, op),
+      .weight = values_of(weight, op),
+      .sigma = values_of(sigma, op),
+      .sigma_data = sigma_data,
+      .numel = numel,
+      .sample_size = numel / output.size(0),
+      .ticket = next_ticket(device.stream()),
+  };
   const auto launch = [&](auto kernel, int64_t resident, int64_t per_thread) {
     const int64_t blocks = std::min(ceil_divide(numel, THREADS * per_thread), resident);
     const Tensor partials = torch::stable::new_empty(output, {blocks}, wide_type(output));
@@ -134,16 +153,25 @@ std::tuple<Tensor, Tensor> weighted_error(const char* op, const Tensor& output, 
   return {loss, grad};
 }
 
-std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, double sigma_data) {
+std::tuple<Tensor, Tensor> denoising_loss(Tensor D_x,     // [B, ...]
+                                          Tensor images,  // [B, ...]
+                                          Tensor weight /* [B] */) {
+  return weighted_error("denoising_loss", D_x, images, nullptr, weight, std::nullopt, 0);
+}
+
+std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake,  // [B, ...]
+                                     Tensor x_gen,   // [B, ...]
+                                     Tensor sigma,   // [B]
+                                     double sigma_data) {
   return weighted_error("fake_loss", D_fake, x_gen, nullptr, std::nullopt, sigma, sigma_data);
 }
 
-std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, double sigma_data) {
+std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake,  // [B, ...]
+                                         Tensor x_gen,   // [B, ...]
+                                         Tensor x_t,     // [B, ...]
+                                         Tensor sigma,   // [B]
+                                         double sigma_data) {
   return weighted_error("fake_loss_raw", F_fake, x_gen, x_t.const_data_ptr(), std::nullopt, sigma, sigma_data);
-}
-
-std::tuple<Tensor, Tensor> denoising_loss(Tensor D_x, Tensor images, Tensor weight) {
-  return weighted_error("denoising_loss", D_x, images, nullptr, weight, std::nullopt, 0);
 }
 
 struct ScaleGradient {
@@ -154,6 +182,7 @@ struct ScaleGradient {
   int64_t numel;
 };
 
+// As fake_loss_vectors.
 template <class T, class O>
 __global__ void __launch_bounds__(THREADS) scale_gradient_vectors(ScaleGradient a) {
   constexpr int V = VECTOR<T, O>;
@@ -170,6 +199,7 @@ __global__ void __launch_bounds__(THREADS) scale_gradient_vectors(ScaleGradient 
   }
 }
 
+// As fake_loss_any.
 template <class W>
 __global__ void __launch_bounds__(THREADS) scale_gradient_any(ScaleGradient a) {
   const W factor = a.grad_loss.at<W>(0);
@@ -178,11 +208,19 @@ __global__ void __launch_bounds__(THREADS) scale_gradient_any(ScaleGradient a) {
     write(a.out, a.out_dtype, i, read<W>(a.grad, a.dtype, i) * factor);
 }
 
-Tensor scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) {
+Tensor scale_gradient(Tensor grad,       // [...]
+                      Tensor grad_loss,  // []
+                      ScalarType dtype) {
   constexpr const char* op = "scale_gradient";
   Tensor out = empty_like(grad, dtype);
-  const ScaleGradient a{grad.const_data_ptr(), out.mutable_data_ptr(), dtype_of(grad, op), dtype_of(dtype, op),
-                        values_of(grad_loss, op), grad.numel()};
+  const ScaleGradient a{
+      .grad = grad.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .dtype = dtype_of(grad, op),
+      .out_dtype = dtype_of(dtype, op),
+      .grad_loss = values_of(grad_loss, op),
+      .numel = grad.numel(),
+  };
   if (a.numel == 0) return out;
   const Device device(grad);
   const auto launch = [&](auto kernel, int64_t resident, int64_t per_thread) {

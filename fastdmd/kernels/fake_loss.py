@@ -30,14 +30,14 @@ def fake_loss_kernel(
     output_ptr,  # [B * sample_size]: D_x, or F_x if x_t is given
     images_ptr,  # [B * sample_size]
     x_t_ptr,  # [B * sample_size], or None
-    sigma_ptr,  # [B]; without SIGMA_DATA the weight itself
+    level_ptr,  # [B]: the weights, or sigma if there is SIGMA_DATA
     grad_ptr,  # [B * sample_size], the derivative of the loss in output
     partial_ptr,  # [num_programs]
-    loss_ptr,  # []
-    ticket_ptr,  # []
+    loss_ptr,  # [1]
+    ticket_ptr,  # [1]
     numel,
     sample_size,
-    sigma_stride,
+    level_stride,
     num_programs,
     SIGMA_DATA: tl.constexpr,
     LARGE: tl.constexpr,
@@ -49,21 +49,22 @@ def fake_loss_kernel(
     start = pid * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     mask = offsets < numel
-    sigma, other, first = of_samples(sigma_ptr, sigma_stride, start, numel, sample_size, LARGE, WIDE, BLOCK)
+    level, other, first = of_samples(level_ptr, level_stride, start, numel, sample_size, LARGE, WIDE, BLOCK)
     output = tl.load(output_ptr + offsets, mask, 0.0).to(WIDE)
     target = tl.load(images_ptr + offsets, mask, 0.0).to(WIDE)
     if SIGMA_DATA is not None:
         sigma_data = tl.full([], SIGMA_DATA, WIDE)
     if x_t_ptr is not None:
         x_t = tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE)
-        skip = tl.where(first, c_skip(sigma, sigma_data), c_skip(other, sigma_data))
-        inverse = tl.sqrt(tl.where(first, loss_weight(sigma, sigma_data), loss_weight(other, sigma_data)))
+        skip = tl.where(first, c_skip(level, sigma_data), c_skip(other, sigma_data))
+        inverse = tl.sqrt(tl.where(first, loss_weight(level, sigma_data), loss_weight(other, sigma_data)))
         error = tl.where(mask, output - (target - skip * x_t) * inverse, 0.0)
         weighted = error
     else:
         if SIGMA_DATA is not None:
-            sigma, other = loss_weight(sigma, sigma_data), loss_weight(other, sigma_data)
-        weight = tl.where(first, sigma, other)
+            level = loss_weight(level, sigma_data)
+            other = loss_weight(other, sigma_data)
+        weight = tl.where(first, level, other)
         error = output - target
         weighted = weight * error
     grad = weighted * (2.0 / tl.cast(numel, WIDE))
@@ -77,7 +78,7 @@ def fake_loss_kernel(
 @triton.jit
 def scale_gradient_kernel(
     grad_ptr,  # [numel]
-    grad_loss_ptr,  # []
+    grad_loss_ptr,  # [1]
     out_ptr,  # [numel]
     numel,
     WIDE: tl.constexpr,
@@ -90,24 +91,40 @@ def scale_gradient_kernel(
     tl.store(out_ptr + offsets, narrow(grad, out_ptr), mask)
 
 
-def denoising_loss(D_x: Tensor, images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def denoising_loss(
+    D_x: Tensor,  # [B, ...]
+    images: Tensor,  # [B, ...]
+    weight: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:
     return _launch(D_x, images, None, weight, None)
 
 
-def fake_loss(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+def fake_loss(
+    D_fake: Tensor,  # [B, ...]
+    x_gen: Tensor,  # [B, ...]
+    sigma: Tensor,  # [B]
+    sigma_data: float,
+) -> tuple[Tensor, Tensor]:
     return _launch(D_fake, x_gen, None, sigma, sigma_data)
 
 
 def fake_loss_raw(
-    F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float
+    F_fake: Tensor,  # [B, ...]
+    x_gen: Tensor,  # [B, ...]
+    x_t: Tensor,  # [B, ...]
+    sigma: Tensor,  # [B]
+    sigma_data: float,
 ) -> tuple[Tensor, Tensor]:
     return _launch(F_fake, x_gen, x_t, sigma, sigma_data)
 
 
 def _launch(
-    output: Tensor, images: Tensor, x_t: Tensor | None, sigma: Tensor, sigma_data: float | None
+    output: Tensor,  # [B, ...]
+    images: Tensor,  # [B, ...]
+    x_t: Tensor | None,  # [B, ...]
+    levels: Tensor,  # [B]: the weights, or sigma if there is sigma_data
+    sigma_data: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Without `sigma_data`, `sigma` is the weight."""
     grad = torch.empty_like(output, dtype=gradient_dtype(output))
     if output.numel() == 0:
         return output.new_full((), float("nan"), dtype=wide_dtype(output)), grad
@@ -120,14 +137,14 @@ def _launch(
         output,
         images,
         x_t,
-        sigma,
+        levels,
         grad,
         partials,
         loss,
         ticket(output.device),
         output.numel(),
         size,
-        sigma.stride(0),
+        levels.stride(0),
         num_programs,
         SIGMA_DATA=sigma_data,
         LARGE=size >= block,
