@@ -37,7 +37,7 @@ def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *
     """A generator on `device` whose draws are a function of (seed, step, stream), each in [0, 2^32).
 
     Streams keep apart what must not share numbers: 0 is training, 1 the choice of real images, 2 evaluation,
-    3 the noise behind samples.png.
+    3 the noise behind samples.png. Raises ValueError for others than those.
     """
     if not all(0 <= value < 2**32 for value in (seed, step, stream)):  # wider ones would collide in SeedSequence
         raise ValueError(f"fastdmd.random_generator: expected values in [0, 2^32), got {(seed, step, stream)}")
@@ -57,14 +57,17 @@ def karras_sigmas(
 
     `sigma_i = (max^(1/rho) + i / (n - 1) * (min^(1/rho) - max^(1/rho)))^rho` (Karras et al. 2022, eq. 5),
     flipped. Returns float32 `[num_steps]`. Computed in float32, as EDM-based trainers do, so that the levels are
-    theirs to the last bit; float64 would differ by up to 1.7e-6.
+    theirs to the last bit; float64 would differ by up to 1.7e-6. Raises ValueError for fewer than two, for levels that
+    do not rise, and for what is not finite and positive.
     """
     if num_steps < 2:
         raise ValueError(f"fastdmd.karras_sigmas: expected num_steps >= 2, got {num_steps}")
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"fastdmd.karras_sigmas: expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    if not rho > 0:
-        raise ValueError(f"fastdmd.karras_sigmas: expected rho > 0, got {rho}")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            f"fastdmd.karras_sigmas: expected 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}"
+        )
+    if not 0 < rho < math.inf:
+        raise ValueError(f"fastdmd.karras_sigmas: expected rho > 0 and finite, got {rho}")
     ramp = torch.linspace(0, 1, num_steps)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return ((high + ramp * (low - high)) ** rho).flip(0).to(device)
@@ -77,7 +80,8 @@ def ddpm_alphas_cumprod(
 
     `linear`: beta from 1e-4 to 0.02 (Ho et al. 2020); `scaled_linear`: the square of a line, from 0.00085 to 0.012
     (Rombach et al. 2022); `cosine`, also called `squaredcos_cap_v2`: `abar_t = cos^2((t / T + 0.008) / 1.008 * pi / 2)`
-    with beta at most 0.999 (Nichol & Dhariwal 2021).
+    with beta at most 0.999 (Nichol & Dhariwal 2021). Raises ValueError for other schedules, for fewer than two steps,
+    and for beta that does not rise within (0, 1).
     """
     if num_steps < 2:
         raise ValueError(f"fastdmd.ddpm_alphas_cumprod: expected num_steps >= 2, got {num_steps}")
@@ -115,7 +119,7 @@ def velocity_preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """Training noise levels `exp(mean + std * normal)` (Karras et al. 2022, table 1).
+    """Training noise levels `exp(mean + std * normal)`, one for each `normal` (Karras et al. 2022, table 1).
 
     They make the `t = sigma / (1 + sigma)` of flow matching logit-normal (Esser et al. 2024).
     """
@@ -123,8 +127,13 @@ def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Ten
 
 
 def lognormal_sigmas(num_steps: int, *, mean: float, std: float, device: torch.device | str | None = None) -> Tensor:
-    """Equally probable levels of `lognormal_sigma`, ascending, float32 `[num_steps]`: the medians of its quantiles."""
+    """Equally probable levels of `lognormal_sigma`, ascending, float32 `[num_steps]`: the medians of its quantiles.
+
+    Raises ValueError for fewer than two, and for a mean and a deviation of no distribution.
+    """
     if num_steps < 2:
         raise ValueError(f"fastdmd.lognormal_sigmas: expected num_steps >= 2, got {num_steps}")
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise ValueError(f"fastdmd.lognormal_sigmas: expected a finite mean and std > 0, got {mean} and {std}")
     quantile = (torch.arange(num_steps, dtype=torch.float64) + 0.5) / num_steps
     return lognormal_sigma(torch.special.ndtri(quantile), mean, std).float().to(device)

@@ -32,14 +32,30 @@ def test_schedule_properties(num_steps, options):
     ("options", "message"),
     [
         ({"num_steps": 1}, "expected num_steps >= 2, got 1"),
-        ({"sigma_min": 0.0}, "expected 0 < sigma_min < sigma_max, got 0.0 and 80.0"),
-        ({"sigma_max": 0.001}, "expected 0 < sigma_min < sigma_max, got 0.002 and 0.001"),
-        ({"rho": 0.0}, "expected rho > 0, got 0.0"),
+        ({"sigma_min": 0.0}, "expected 0 < sigma_min < sigma_max < inf, got 0.0 and 80.0"),
+        ({"sigma_max": 0.001}, "expected 0 < sigma_min < sigma_max < inf, got 0.002 and 0.001"),
+        ({"sigma_max": torch.inf}, "expected 0 < sigma_min < sigma_max < inf, got 0.002 and inf"),
+        ({"rho": 0.0}, "expected rho > 0 and finite, got 0.0"),
+        ({"rho": torch.inf}, "expected rho > 0 and finite, got inf"),
     ],
 )
 def test_schedule_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         diffusion.karras_sigmas(**{"num_steps": 10, **options})
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "mean", "std", "message"),
+    [
+        (1, 0.0, 1.0, "expected num_steps >= 2, got 1"),
+        (9, 0.0, -1.0, "expected a finite mean and std > 0, got 0.0 and -1.0"),
+        (9, 0.0, 0.0, "expected a finite mean and std > 0, got 0.0 and 0.0"),
+        (9, torch.nan, 1.0, "expected a finite mean and std > 0, got nan and 1.0"),
+    ],
+)
+def test_lognormal_levels_refuse(num_steps, mean, std, message):
+    with pytest.raises(ValueError, match=f"fastdmd.lognormal_sigmas: {message}"):
+        diffusion.lognormal_sigmas(num_steps, mean=mean, std=std)
 
 
 def test_preconditioning_identities():

@@ -186,7 +186,7 @@ def implementations(name: str, device: torch.device | str = "cpu") -> dict[str, 
     """The implementations of an op that this machine has, the preferred one first.
 
     They are called with the op's arguments, all positional, and without validation: see the schema,
-    `torch.ops.fastdmd.<name>.default`.
+    `torch.ops.fastdmd.<name>.default`. Raises ValueError for a name that no op has.
     """
     found = {}
     for backend in _preferred(name, _order(device)):
@@ -198,7 +198,7 @@ def implementations(name: str, device: torch.device | str = "cpu") -> dict[str, 
 
 
 def unavailable(name: str, device: torch.device | str = "cpu") -> dict[str, str]:
-    """Why the other implementations are not there."""
+    """Why the other implementations of an op are not there, by their names; raises as `implementations`."""
     reasons = {}
     for backend in BACKENDS:
         try:
@@ -209,6 +209,7 @@ def unavailable(name: str, device: torch.device | str = "cpu") -> dict[str, str]
 
 
 def names() -> list[str]:
+    """Of every op that has more than one implementation."""
     return list(_OPS)
 
 
