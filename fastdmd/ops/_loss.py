@@ -31,7 +31,9 @@ def derivatives(op: str, weight: Callable | None = None, position: int = 0) -> D
     """
 
     def setup_context(ctx, inputs, output) -> None:
-        ctx.dtype, ctx.num_inputs, ctx.numbers = inputs[0].dtype, len(inputs), inputs[position + 1 :]
+        ctx.dtype = inputs[0].dtype
+        ctx.num_inputs = len(inputs)
+        ctx.numbers = inputs[position + 1 :]
         ctx.save_for_backward(output[1], None if weight is None else inputs[position])
         ctx.set_materialize_grads(False)  # nobody wants zeros for an output that has no use
 

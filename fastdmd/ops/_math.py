@@ -12,9 +12,10 @@ def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, T
     `c_skip = sd^2 / (sigma^2 + sd^2)`, `c_out = sigma * sd / sqrt(sigma^2 + sd^2)`,
     `c_in = 1 / sqrt(sigma^2 + sd^2)`, `c_noise = ln(sigma) / 4`; for an infinite sigma or `sd` their limits.
     """
-    low, high = sigma.clamp(max=sigma_data), sigma.clamp(min=sigma_data)  # no square of theirs leaves any dtype's range
-    ratio = (1 + (low / high) ** 2).rsqrt()  # high / sqrt(sigma^2 + sd^2)
-    return 1 / (1 + (sigma / sigma_data) ** 2), low * ratio, ratio / high, sigma.log() / 4
+    low = sigma.clamp(max=sigma_data)
+    high = sigma.clamp(min=sigma_data)
+    share = (1 + (low / high) ** 2).rsqrt()  # high / sqrt(sigma^2 + sd^2), without a square that overflows
+    return 1 / (1 + (sigma / sigma_data) ** 2), low * share, share / high, sigma.log() / 4
 
 
 def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
