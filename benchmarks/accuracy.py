@@ -41,8 +41,11 @@ class Plain:
     def dm_loss_raw(x_gen, x_t, F_real, F_fake, sigma):
         return Plain.dm_loss(x_gen, *(Plain.denoised(x_t, F_x, sigma) for F_x in (F_real, F_fake)))
 
+    def denoising_loss(D_x, images, weight):
+        return (spread(weight, D_x) * (D_x - images).square()).mean()
+
     def fake_loss(D_fake, x_gen, sigma):
-        return (spread(sigma**-2 + SIGMA_DATA**-2, D_fake) * (D_fake - x_gen).square()).mean()
+        return Plain.denoising_loss(D_fake, x_gen, sigma**-2 + SIGMA_DATA**-2)
 
     def fake_loss_raw(F_fake, x_gen, x_t, sigma):
         return Plain.fake_loss(Plain.denoised(x_t, F_fake, sigma), x_gen, sigma)
@@ -75,6 +78,7 @@ class Own:
     dm_gradient = ops.dm_gradient
     dm_loss = ops.dm_loss
     dm_loss_raw = lambda x_gen, x_t, F_real, F_fake, sigma: ops.dm_loss_raw(x_gen, x_t, sigma, F_real, F_fake)  # noqa: E731
+    denoising_loss = ops.denoising_loss
     fake_loss = ops.fake_loss
     fake_loss_raw = ops.fake_loss_raw
     group_norm = lambda x, w, b: ops.group_norm(x, w, b, num_groups=GROUPS)  # noqa: E731
@@ -98,6 +102,7 @@ CASES = {
     "dm_gradient": ((IMAGE, IMAGE, IMAGE), 0),
     "dm_loss": ((IMAGE, IMAGE, IMAGE), 1),
     "dm_loss_raw": ((IMAGE, IMAGE, IMAGE, IMAGE, LEVEL), 1),
+    "denoising_loss": ((IMAGE, IMAGE, LEVEL), 1),
     "fake_loss": ((IMAGE, IMAGE, LEVEL), 1),
     "fake_loss_raw": ((IMAGE, IMAGE, IMAGE, LEVEL), 1),
     "group_norm": ((IMAGE, CHANNEL, CHANNEL), 3),

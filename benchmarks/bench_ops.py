@@ -35,14 +35,16 @@ class Fused:
     def add_noise(x, sigma, state):
         return ops.add_noise(x, sigma, rng_state=state)
 
-    dm_loss, fake_loss = ops.dm_loss, ops.fake_loss
+    denoising_loss, dm_loss, fake_loss = ops.denoising_loss, ops.dm_loss, ops.fake_loss
 
     def group_norm_silu(x, weight, bias):
         return ops.group_norm_silu(x, weight, bias, num_groups=16)
 
 
 # Bytes an element must move, in units of the element size: reads and writes of forward and backward.
-TRAFFIC = {"add_noise": 2, "dm_loss": 4, "fake_loss": 3, "group_norm_silu": 2 + 3, "adamw_ema_": 10}
+TRAFFIC = {
+    "add_noise": 2, "denoising_loss": 3, "dm_loss": 4, "fake_loss": 3, "group_norm_silu": 2 + 3, "adamw_ema_": 10
+}  # fmt: skip
 
 
 def image_arguments(op, dtype, batch):
@@ -57,7 +59,7 @@ def image_arguments(op, dtype, batch):
         return (image(), sigma), 0
     if op == "dm_loss":
         return (image().requires_grad_(), image(), image()), 1
-    if op == "fake_loss":
+    if op in ("denoising_loss", "fake_loss"):
         return (image().requires_grad_(), image(), sigma), 1
     # A feature map of the same size in bytes: 48 channels at 16 x 16.
     x = image(48, 16).to(memory_format=torch.channels_last).requires_grad_()
@@ -94,8 +96,8 @@ def stack():
     [
         (op, variant)
         for op, registered in [
-            ("copy", None), ("add_noise", "add_noise_rng"), ("dm_loss", "dm_loss"), ("fake_loss", "fake_loss"),
-            ("group_norm_silu", "group_norm_silu"),
+            ("copy", None), ("add_noise", "add_noise_rng"), ("denoising_loss", "denoising_loss"),
+            ("dm_loss", "dm_loss"), ("fake_loss", "fake_loss"), ("group_norm_silu", "group_norm_silu"),
         ]
         for variant in (variants(registered) if registered else ["copy"])
     ],

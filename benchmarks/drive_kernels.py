@@ -124,6 +124,7 @@ CASES: dict[str, list[Callable[[Inputs], tuple]]] = {
     "dm_gradient": [lambda i: (i.image(), i.image(), i.image(), 1e-6)],
     "dm_loss": [lambda i: (i.image(), i.image(), i.image(), 1e-6)],
     "dm_loss_raw": [lambda i: (i.image(), i.image(), i.level(), i.image(), i.image(), 0.5, 1e-6)],
+    "denoising_loss": [lambda i: (i.image(), i.image(), i.level())],
     "fake_loss": [lambda i: (i.image(), i.image(), i.level(), 0.7)],
     "fake_loss_raw": [lambda i: (i.image(), i.image(), i.image(), i.level(), 0.7)],
     "scale_gradient": [lambda i: (i.image(), torch.tensor(0.7, dtype=i.wide).to(i.device), i.dtype)],

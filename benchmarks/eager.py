@@ -17,9 +17,12 @@ def dm_loss(x_gen, D_real, D_fake):
     return 0.5 * F.mse_loss(x_gen, (x_gen - grad).detach())
 
 
+def denoising_loss(D_x, images, weight):
+    return (weight.to(images.dtype)[:, None, None, None] * (D_x - images) ** 2).mean()
+
+
 def fake_loss(D_fake, x_gen, sigma):
-    weight = (sigma**-2 + 4).to(x_gen.dtype)[:, None, None, None]
-    return (weight * (D_fake - x_gen) ** 2).mean()
+    return denoising_loss(D_fake, x_gen, sigma**-2 + 4)
 
 
 def group_norm_silu(x, weight, bias, num_groups=16):

@@ -15,7 +15,8 @@ from fastdmd import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEGABYTES = (64, 256)  # of a tensor
-IMAGE_OPS = ("add_noise", "add_noise_rng", "dm_loss", "fake_loss", "scale_gradient")
+LOSSES = ("denoising_loss", "dm_loss", "fake_loss")
+IMAGE_OPS = ("add_noise", "add_noise_rng", *LOSSES, "scale_gradient")
 GROUP_NORM_OPS = ("group_norm_silu", "group_norm_silu_backward")
 # Channels and size of feature maps: of ADM at ImageNet-64, whose decoder joins two of 576, and of EDM's at CIFAR-10.
 FEATURE_MAPS = ((192, 64), (384, 32), (576, 16), (768, 8), (1152, 16), (128, 32), (256, 16))
@@ -96,6 +97,7 @@ def arguments(case: Case, device: str, seed: int = 0) -> tuple:
         "add_noise": lambda: (image(), sigma, image(), None, dtype),
         "add_noise_rng": lambda: (image(), sigma, ops.rng_state(seed, device=device), None, dtype),
         "dm_loss": lambda: (image(), image(), image(), 1e-6),
+        "denoising_loss": lambda: (image(), image(), sigma),
         "fake_loss": lambda: (image(), image(), sigma, 0.5),
         "scale_gradient": lambda: (image(), normal(1)[0], dtype),
     }[case.op]()
@@ -116,9 +118,9 @@ def results(op: str, given: tuple, returned) -> tuple[Tensor, ...]:
 def bytes_moved(op: str, given: tuple, returned: tuple[Tensor, ...]) -> int:
     """Each input read once and each result written once; an update reads its gradients twice, to clip before it moves.
 
-    So `add_noise` 3 values of its dtype an element and `add_noise_rng` 2, `dm_loss` 4 and `fake_loss` 3 (with their
-    gradients), `scale_gradient` 2, `group_norm_silu` 2 and its backward 3, and small tables; `adamw_ema_` 8 of float32
-    and 2 of the gradient's dtype, and the copy written.
+    So `add_noise` 3 values of its dtype an element and `add_noise_rng` 2, `dm_loss` 4, `fake_loss` and `denoising_loss`
+    3 (with their gradients), `scale_gradient` 2, `group_norm_silu` 2 and its backward 3, and small tables; `adamw_ema_`
+    8 of float32 and 2 of the gradient's dtype, and the copy written.
     """
 
     def total(tensors) -> int:
@@ -157,9 +159,9 @@ def _eager(case: Case, given: tuple, implementation: str) -> Callable:
     if case.op == "adamw_ema_":
         adamw = eager.AdamW(*given[:8], **({"fused": True} if implementation == "eager" else {"foreach": True}))
         return lambda: adamw(1.0)
-    if case.op in ("dm_loss", "fake_loss"):
+    if case.op in LOSSES:
         x = given[0].detach().requires_grad_()
-        function = functools.partial(getattr(eager, case.op), x, *given[1:-1])
+        function = functools.partial(getattr(eager, case.op), x, *(t for t in given[1:] if isinstance(t, Tensor)))
         return lambda: _loss_and_gradient(function, x)
     if case.op == "group_norm_silu":
         return lambda: (_group_norm_silu(*given[:3]),)

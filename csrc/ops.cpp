@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(fastdmd_native, m) {
   m.def(
       "dm_loss_raw(Tensor x_gen, Tensor x_t, Tensor sigma, Tensor F_real, Tensor F_fake, float sigma_data, float eps)"
       " -> (Tensor, Tensor)");
+  m.def("denoising_loss(Tensor D_x, Tensor images, Tensor weight) -> (Tensor, Tensor)");
   m.def("fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, float sigma_data) -> (Tensor, Tensor)");
   m.def("fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, float sigma_data) -> (Tensor, Tensor)");
   m.def("scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) -> Tensor");

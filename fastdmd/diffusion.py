@@ -1,4 +1,4 @@
-"""EDM diffusion: noise schedules, preconditioning and loss weights."""
+"""What a denoiser is, its preconditioning, and noise schedules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastdmd.ops._math import per_sample as per_sample  # the ops' own, public here
+from fastdmd.ops._math import preconditioning as preconditioning
 
 DDPM_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # first and last
 DDPM_SCHEDULES = (*DDPM_BETAS, "cosine", "squaredcos_cap_v2")
@@ -30,16 +33,11 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
 
 
-def per_sample(values: Tensor) -> Tensor:
-    """`[B] -> [B, 1, 1, 1]`, to broadcast over `[B, C, H, W]`."""
-    return values[:, None, None, None]
-
-
 def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *, stream: int = 0) -> torch.Generator:
     """A generator on `device` whose draws are a function of (seed, step, stream), each in [0, 2^32).
 
     Streams keep apart what must not share numbers: 0 is training, 1 the choice of real images, 2 evaluation,
-    3 the noise behind samples.png.
+    3 the noise behind samples.png. Raises ValueError for others than those.
     """
     if not all(0 <= value < 2**32 for value in (seed, step, stream)):  # wider ones would collide in SeedSequence
         raise ValueError(f"fastdmd.random_generator: expected values in [0, 2^32), got {(seed, step, stream)}")
@@ -48,34 +46,31 @@ def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *
 
 
 def karras_sigmas(
-    num_steps: int = 1000, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device=None
+    num_steps: int,
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """The Karras noise levels, ascending: index 0 is the least noise.
 
     `sigma_i = (max^(1/rho) + i / (n - 1) * (min^(1/rho) - max^(1/rho)))^rho` (Karras et al. 2022, eq. 5),
     flipped. Returns float32 `[num_steps]`. Computed in float32, as EDM-based trainers do, so that the levels are
-    theirs to the last bit; float64 would differ by up to 1.7e-6.
+    theirs to the last bit; float64 would differ by up to 1.7e-6. Raises ValueError for fewer than two, for levels that
+    do not rise, and for what is not finite and positive.
     """
     if num_steps < 2:
         raise ValueError(f"fastdmd.karras_sigmas: expected num_steps >= 2, got {num_steps}")
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"fastdmd.karras_sigmas: expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    if not rho > 0:
-        raise ValueError(f"fastdmd.karras_sigmas: expected rho > 0, got {rho}")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            f"fastdmd.karras_sigmas: expected 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}"
+        )
+    if not 0 < rho < math.inf:
+        raise ValueError(f"fastdmd.karras_sigmas: expected rho > 0 and finite, got {rho}")
     ramp = torch.linspace(0, 1, num_steps)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return ((high + ramp * (low - high)) ** rho).flip(0).to(device)
-
-
-def preconditioning(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`c_skip, c_out, c_in, c_noise` of EDM, each `[B]` (Karras et al. 2022, table 1).
-
-    `c_skip = sd^2 / (sigma^2 + sd^2)`, `c_out = sigma * sd / sqrt(sigma^2 + sd^2)`,
-    `c_in = 1 / sqrt(sigma^2 + sd^2)`, `c_noise = ln(sigma) / 4`.
-    """
-    variance = sigma**2 + sigma_data**2
-    c_in = variance.rsqrt()
-    return sigma_data**2 / variance, sigma * sigma_data * c_in, c_in, sigma.log() / 4
 
 
 def ddpm_alphas_cumprod(
@@ -85,7 +80,8 @@ def ddpm_alphas_cumprod(
 
     `linear`: beta from 1e-4 to 0.02 (Ho et al. 2020); `scaled_linear`: the square of a line, from 0.00085 to 0.012
     (Rombach et al. 2022); `cosine`, also called `squaredcos_cap_v2`: `abar_t = cos^2((t / T + 0.008) / 1.008 * pi / 2)`
-    with beta at most 0.999 (Nichol & Dhariwal 2021).
+    with beta at most 0.999 (Nichol & Dhariwal 2021). Raises ValueError for other schedules, for fewer than two steps,
+    and for beta that does not rise within (0, 1).
     """
     if num_steps < 2:
         raise ValueError(f"fastdmd.ddpm_alphas_cumprod: expected num_steps >= 2, got {num_steps}")
@@ -110,11 +106,6 @@ def ddpm_alphas_cumprod(
     return (1 - betas).cumprod(0)
 
 
-def loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """EDM's weight of the denoising loss, `1 / c_out^2 = sigma^-2 + sd^-2`, `[B]`."""
-    return sigma**-2 + sigma_data**-2
-
-
 def velocity_preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`c_skip, c_out, c_in, t` of flow matching, each `[B]`: a velocity network as a denoiser of `x + sigma * noise`.
 
@@ -128,16 +119,21 @@ def velocity_preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """Training noise levels `exp(mean + std * normal)` (Karras et al. 2022, table 1).
+    """Training noise levels `exp(mean + std * normal)`, one for each `normal` (Karras et al. 2022, table 1).
 
     They make the `t = sigma / (1 + sigma)` of flow matching logit-normal (Esser et al. 2024).
     """
     return (mean + std * normal).exp()
 
 
-def lognormal_sigmas(num_steps: int = 1000, *, mean: float = 0.0, std: float = 1.0, device=None) -> Tensor:
-    """Equally probable levels of `lognormal_sigma`, ascending, float32 `[num_steps]`: the medians of its quantiles."""
+def lognormal_sigmas(num_steps: int, *, mean: float, std: float, device: torch.device | str | None = None) -> Tensor:
+    """Equally probable levels of `lognormal_sigma`, ascending, float32 `[num_steps]`: the medians of its quantiles.
+
+    Raises ValueError for fewer than two, and for a mean and a deviation of no distribution.
+    """
     if num_steps < 2:
         raise ValueError(f"fastdmd.lognormal_sigmas: expected num_steps >= 2, got {num_steps}")
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise ValueError(f"fastdmd.lognormal_sigmas: expected a finite mean and std > 0, got {mean} and {std}")
     quantile = (torch.arange(num_steps, dtype=torch.float64) + 0.5) / num_steps
     return lognormal_sigma(torch.special.ndtri(quantile), mean, std).float().to(device)

@@ -51,8 +51,9 @@ class Generator:
     def num_evaluations(self) -> int:
         return len(self.sigmas)
 
-    def __call__(self, noise: Tensor, class_labels: Tensor | None = None, *, random: torch.Generator | None = None
-                 ) -> Tensor:  # fmt: skip
+    def __call__(
+        self, noise: Tensor, class_labels: Tensor | None = None, *, random: torch.Generator | None = None
+    ) -> Tensor:
         x = _denoise(self.network, noise * self.sigmas[0], self.sigmas[0], class_labels)
         for sigma in self.sigmas[1:]:
             fresh_noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=random)
@@ -69,8 +70,6 @@ class HeunSampler:
 
     network: Denoiser
     num_steps: int = 18
-    sigma_min: float = 0.002
-    rho: float = 7.0
 
     @property
     def num_evaluations(self) -> int:
@@ -86,7 +85,7 @@ class HeunSampler:
             raise ValueError(f"fastdmd.HeunSampler: expected num_steps >= 1, got {self.num_steps}")
         if self.num_steps == 1:
             return [self.sigma_max, 0.0]
-        sigmas = karras_sigmas(self.num_steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+        sigmas = karras_sigmas(self.num_steps, sigma_max=self.sigma_max)
         return [*sigmas.flip(0).tolist(), 0.0]
 
     @torch.no_grad()

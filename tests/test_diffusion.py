@@ -34,23 +34,58 @@ def test_schedule_properties(num_steps, options):
     ("options", "message"),
     [
         ({"num_steps": 1}, "expected num_steps >= 2, got 1"),
-        ({"sigma_min": 0.0}, "expected 0 < sigma_min < sigma_max, got 0.0 and 80.0"),
-        ({"sigma_max": 0.001}, "expected 0 < sigma_min < sigma_max, got 0.002 and 0.001"),
-        ({"rho": 0.0}, "expected rho > 0, got 0.0"),
+        ({"sigma_min": 0.0}, "expected 0 < sigma_min < sigma_max < inf, got 0.0 and 80.0"),
+        ({"sigma_max": 0.001}, "expected 0 < sigma_min < sigma_max < inf, got 0.002 and 0.001"),
+        ({"sigma_max": torch.inf}, "expected 0 < sigma_min < sigma_max < inf, got 0.002 and inf"),
+        ({"rho": 0.0}, "expected rho > 0 and finite, got 0.0"),
+        ({"rho": torch.inf}, "expected rho > 0 and finite, got inf"),
     ],
 )
 def test_schedule_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        diffusion.karras_sigmas(**options)
+        diffusion.karras_sigmas(**{"num_steps": 10, **options})
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "mean", "std", "message"),
+    [
+        (1, 0.0, 1.0, "expected num_steps >= 2, got 1"),
+        (9, 0.0, -1.0, "expected a finite mean and std > 0, got 0.0 and -1.0"),
+        (9, 0.0, 0.0, "expected a finite mean and std > 0, got 0.0 and 0.0"),
+        (9, torch.nan, 1.0, "expected a finite mean and std > 0, got nan and 1.0"),
+    ],
+)
+def test_lognormal_levels_refuse(num_steps, mean, std, message):
+    with pytest.raises(ValueError, match=f"fastdmd.lognormal_sigmas: {message}"):
+        diffusion.lognormal_sigmas(num_steps, mean=mean, std=std)
 
 
 def test_preconditioning_identities():
     sigma, sd = diffusion.karras_sigmas(200).double(), 0.7
     c_skip, c_out, c_in, c_noise = diffusion.preconditioning(sigma, sd)
-    assert_close(diffusion.loss_weight(sigma, sd) * c_out**2, torch.ones_like(sigma))
+    assert_close((sigma**-2 + sd**-2) * c_out**2, torch.ones_like(sigma))  # the weight of the loss
     assert_close(c_in**2 * (sigma**2 + sd**2), torch.ones_like(sigma))  # unit variance of the network's input
     assert_close(c_skip**2 * sigma**2 + (1 - c_skip) ** 2 * sd**2, c_out**2)  # c_skip minimises c_out
     assert_close((4 * c_noise).exp(), sigma)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+def test_preconditioning_keeps_its_digits_in_every_dtype(dtype):
+    """Squares of these levels leave the range of float16, and the largest one that of float32."""
+    largest = {torch.float16: 6e4}.get(dtype, 1e30)
+    sigma = torch.tensor([1e-4, 0.002, 0.5, 80.0, 500.0, largest]).to(dtype)
+    exact = diffusion.preconditioning(sigma.double(), 0.5)
+    for result, truth in zip(diffusion.preconditioning(sigma, 0.5), exact, strict=True):
+        smallest = torch.finfo(dtype).smallest_normal  # c_skip of large levels is less
+        assert_close(result.double(), truth, rtol=4 * torch.finfo(dtype).eps, atol=smallest)
+
+
+def test_preconditioning_has_its_limits():
+    """At infinite sigma `D = sd F`, and for infinite sd `D = x + sigma F`."""
+    infinite, sigma = torch.tensor([torch.inf]), torch.tensor([0.0, 3.0])
+    assert [c.item() for c in diffusion.preconditioning(infinite, 0.7)[:3]] == [0.0, pytest.approx(0.7), 0.0]
+    assert [c.tolist() for c in diffusion.preconditioning(sigma, torch.inf)[:3]] == [[1, 1], [0, 3], [0, 0]]
+    assert [c[0].item() for c in diffusion.preconditioning(sigma, 0.5)[:3]] == [1, 0, 2]
 
 
 def test_lognormal_sigma_has_the_stated_moments():

@@ -137,31 +137,59 @@ std::tuple<Tensor, Tensor> dm_loss_raw(Tensor x_gen, Tensor x_t, Tensor sigma, T
   return loss_and_gradient(x_gen, F_real, F_fake, x_t.const_data_ptr(), values(sigma), sigma_data, eps);
 }
 
-std::tuple<Tensor, Tensor> denoising_loss(const Tensor& output, const Tensor& x_gen, const void* x_t,
-                                          const Tensor& sigma, double sigma_data) {
+// complete(of_sample, sample) sets the coefficients of a sample.
+template <class Complete>
+std::tuple<Tensor, Tensor> weighted_error(const Tensor& output,  // [B, ...]
+                                          const Tensor& images,  // [B, ...]
+                                          const void* x_t,       // [B, ...], or null
+                                          Complete complete) {
   Tensor grad = empty_like(output, gradient_dtype(output));
-  const std::vector<double> sigmas = values(sigma);
-  const FakeLoss a{dtype_of(output), dtype_of(grad), output.const_data_ptr(), x_gen.const_data_ptr(), x_t,
-                   grad.mutable_data_ptr(), 2 * inverse_numel(output), 1, 0, 0};
+  const FakeLoss a{
+      .dtype = dtype_of(output),
+      .grad_dtype = dtype_of(grad),
+      .output = output.const_data_ptr(),
+      .images = images.const_data_ptr(),
+      .x_t = x_t,
+      .grad = grad.mutable_data_ptr(),
+      .factor = 2 * inverse_numel(output),
+      .weight = 1,
+  };
   const double sum = total(Blocks(output).sums([&](int64_t sample, int64_t begin, int64_t end) {
     FakeLoss of_sample = a;
-    if (x_t) {
-      of_sample.c_skip = c_skip(sigmas[sample], sigma_data);
-      of_sample.inverse_c_out = 1 / c_out(sigmas[sample], sigma_data);
-    } else {
-      of_sample.weight = loss_weight(sigmas[sample], sigma_data);
-    }
+    complete(of_sample, sample);
     return kernels().fake_loss(of_sample, begin, end);
   }));
   return {scalar(output, wide(output), mean(sum, output)), grad};
 }
 
-std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, double sigma_data) {
-  return denoising_loss(D_fake, x_gen, nullptr, sigma, sigma_data);
+std::tuple<Tensor, Tensor> denoising_loss(Tensor D_x,     // [B, ...]
+                                          Tensor images,  // [B, ...]
+                                          Tensor weight /* [B] */) {
+  const std::vector<double> weights = values(weight);
+  return weighted_error(D_x, images, nullptr,
+                        [&](FakeLoss& of_sample, int64_t sample) { of_sample.weight = weights[sample]; });
 }
 
-std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, double sigma_data) {
-  return denoising_loss(F_fake, x_gen, x_t.const_data_ptr(), sigma, sigma_data);
+std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake,  // [B, ...]
+                                     Tensor x_gen,   // [B, ...]
+                                     Tensor sigma,   // [B]
+                                     double sigma_data) {
+  const std::vector<double> sigmas = values(sigma);
+  return weighted_error(D_fake, x_gen, nullptr, [&](FakeLoss& of_sample, int64_t sample) {
+    of_sample.weight = loss_weight(sigmas[sample], sigma_data);
+  });
+}
+
+std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake,  // [B, ...]
+                                         Tensor x_gen,   // [B, ...]
+                                         Tensor x_t,     // [B, ...]
+                                         Tensor sigma,   // [B]
+                                         double sigma_data) {
+  const std::vector<double> sigmas = values(sigma);
+  return weighted_error(F_fake, x_gen, x_t.const_data_ptr(), [&](FakeLoss& of_sample, int64_t sample) {
+    of_sample.c_skip = c_skip(sigmas[sample], sigma_data);
+    of_sample.inverse_c_out = 1 / c_out(sigmas[sample], sigma_data);
+  });
 }
 
 Tensor scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) {
@@ -185,6 +213,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastdmd_native, CPU, m) {
   m.impl("dm_gradient", TORCH_BOX(&dm_gradient));
   m.impl("dm_loss", TORCH_BOX(&dm_loss));
   m.impl("dm_loss_raw", TORCH_BOX(&dm_loss_raw));
+  m.impl("denoising_loss", TORCH_BOX(&denoising_loss));
   m.impl("fake_loss", TORCH_BOX(&fake_loss));
   m.impl("fake_loss_raw", TORCH_BOX(&fake_loss_raw));
   m.impl("scale_gradient", TORCH_BOX(&scale_gradient));

@@ -36,12 +36,12 @@ struct DMLoss {
 
 struct FakeLoss {
   Dtype dtype, grad_dtype;
-  const void* output;  // [B * sample_size]: D_fake, or F_fake if x_t is given
-  const void* x_gen;
-  const void* x_t;     // or null
+  const void* output;  // [B * sample_size]: D_x, or F_x if x_t is given
+  const void* images;  // [B * sample_size]
+  const void* x_t;     // [B * sample_size], or null
   void* grad;          // [B * sample_size], of grad_dtype: factor * weight * error
   double factor;
-  double weight;       // of the sample at hand: the Karras weight, or 1 if x_t is given
+  double weight;       // of the sample at hand, 1 if x_t is given
   double c_skip, inverse_c_out;
 };
 

@@ -1,33 +1,42 @@
-// The denoising loss of the fake score and its gradient in one launch, and the scaling of a stored gradient.
+// The weighted denoising loss and its gradient in one launch, and the scaling of a stored gradient.
 #include "grid_sum.cuh"
 
 namespace fastdmd {
 namespace {
 
 struct FakeLoss {
-  const void* output;  // [B * sample_size]: D_fake, or F_fake if x_t is given
-  const void* x_gen;   // [B * sample_size]
+  const void* output;  // [B * sample_size]: D_x, or F_x if x_t is given
+  const void* images;  // [B * sample_size]
   const void* x_t;     // [B * sample_size], or null
   void* grad;          // [B * sample_size], the derivative of the loss in output
   void* loss;          // one wide value
   void* partials;      // [blocks], wide
   Dtype dtype, grad_dtype;
-  Values sigma;  // [B]
+  Values weight;  // [B], or null: it follows from sigma
+  Values sigma;   // [B], or null
   double sigma_data;
   int64_t numel, sample_size;
   unsigned ticket;
 };
 
-// Of one sample: error = output - (x_gen - c_skip * x_t) * inverse_c_out, or output - x_gen if there is no x_t.
+// Of one sample: error = output - (images - c_skip * x_t) * inverse_c_out, or output - images if there is no x_t.
 template <class W>
 struct Coefficients {
   W weight, c_skip, inverse_c_out;
 
-  __device__ __forceinline__ Coefficients(const FakeLoss& a, int64_t sample) {
-    const W sigma = a.sigma.at<W>(sample), sigma_data = W(a.sigma_data);
-    weight = a.x_t ? W(1) : fastdmd::loss_weight(sigma, sigma_data);
-    c_skip = a.x_t ? fastdmd::c_skip(sigma, sigma_data) : W(0);
-    inverse_c_out = a.x_t ? W(1) / fastdmd::c_out(sigma, sigma_data) : W(1);
+  __device__ __forceinline__ Coefficients(const FakeLoss& a, int64_t sample) : weight(1), c_skip(0), inverse_c_out(1) {
+    if (a.weight.data) {
+      weight = a.weight.at<W>(sample);
+      return;
+    }
+    const W sigma = a.sigma.at<W>(sample);
+    const W sigma_data = W(a.sigma_data);
+    if (a.x_t) {
+      c_skip = fastdmd::c_skip(sigma, sigma_data);
+      inverse_c_out = W(1) / fastdmd::c_out(sigma, sigma_data);
+    } else {
+      weight = fastdmd::loss_weight(sigma, sigma_data);
+    }
   }
 };
 
@@ -38,12 +47,13 @@ __device__ void finish(const FakeLoss& a, W sum) {
     *static_cast<W*>(a.loss) = W(total / double(a.numel));
 }
 
+// A thread has V elements in a row, and then every gridDim * blockDim-th such vector.
 template <class T, bool Raw>
 __global__ void __launch_bounds__(THREADS, 4) fake_loss_vectors(FakeLoss a) {
   using G = std::conditional_t<std::is_same_v<T, __half>, float, T>;
   constexpr int V = 16 / sizeof(T);
   const T* output = static_cast<const T*>(a.output);
-  const T* x_gen = static_cast<const T*>(a.x_gen);
+  const T* images = static_cast<const T*>(a.images);
   const T* x_t = static_cast<const T*>(a.x_t);
   G* grad = static_cast<G*>(a.grad);
   const float factor = float(2 / double(a.numel));
@@ -53,7 +63,7 @@ __global__ void __launch_bounds__(THREADS, 4) fake_loss_vectors(FakeLoss a) {
     const int64_t count = a.numel - i;
     float error[V], target[V], skipped[V];
     load(output + i, error, count);
-    load(x_gen + i, target, count);
+    load(images + i, target, count);
     if constexpr (Raw) load(x_t + i, skipped, count);
     const Samples samples = samples_of<V>(i, a.sample_size, count);
     const Coefficients<float> first(a, samples.first);
@@ -74,6 +84,7 @@ __global__ void __launch_bounds__(THREADS, 4) fake_loss_vectors(FakeLoss a) {
   finish(a, sum);
 }
 
+// A thread has every gridDim * blockDim-th element.
 template <class W>
 __global__ void __launch_bounds__(THREADS) fake_loss_any(FakeLoss a) {
   const W factor = W(2 / double(a.numel));
@@ -81,28 +92,45 @@ __global__ void __launch_bounds__(THREADS) fake_loss_any(FakeLoss a) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < a.numel; i += step) {
     const Coefficients<W> of_sample(a, divide(i, a.sample_size));
-    W target = read<W>(a.x_gen, a.dtype, i);
+    W target = read<W>(a.images, a.dtype, i);
     if (a.x_t) target = (target - of_sample.c_skip * read<W>(a.x_t, a.dtype, i)) * of_sample.inverse_c_out;
-    const W error = read<W>(a.output, a.dtype, i) - target, weighted = of_sample.weight * error;
+    const W error = read<W>(a.output, a.dtype, i) - target;
+    const W weighted = of_sample.weight * error;
     sum += weighted * error;
     write(a.grad, a.grad_dtype, i, factor * weighted);
   }
   finish(a, sum);
 }
 
-std::tuple<Tensor, Tensor> denoising_loss(const char* op, const Tensor& output, const Tensor& x_gen, const void* x_t,
-                                          const Tensor& sigma, double sigma_data) {
+std::tuple<Tensor, Tensor> weighted_error(const char* op,
+                                          const Tensor& output,                 // [B, ...]
+                                          const Tensor& images,                 // [B, ...]
+                                          const void* x_t,                      // [B, ...], or null
+                                          const std::optional<Tensor>& weight,  // [B], or else
+                                          const std::optional<Tensor>& sigma,   // [B]
+                                          double sigma_data) {
   const ScalarType grad_type = output.scalar_type() == ScalarType::Half ? ScalarType::Float : output.scalar_type();
   Tensor grad = empty_like(output, grad_type);
   Tensor loss = torch::stable::new_empty(output, {}, wide_type(output));
   const int64_t numel = output.numel();
   const Dtype dtype = dtype_of(output, op);
   if (numel == 0) return {torch::stable::fill_(loss, std::numeric_limits<double>::quiet_NaN()), grad};
-  FakeLoss a{output.const_data_ptr(), x_gen.const_data_ptr(), x_t, grad.mutable_data_ptr(), loss.mutable_data_ptr(),
-             nullptr, dtype, dtype_of(grad_type, op), values_of(sigma, op), sigma_data, numel,
-             numel / output.size(0), 0};
   const Device device(output);
-  a.ticket = next_ticket(device.stream());
+  FakeLoss a{
+      .output = output.const_data_ptr(),
+      .images = images.const_data_ptr(),
+      .x_t = x_t,
+      .grad = grad.mutable_data_ptr(),
+      .loss = loss.mutable_data_ptr(),
+      .dtype = dtype,
+      .grad_dtype = dtype_of(grad_type, op),
+      .weight = values_of(weight, op),
+      .sigma = values_of(sigma, op),
+      .sigma_data = sigma_data,
+      .numel = numel,
+      .sample_size = numel / output.size(0),
+      .ticket = next_ticket(device.stream()),
+  };
   const auto launch = [&](auto kernel, int64_t resident, int64_t per_thread) {
     const int64_t blocks = std::min(ceil_divide(numel, THREADS * per_thread), resident);
     const Tensor partials = torch::stable::new_empty(output, {blocks}, wide_type(output));
@@ -110,7 +138,7 @@ std::tuple<Tensor, Tensor> denoising_loss(const char* op, const Tensor& output, 
     device.launch(kernel, blocks, THREADS, a);
   };
   const int64_t width = dtype == Dtype::float32 ? 4 : 8;
-  if (dtype != Dtype::float64 && aligned({a.output, a.x_gen, a.x_t, a.grad}) && a.sample_size >= width)
+  if (dtype != Dtype::float64 && aligned({a.output, a.images, a.x_t, a.grad}) && a.sample_size >= width)
     dispatch_vectors(dtype, [&](auto type) {
       using T = decltype(type);
       static const int64_t resident[] = {device.resident_blocks(fake_loss_vectors<T, false>, THREADS),
@@ -125,12 +153,25 @@ std::tuple<Tensor, Tensor> denoising_loss(const char* op, const Tensor& output, 
   return {loss, grad};
 }
 
-std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, double sigma_data) {
-  return denoising_loss("fake_loss", D_fake, x_gen, nullptr, sigma, sigma_data);
+std::tuple<Tensor, Tensor> denoising_loss(Tensor D_x,     // [B, ...]
+                                          Tensor images,  // [B, ...]
+                                          Tensor weight /* [B] */) {
+  return weighted_error("denoising_loss", D_x, images, nullptr, weight, std::nullopt, 0);
 }
 
-std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, double sigma_data) {
-  return denoising_loss("fake_loss_raw", F_fake, x_gen, x_t.const_data_ptr(), sigma, sigma_data);
+std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake,  // [B, ...]
+                                     Tensor x_gen,   // [B, ...]
+                                     Tensor sigma,   // [B]
+                                     double sigma_data) {
+  return weighted_error("fake_loss", D_fake, x_gen, nullptr, std::nullopt, sigma, sigma_data);
+}
+
+std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake,  // [B, ...]
+                                         Tensor x_gen,   // [B, ...]
+                                         Tensor x_t,     // [B, ...]
+                                         Tensor sigma,   // [B]
+                                         double sigma_data) {
+  return weighted_error("fake_loss_raw", F_fake, x_gen, x_t.const_data_ptr(), std::nullopt, sigma, sigma_data);
 }
 
 struct ScaleGradient {
@@ -141,6 +182,7 @@ struct ScaleGradient {
   int64_t numel;
 };
 
+// As fake_loss_vectors.
 template <class T, class O>
 __global__ void __launch_bounds__(THREADS) scale_gradient_vectors(ScaleGradient a) {
   constexpr int V = VECTOR<T, O>;
@@ -157,6 +199,7 @@ __global__ void __launch_bounds__(THREADS) scale_gradient_vectors(ScaleGradient 
   }
 }
 
+// As fake_loss_any.
 template <class W>
 __global__ void __launch_bounds__(THREADS) scale_gradient_any(ScaleGradient a) {
   const W factor = a.grad_loss.at<W>(0);
@@ -165,11 +208,19 @@ __global__ void __launch_bounds__(THREADS) scale_gradient_any(ScaleGradient a) {
     write(a.out, a.out_dtype, i, read<W>(a.grad, a.dtype, i) * factor);
 }
 
-Tensor scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) {
+Tensor scale_gradient(Tensor grad,       // [...]
+                      Tensor grad_loss,  // []
+                      ScalarType dtype) {
   constexpr const char* op = "scale_gradient";
   Tensor out = empty_like(grad, dtype);
-  const ScaleGradient a{grad.const_data_ptr(), out.mutable_data_ptr(), dtype_of(grad, op), dtype_of(dtype, op),
-                        values_of(grad_loss, op), grad.numel()};
+  const ScaleGradient a{
+      .grad = grad.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .dtype = dtype_of(grad, op),
+      .out_dtype = dtype_of(dtype, op),
+      .grad_loss = values_of(grad_loss, op),
+      .numel = grad.numel(),
+  };
   if (a.numel == 0) return out;
   const Device device(grad);
   const auto launch = [&](auto kernel, int64_t resident, int64_t per_thread) {
@@ -195,6 +246,7 @@ Tensor scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastdmd_native, CUDA, m) {
+  m.impl("denoising_loss", TORCH_BOX(&denoising_loss));
   m.impl("fake_loss", TORCH_BOX(&fake_loss));
   m.impl("fake_loss_raw", TORCH_BOX(&fake_loss_raw));
   m.impl("scale_gradient", TORCH_BOX(&scale_gradient));

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastdmd import ops
-from fastdmd.diffusion import Denoiser
+from fastdmd.diffusion import Denoiser, velocity_preconditioning
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, class_labels)
 
@@ -30,8 +29,9 @@ def generator_loss(
     return ops.dm_loss(x_gen, D_real, D_fake), left_out
 
 
-def denoising_loss(images: Tensor, denoiser: Denoiser, class_labels: Tensor | None, *, sigma: Tensor,
-                   noise: Tensor, sigma_data: float) -> Tensor:  # fmt: skip
+def denoising_loss(
+    images: Tensor, denoiser: Denoiser, class_labels: Tensor | None, *, sigma: Tensor, noise: Tensor, sigma_data: float
+) -> Tensor:
     """`mean(weight * (D(images + sigma * noise, sigma, class_labels) - images)^2)`, differentiable in the weights of D.
 
     It trains teachers and, on generated images, the fake score (`L_fake`). The weight is EDM's, `sigma^-2 + sd^-2`
@@ -41,5 +41,6 @@ def denoising_loss(images: Tensor, denoiser: Denoiser, class_labels: Tensor | No
     images = images.detach()
     D_x = denoiser(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
     if denoiser.dynamics == "flow":
-        return ops.fake_loss(D_x, images, sigma / (1 + sigma), sigma_data=math.inf)
+        *_, t = velocity_preconditioning(sigma)
+        return ops.denoising_loss(D_x, images, t**-2)
     return ops.fake_loss(D_x, images, sigma, sigma_data=sigma_data)

@@ -1,4 +1,4 @@
-"""What the kernels share: the wide dtype, launch sizes, and a sum over the whole grid in the same launch."""
+"""What the kernels share: dtypes, launch sizes, and a sum over the whole grid in the same launch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastdmd.ops._math import gradient_dtype as gradient_dtype
+from fastdmd.ops._math import wide_dtype as wide_dtype
 
 NUM_TICKETS = 4096
 
@@ -41,16 +44,8 @@ def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
 
 
-def wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def wide(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def gradient_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+    return tl.float64 if wide_dtype(x) == torch.float64 else tl.float32
 
 
 def sample_size(x: Tensor) -> int:

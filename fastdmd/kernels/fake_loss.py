@@ -1,4 +1,4 @@
-"""The denoising loss of the fake score with its gradient, in one launch; and the scaling that is a loss's backward."""
+"""The weighted denoising loss with its gradient, in one launch; and the scaling that is a loss's backward."""
 
 from __future__ import annotations
 
@@ -19,32 +19,52 @@ from fastdmd.kernels._common import (
     total,
     wide,
     wide_dtype,
-)  # fmt: skip
+)
 
 BLOCK = 4096
 NUM_WARPS = 8
 
 
 @triton.jit
-def fake_loss_kernel(output_ptr, x_gen_ptr, x_t_ptr, sigma_ptr, grad_ptr, partial_ptr, loss_ptr, ticket_ptr, numel,
-                     sample_size, sigma_stride, num_programs, SIGMA_DATA: tl.constexpr, LARGE: tl.constexpr,
-                     WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def fake_loss_kernel(
+    output_ptr,  # [B * sample_size]: D_x, or F_x if x_t is given
+    images_ptr,  # [B * sample_size]
+    x_t_ptr,  # [B * sample_size], or None
+    level_ptr,  # [B]: the weights, or sigma if there is SIGMA_DATA
+    grad_ptr,  # [B * sample_size], the derivative of the loss in output
+    partial_ptr,  # [num_programs]
+    loss_ptr,  # [1]
+    ticket_ptr,  # [1]
+    numel,
+    sample_size,
+    level_stride,
+    num_programs,
+    SIGMA_DATA: tl.constexpr,
+    LARGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program owns BLOCK elements: their gradient, and a part of the sum that the last one to arrive completes."""
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     mask = offsets < numel
-    sigma, other, first = of_samples(sigma_ptr, sigma_stride, start, numel, sample_size, LARGE, WIDE, BLOCK)
+    level, other, first = of_samples(level_ptr, level_stride, start, numel, sample_size, LARGE, WIDE, BLOCK)
     output = tl.load(output_ptr + offsets, mask, 0.0).to(WIDE)
-    target = tl.load(x_gen_ptr + offsets, mask, 0.0).to(WIDE)
-    sigma_data = tl.full([], SIGMA_DATA, WIDE)
+    target = tl.load(images_ptr + offsets, mask, 0.0).to(WIDE)
+    if SIGMA_DATA is not None:
+        sigma_data = tl.full([], SIGMA_DATA, WIDE)
     if x_t_ptr is not None:
         x_t = tl.load(x_t_ptr + offsets, mask, 0.0).to(WIDE)
-        skip = tl.where(first, c_skip(sigma, sigma_data), c_skip(other, sigma_data))
-        inverse = tl.sqrt(tl.where(first, loss_weight(sigma, sigma_data), loss_weight(other, sigma_data)))
+        skip = tl.where(first, c_skip(level, sigma_data), c_skip(other, sigma_data))
+        inverse = tl.sqrt(tl.where(first, loss_weight(level, sigma_data), loss_weight(other, sigma_data)))
         error = tl.where(mask, output - (target - skip * x_t) * inverse, 0.0)
         weighted = error
     else:
-        weight = tl.where(first, loss_weight(sigma, sigma_data), loss_weight(other, sigma_data))
+        if SIGMA_DATA is not None:
+            level = loss_weight(level, sigma_data)
+            other = loss_weight(other, sigma_data)
+        weight = tl.where(first, level, other)
         error = output - target
         weighted = weight * error
     grad = weighted * (2.0 / tl.cast(numel, WIDE))
@@ -56,24 +76,55 @@ def fake_loss_kernel(output_ptr, x_gen_ptr, x_t_ptr, sigma_ptr, grad_ptr, partia
 
 
 @triton.jit
-def scale_gradient_kernel(grad_ptr, grad_loss_ptr, out_ptr, numel, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def scale_gradient_kernel(
+    grad_ptr,  # [numel]
+    grad_loss_ptr,  # [1]
+    out_ptr,  # [numel]
+    numel,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program owns BLOCK elements."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     grad = tl.load(grad_ptr + offsets, mask, 0.0).to(WIDE) * tl.load(grad_loss_ptr).to(WIDE)
     tl.store(out_ptr + offsets, narrow(grad, out_ptr), mask)
 
 
-def fake_loss(D_fake: Tensor, x_gen: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+def denoising_loss(
+    D_x: Tensor,  # [B, ...]
+    images: Tensor,  # [B, ...]
+    weight: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:
+    return _launch(D_x, images, None, weight, None)
+
+
+def fake_loss(
+    D_fake: Tensor,  # [B, ...]
+    x_gen: Tensor,  # [B, ...]
+    sigma: Tensor,  # [B]
+    sigma_data: float,
+) -> tuple[Tensor, Tensor]:
     return _launch(D_fake, x_gen, None, sigma, sigma_data)
 
 
-def fake_loss_raw(F_fake: Tensor, x_gen: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float
-                  ) -> tuple[Tensor, Tensor]:  # fmt: skip
+def fake_loss_raw(
+    F_fake: Tensor,  # [B, ...]
+    x_gen: Tensor,  # [B, ...]
+    x_t: Tensor,  # [B, ...]
+    sigma: Tensor,  # [B]
+    sigma_data: float,
+) -> tuple[Tensor, Tensor]:
     return _launch(F_fake, x_gen, x_t, sigma, sigma_data)
 
 
-def _launch(output: Tensor, x_gen: Tensor, x_t: Tensor | None, sigma: Tensor, sigma_data: float
-            ) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _launch(
+    output: Tensor,  # [B, ...]
+    images: Tensor,  # [B, ...]
+    x_t: Tensor | None,  # [B, ...]
+    levels: Tensor,  # [B]: the weights, or sigma if there is sigma_data
+    sigma_data: float | None,
+) -> tuple[Tensor, Tensor]:
     grad = torch.empty_like(output, dtype=gradient_dtype(output))
     if output.numel() == 0:
         return output.new_full((), float("nan"), dtype=wide_dtype(output)), grad
@@ -83,9 +134,24 @@ def _launch(output: Tensor, x_gen: Tensor, x_t: Tensor | None, sigma: Tensor, si
     num_programs = triton.cdiv(output.numel(), block)
     partials = output.new_empty(num_programs, dtype=loss.dtype)
     fake_loss_kernel[(num_programs,)](
-        output, x_gen, x_t, sigma, grad, partials, loss, ticket(output.device), output.numel(), size, sigma.stride(0),
-        num_programs, SIGMA_DATA=sigma_data, LARGE=size >= block, WIDE=wide(output), BLOCK=block, num_warps=NUM_WARPS,
-    )  # fmt: skip
+        output,
+        images,
+        x_t,
+        levels,
+        grad,
+        partials,
+        loss,
+        ticket(output.device),
+        output.numel(),
+        size,
+        levels.stride(0),
+        num_programs,
+        SIGMA_DATA=sigma_data,
+        LARGE=size >= block,
+        WIDE=wide(output),
+        BLOCK=block,
+        num_warps=NUM_WARPS,
+    )
     return loss, grad
 
 

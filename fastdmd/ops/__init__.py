@@ -10,12 +10,27 @@ from fastdmd.ops.add_noise import add_noise
 from fastdmd.ops.conv3x3 import conv3x3
 from fastdmd.ops.dm_gradient import dm_gradient
 from fastdmd.ops.dm_loss import dm_loss, dm_loss_raw
-from fastdmd.ops.fake_loss import fake_loss, fake_loss_raw
+from fastdmd.ops.fake_loss import denoising_loss, fake_loss, fake_loss_raw
 from fastdmd.ops.group_norm_silu import group_norm, group_norm_silu
 from fastdmd.ops.philox import philox, rng_state
 
 __all__ = [
-    "adamw_ema_", "add_noise", "conv3x3", "dm_gradient", "dm_loss", "dm_loss_raw", "fake_loss", "fake_loss_raw",
-    "group_norm", "group_norm_silu", "implementations", "names", "philox", "require_environment", "rng_state",
-    "unavailable", "use_backend",
-]  # fmt: skip
+    "adamw_ema_",
+    "add_noise",
+    "conv3x3",
+    "denoising_loss",
+    "dm_gradient",
+    "dm_loss",
+    "dm_loss_raw",
+    "fake_loss",
+    "fake_loss_raw",
+    "group_norm",
+    "group_norm_silu",
+    "implementations",
+    "names",
+    "philox",
+    "require_environment",
+    "rng_state",
+    "unavailable",
+    "use_backend",
+]

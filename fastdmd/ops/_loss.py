@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from fastdmd.ops._math import gradient_dtype, per_sample, wide_dtype
 from fastdmd.ops._registry import define, no_second_derivative
-from fastdmd.ops._validate import gradient_dtype, has_tangent, per_sample, wide_dtype
-
-
-def loss_weight(sigma: Tensor, sigma_data: float, x: Tensor) -> Tensor:
-    """`1 / c_out^2 = sigma^-2 + sigma_data^-2`, `[B, 1, 1, 1]` (Karras et al. 2022, table 1)."""
-    return per_sample(sigma, x) ** -2 + sigma_data**-2
-
-
-def preconditioning(sigma: Tensor, x: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """EDM's `c_skip` and `c_out`, `[B, 1, 1, 1]` (Karras et al. 2022, table 1); 1 and sigma for an infinite one."""
-    c_skip = 1 / (1 + (per_sample(sigma, x) / sigma_data) ** 2)
-    return c_skip, loss_weight(sigma, sigma_data, x).rsqrt()
+from fastdmd.ops._validate import has_tangent
 
 
 def fake(x: Tensor, *_) -> tuple[Tensor, Tensor]:
     return x.new_empty((), dtype=wide_dtype(x)), torch.empty_like(x, dtype=gradient_dtype(x))
 
 
-def derivatives(op: str, weight: Callable | None = None) -> dict[str, Callable]:
+class Derivatives(TypedDict):
+    setup_context: Callable
+    backward: Callable
+
+
+def derivatives(op: str, weight: Callable | None = None, position: int = 0) -> Derivatives:
     """`setup_context` and `backward` of a loss; the inputs but the first are constants.
 
     The gradient that is emitted beside the loss is an output of the graph, too: where backward itself is
-    differentiated, what it was made from is. Its derivative is `2 / numel * weight(sigma, sigma_data, x)`, or none.
+    differentiated, what it was made from is. Its derivative is `2 / numel * weight(vector, *numbers)`, or none: the
+    vector `[B]`, spread to `[B, 1, 1, 1]`, is the input at `position`, and the numbers are those behind it.
     """
 
     def setup_context(ctx, inputs, output) -> None:
-        ctx.dtype, ctx.num_inputs, ctx.sigma_data = inputs[0].dtype, len(inputs), inputs[-1]
-        ctx.save_for_backward(output[1], None if weight is None else inputs[-2])
+        ctx.dtype = inputs[0].dtype
+        ctx.num_inputs = len(inputs)
+        ctx.numbers = inputs[position + 1 :]
+        ctx.save_for_backward(output[1], None if weight is None else inputs[position])
         ctx.set_materialize_grads(False)  # nobody wants zeros for an output that has no use
 
     def backward(ctx, saved: tuple[Tensor, ...], grad_loss: Tensor | None, grad_gradient: Tensor | None):
-        gradient, sigma = saved
+        gradient, vector = saved
         grad = None if grad_loss is None else _scaled(gradient, grad_loss, ctx.dtype)
         if grad_gradient is not None:
             if weight is None:
                 raise no_second_derivative(op)
-            factor = 2 / max(1, gradient.numel()) * weight(sigma, ctx.sigma_data, gradient)
+            factor = 2 / max(1, gradient.numel()) * weight(per_sample(vector, gradient), *ctx.numbers)
             second = (factor * grad_gradient).to(ctx.dtype)
             grad = second if grad is None else grad + second
         return grad, *[None] * (ctx.num_inputs - 1)
@@ -69,6 +68,7 @@ def _reference(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
 
 _scale_gradient = define(
     "scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) -> Tensor",
-    module="fake_loss", reference=_reference,
+    module="fake_loss",
+    reference=_reference,
     fake=lambda grad, grad_loss, dtype: torch.empty_like(grad, dtype=dtype),
-)  # fmt: skip
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,7 +37,7 @@ def drawn_before(rng_state: Tensor) -> Tensor | None:
     return states[number]
 
 
-def _closure(hook: Callable) -> dict[str, object]:
+def _closure(hook: Callable) -> dict[str, Any]:
     hook = getattr(hook, "__wrapped__", hook)
     if getattr(hook, "__module__", None) != "torch.utils.checkpoint" or hook.__closure__ is None:
         return {}

@@ -29,9 +29,17 @@ _CHOSEN: dict[tuple[str, str], Callable] = {}  # (name, device type): implementa
 _BLOCKS: contextvars.ContextVar[tuple[Mapping, ...]] = contextvars.ContextVar("fastdmd_backends", default=())
 
 
-def define(schema: str, *, module: str, reference: Callable, fake: Callable, backward: Callable | None = None,
-           setup_context: Callable | None = None, before: Callable | None = None, cpu_only: bool = False
-           ) -> Any:  # fmt: skip
+def define(
+    schema: str,
+    *,
+    module: str,
+    reference: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    before: Callable | None = None,
+    cpu_only: bool = False,
+) -> Any:
     """Registers an op with `torch.library` and returns it.
 
     `reference` is its default implementation, on every device. CPU and CUDA choose at the first call; `kernels/MODULE`
@@ -51,8 +59,14 @@ def define(schema: str, *, module: str, reference: Callable, fake: Callable, bac
     return op
 
 
-def compose(schema: str, *, function: Callable, fake: Callable, backward: Callable | None = None,
-            setup_context: Callable | None = None) -> Any:  # fmt: skip
+def compose(
+    schema: str,
+    *,
+    function: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> Any:
     """Registers an op that has one implementation alone, made of others."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -172,7 +186,7 @@ def implementations(name: str, device: torch.device | str = "cpu") -> dict[str, 
     """The implementations of an op that this machine has, the preferred one first.
 
     They are called with the op's arguments, all positional, and without validation: see the schema,
-    `torch.ops.fastdmd.<name>.default`.
+    `torch.ops.fastdmd.<name>.default`. Raises ValueError for a name that no op has.
     """
     found = {}
     for backend in _preferred(name, _order(device)):
@@ -184,7 +198,7 @@ def implementations(name: str, device: torch.device | str = "cpu") -> dict[str, 
 
 
 def unavailable(name: str, device: torch.device | str = "cpu") -> dict[str, str]:
-    """Why the other implementations are not there."""
+    """Why the other implementations of an op are not there, by their names; raises as `implementations`."""
     reasons = {}
     for backend in BACKENDS:
         try:
@@ -195,6 +209,7 @@ def unavailable(name: str, device: torch.device | str = "cpu") -> dict[str, str]
 
 
 def names() -> list[str]:
+    """Of every op that has more than one implementation."""
     return list(_OPS)
 
 

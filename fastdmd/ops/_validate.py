@@ -49,7 +49,7 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     )
 
 
-def check_no_tangent(op: str, *tensors: Tensor) -> None:
+def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
     if has_tangent(*tensors):
         raise NotImplementedError(f"fastdmd.{op}: expected derivatives by backward, got forward mode, which it lacks")
 
@@ -62,7 +62,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def laid_out(grad: Tensor, layout: torch.memory_format) -> Tensor:
     """Dense in this order; also under `is_grads_batched=True`, whose vmap does not know channels_last."""
-    if layout == torch.channels_last and torch._C._dispatch_keys(grad).has(BATCHED):
+    # torch's stubs let a key that is parsed be None.
+    if layout == torch.channels_last and torch._C._dispatch_keys(grad).has(BATCHED):  # type: ignore[arg-type]
         return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return grad.contiguous(memory_format=layout)
 
@@ -86,28 +87,9 @@ def check_constant(op: str, name: str, vector: Tensor, x: Tensor) -> None:
         raise ValueError(f"fastdmd.{op}: expected {name} to be a constant, got one that requires a gradient: detach it")
 
 
-def check_sigma(op: str, sigma: Tensor, x: Tensor) -> None:
-    check_constant(op, "sigma", sigma, x)
-
-
 def check_positive(op: str, **values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"fastdmd.{op}: expected {name} to be a number, got {type(value).__name__}")
         if not value > 0:
             raise ValueError(f"fastdmd.{op}: expected {name} > 0, got {value}")
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """What an op computes in: float32, or float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def gradient_dtype(x: Tensor) -> torch.dtype:
-    """Of a gradient that may leave the range of float16."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
-def per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """`[B]` -> `[B, 1, 1, 1]`, in the wide dtype of `x`."""
-    return values.to(wide_dtype(x))[:, None, None, None]

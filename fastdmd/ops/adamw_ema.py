@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,24 @@ from torch import Tensor
 from fastdmd.ops._registry import define
 
 
-def adamw_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, learning_rate: Tensor, *,
-               ema: Tensor | None = None, shadow: Tensor | None = None, betas: tuple[float, float] = (0.9, 0.999),
-               eps: float = 1e-8, weight_decay: float = 0.01, max_grad_norm: float = math.inf,
-               ema_decay: float = 0.999, ema_warmup: float = 0.0, zero_grad: bool = False) -> Tensor:  # fmt: skip
+def adamw_ema_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    *,
+    ema: Tensor | None = None,
+    shadow: Tensor | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = math.inf,
+    ema_decay: float = 0.999,
+    ema_warmup: float = 0.0,
+    zero_grad: bool = False,
+) -> Tensor:
     """One step of AdamW (Loshchilov & Hutter 2019, algorithm 2) on a whole network at once, in place.
 
     `g = grad * min(1, max_grad_norm / (norm + 1e-6))`; AdamW with decoupled weight decay; `ema += (1 - decay) *
@@ -37,14 +52,32 @@ def adamw_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     Raises TypeError or ValueError, naming what was expected and what came.
     """
     check_options(
-        "adamw_ema_", betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, ema_decay=ema_decay,
+        "adamw_ema_",
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        ema_decay=ema_decay,
         ema_warmup=ema_warmup,
-    )  # fmt: skip
+    )
     _check(param, grad, exp_avg, exp_avg_sq, step, learning_rate, ema, shadow)
     return _adamw_ema_(
-        param, grad, exp_avg, exp_avg_sq, step, learning_rate, ema, shadow, *betas, eps, weight_decay, max_grad_norm,
-        ema_decay, ema_warmup, zero_grad,
-    )  # fmt: skip
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        learning_rate,
+        ema,
+        shadow,
+        *betas,
+        eps,
+        weight_decay,
+        max_grad_norm,
+        ema_decay,
+        ema_warmup,
+        zero_grad,
+    )
 
 
 RANGES = {  # of options, as text and as a test, which NaN fails
@@ -55,7 +88,7 @@ RANGES = {  # of options, as text and as a test, which NaN fails
 NOT_NEGATIVE = (">= 0 and finite", lambda value: 0 <= value < math.inf)
 
 
-def check_options(place: str, **options: float | tuple[float, float]) -> None:
+def check_options(place: str, **options: Any) -> None:
     """Raises TypeError or ValueError for the first that is no number, or in `betas` no pair, or out of its range."""
     for name, value in options.items():
         text, allows = RANGES.get(name, NOT_NEGATIVE)
@@ -98,9 +131,24 @@ def _check(param, grad, exp_avg, exp_avg_sq, step, learning_rate, ema, shadow) -
         expect("shadow", shadow, param.shape, torch.bfloat16, torch.float16)
 
 
-def reference(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, learning_rate: Tensor,
-              ema: Tensor | None, shadow: Tensor | None, beta1: float, beta2: float, eps: float, weight_decay: float,
-              max_grad_norm: float, ema_decay: float, ema_warmup: float, zero_grad: bool) -> Tensor:  # fmt: skip
+def reference(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    ema: Tensor | None,
+    shadow: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    ema_decay: float,
+    ema_warmup: float,
+    zero_grad: bool,
+) -> Tensor:
     g = grad.to(param.dtype)
     norm = g.square().sum().sqrt()
     finite = norm.isfinite()
@@ -129,5 +177,7 @@ _adamw_ema_ = define(
     "adamw_ema_(Tensor(a!) param, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step,"
     " Tensor learning_rate, Tensor(f!)? ema, Tensor(g!)? shadow, float beta1, float beta2, float eps,"
     " float weight_decay, float max_grad_norm, float ema_decay, float ema_warmup, bool zero_grad) -> Tensor",
-    module="adamw_ema", reference=reference, fake=lambda param, *_: param.new_empty(()),
-)  # fmt: skip
+    module="adamw_ema",
+    reference=reference,
+    fake=lambda param, *_: param.new_empty(()),
+)

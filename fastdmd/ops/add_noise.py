@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdmd.ops._math import per_sample, wide_dtype
 from fastdmd.ops._recompute import check_first_run, drawn_before, replay
 from fastdmd.ops._registry import compose, define
 from fastdmd.ops._validate import (
@@ -12,16 +13,20 @@ from fastdmd.ops._validate import (
     check_constant,
     check_images,
     check_no_tangent,
-    check_sigma,
     has_tangent,
-    per_sample,
-    wide_dtype,
 )
 from fastdmd.ops.philox import CALL, check_rng_state, reference_normals
 
 
-def add_noise(x: Tensor, sigma: Tensor, *, noise: Tensor | None = None, rng_state: Tensor | None = None,
-              scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+def add_noise(
+    x: Tensor,
+    sigma: Tensor,
+    *,
+    noise: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Noises images to the level `sigma`: `x_t = scale * (x + sigma * noise)` (Karras et al. 2022, section 2).
 
     Args:
@@ -38,21 +43,33 @@ def add_noise(x: Tensor, sigma: Tensor, *, noise: Tensor | None = None, rng_stat
     Raises TypeError or ValueError, naming what was expected and what came; RuntimeError for a draw from rng_state
     in a backward pass that is no recomputation of a known one.
     """
-    if (noise is None) == (rng_state is None):
-        got = "neither" if noise is None else "both"
-        raise ValueError(f"fastdmd.add_noise: expected either noise or rng_state, got {got}")
-    (x, *given) = check_images("add_noise", x=x, **({} if noise is None else {"noise": noise}))
-    check_sigma("add_noise", sigma, x)
+    if noise is not None and rng_state is None:
+        x, noise = check_images("add_noise", x=x, noise=noise)
+        dtype = _check(x, sigma, scale, dtype)
+        compute = reference if has_tangent(x, sigma, noise, scale) else _add_noise
+        return compute(x, sigma, noise, scale, dtype)
+    if rng_state is not None and noise is None:
+        (x,) = check_images("add_noise", x=x)
+        dtype = _check(x, sigma, scale, dtype)
+        check_rng_state("add_noise", rng_state, x)
+        check_no_tangent("add_noise", x, sigma, scale)
+        return _draw(x, sigma, rng_state, scale, dtype)
+    got = "neither" if noise is None else "both"
+    raise ValueError(f"fastdmd.add_noise: expected either noise or rng_state, got {got}")
+
+
+def _check(x: Tensor, sigma: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the result, where all is as it should be."""
+    check_constant("add_noise", "sigma", sigma, x)
     if scale is not None:
         check_constant("add_noise", "scale", scale, x)
     dtype = dtype or x.dtype
     if dtype not in DTYPES:
         raise TypeError(f"fastdmd.add_noise: expected a floating point dtype, got {dtype}")
-    if given:
-        compute = reference if has_tangent(x, sigma, *given, scale) else _add_noise
-        return compute(x, sigma, given[0], scale, dtype)
-    check_rng_state("add_noise", rng_state, x)
-    check_no_tangent("add_noise", x, sigma, scale)
+    return dtype
+
+
+def _draw(x: Tensor, sigma: Tensor, rng_state: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     drawn = drawn_before(rng_state)
     if drawn is not None:
         return replay(_add_noise_drawn, x, sigma, drawn, scale, dtype)
@@ -98,20 +115,33 @@ def _backward(ctx, saved: tuple[Tensor, ...], grad: Tensor):
     grad_x = grad if scale is None else per_sample(scale, grad) * grad
     grad_noise = per_sample(sigma, grad) * grad_x if ctx.needs_input_grad[2] else None
     return (
-        grad_x.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None,
-        None if grad_noise is None else grad_noise.to(ctx.dtype), None, None,
-    )  # fmt: skip
+        grad_x.to(ctx.dtype) if ctx.needs_input_grad[0] else None,
+        None,
+        None if grad_noise is None else grad_noise.to(ctx.dtype),
+        None,
+        None,
+    )
 
 
 _add_noise = define(
     "add_noise(Tensor x, Tensor sigma, Tensor noise, Tensor? scale, ScalarType dtype) -> Tensor",
-    module="add_noise", reference=reference, fake=_fake, setup_context=_setup_context, backward=_backward,
-)  # fmt: skip
+    module="add_noise",
+    reference=reference,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
 _add_noise_rng = define(
     "add_noise_rng(Tensor x, Tensor sigma, Tensor(a!) rng_state, Tensor? scale, ScalarType dtype) -> Tensor",
-    module="add_noise", reference=reference_rng, fake=_fake_draw, before=check_first_run,
-)  # fmt: skip
+    module="add_noise",
+    reference=reference_rng,
+    fake=_fake_draw,
+    before=check_first_run,
+)
 _add_noise_drawn = compose(
     "add_noise_drawn(Tensor x, Tensor sigma, Tensor rng_state, Tensor? scale, ScalarType dtype) -> Tensor",
-    function=_drawn, fake=_fake_draw, setup_context=_setup_context, backward=_backward,
-)  # fmt: skip
+    function=_drawn,
+    fake=_fake_draw,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -67,10 +67,12 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     channels, tiles = max(weight.shape[:2]), B * ((H + 1) // 2) * ((W + 1) // 2)
     tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
-        all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and not torch.is_autocast_enabled("cpu")
-        and C % CHANNELS == weight.shape[0] % CHANNELS == 0 and tiles >= max(channels, MIN_TILES)
+        all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and C % CHANNELS == weight.shape[0] % CHANNELS == 0
+        and tiles >= max(channels, MIN_TILES)
         and x.is_contiguous(memory_format=torch.channels_last)
-    )  # fmt: skip
+    )
 
 
 def _counts_flops() -> bool:
@@ -84,13 +86,24 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=1)
 
 
-def reference_backward(grad_y: Tensor, x: Tensor, weight: Tensor, of_input: bool, of_parameters: bool
-                       ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def reference_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, of_input: bool, of_parameters: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.ops.aten.convolution_backward(
-        grad_y, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+        grad_y,
+        x,
+        weight,
+        [weight.shape[0]],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
         [of_input, of_parameters, of_parameters],
-    )  # fmt: skip
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    )
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_weight, grad_bias
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,8 +111,9 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _fake_backward(grad_y: Tensor, x: Tensor, weight: Tensor, of_input: bool, of_parameters: bool
-                   ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, of_input: bool, of_parameters: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_weight = torch.empty_like(weight) if of_parameters else weight.new_empty(0)
     grad_x = torch.empty_like(x) if of_input else x.new_empty(0)
     return grad_x, grad_weight, weight.new_empty(weight.shape[0] if of_parameters else 0)
@@ -124,10 +138,18 @@ def _backward(ctx, saved: tuple[Tensor, ...], grad_y: Tensor):
 
 _conv3x3 = define(
     "conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    module="conv3x3", reference=reference, fake=_fake, setup_context=_setup_context, backward=_backward, cpu_only=True,
-)  # fmt: skip
+    module="conv3x3",
+    reference=reference,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    cpu_only=True,
+)
 _conv3x3_backward = define(
     "conv3x3_backward(Tensor grad_y, Tensor x, Tensor weight, bool of_input, bool of_parameters)"
     " -> (Tensor, Tensor, Tensor)",
-    module="conv3x3", reference=reference_backward, fake=_fake_backward, cpu_only=True,
-)  # fmt: skip
+    module="conv3x3",
+    reference=reference_backward,
+    fake=_fake_backward,
+    cpu_only=True,
+)

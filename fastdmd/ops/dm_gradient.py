@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdmd.ops._math import gradient_dtype, wide_dtype
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_no_tangent, check_positive, gradient_dtype, wide_dtype
+from fastdmd.ops._validate import check_images, check_no_tangent, check_positive
 
 
 def dm_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -47,6 +48,7 @@ def wide_gradient(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> 
 
 _dm_gradient = define(
     "dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, float eps) -> Tensor",
-    module="dm_gradient", reference=reference,
+    module="dm_gradient",
+    reference=reference,
     fake=lambda x_gen, D_real, D_fake, eps: torch.empty_like(x_gen, dtype=gradient_dtype(x_gen)),
-)  # fmt: skip
+)

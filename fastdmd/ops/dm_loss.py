@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastdmd.ops import _loss
+from fastdmd.ops._math import gradient_dtype, per_sample, preconditioning
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images, check_no_tangent, check_positive, check_sigma, gradient_dtype
+from fastdmd.ops._validate import check_constant, check_images, check_no_tangent, check_positive
 from fastdmd.ops.dm_gradient import wide_gradient
 
 
@@ -31,8 +32,16 @@ def dm_loss(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, *, eps: float = 1e-6)
     return _dm_loss(*tensors, eps)[0]
 
 
-def dm_loss_raw(x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_fake: Tensor, *,
-                sigma_data: float = 0.5, eps: float = 1e-6) -> Tensor:  # fmt: skip
+def dm_loss_raw(
+    x_gen: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    F_real: Tensor,
+    F_fake: Tensor,
+    *,
+    sigma_data: float = 0.5,
+    eps: float = 1e-6,
+) -> Tensor:
     """`dm_loss` from raw network outputs: `D = c_skip * x_t + c_out * F` in the same pass (Karras et al. 2022, eq. 7).
 
     The skip terms cancel in `D_real - D_fake`, so small differences survive at small sigma.
@@ -50,7 +59,7 @@ def dm_loss_raw(x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_fak
     Raises TypeError or ValueError, naming what was expected and what came; NotImplementedError for other derivatives.
     """
     x_gen, x_t, F_real, F_fake = check_images("dm_loss_raw", x_gen=x_gen, x_t=x_t, F_real=F_real, F_fake=F_fake)
-    check_sigma("dm_loss_raw", sigma, x_gen)
+    check_constant("dm_loss_raw", "sigma", sigma, x_gen)
     check_positive("dm_loss_raw", sigma_data=sigma_data, eps=eps)
     check_no_tangent("dm_loss_raw", x_gen, x_t, sigma, F_real, F_fake)
     return _dm_loss_raw(x_gen, x_t, sigma, F_real, F_fake, sigma_data, eps)[0]
@@ -61,9 +70,10 @@ def reference(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, eps: float) -> tupl
     return 0.5 * grad.square().mean(), (grad / max(1, grad.numel())).to(gradient_dtype(x_gen))
 
 
-def reference_raw(x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_fake: Tensor, sigma_data: float,
-                  eps: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    c_skip, c_out = _loss.preconditioning(sigma, x_gen, sigma_data)
+def reference_raw(
+    x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_fake: Tensor, sigma_data: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    c_skip, c_out, *_ = preconditioning(per_sample(sigma, x_gen), sigma_data)
     D_real, D_fake = c_skip * x_t + c_out * F_real, c_skip * x_t + c_out * F_fake
     loss, grad = reference(x_gen.to(c_out.dtype), D_real, D_fake, eps)
     return loss, grad.to(gradient_dtype(x_gen))
@@ -71,10 +81,16 @@ def reference_raw(x_gen: Tensor, x_t: Tensor, sigma: Tensor, F_real: Tensor, F_f
 
 _dm_loss = define(
     "dm_loss(Tensor x_gen, Tensor D_real, Tensor D_fake, float eps) -> (Tensor, Tensor)",
-    module="dm_loss", reference=reference, fake=_loss.fake, **_loss.derivatives("dm_loss"),
-)  # fmt: skip
+    module="dm_loss",
+    reference=reference,
+    fake=_loss.fake,
+    **_loss.derivatives("dm_loss"),
+)
 _dm_loss_raw = define(
     "dm_loss_raw(Tensor x_gen, Tensor x_t, Tensor sigma, Tensor F_real, Tensor F_fake, float sigma_data, float eps)"
     " -> (Tensor, Tensor)",
-    module="dm_loss", reference=reference_raw, fake=_loss.fake, **_loss.derivatives("dm_loss_raw"),
-)  # fmt: skip
+    module="dm_loss",
+    reference=reference_raw,
+    fake=_loss.fake,
+    **_loss.derivatives("dm_loss_raw"),
+)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdmd.ops._math import wide_dtype
 from fastdmd.ops._registry import define
 from fastdmd.ops._validate import (
     check_images,
@@ -14,13 +15,19 @@ from fastdmd.ops._validate import (
     has_tangent,
     laid_out,
     memory_format,
-    wide_dtype,
 )
 
 
-def group_norm_silu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int = 32,
-                    scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5
-                    ) -> Tensor:  # fmt: skip
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    num_groups: int = 32,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     """`y = silu(n * (1 + scale) + shift)` with `n = group_norm(x) * weight + bias`.
 
     GroupNorm is that of Wu & He 2018, scale and shift those of Dhariwal & Nichol 2021.
@@ -42,15 +49,16 @@ def group_norm_silu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None
     if (scale is None) != (shift is None):
         got = "shift" if scale is None else "scale"
         raise ValueError(f"fastdmd.group_norm_silu: expected scale and shift together, got {got} alone")
-    if scale is not None:
+    if scale is not None and shift is not None:
         check_vector("group_norm_silu", "scale", scale, x, x.shape[:2])
         check_vector("group_norm_silu", "shift", shift, x, x.shape[:2])
         scale, shift = _unit_stride(scale), _unit_stride(shift)
     return _normalise(x, weight, bias, scale, shift, num_groups, eps, True)
 
 
-def group_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int = 32,
-               eps: float = 1e-5) -> Tensor:  # fmt: skip
+def group_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int = 32, eps: float = 1e-5
+) -> Tensor:
     """`y = group_norm(x) * weight + bias` (Wu & He 2018) in the layout of `x`; arguments and errors as above.
 
     `torch.nn.functional.group_norm` brings channels_last CUDA tensors into another layout and back.
@@ -65,8 +73,9 @@ def _normalise(x: Tensor, *arguments) -> Tensor:
     return _group_norm_silu(x, *arguments)[0]
 
 
-def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
-           ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _check(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     (x,) = check_images(op, x=x)
     check_positive(op, eps=eps)
     if not isinstance(num_groups, (int, torch.SymInt)):
@@ -87,42 +96,61 @@ def _unit_stride(table: Tensor) -> Tensor:
     return table if table.stride(1) == 1 else table.contiguous()
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
-              eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = wide_dtype(x)
     x_wide = x.to(wide).contiguous() if x.is_cuda else x.to(wide)  # torch 2.11 knows no other layout on a GPU
-    n, mean, rstd = torch.native_group_norm(
-        x_wide, weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps
-    )  # fmt: skip
-    m = n if scale is None else n * (1 + _table(scale, x)) + _table(shift, x)
+    n, mean, rstd = torch.native_group_norm(x_wide, weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps)
+    m = n if scale is None or shift is None else n * (1 + _table(scale, x)) + _table(shift, x)
     y = F.silu(m) if silu else m
     return y.to(x.dtype, memory_format=memory_format(x)), mean, rstd
 
 
-def reference_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-                       scale: Tensor | None, shift: Tensor | None, num_groups: int, silu: bool
-                       ) -> tuple[Tensor, ...]:  # fmt: skip
+def reference_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, ...]:
     wide = mean.dtype
     h = (x.to(wide) - _spread(mean, x)) * _spread(rstd, x)
     n = torch.addcmul(_table(bias[None], x), h, _table(weight[None], x))
-    gain = None if scale is None else 1 + _table(scale, x)
-    m = n if scale is None else n * gain + _table(shift, x)
+    m = n
+    gain = None
+    if scale is not None and shift is not None:
+        gain = 1 + _table(scale, x)
+        m = n * gain + _table(shift, x)
     s = torch.sigmoid(m)
     grad_m = grad_y.to(wide) * (s + m * s * (1 - s) if silu else 1)
     grad_n = grad_m if gain is None else grad_m * gain
     grad_h = grad_n * _table(weight[None], x)
     apart = grad_h - _spread(_groups(grad_h, num_groups).mean(dim=2), x)
     apart = apart - h * _spread(_groups(grad_h * h, num_groups).mean(dim=2), x)
-    if scale is None:
-        grad_scale = grad_shift = m.new_empty(0)
-    else:
+    grad_scale = grad_shift = m.new_empty(0)
+    if scale is not None and shift is not None:
         grad_scale = (grad_m * n).sum(dim=(2, 3)).to(scale.dtype)
         grad_shift = grad_m.sum(dim=(2, 3)).to(shift.dtype)
     return (
         (_spread(rstd, x) * apart).to(x.dtype, memory_format=memory_format(x)),
-        (grad_n * h).sum(dim=(0, 2, 3)).to(weight.dtype), grad_n.sum(dim=(0, 2, 3)).to(bias.dtype),
-        grad_scale, grad_shift,
-    )  # fmt: skip
+        (grad_n * h).sum(dim=(0, 2, 3)).to(weight.dtype),
+        grad_n.sum(dim=(0, 2, 3)).to(bias.dtype),
+        grad_scale,
+        grad_shift,
+    )
 
 
 def _moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -151,15 +179,32 @@ def _table(values: Tensor, x: Tensor) -> Tensor:
     return values.to(wide_dtype(x))[:, :, None, None]
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
-          eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty((x.shape[0], num_groups), dtype=wide_dtype(x))
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-def _fake_backward(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-                   scale: Tensor | None, shift: Tensor | None, num_groups: int, silu: bool
-                   ) -> tuple[Tensor, ...]:  # fmt: skip
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, ...]:
     tables = [mean.new_empty(0 if t is None else t.shape, dtype=None if t is None else t.dtype) for t in (scale, shift)]
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *tables
 
@@ -184,17 +229,23 @@ def _backward(ctx, saved: tuple[Tensor, ...], grad_y: Tensor | None, *_):
         mean, rstd = _moments(x, ctx.num_groups, ctx.eps)
     grad_x, grad_weight, grad_bias, *tables = compute(
         grad_y, x, mean, rstd, weight, bias, scale, shift, ctx.num_groups, ctx.silu
-    )  # fmt: skip
+    )
     return grad_x, grad_weight, grad_bias, *(tables if scale is not None else (None, None)), None, None, None
 
 
 _group_norm_silu = define(
     "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps,"
     " bool silu) -> (Tensor, Tensor, Tensor)",
-    module="group_norm_silu", reference=reference, fake=_fake, setup_context=_setup_context, backward=_backward,
-)  # fmt: skip
+    module="group_norm_silu",
+    reference=reference,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
 _group_norm_silu_backward = define(
     "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
     " Tensor? scale, Tensor? shift, int num_groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    module="group_norm_silu", reference=reference_backward, fake=_fake_backward,
-)  # fmt: skip
+    module="group_norm_silu",
+    reference=reference_backward,
+    fake=_fake_backward,
+)

@@ -68,8 +68,11 @@ def reference(counter: Tensor, key: Tensor) -> Tensor:
     for _ in range(10):
         product0, product1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # modulo 2^64, as int64 wraps around
         x0, x1, x2, x3 = (
-            (product1 >> 32) & word ^ x1 ^ key0, product1 & word, (product0 >> 32) & word ^ x3 ^ key1, product0 & word,
-        )  # fmt: skip
+            (product1 >> 32) & word ^ x1 ^ key0,
+            product1 & word,
+            (product0 >> 32) & word ^ x3 ^ key1,
+            product0 & word,
+        )
         key0, key1 = key0 + 0x9E3779B9 & word, key1 + 0xBB67AE85 & word
     return torch.stack([x0, x1, x2, x3], dim=1)
 
@@ -93,6 +96,8 @@ def reference_normals(like: Tensor, rng_state: Tensor) -> Tensor:
 
 
 _philox = define(
-    "philox(Tensor counter, Tensor key) -> Tensor", module="philox", reference=reference,
+    "philox(Tensor counter, Tensor key) -> Tensor",
+    module="philox",
+    reference=reference,
     fake=lambda counter, key: torch.empty_like(counter),
-)  # fmt: skip
+)

@@ -53,6 +53,7 @@ CASES = {
     "dm_gradient": lambda i: (i.image(), i.image(), i.image(), 1e-6),
     "dm_loss": lambda i: (i.image(), i.image(), i.image(), 1e-6),
     "dm_loss_raw": lambda i: (i.image(), i.image(), i.level(), i.image(), i.image(), 0.5, 1e-6),
+    "denoising_loss": lambda i: (i.image(), i.image(), i.level()),
     "fake_loss": lambda i: (i.image(), i.image(), i.level(), 0.7),
     "fake_loss_raw": lambda i: (i.image(), i.image(), i.image(), i.level(), 0.7),
     "scale_gradient": lambda i: (i.image(), i.vector(1, dtype=torch.float32)[0].to(ops_wide(i.dtype)), i.dtype),

@@ -63,7 +63,7 @@ def test_levels_are_logit_normal():
     sigma = torch.cat([draws(step).fake_sigma for step in range(40)]).double()
     logit = torch.logit(sigma / (1 + sigma))
     assert logit.mean().item() == pytest.approx(-0.5, abs=0.05) and logit.std().item() == pytest.approx(2.0, abs=0.05)
-    levels = diffusion.lognormal_sigmas(1001)
+    levels = diffusion.lognormal_sigmas(1001, mean=0.0, std=1.0)
     assert levels[500].item() == pytest.approx(1.0) and (levels.diff() > 0).all()
 
 

@@ -91,7 +91,7 @@ def test_a_fresh_network_predicts_the_data_mean():
     """The last convolution starts near zero: D_x = c_skip * x, and the loss starts near one."""
     network = UNet(SMALL)
     x, sigma, labels = inputs(SMALL)
-    c_skip = diffusion.preconditioning(sigma)[0]
+    c_skip = diffusion.preconditioning(sigma, 0.5)[0]
     assert_close(network(x, sigma, labels), diffusion.per_sample(c_skip) * x, rtol=0, atol=1e-3)
 
 

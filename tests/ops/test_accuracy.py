@@ -100,6 +100,25 @@ def test_special_values(device):
         assert_close(y, torch.nn.functional.silu(x), equal_nan=True)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_special_weights_of_the_denoising_loss(device):
+    """Any weight of any dtype and stride does as the formula says, EDM's as in fake_loss; NaN and infinity stay."""
+    D_x, images = torch.ones(4, 1, 2, 2, device=device), torch.full((4, 1, 2, 2), 3.0, device=device)
+    weight = torch.tensor([0.0, 2.0, -1.0, 0.5], device=device)
+    exact = -4 / 16 * weight[:, None, None, None].expand(D_x.shape)
+    spoiled, infinite = D_x.clone(), weight.clone()
+    spoiled[3, 0, 0, 0], infinite[2] = math.nan, math.inf
+    for backend, implementation in ops.implementations("denoising_loss", device).items():
+        for given in (weight, weight.half(), weight.bfloat16(), weight.double(), weight.repeat_interleave(2)[::2]):
+            assert_close(implementation(D_x, images, given), (torch.tensor(1.5, device=device), exact))
+        loss, grad = implementation(spoiled, images, infinite)
+        assert loss.isnan() and grad[3, 0, 0, 0].isnan() and grad[2].eq(-math.inf).all()
+        assert torch.equal(grad[:2], exact[:2]) and torch.equal(grad[3, 0, 1], exact[3, 0, 1])
+        sigma = Inputs(D_x.shape, device=device).level()
+        karras = ops.implementations("fake_loss", device)[backend](D_x, images, sigma, 0.7)
+        assert_close(implementation(D_x, images, sigma**-2 + 0.7**-2), karras)
+
+
 def unbacked(num_bytes):
     """Address space that takes memory only where it is written."""
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13
@@ -177,6 +196,7 @@ def test_tensors_that_are_not_dense_or_aligned():
     functions = (
         lambda x: ops.add_noise(x, level, noise=x, scale=level), lambda x: ops.dm_gradient(x, 2 * x, x.sin()),
         lambda x: ops.dm_loss(x, x.cos(), x.sin()), lambda x: ops.fake_loss(x, x.sin(), level),
+        lambda x: ops.denoising_loss(x, x.sin(), level),
         lambda x: ops.group_norm_silu(x, weight, weight, num_groups=2, scale=table, shift=table.flip(1)),
         lambda x: ops.conv3x3(x, torch.ones(1, 4, 3, 3).expand(8, 4, 3, 3)),
     )  # fmt: skip
@@ -198,5 +218,6 @@ def test_empty_batches_have_zero_gradients():
         parameters = [p.clone().requires_grad_() for p in parameters]
         y(x, *parameters).sum().backward()
         assert all(p.grad.eq(0).all() for p in parameters)
-    for loss in (ops.dm_loss(x, x, x), ops.fake_loss(x, x, torch.zeros(0))):  # the mean of nothing, as in PyTorch
-        assert loss.isnan()
+    levels = torch.zeros(0)
+    for loss in (ops.dm_loss(x, x, x), ops.fake_loss(x, x, levels), ops.denoising_loss(x, x, levels)):
+        assert loss.isnan()  # the mean of nothing, as in PyTorch

@@ -25,6 +25,7 @@ def test_gradcheck(check, backend):
         sigma = torch.tensor([0.3, 2.0], dtype=torch.float64)
         assert check(lambda x, n: ops.add_noise(x, sigma, noise=n, scale=sigma), (x, noise))
         assert check(lambda x: ops.add_noise(x, sigma, rng_state=ops.rng_state(3), scale=sigma), (x,))
+        assert check(lambda D: ops.denoising_loss(D, x.detach(), sigma), (output,))
         assert check(lambda D: ops.fake_loss(D, x.detach(), sigma), (output,))
         assert check(lambda F: ops.fake_loss_raw(F, x.detach(), noise.detach(), sigma), (output,))
         weight, bias, table = (random(*shape, seed=5).requires_grad_() for shape in ((C,), (C,), (2, 2 * C)))
@@ -84,6 +85,7 @@ def test_hessian_products_of_the_losses(dtype, backend):
     # The factor stands for what makes the loss: d (a L) / dD depends on a, and on D.
     factor = torch.tensor(3.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
     for loss, weight in (
+        (lambda: ops.denoising_loss(D, x_gen, sigma), sigma),
         (lambda: ops.fake_loss(D, x_gen, sigma), sigma**-2 + 4),
         (lambda: ops.fake_loss_raw(D, x_gen, x_t, sigma), torch.ones_like(sigma)),
     ):
@@ -97,6 +99,7 @@ def test_hessian_products_of_the_losses(dtype, backend):
 LAST_OPS = {
     "add_noise": lambda x, w: ops.add_noise(x, torch.ones(4), noise=x, scale=torch.ones(4) / 3),
     "dm_loss": lambda x, w: ops.dm_loss(x, x.detach() + 1, x.detach() ** 2),
+    "denoising_loss": lambda x, w: ops.denoising_loss(x, x.detach() ** 2, torch.ones(4)),
     "fake_loss": lambda x, w: ops.fake_loss(x, x.detach() ** 2, torch.ones(4)),
     "group_norm_silu": lambda x, w: ops.group_norm_silu(x, w[:, 0, 0, 0], w[:, 0, 0, 1], num_groups=4),
     "conv3x3": lambda x, w: ops.conv3x3(x, w),
@@ -154,6 +157,7 @@ def test_forward_mode_is_right_or_refused(layout):
         assert_close(torch.func.jvp(own, (x,), (tangent,)), expected, rtol=1e-5, atol=1e-5)
     for refused in (
         lambda x: ops.fake_loss(x, x, sigma), lambda x: ops.fake_loss_raw(tangent, tangent, x, sigma),
+        lambda x: ops.denoising_loss(tangent, tangent, x[:, 0, 0, 0]),
         lambda x: ops.dm_loss(tangent, x, x), lambda x: ops.dm_loss_raw(x, x, sigma, x, x),
         lambda x: ops.dm_gradient(x, x, x), lambda x: ops.add_noise(x, sigma, rng_state=ops.rng_state(0)),
     ):  # fmt: skip
@@ -180,6 +184,7 @@ def test_what_is_kept_for_backward():
     weight, kernel = torch.ones(16), torch.ones(16, 16, 3, 3)
     for call, expected in (
         (lambda: ops.dm_loss(x, a, b), x.numel()), (lambda: ops.fake_loss(x, a, sigma), x.numel() + 2),
+        (lambda: ops.denoising_loss(x, a, sigma), x.numel() + 2),
         (lambda: ops.add_noise(x, sigma, rng_state=ops.rng_state(0), scale=sigma), 4),
         (lambda: ops.conv3x3(x, kernel), x.numel() + kernel.numel()),
         (lambda: ops.group_norm_silu(x, weight, weight, num_groups=4), x.numel() + 2 * 2 * 4 + 2 * 16),
@@ -263,8 +268,8 @@ def test_forward_mode_over_backward_is_that_of_torch(layout):
         assert_close(results[0].tangent, results[1].tangent, rtol=1e-4, atol=1e-4)
     x.requires_grad_()
     for loss in (
-        ops.fake_loss(x, v, sigma), ops.fake_loss_raw(x, v, t, sigma), ops.dm_loss(x, v, t),
-        ops.dm_loss_raw(x, v, sigma, t, v),
+        ops.denoising_loss(x, v, sigma), ops.fake_loss(x, v, sigma), ops.fake_loss_raw(x, v, t, sigma),
+        ops.dm_loss(x, v, t), ops.dm_loss_raw(x, v, sigma, t, v),
     ):  # fmt: skip
         (exact,) = torch.autograd.grad(loss, x, retain_graph=True)
         with forward_ad.dual_level():
@@ -282,7 +287,7 @@ def test_batched_gradients_are_those_of_one_after_the_other(layout):
     for function in (
         lambda x: ops.conv3x3(x, kernel), lambda x: ops.group_norm_silu(x, weight, num_groups=4),
         lambda x: ops.add_noise(x, sigma, noise=x.detach(), scale=sigma),
-        lambda x: ops.fake_loss(x, x.detach() + 1, sigma),
+        lambda x: ops.denoising_loss(x, x.detach() + 1, sigma), lambda x: ops.fake_loss(x, x.detach() + 1, sigma),
     ):  # fmt: skip
         x = random(4, 16, 8, 8, dtype=torch.float32).contiguous(memory_format=layout).requires_grad_()
         y = function(x)

@@ -20,7 +20,9 @@ def test_opcheck(case):
         arguments = (*tensors.values(), *scalars.values())
     else:
         arguments = CASES[case](Inputs((3, 4, 5, 6), layout=torch.channels_last))
-    differentiable = name in ("add_noise", "add_noise_drawn", "fake_loss", "fake_loss_raw", "group_norm_silu")
+    differentiable = name in (
+        "add_noise", "add_noise_drawn", "denoising_loss", "fake_loss", "fake_loss_raw", "group_norm_silu"
+    )  # fmt: skip
     if differentiable:
         arguments = (arguments[0].requires_grad_(), *arguments[1:])
     op = getattr(torch.ops.fastdmd, name).default
@@ -39,7 +41,7 @@ def one_of_each(x, sigma, D_real, D_fake, noise, weight, table, state):
     y = ops.group_norm_silu(x_t + x_s, weight, weight, num_groups=2, scale=scale, shift=shift)
     return (
         ops.dm_loss(y, D_real, D_fake) + ops.dm_loss_raw(y, x_t, sigma, D_real, D_fake)
-        + ops.fake_loss(y, D_real, sigma) + ops.fake_loss_raw(y, x, x_t, sigma)
+        + ops.denoising_loss(y, D_real, sigma) + ops.fake_loss(y, D_real, sigma) + ops.fake_loss_raw(y, x, x_t, sigma)
         + ops.dm_gradient(x, D_real, D_fake).mean()
     )  # fmt: skip
 
@@ -102,6 +104,7 @@ EXPORTS = {
     "dm_gradient": lambda x, a, b, sigma: ops.dm_gradient(x, a, b),
     "dm_loss": lambda x, a, b, sigma: ops.dm_loss(x, a, b),
     "dm_loss_raw": lambda x, a, b, sigma: ops.dm_loss_raw(x, x, sigma, a, b),
+    "denoising_loss": lambda x, a, b, sigma: ops.denoising_loss(x, a, sigma),
     "fake_loss": lambda x, a, b, sigma: ops.fake_loss(x, a, sigma),
     "fake_loss_raw": lambda x, a, b, sigma: ops.fake_loss_raw(x, a, b, sigma),
     "group_norm_silu": lambda x, a, b, sigma: ops.group_norm_silu(x, WEIGHT, WEIGHT, num_groups=4),
