@@ -57,8 +57,9 @@ def backward_kernel(
     tile = tl.program_id(1)
     chunk = tl.program_id(2)
     first_group = tile * groups_per_tile
+    first_channel = tile * tile_channels
     inside = tl.arange(0, CHANNELS)
-    channel = tile * tile_channels + inside
+    channel = first_channel + inside
     group = inside // group_size
     channel_mask = (inside < tile_channels) & (channel < num_channels)
     pixel = chunk * chunk_pixels + tl.arange(0, PIXELS)
