@@ -90,22 +90,22 @@ __global__ void __launch_bounds__(THREADS) fake_loss_any(FakeLoss a) {
   finish(a, sum);
 }
 
-std::tuple<Tensor, Tensor> denoising_loss(const char* op, const Tensor& output, const Tensor& x_gen, const void* x_t,
+std::tuple<Tensor, Tensor> denoising_loss(const Tensor& output, const Tensor& x_gen, const void* x_t,
                                           const Tensor& sigma, double sigma_data) {
-  const ScalarType grad_type = output.scalar_type() == ScalarType::Half ? ScalarType::Float : output.scalar_type();
+  const ScalarType grad_type = gradient_dtype(output);
   Tensor grad = empty_like(output, grad_type);
-  Tensor loss = torch::stable::new_empty(output, {}, wide_type(output));
+  Tensor loss = torch::stable::new_empty(output, {}, wide_dtype(output));
   const int64_t numel = output.numel();
-  const Dtype dtype = dtype_of(output, op);
+  const Dtype dtype = dtype_of(output);
   if (numel == 0) return {torch::stable::fill_(loss, std::numeric_limits<double>::quiet_NaN()), grad};
   FakeLoss a{output.const_data_ptr(), x_gen.const_data_ptr(), x_t, grad.mutable_data_ptr(), loss.mutable_data_ptr(),
-             nullptr, dtype, dtype_of(grad_type, op), values_of(sigma, op), sigma_data, numel,
+             nullptr, dtype, dtype_of(grad_type), values_of(sigma), sigma_data, numel,
              numel / output.size(0), 0};
   const Device device(output);
   a.ticket = next_ticket(device.stream());
   const auto launch = [&](auto kernel, int64_t resident, int64_t per_thread) {
     const int64_t blocks = std::min(ceil_divide(numel, THREADS * per_thread), resident);
-    const Tensor partials = torch::stable::new_empty(output, {blocks}, wide_type(output));
+    const Tensor partials = torch::stable::new_empty(output, {blocks}, wide_dtype(output));
     a.partials = partials.mutable_data_ptr();
     device.launch(kernel, blocks, THREADS, a);
   };
@@ -126,11 +126,11 @@ std::tuple<Tensor, Tensor> denoising_loss(const char* op, const Tensor& output, 
 }
 
 std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake, Tensor x_gen, Tensor sigma, double sigma_data) {
-  return denoising_loss("fake_loss", D_fake, x_gen, nullptr, sigma, sigma_data);
+  return denoising_loss(D_fake, x_gen, nullptr, sigma, sigma_data);
 }
 
 std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, double sigma_data) {
-  return denoising_loss("fake_loss_raw", F_fake, x_gen, x_t.const_data_ptr(), sigma, sigma_data);
+  return denoising_loss(F_fake, x_gen, x_t.const_data_ptr(), sigma, sigma_data);
 }
 
 struct ScaleGradient {
@@ -166,10 +166,9 @@ __global__ void __launch_bounds__(THREADS) scale_gradient_any(ScaleGradient a) {
 }
 
 Tensor scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) {
-  constexpr const char* op = "scale_gradient";
   Tensor out = empty_like(grad, dtype);
-  const ScaleGradient a{grad.const_data_ptr(), out.mutable_data_ptr(), dtype_of(grad, op), dtype_of(dtype, op),
-                        values_of(grad_loss, op), grad.numel()};
+  const ScaleGradient a{grad.const_data_ptr(), out.mutable_data_ptr(), dtype_of(grad), dtype_of(dtype),
+                        values_of(grad_loss), grad.numel()};
   if (a.numel == 0) return out;
   const Device device(grad);
   const auto launch = [&](auto kernel, int64_t resident, int64_t per_thread) {
