@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(VENV) -m pip install --quiet --disable-pip-version-check
-SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(NATIVE)
 
 # What pyproject.toml allows, oldest and newest.
 TORCHES := 2.11.0 2.14.1
@@ -48,6 +49,7 @@ $(OTHER)/ready:
 lint: .venv/ready-dev
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror $(NATIVE)
 	.venv/bin/lint-imports --no-logo --no-cache
 
 bench: .venv/ready-dev

@@ -110,4 +110,10 @@ FASTDMD_INLINE T c_out(T sigma, T sigma_data) {
   return 1 / std::sqrt(loss_weight(sigma, sigma_data));
 }
 
+// The weight of a sample is its mean |p_real|, but not less than eps. NaN stays.
+template <class T>
+FASTDMD_INLINE T at_least(T x, T least) {
+  return x < least ? least : x;
+}
+
 }  // namespace fastdmd

@@ -33,8 +33,11 @@ std::vector<std::string> split(const std::string& text) {
 py::dict facts() {
   const BuildFacts& facts = build_facts();
   const std::string commit = facts.commit;
-  return py::dict("compiler"_a = facts.compiler, "flags"_a = facts.flags, "instruction_sets"_a = instruction_sets(),
-                  "torch_abi"_a = facts.torch_abi, "cuda_architectures"_a = split(FASTDMD_CUDA_ARCHITECTURES),
+  return py::dict("compiler"_a = facts.compiler,
+                  "flags"_a = facts.flags,
+                  "instruction_sets"_a = instruction_sets(),
+                  "torch_abi"_a = facts.torch_abi,
+                  "cuda_architectures"_a = split(FASTDMD_CUDA_ARCHITECTURES),
                   "commit"_a = commit.empty() ? std::nullopt : std::optional<std::string>(commit));
 }
 
@@ -53,8 +56,7 @@ std::string hold_back_to(const py::object& name) {
     PyErr_Clear();  // of text that is not Unicode
     std::string names;
     for (const std::string& set : instruction_sets()) names += (names.empty() ? "" : ", ") + set;
-    throw py::value_error("fastdmd.hold_back: expected an instruction set out of " + names + ", got " +
-                          shown(name));
+    throw py::value_error("fastdmd.hold_back: expected an instruction set out of " + names + ", got " + shown(name));
   }
   return instruction_set();
 }
@@ -118,7 +120,9 @@ py::array_t<uint32_t> philox_words(const py::object& counter, const py::object& 
   return result;
 }
 
-py::array_t<float> normals(const py::object& seed, const py::object& offset, const py::object& size,
+py::array_t<float> normals(const py::object& seed,
+                           const py::object& offset,
+                           const py::object& size,
                            const py::object& first) {
   const uint64_t key = uint64_t(natural("seed", seed, 63));
   const uint64_t call = uint64_t(natural("offset", offset, 63)) >> 32;
@@ -152,7 +156,12 @@ Lets the ops of this process run with the best instruction set of this machine u
 `build_facts()["instruction_sets"]`; the first of them lifts every limit. Returns the one chosen. At the start,
 ATEN_CPU_CAPABILITY=avx2 or default holds it back, as it does torch. Not to be called while an op runs.
 Raises ValueError for other names.)");
-  m.def("set_malloc", &set_malloc, py::kw_only(), "mmap_threshold"_a, "trim_threshold"_a, "top_pad"_a,
+  m.def("set_malloc",
+        &set_malloc,
+        py::kw_only(),
+        "mmap_threshold"_a,
+        "trim_threshold"_a,
+        "top_pad"_a,
         R"(set_malloc(*, mmap_threshold, trim_threshold, top_pad) -> bool
 
 Sets glibc's mallopt(3), in bytes; False, having done nothing, where there is another C library.)");
@@ -160,7 +169,13 @@ Sets glibc's mallopt(3), in bytes; False, having done nothing, where there is an
 
 Philox4x32-10 (Salmon et al. 2011), the words of `ops.philox`, of counters uint32 [N, 4] with one key, uint32 [2].
 Raises TypeError or ValueError, naming what was expected and what came.)");
-  m.def("normals", &normals, "seed"_a, "offset"_a, "size"_a, py::kw_only(), "first"_a = 0,
+  m.def("normals",
+        &normals,
+        "seed"_a,
+        "offset"_a,
+        "size"_a,
+        py::kw_only(),
+        "first"_a = 0,
         R"(normals(seed, offset, size, *, first=0) -> float32 [size]
 
 The noise, bit for bit, of elements [first, first + size) in memory order that `ops.add_noise` draws on a CPU from a

@@ -6,22 +6,32 @@ namespace {
 
 template <class T, class G, class S>
 void adamw_typed(const AdamW& a, int64_t begin, int64_t end) {
+  const Hyperparameters& h = a.hyperparameters;
+  const Factors& f = a.factors;
   T* __restrict param = static_cast<T*>(a.param);
   G* __restrict grad = static_cast<G*>(a.grad);
   T* __restrict exp_avg = static_cast<T*>(a.exp_avg);
   T* __restrict exp_avg_sq = static_cast<T*>(a.exp_avg_sq);
   T* __restrict ema = static_cast<T*>(a.ema);
   S* __restrict shadow = static_cast<S*>(a.shadow);
-  const T factor = T(a.grad_factor), beta1 = T(a.beta1), beta2 = T(a.beta2), eps = T(a.eps);
-  const T rest1 = T(1 - a.beta1), rest2 = T(1 - a.beta2);
-  const T decay = T(a.decay_factor), step_size = T(a.step_size), bias2 = T(a.inverse_sqrt_bias2);
-  const T ema_weight = T(a.ema_weight);
+  const T factor = T(f.grad);
+  const T beta1 = T(h.beta1);
+  const T beta2 = T(h.beta2);
+  const T eps = T(h.eps);
+  const T rest1 = T(1 - h.beta1);
+  const T rest2 = T(1 - h.beta2);
+  const T decay = T(f.decay);
+  const T step_size = T(f.step_size);
+  const T inverse_sqrt_bias2 = T(f.inverse_sqrt_bias2);
+  const T ema_weight = T(f.ema_weight);
   const auto update = [=](int64_t i, auto with_ema, auto with_shadow, auto zero) {
     const T g = factor * T(load(grad[i]));
     const T m = beta1 * exp_avg[i] + rest1 * g;
     const T v = beta2 * exp_avg_sq[i] + rest2 * g * g;
-    const T p = decay * param[i] - step_size * m / (std::sqrt(v) * bias2 + eps);
-    exp_avg[i] = m, exp_avg_sq[i] = v, param[i] = p;
+    const T p = decay * param[i] - step_size * m / (std::sqrt(v) * inverse_sqrt_bias2 + eps);
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    param[i] = p;
     if constexpr (decltype(with_ema)::value) ema[i] += ema_weight * (p - ema[i]);
     if constexpr (decltype(with_shadow)::value) store(shadow[i], float(p));
     if constexpr (decltype(zero)::value) store(grad[i], Wide<G>(0));
@@ -56,7 +66,10 @@ void adamw_wide(const AdamW& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-double sum_of_squares(const void* grad, Dtype dtype, int64_t begin, int64_t end) {
+double sum_of_squares(const void* grad,  // [n]
+                      Dtype dtype,
+                      int64_t begin,
+                      int64_t end) {
   return dispatch(dtype, [&](auto type) {
     using T = decltype(type);
     const T* __restrict g = static_cast<const T*>(grad);
@@ -65,13 +78,11 @@ double sum_of_squares(const void* grad, Dtype dtype, int64_t begin, int64_t end)
 }
 
 void adamw(const AdamW& a, int64_t begin, int64_t end) {
-  if (!a.moves) {
-    if (a.zero_grad) {
-      const int64_t size = a.grad_dtype == Dtype::float64 ? 8 : a.grad_dtype == Dtype::float32 ? 4 : 2;
-      std::memset(static_cast<char*>(a.grad) + begin * size, 0, (end - begin) * size);
-    }
-  } else {
+  if (a.factors.moves) {
     a.dtype == Dtype::float64 ? adamw_wide<double>(a, begin, end) : adamw_wide<float>(a, begin, end);
+  } else if (a.zero_grad) {
+    const int64_t bytes = element_bytes(a.grad_dtype);
+    std::memset(static_cast<char*>(a.grad) + begin * bytes, 0, (end - begin) * bytes);
   }
 }
 

@@ -10,10 +10,14 @@ using torch::stable::parallel_for;
 
 void check(const Tensor& images, const char* name) {
   const int64_t C = images.size(1), H = images.size(2), W = images.size(3);
-  const auto strides = [&](int64_t dim, int64_t stride) { return images.size(dim) == 1 || images.stride(dim) == stride; };
+  const auto strides = [&](int64_t dim, int64_t stride) {
+    return images.size(dim) == 1 || images.stride(dim) == stride;
+  };
   const bool channels_last = strides(0, H * W * C) && strides(1, 1) && strides(2, W * C) && strides(3, C);
   STD_TORCH_CHECK(images.scalar_type() == ScalarType::Float && C % Conv3x3::CHANNEL_STEP == 0 && channels_last,
-                  "fastdmd.conv3x3: expected ", name, " float32, channels_last, of a multiple of 16 channels");
+                  "fastdmd.conv3x3: expected ",
+                  name,
+                  " float32, channels_last, of a multiple of 16 channels");
 }
 
 // y is the output, of C_out channels, or its gradient; `transposed` swaps the roles of the weight's channels.
@@ -22,31 +26,43 @@ Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, bool t
   a.x = static_cast<const float*>(x.const_data_ptr());
   a.y = static_cast<float*>(y.data_ptr());
   a.weight = static_cast<float*>(weight.data_ptr());
-  a.num_images = x.size(0), a.height = x.size(2), a.width = x.size(3);
-  a.in_channels = x.size(1), a.out_channels = y.size(1);
-  a.weight_out = weight.stride(transposed ? 1 : 0), a.weight_in = weight.stride(transposed ? 0 : 1);
-  a.weight_y = weight.stride(2), a.weight_x = weight.stride(3);
+  a.num_images = x.size(0);
+  a.height = x.size(2);
+  a.width = x.size(3);
+  a.in_channels = x.size(1);
+  a.out_channels = y.size(1);
+  a.weight_out = weight.stride(transposed ? 1 : 0);
+  a.weight_in = weight.stride(transposed ? 0 : 1);
+  a.weight_y = weight.stride(2);
+  a.weight_x = weight.stride(3);
   a.flipped = transposed;
   return a;
 }
 
 int64_t num_blocks(const Conv3x3& a) {
-  const int64_t tiles = a.num_images * ((a.height + 1) / 2) * ((a.width + 1) / 2);
-  return (tiles + Conv3x3::BLOCK_TILES - 1) / Conv3x3::BLOCK_TILES;
+  const int64_t tiles = a.num_images * ceil_divide(a.height, 2) * ceil_divide(a.width, 2);
+  return ceil_divide(tiles, Conv3x3::BLOCK_TILES);
 }
 
 void run(Conv3x3 a, const Tensor& x) {
   const Tensor transformed = torch::stable::new_empty(x, {16 * a.in_channels * a.out_channels});
   a.transformed = static_cast<float*>(transformed.mutable_data_ptr());
-  parallel_for(0, a.out_channels / Conv3x3::CHANNEL_STEP, 1,
-               [&](int64_t first, int64_t last) { kernels().conv3x3_weights(a, first, last); });
+  parallel_for(0, a.out_channels / Conv3x3::CHANNEL_STEP, 1, [&](int64_t first, int64_t last) {
+    kernels().conv3x3_weights(a, first, last);
+  });
   parallel_for(0, num_blocks(a), 1, [&](int64_t first, int64_t last) { kernels().conv3x3(a, first, last); });
 }
 
-Tensor conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+Tensor conv3x3(Tensor x,       // [B, C_in, H, W]
+               Tensor weight,  // [C_out, C_in, 3, 3]
+               std::optional<Tensor> bias /* [C_out] */) {
   check(x, "x");
-  Tensor y = torch::stable::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt,
-                                  std::nullopt, std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor y = torch::stable::empty({x.size(0), weight.size(0), x.size(2), x.size(3)},
+                                  x.scalar_type(),
+                                  std::nullopt,
+                                  std::nullopt,
+                                  std::nullopt,
+                                  torch::headeronly::MemoryFormat::ChannelsLast);
   check(y, "y");
   Conv3x3 a = arguments(x, weight, y, false);
   a.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
@@ -54,13 +70,18 @@ Tensor conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y, Tensor x, Tensor weight, bool of_input,
+std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out, H, W]
+                                                    Tensor x,       // [B, C_in, H, W]
+                                                    Tensor weight,  // [C_out, C_in, 3, 3]
+                                                    bool of_input,
                                                     bool of_parameters) {
-  check(grad_y, "grad_y"), check(x, "x");
+  check(grad_y, "grad_y");
+  check(x, "x");
   const auto wanted = [&](bool is, const Tensor& like) {
     return is ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {int64_t(0)});
   };
-  Tensor grad_x = wanted(of_input, x), grad_weight = wanted(of_parameters, weight);
+  Tensor grad_x = wanted(of_input, x);
+  Tensor grad_weight = wanted(of_parameters, weight);
   Tensor grad_bias = torch::stable::new_empty(weight, {of_parameters ? weight.size(0) : int64_t(0)});
   if (of_input) run(arguments(grad_y, weight, grad_x, true), x);
   if (!of_parameters) return {grad_x, grad_weight, grad_bias};
@@ -68,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y, Tensor x, Ten
     return {grad_x, torch::stable::fill_(grad_weight, 0), torch::stable::fill_(grad_bias, 0)};
 
   Conv3x3 a = arguments(x, grad_weight, grad_y, false);
-  const int64_t size = 16 * a.in_channels * a.out_channels, blocks = num_blocks(a);
+  const int64_t size = 16 * a.in_channels * a.out_channels;
+  const int64_t blocks = num_blocks(a);
   const int64_t parts = std::max(int64_t(1), std::min(blocks, int64_t(torch::stable::get_num_threads())));
   const Tensor sums = torch::stable::new_empty(x, {parts * size});
   std::vector<double> bias_sums(parts * a.out_channels);
@@ -77,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y, Tensor x, Ten
     for (int64_t part = first; part < last; ++part) {
       Conv3x3 own = a;
       own.transformed = data + part * size;
-      kernels().conv3x3_weight_sums(own, bias_sums.data() + part * a.out_channels, part * blocks / parts,
-                                    (part + 1) * blocks / parts);
+      kernels().conv3x3_weight_sums(
+          own, bias_sums.data() + part * a.out_channels, part * blocks / parts, (part + 1) * blocks / parts);
     }
   });
   a.transformed = data;

@@ -8,35 +8,60 @@ namespace {
 
 using torch::stable::parallel_for;
 
-Tensor philox_words(Tensor counter, Tensor key) {
+Tensor philox_words(Tensor counter,  // [N, 4]
+                    Tensor key /* [2] */) {
   Tensor words = torch::stable::empty_like(counter);
   const auto* from = static_cast<const int64_t*>(counter.const_data_ptr());
   const auto* with = static_cast<const int64_t*>(key.const_data_ptr());
   auto* to = static_cast<int64_t*>(words.mutable_data_ptr());
-  parallel_for(0, counter.size(0), GRAIN / 4, [&](int64_t begin, int64_t end) {
-    kernels().philox(from, with, to, begin, end);
-  });
+  parallel_for(
+      0, counter.size(0), GRAIN / 4, [&](int64_t begin, int64_t end) { kernels().philox(from, with, to, begin, end); });
   return words;
 }
 
-Tensor noised(const Tensor& x, const Tensor& sigma, const void* noise, uint64_t seed, uint64_t call,
-              const std::optional<Tensor>& scale, ScalarType dtype) {
+Tensor noised(const Tensor& x,      // [B, ...]
+              const Tensor& sigma,  // [B]
+              const void* noise,    // [B, ...], or null: made from seed and call
+              uint64_t seed,
+              uint64_t call,
+              const std::optional<Tensor>& scale,  // [B]
+              ScalarType dtype) {
   Tensor out = empty_like(x, dtype);
   if (x.numel() == 0) return out;
-  const std::vector<double> sigmas = values(sigma), scales = values(scale);
-  const AddNoise a{dtype_of(x), dtype_of(dtype), x.const_data_ptr(), noise, out.mutable_data_ptr(),
-                   sigmas.data(), pointer(scales), x.numel() / x.size(0), seed, call};
+  const std::vector<double> sigmas = values(sigma);
+  const std::vector<double> scales = values(scale);
+  const AddNoise a{
+      .dtype = dtype_of(x),
+      .out_dtype = dtype_of(dtype),
+      .x = x.const_data_ptr(),
+      .noise = noise,
+      .out = out.mutable_data_ptr(),
+      .sigma = sigmas.data(),
+      .scale = pointer(scales),
+      .sample_size = x.numel() / x.size(0),
+      .seed = seed,
+      .call = call,
+  };
   parallel_for(0, x.numel(), GRAIN, [&](int64_t begin, int64_t end) { kernels().add_noise(a, begin, end); });
   return out;
 }
 
-Tensor add_noise(Tensor x, Tensor sigma, Tensor noise, std::optional<Tensor> scale, ScalarType dtype) {
+Tensor add_noise(Tensor x,                     // [B, ...]
+                 Tensor sigma,                 // [B]
+                 Tensor noise,                 // [B, ...]
+                 std::optional<Tensor> scale,  // [B]
+                 ScalarType dtype) {
   return noised(x, sigma, noise.const_data_ptr(), 0, 0, scale, dtype);
 }
 
-Tensor add_noise_rng(Tensor x, Tensor sigma, Tensor rng_state, std::optional<Tensor> scale, ScalarType dtype) {
+Tensor add_noise_rng(Tensor x,                     // [B, ...]
+                     Tensor sigma,                 // [B]
+                     Tensor rng_state,             // [2], seed and offset
+                     std::optional<Tensor> scale,  // [B]
+                     ScalarType dtype) {
   auto* state = static_cast<int64_t*>(rng_state.mutable_data_ptr());
-  const uint64_t seed = uint64_t(state[0]), call = uint64_t(state[1]) >> 32;
+  const uint64_t seed = uint64_t(state[0]);
+  const uint64_t call = uint64_t(state[1]) >> 32;
   state[1] += int64_t(1) << 32;
   return noised(x, sigma, nullptr, seed, call, scale, dtype);
 }
@@ -49,16 +74,17 @@ struct Blocks {
   explicit Blocks(const Tensor& x)
       : num_samples(x.size(0)),
         sample_size(num_samples > 0 ? x.numel() / num_samples : 0),
-        per_sample(sample_size > 2 * BLOCK ? (sample_size + BLOCK - 1) / BLOCK : 1) {}
+        per_sample(sample_size > 2 * BLOCK ? ceil_divide(sample_size, BLOCK) : 1) {}
 
   template <class Body>
   std::vector<double> sums(Body body) const {
     std::vector<double> partial(num_samples * per_sample);
     const int64_t size = per_sample > 1 ? BLOCK : sample_size;
-    const int64_t grain = size > 0 ? (GRAIN + size - 1) / size : 1;
+    const int64_t grain = size > 0 ? ceil_divide(GRAIN, size) : 1;
     parallel_for(0, int64_t(partial.size()), grain, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
-        const int64_t sample = block / per_sample, start = block % per_sample * size;
+        const int64_t sample = block / per_sample;
+        const int64_t start = block % per_sample * size;
         const int64_t stop = start + size < sample_size ? start + size : sample_size;
         partial[block] = body(sample, sample * sample_size + start, sample * sample_size + stop);
       }
@@ -67,7 +93,11 @@ struct Blocks {
   }
 };
 
-double gradient(DMLoss a, const Tensor& x_gen, const std::vector<double>& sigma, double sigma_data, double eps) {
+double gradient(const DMLoss& a,
+                const Tensor& x_gen,               // [B, ...]
+                const std::vector<double>& sigma,  // [B], if a.x_t is given
+                double sigma_data,
+                double eps) {
   const Blocks blocks(x_gen);
   const auto arguments = [&](int64_t sample) {
     DMLoss of_sample = a;
@@ -77,10 +107,7 @@ double gradient(DMLoss a, const Tensor& x_gen, const std::vector<double>& sigma,
     }
     return of_sample;
   };
-  const auto clamped = [&](double sum) {
-    const double w = sum / double(blocks.sample_size);
-    return w < eps ? eps : w;  // NaN stays
-  };
+  const auto clamped = [&](double sum) { return at_least(sum / double(blocks.sample_size), eps); };
   std::vector<double> weights;
   if (blocks.per_sample > 1) {
     const std::vector<double> partial = blocks.sums(
@@ -93,8 +120,7 @@ double gradient(DMLoss a, const Tensor& x_gen, const std::vector<double>& sigma,
   }
   return total(blocks.sums([&](int64_t sample, int64_t begin, int64_t end) {
     const DMLoss of_sample = arguments(sample);
-    const double w =
-        weights.empty() ? clamped(kernels().dm_weight(of_sample, begin, end)) : weights[size_t(sample)];
+    const double w = weights.empty() ? clamped(kernels().dm_weight(of_sample, begin, end)) : weights[size_t(sample)];
     return kernels().dm_gradient(of_sample, begin, end, w);
   }));
 }
@@ -103,37 +129,62 @@ double mean(double sum, const Tensor& x) {
   return x.numel() > 0 ? sum / double(x.numel()) : std::numeric_limits<double>::quiet_NaN();
 }
 
-// The gradient of a loss is emitted in float32 where float16 would lose it.
-ScalarType gradient_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
-}
-
 double inverse_numel(const Tensor& x) { return 1 / double(x.numel() > 0 ? x.numel() : 1); }
 
-Tensor dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
+Tensor dm_gradient(Tensor x_gen,   // [B, ...]
+                   Tensor D_real,  // [B, ...]
+                   Tensor D_fake,  // [B, ...]
+                   double eps) {
   Tensor grad = empty_like(x_gen, gradient_dtype(x_gen));
-  gradient({dtype_of(x_gen), dtype_of(grad), x_gen.const_data_ptr(), D_real.const_data_ptr(), D_fake.const_data_ptr(),
-            nullptr, grad.mutable_data_ptr(), 1, 0, 0},
-           x_gen, {}, 0, eps);
+  const DMLoss a{
+      .dtype = dtype_of(x_gen),
+      .grad_dtype = dtype_of(grad),
+      .x_gen = x_gen.const_data_ptr(),
+      .real = D_real.const_data_ptr(),
+      .fake = D_fake.const_data_ptr(),
+      .grad = grad.mutable_data_ptr(),
+      .factor = 1,
+  };
+  gradient(a, x_gen, {}, 0, eps);
   return grad;
 }
 
-std::tuple<Tensor, Tensor> loss_and_gradient(const Tensor& x_gen, const Tensor& real, const Tensor& fake,
-                                             const void* x_t, const std::vector<double>& sigma, double sigma_data,
+std::tuple<Tensor, Tensor> loss_and_gradient(const Tensor& x_gen,               // [B, ...]
+                                             const Tensor& real,                // [B, ...]
+                                             const Tensor& fake,                // [B, ...]
+                                             const void* x_t,                   // [B, ...], or null
+                                             const std::vector<double>& sigma,  // [B], if x_t is given
+                                             double sigma_data,
                                              double eps) {
   Tensor grad = empty_like(x_gen, gradient_dtype(x_gen));
-  const double sum = gradient({dtype_of(x_gen), dtype_of(grad), x_gen.const_data_ptr(), real.const_data_ptr(),
-                               fake.const_data_ptr(), x_t, grad.mutable_data_ptr(), inverse_numel(x_gen), 0, 0},
-                              x_gen, sigma, sigma_data, eps);
-  return {scalar(x_gen, wide(x_gen), 0.5 * mean(sum, x_gen)), grad};
+  const DMLoss a{
+      .dtype = dtype_of(x_gen),
+      .grad_dtype = dtype_of(grad),
+      .x_gen = x_gen.const_data_ptr(),
+      .real = real.const_data_ptr(),
+      .fake = fake.const_data_ptr(),
+      .x_t = x_t,
+      .grad = grad.mutable_data_ptr(),
+      .factor = inverse_numel(x_gen),
+  };
+  const double sum = gradient(a, x_gen, sigma, sigma_data, eps);
+  return {scalar(x_gen, wide_dtype(x_gen), 0.5 * mean(sum, x_gen)), grad};
 }
 
-std::tuple<Tensor, Tensor> dm_loss(Tensor x_gen, Tensor D_real, Tensor D_fake, double eps) {
+std::tuple<Tensor, Tensor> dm_loss(Tensor x_gen,   // [B, ...]
+                                   Tensor D_real,  // [B, ...]
+                                   Tensor D_fake,  // [B, ...]
+                                   double eps) {
   return loss_and_gradient(x_gen, D_real, D_fake, nullptr, {}, 0, eps);
 }
 
-std::tuple<Tensor, Tensor> dm_loss_raw(Tensor x_gen, Tensor x_t, Tensor sigma, Tensor F_real, Tensor F_fake,
-                                       double sigma_data, double eps) {
+std::tuple<Tensor, Tensor> dm_loss_raw(Tensor x_gen,   // [B, ...]
+                                       Tensor x_t,     // [B, ...]
+                                       Tensor sigma,   // [B]
+                                       Tensor F_real,  // [B, ...]
+                                       Tensor F_fake,  // [B, ...]
+                                       double sigma_data,
+                                       double eps) {
   return loss_and_gradient(x_gen, F_real, F_fake, x_t.const_data_ptr(), values(sigma), sigma_data, eps);
 }
 
@@ -159,7 +210,7 @@ std::tuple<Tensor, Tensor> weighted_error(const Tensor& output,  // [B, ...]
     complete(of_sample, sample);
     return kernels().fake_loss(of_sample, begin, end);
   }));
-  return {scalar(output, wide(output), mean(sum, output)), grad};
+  return {scalar(output, wide_dtype(output), mean(sum, output)), grad};
 }
 
 std::tuple<Tensor, Tensor> denoising_loss(Tensor D_x,     // [B, ...]
@@ -192,7 +243,9 @@ std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake,  // [B, ...]
   });
 }
 
-Tensor scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) {
+Tensor scale_gradient(Tensor grad,       // [...]
+                      Tensor grad_loss,  // []
+                      ScalarType dtype) {
   Tensor out = empty_like(grad, dtype);
   if (grad.numel() == 0) return out;
   const double factor = item(grad_loss);

@@ -1,57 +1,27 @@
 // What the bindings of the CPU kernels share: torch tensors in, kernel arguments out.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <vector>
 
+#include "../tensors.h"
 #include "instruction_set.h"
 #include "numeric.h"
 
 namespace fastdmd {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t GRAIN = 1 << 15;  // elements worth a thread: about 10 us of work
 constexpr int64_t BLOCK = 1 << 14;  // elements of one partial sum; fixed, so that sums do not depend on the threads
 
-inline Dtype dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, "fastdmd: expected float32, float64, bfloat16 or float16, got dtype ", int(type));
-  }
-  return Dtype::float32;
-}
-inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
-
-inline ScalarType wide(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Uninitialised, of the strides of `like`, whatever its dtype.
-inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
-  std::array<StableIValue, 6> stack{
-      torch::stable::detail::from(like),
-      torch::stable::detail::from(std::optional<ScalarType>(dtype)),
-      torch::stable::detail::from(std::nullopt),
-      torch::stable::detail::from(std::nullopt),
-      torch::stable::detail::from(std::nullopt),
-      torch::stable::detail::from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-inline double read(const void* data, Dtype dtype, int64_t index) {
+inline double read(const void* data,  // [n]
+                   Dtype dtype,
+                   int64_t index) {
   return dispatch(dtype, [&](auto type) { return double(load(static_cast<const decltype(type)*>(data)[index])); });
 }
-inline void write(void* data, Dtype dtype, int64_t index, double value) {
+inline void write(void* data,  // [n]
+                  Dtype dtype,
+                  int64_t index,
+                  double value) {
   dispatch(dtype, [&](auto type) {
     using T = decltype(type);
     store(static_cast<T*>(data)[index], Wide<T>(value));

@@ -1,154 +1,32 @@
 // 3x3 convolutions of channels_last float32 images by Winograd's minimal filtering, F(2x2, 3x3) (Lavin & Gray 2016):
 // 16 multiplications where the definition has 36. A tile is 2x2 outputs and the 4x4 inputs that they depend on; of a
 // block of tiles everything stays in the cache.
-#include <cstdlib>
-
-#include "numeric.h"
+#include "winograd.h"
 
 namespace fastdmd::FASTDMD_ISA {
 namespace {
-
-// Of a product, ROWS rows and VECTORS vectors of columns stay in registers, of which there are 32 or 16.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;
-#elif defined(__AVX2__)
-constexpr int LANES = 8, ROWS = 4;
-#else
-constexpr int LANES = 4, ROWS = 4;
-#endif
-constexpr int VECTORS = 3;
-constexpr int WIDTH = VECTORS * LANES;             // output channels of a panel
-constexpr int64_t TILES = Conv3x3::BLOCK_TILES;    // of 2x2 outputs
-constexpr int64_t PAD = 16;                        // floats that keep the 16 matrices out of each other's cache lines
-constexpr int64_t PRODUCTS = TILES * WIDTH + PAD;  // from one matrix of a panel to the next
-using V = float __attribute__((vector_size(LANES * sizeof(float))));
-
-FASTDMD_INLINE V load_vector(const float* from) {
-  V result;
-  __builtin_memcpy(&result, from, sizeof(V));
-  return result;
-}
-FASTDMD_INLINE void store_vector(float* to, V x) { __builtin_memcpy(to, &x, sizeof(V)); }
-
-// c[row, :] = (c[row, :] if `add`) + sum over k of a[row * row_step + k * step] * b[k, :], for ROWS rows and N vectors of
-// columns. The sum over k starts from 0: over many calls a running sum would lose half a digit per factor of ten.
-template <int N>
-FASTDMD_INLINE void multiply(bool add, const float* a, int64_t row_step, int64_t step, const float* b, float* c,
-                             int64_t depth) {
-  V sums[ROWS][N] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    V panel[N];
-#pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) panel[n] = load_vector(b + k * N * LANES + n * LANES);
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row) {
-      const float value = a[row * row_step + k * step];
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) sums[row][n] += value * panel[n];
-    }
-  }
-  if (add)
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) sums[row][n] += load_vector(c + (row * N + n) * LANES);
-#pragma GCC unroll 8
-  for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) store_vector(c + (row * N + n) * LANES, sums[row][n]);
-}
-
-struct Scratch {
-  float* data;
-  explicit Scratch(int64_t size)
-      : data(static_cast<float*>(std::aligned_alloc(64, size_t((size * 4 + 63) / 64 * 64)))) {
-    if (!data) std::abort();
-  }
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { std::free(data); }
-};
-
-// B^T d B of a tile's 4x4 inputs.
-FASTDMD_INLINE void transform_input(V (&d)[4][4]) {
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const V d0 = d[0][j] - d[2][j], d1 = d[1][j] + d[2][j], d2 = d[2][j] - d[1][j], d3 = d[1][j] - d[3][j];
-    d[0][j] = d0, d[1][j] = d1, d[2][j] = d2, d[3][j] = d3;
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const V d0 = d[i][0] - d[i][2], d1 = d[i][1] + d[i][2], d2 = d[i][2] - d[i][1], d3 = d[i][1] - d[i][3];
-    d[i][0] = d0, d[i][1] = d1, d[i][2] = d2, d[i][3] = d3;
-  }
-}
-
-// The tiles of all images, in a row.
-struct Tiles {
-  int64_t height, width, across, per_image, total;
-  explicit Tiles(const Conv3x3& a)
-      : height(a.height), width(a.width), across((a.width + 1) / 2), per_image(across * ((a.height + 1) / 2)),
-        total(a.num_images * per_image) {}
-
-  int64_t count(int64_t first) const { return first + TILES < total ? TILES : total - first; }
-
-  // visit(number of the pixel of all images that tile t starts at, its row, its column)
-  template <class Visit>
-  FASTDMD_INLINE void at(int64_t t, Visit visit) const {
-    const int64_t image = t / per_image, tile = t % per_image, top = tile / across * 2, left = tile % across * 2;
-    visit((image * height + top) * width + left, top, left);
-  }
-};
-
-int64_t rounded_up(int64_t count) { return (count + ROWS - 1) / ROWS * ROWS; }
-
-// The 16 matrices [TILES, in_channels] of a block of tiles.
-struct Inputs {
-  const Conv3x3& a;
-  const int64_t depth, step;
-  Scratch matrices, zeros;
-
-  explicit Inputs(const Conv3x3& a)
-      : a(a), depth(a.in_channels), step(TILES * depth + PAD), matrices(16 * step), zeros(depth) {
-    for (int64_t i = 0; i < depth; ++i) zeros.data[i] = 0;
-    for (int64_t i = 0; i < 16 * step; ++i) matrices.data[i] = 0;
-  }
-
-  void fill(const Tiles& tiles, int64_t first) {
-    for (int64_t t = 0; t < tiles.count(first); ++t)
-      tiles.at(first + t, [&](int64_t pixel, int64_t top, int64_t left) {
-        const float* from[4][4];
-        for (int64_t y = 0; y < 4; ++y)
-          for (int64_t x = 0; x < 4; ++x) {
-            const int64_t row = top + y - 1, column = left + x - 1;
-            const bool inside = row >= 0 && row < a.height && column >= 0 && column < a.width;
-            from[y][x] = inside ? a.x + (pixel + (y - 1) * a.width + x - 1) * depth : zeros.data;
-          }
-        for (int64_t c = 0; c < depth; c += LANES) {
-          V d[4][4];
-#pragma GCC unroll 16
-          for (int e = 0; e < 16; ++e) d[e / 4][e % 4] = load_vector(from[e / 4][e % 4] + c);
-          transform_input(d);
-#pragma GCC unroll 16
-          for (int e = 0; e < 16; ++e) store_vector(matrices.data + e * step + t * depth + c, d[e / 4][e % 4]);
-        }
-      });
-  }
-};
 
 // Calls body(first output channel, vectors of the panel as a constant) for each panel.
 template <class Body>
 FASTDMD_INLINE void each_panel(const Conv3x3& a, Body body) {
   for (int64_t o = 0; o < a.out_channels; o += WIDTH) {
     const int64_t vectors = (a.out_channels - o) / LANES;
-    if (vectors >= 3) body(o, std::integral_constant<int, 3>{});
-    else if (vectors == 2) body(o, std::integral_constant<int, 2>{});
-    else body(o, std::integral_constant<int, 1>{});
+    if (vectors >= 3)
+      body(o, std::integral_constant<int, 3>{});
+    else if (vectors == 2)
+      body(o, std::integral_constant<int, 2>{});
+    else
+      body(o, std::integral_constant<int, 1>{});
   }
 }
 
 // A^T M A of the products of a block of tiles and a panel, plus bias.
 template <int N>
-void write_outputs(const Conv3x3& a, const Tiles& tiles, const float* products, int64_t first, int64_t o) {
+void write_outputs(const Conv3x3& a,
+                   const Tiles& tiles,
+                   const float* products,  // [16, PRODUCTS]
+                   int64_t first,
+                   int64_t o) {
   for (int64_t t = 0; t < tiles.count(first); ++t)
     tiles.at(first + t, [&](int64_t pixel, int64_t top, int64_t left) {
       const bool below = top + 1 < a.height, beside = left + 1 < a.width;
@@ -176,10 +54,16 @@ void write_outputs(const Conv3x3& a, const Tiles& tiles, const float* products, 
 
 // A dY A^T of a block of tiles and a panel, zeros up to a whole number of ROWS; bias_sums += the outputs.
 template <int N>
-void transform_gradient(const Conv3x3& a, const Tiles& tiles, float* matrices, double* bias_sums, int64_t first,
+void transform_gradient(const Conv3x3& a,
+                        const Tiles& tiles,
+                        float* matrices,    // [16, PRODUCTS]
+                        double* bias_sums,  // [out_channels]
+                        int64_t first,
                         int64_t o) {
   V sums[N] = {};
-  const auto put = [&](int64_t t, int n, int e, V x) { store_vector(matrices + e * PRODUCTS + (t * N + n) * LANES, x); };
+  const auto put = [&](int64_t t, int n, int e, V x) {
+    store_vector(matrices + e * PRODUCTS + (t * N + n) * LANES, x);
+  };
   for (int64_t t = 0; t < tiles.count(first); ++t)
     tiles.at(first + t, [&](int64_t pixel, int64_t top, int64_t left) {
       const bool below = top + 1 < a.height, beside = left + 1 < a.width;
@@ -196,7 +80,10 @@ void transform_gradient(const Conv3x3& a, const Tiles& tiles, float* matrices, d
         for (int i = 0; i < 4; ++i) {
           const V g0 = i == 3 ? -g[1][0] : i == 0 ? g[0][0] : i == 1 ? g[0][0] + g[1][0] : g[0][0] - g[1][0];
           const V g1 = i == 3 ? -g[1][1] : i == 0 ? g[0][1] : i == 1 ? g[0][1] + g[1][1] : g[0][1] - g[1][1];
-          put(t, n, i * 4, g0), put(t, n, i * 4 + 1, g0 + g1), put(t, n, i * 4 + 2, g0 - g1), put(t, n, i * 4 + 3, -g1);
+          put(t, n, i * 4, g0);
+          put(t, n, i * 4 + 1, g0 + g1);
+          put(t, n, i * 4 + 2, g0 - g1);
+          put(t, n, i * 4 + 3, -g1);
         }
       }
     });
@@ -206,12 +93,18 @@ void transform_gradient(const Conv3x3& a, const Tiles& tiles, float* matrices, d
 
 // Element (o, i, y, x) of the weight for LANES output channels.
 FASTDMD_INLINE float* weight_at(const Conv3x3& a, int64_t o, int64_t i, int y, int x) {
-  if (a.flipped) y = 2 - y, x = 2 - x;
+  if (a.flipped) {
+    y = 2 - y;
+    x = 2 - x;
+  }
   return a.weight + o * a.weight_out + i * a.weight_in + y * a.weight_y + x * a.weight_x;
 }
 
 // Where the LANES output channels from o on are in matrix 0 of their panel, and how wide that is.
-FASTDMD_INLINE float* panel_at(const Conv3x3& a, float* matrices, int64_t o, int64_t& width) {
+FASTDMD_INLINE float* panel_at(const Conv3x3& a,
+                               float* matrices,  // [16 * in_channels * out_channels]
+                               int64_t o,
+                               int64_t& width) {
   const int64_t start = o / WIDTH * WIDTH;
   width = start + WIDTH < a.out_channels ? WIDTH : a.out_channels - start;
   return matrices + start * 16 * a.in_channels + (o - start);
@@ -236,11 +129,16 @@ void conv3x3_weights(const Conv3x3& a, int64_t begin, int64_t end) {
             for (int lane = 0; lane < LANES; ++lane) g[y][x][lane] = w[lane * a.weight_out];
         }
       for (int x = 0; x < 3; ++x) {
-        const V even = 0.5f * (g[0][x] + g[2][x]), odd = 0.5f * g[1][x];
-        half[0][x] = g[0][x], half[1][x] = even + odd, half[2][x] = even - odd, half[3][x] = g[2][x];
+        const V even = 0.5f * (g[0][x] + g[2][x]);
+        const V odd = 0.5f * g[1][x];
+        half[0][x] = g[0][x];
+        half[1][x] = even + odd;
+        half[2][x] = even - odd;
+        half[3][x] = g[2][x];
       }
       for (int y = 0; y < 4; ++y) {
-        const V even = 0.5f * (half[y][0] + half[y][2]), odd = 0.5f * half[y][1];
+        const V even = 0.5f * (half[y][0] + half[y][2]);
+        const V odd = 0.5f * half[y][1];
         const V row[4] = {half[y][0], even + odd, even - odd, half[y][2]};
         for (int x = 0; x < 4; ++x) store_vector(out + ((y * 4 + x) * a.in_channels + i) * width, row[x]);
       }
@@ -260,8 +158,12 @@ void conv3x3(const Conv3x3& a, int64_t begin, int64_t end) {
       const float* weights = a.transformed + o * 16 * a.in_channels;
       for (int e = 0; e < 16; ++e)
         for (int64_t row = 0; row < rounded_up(tiles.count(first)); row += ROWS)
-          multiply<N>(false, inputs.matrices.data + e * inputs.step + row * inputs.depth, inputs.depth, 1,
-                      weights + e * inputs.depth * N * LANES, products.data + e * PRODUCTS + row * N * LANES,
+          multiply<N>(false,
+                      inputs.matrices.data + e * inputs.step + row * inputs.depth,
+                      inputs.depth,
+                      1,
+                      weights + e * inputs.depth * N * LANES,
+                      products.data + e * PRODUCTS + row * N * LANES,
                       inputs.depth);
       write_outputs<N>(a, tiles, products.data, first, o);
     });
@@ -270,7 +172,10 @@ void conv3x3(const Conv3x3& a, int64_t begin, int64_t end) {
 
 // Sums over the blocks [begin, end) of tiles, of which there is one: a.transformed = what conv3x3_weight_gradient takes
 // for the gradient of the weight, bias_sums += that of the bias. a.y is the gradient of the output.
-void conv3x3_weight_sums(const Conv3x3& a, double* bias_sums, int64_t begin, int64_t end) {
+void conv3x3_weight_sums(const Conv3x3& a,
+                         double* bias_sums,  // [out_channels]
+                         int64_t begin,
+                         int64_t end) {
   const Tiles tiles(a);
   Inputs inputs(a);
   Scratch gradients(16 * PRODUCTS);
@@ -282,14 +187,19 @@ void conv3x3_weight_sums(const Conv3x3& a, double* bias_sums, int64_t begin, int
       float* sums = a.transformed + o * 16 * a.in_channels;
       for (int e = 0; e < 16; ++e)
         for (int64_t i = 0; i < a.in_channels; i += ROWS)
-          multiply<N>(first > begin * TILES, inputs.matrices.data + e * inputs.step + i, 1, inputs.depth,
-                      gradients.data + e * PRODUCTS, sums + (e * a.in_channels + i) * N * LANES, tiles.count(first));
+          multiply<N>(first > begin * TILES,
+                      inputs.matrices.data + e * inputs.step + i,
+                      1,
+                      inputs.depth,
+                      gradients.data + e * PRODUCTS,
+                      sums + (e * a.in_channels + i) * N * LANES,
+                      tiles.count(first));
     });
   }
 }
 
-// G^T S G of output channels [begin, end) * CHANNEL_STEP, where S is the sum of `num_sums` results of conv3x3_weight_sums that
-// lie in a row in a.transformed. Writes a.weight.
+// G^T S G of output channels [begin, end) * CHANNEL_STEP, where S is the sum of `num_sums` results of
+// conv3x3_weight_sums that lie in a row in a.transformed. Writes a.weight.
 void conv3x3_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, int64_t end) {
   const int64_t size = 16 * a.in_channels * a.out_channels;
   for (int64_t o = begin * Conv3x3::CHANNEL_STEP; o < end * Conv3x3::CHANNEL_STEP; o += LANES) {
@@ -302,7 +212,9 @@ void conv3x3_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, 
           s[e / 4][e % 4] += load_vector(from + part * size + (e * a.in_channels + i) * width);
       for (int x = 0; x < 4; ++x) {
         const V sum = 0.5f * (s[1][x] + s[2][x]);
-        half[0][x] = s[0][x] + sum, half[1][x] = 0.5f * (s[1][x] - s[2][x]), half[2][x] = sum + s[3][x];
+        half[0][x] = s[0][x] + sum;
+        half[1][x] = 0.5f * (s[1][x] - s[2][x]);
+        half[2][x] = sum + s[3][x];
       }
       for (int y = 0; y < 3; ++y) {
         const V sum = 0.5f * (half[y][1] + half[y][2]);

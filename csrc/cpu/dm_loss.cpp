@@ -11,7 +11,8 @@ double dm_weight(const DMLoss& a, int64_t begin, int64_t end) {
     const T* __restrict real = static_cast<const T*>(a.real);
     const T* __restrict x_t = static_cast<const T*>(a.x_t);
     if (!x_t) return sum<W>(begin, end, [=](int64_t i) { return std::abs(load(x_gen[i]) - load(real[i])); });
-    const W c_skip = W(a.c_skip), c_out = W(a.c_out);
+    const W c_skip = W(a.c_skip);
+    const W c_out = W(a.c_out);
     return sum<W>(begin, end, [=](int64_t i) {
       return std::abs(load(x_gen[i]) - (c_skip * load(x_t[i]) + c_out * load(real[i])));
     });
@@ -27,7 +28,9 @@ double dm_gradient_typed(const DMLoss& a, int64_t begin, int64_t end, double w) 
   const T* __restrict real = static_cast<const T*>(a.real);
   const T* __restrict fake = static_cast<const T*>(a.fake);
   G* __restrict grad = static_cast<G*>(a.grad);
-  const W divisor = W(w), c_out = W(a.c_out), factor = W(a.factor);
+  const W divisor = W(w);
+  const W c_out = W(a.c_out);
+  const W factor = W(a.factor);
   const auto emit = [=](int64_t i, W difference) {
     const W g = finite_or_zero(difference / divisor);
     store(grad[i], factor * g);
@@ -45,7 +48,8 @@ double dm_gradient_typed(const DMLoss& a, int64_t begin, int64_t end, double w) 
 double dm_gradient(const DMLoss& a, int64_t begin, int64_t end, double w) {
   if (a.dtype == Dtype::float16 && a.grad_dtype == Dtype::float32)
     return dm_gradient_typed<Float16, float>(a, begin, end, w);
-  return dispatch(a.dtype, [&](auto type) { return dm_gradient_typed<decltype(type), decltype(type)>(a, begin, end, w); });
+  return dispatch(a.dtype,
+                  [&](auto type) { return dm_gradient_typed<decltype(type), decltype(type)>(a, begin, end, w); });
 }
 
 }  // namespace fastdmd::FASTDMD_ISA

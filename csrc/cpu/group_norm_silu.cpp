@@ -8,7 +8,7 @@ namespace {
 
 template <class W>
 struct Scratch {  // no std::vector: its code would be shared between instruction sets
-  W* data;
+  W* data;        // [size]
   explicit Scratch(int64_t size) : data(static_cast<W*>(std::malloc(size_t(size > 0 ? size : 1) * sizeof(W)))) {
     if (!data) std::abort();
   }
@@ -38,7 +38,8 @@ struct Slice {
   // body(channel of the slice, offset in x, place in a dense scratch)
   template <class Body>
   FASTDMD_INLINE void each(Body body) const {
-    const int64_t rows = ChannelsLast ? pixels : channels, columns = ChannelsLast ? channels : pixels;
+    const int64_t rows = ChannelsLast ? pixels : channels;
+    const int64_t columns = ChannelsLast ? channels : pixels;
     for (int64_t row = 0; row < rows; ++row)
 #pragma omp simd
       for (int64_t column = 0; column < columns; ++column)
@@ -90,8 +91,12 @@ struct Slice {
 
 // Mean of per-channel sums over each group, spread to the channels.
 template <class W>
-FASTDMD_INLINE void group_means(const double* sums, int64_t channels, int64_t group_size, int64_t pixels, W* spread,
-                                double* means) {
+FASTDMD_INLINE void group_means(const double* sums,  // [channels]
+                                int64_t channels,
+                                int64_t group_size,
+                                int64_t pixels,
+                                W* spread,  // [channels]
+                                double* means /* [channels / group_size], or null */) {
   for (int64_t c = 0; c < channels; c += group_size) {
     double total = 0;
     for (int64_t k = 0; k < group_size; ++k) total += sums[c + k];
@@ -104,13 +109,19 @@ FASTDMD_INLINE void group_means(const double* sums, int64_t channels, int64_t gr
 // m = gain * (x - mean) + offset, per channel: normalisation, weight, bias, scale and shift. The mean stays apart, or
 // the digits of a small deviation from a large mean would be lost.
 template <class W>
-FASTDMD_INLINE void affine(const GroupNormSiLU& a, int64_t first, int64_t channels, W* mean, W* gain, W* offset) {
+FASTDMD_INLINE void affine(const GroupNormSiLU& a,
+                           int64_t first,
+                           int64_t channels,
+                           W* mean,  // [channels]
+                           W* gain,  // [channels]
+                           W* offset /* [channels] */) {
   const int64_t group_size = a.num_channels / a.num_groups;
   for (int64_t start = 0; start < channels; start += group_size) {
     const int64_t g = (first + start) / group_size;
     for (int64_t i = start; i < start + group_size; ++i) {
       const int64_t c = first + i;
-      const double multiplier = a.scale ? 1 + a.scale[c] : 1, addend = a.shift ? a.shift[c] : 0;
+      const double multiplier = a.scale ? 1 + a.scale[c] : 1;
+      const double addend = a.shift ? a.shift[c] : 0;
       gain[i] = W(a.rstd[g] * a.weight[c] * multiplier);
       mean[i] = W(a.mean[g]);
       offset[i] = W(a.bias[c] * multiplier + addend);
@@ -140,7 +151,9 @@ void forward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   const int64_t group_size = a.num_channels / a.num_groups;
   Scratch<double> sums(slice.channels);
   Scratch<W> tables(3 * slice.channels);
-  W *__restrict mean = tables.data, *__restrict gain = mean + slice.channels, *__restrict offset = gain + slice.channels;
+  W* __restrict mean = tables.data;              // [channels]
+  W* __restrict gain = mean + slice.channels;    // [channels]
+  W* __restrict offset = gain + slice.channels;  // [channels]
   slice.template sums<W, 1>(sums.data, [=](int64_t, int64_t i, int64_t) { return Values<W, 1>{load(x[i])}; });
   group_means<W>(sums.data, slice.channels, group_size, slice.pixels, mean, a.mean + group_begin);
   slice.template sums<W, 1>(sums.data, [=](int64_t c, int64_t i, int64_t) {
@@ -163,10 +176,14 @@ void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   const T* __restrict x = static_cast<const T*>(a.x) + slice.offset();
   const T* __restrict grad_y = static_cast<const T*>(a.grad_y) + slice.offset();
   T* __restrict grad_x = static_cast<T*>(a.out) + slice.offset();
-  const int64_t n = slice.channels, group_size = a.num_channels / a.num_groups;
+  const int64_t n = slice.channels;
+  const int64_t group_size = a.num_channels / a.num_groups;
   Scratch<W> tables(5 * n);
-  W *__restrict mean = tables.data, *__restrict gain = mean + n, *__restrict offset = mean + 2 * n,
-    *__restrict by_x = mean + 3 * n, *__restrict constant = mean + 4 * n;
+  W* __restrict mean = tables.data;       // [n]
+  W* __restrict gain = mean + n;          // [n]
+  W* __restrict offset = mean + 2 * n;    // [n]
+  W* __restrict by_x = mean + 3 * n;      // [n]
+  W* __restrict constant = mean + 4 * n;  // [n]
   affine(a, slice.first, n, mean, gain, offset);
 
   // grad_m = grad_y * y'(m) goes where grad_x will be, or to a scratch if that is too narrow.
@@ -182,7 +199,8 @@ void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   });
 
   for (int64_t start = 0; start < n; start += group_size) {
-    const double size = double(group_size) * double(slice.pixels), r = a.rstd[(slice.first + start) / group_size];
+    const double size = double(group_size) * double(slice.pixels);
+    const double r = a.rstd[(slice.first + start) / group_size];
     double S1 = 0, S2 = 0;
     for (int64_t i = start; i < start + group_size; ++i) {
       const int64_t c = slice.first + i;

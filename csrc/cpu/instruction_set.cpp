@@ -22,13 +22,15 @@ struct InstructionSet {
 
 const InstructionSet SETS[] = {
 #if defined(__x86_64__)
-    {"avx512", avx512::kernels,
+    {"avx512",
+     avx512::kernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl");
      }},
-    {"avx2", avx2::kernels,
+    {"avx2",
+     avx2::kernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }},
 #endif
     {"generic", generic::kernels, [] { return true; }},

@@ -4,10 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+
+#include "../adamw_ema.h"
+#include "../dtype.h"
 
 namespace fastdmd {
-
-enum class Dtype { float32, float64, bfloat16, float16 };
 
 // All images are dense and in one memory order: sample b is elements [b * sample_size, (b + 1) * sample_size).
 // `begin` and `end` count elements, so that threads may split the work anywhere.
@@ -15,7 +17,7 @@ enum class Dtype { float32, float64, bfloat16, float16 };
 struct AddNoise {
   Dtype dtype, out_dtype;
   const void* x;        // [B * sample_size]
-  const void* noise;    // the same, or null: made from seed and call
+  const void* noise;    // [B * sample_size], or null: made from seed and call
   void* out;            // [B * sample_size], of out_dtype
   const double* sigma;  // [B]
   const double* scale;  // [B], or null for 1
@@ -25,11 +27,11 @@ struct AddNoise {
 
 struct DMLoss {
   Dtype dtype, grad_dtype;
-  const void* x_gen;    // [B * sample_size]
-  const void* real;     // D_real, or F_real if x_t is given
-  const void* fake;     // D_fake, or F_fake if x_t is given
-  const void* x_t;      // or null
-  void* grad;           // [B * sample_size], of grad_dtype: factor * grad
+  const void* x_gen;  // [B * sample_size]
+  const void* real;   // [B * sample_size]: D_real, or F_real if x_t is given
+  const void* fake;   // [B * sample_size]: D_fake, or F_fake if x_t is given
+  const void* x_t;    // [B * sample_size], or null
+  void* grad;         // [B * sample_size], of grad_dtype: factor * grad
   double factor;
   double c_skip, c_out;  // of the sample at hand, if x_t is given
 };
@@ -48,13 +50,17 @@ struct FakeLoss {
 // One sample of group_norm_silu. Element (c, p) is at c * channel_stride + p * pixel_stride; one of the two is 1.
 struct GroupNormSiLU {
   Dtype dtype;
-  const void* x;
-  const void* grad_y;     // backward only
-  void* out;              // y, or grad_x
-  double *mean, *rstd;    // [G]: written by forward, read by backward
-  const double *weight, *bias;  // [C]
-  const double *scale, *shift;  // [C] of this sample, or null
-  double *sum_grad, *sum_grad_h;  // [C], written by backward: A and Q
+  const void* x;         // [C, H, W]
+  const void* grad_y;    // [C, H, W], backward only
+  void* out;             // [C, H, W]: y, or grad_x
+  double* mean;          // [G], written by forward, read by backward
+  double* rstd;          // [G], likewise
+  const double* weight;  // [C]
+  const double* bias;    // [C]
+  const double* scale;   // [C], or null
+  const double* shift;   // [C], or null
+  double* sum_grad;      // [C], written by backward: the sum over pixels of grad_m
+  double* sum_grad_h;    // [C], likewise of grad_m * h
   int64_t num_channels, num_groups, num_pixels, channel_stride, pixel_stride;
   double eps;
   bool silu;
@@ -64,61 +70,106 @@ struct GroupNormSiLU {
 // o * weight_out + i * weight_in + y * weight_y + x * weight_x. Numbers of channels are multiples of CHANNEL_STEP.
 struct Conv3x3 {
   static constexpr int64_t CHANNEL_STEP = 16, BLOCK_TILES = 64;
-  const float *x, *bias;  // bias [out_channels], or null
-  float *weight, *y;
-  float* transformed;     // [16 * in_channels * out_channels]: the weight, by conv3x3_weights, or sums for its gradient
+  const float* x;      // [num_images, height, width, in_channels]
+  const float* bias;   // [out_channels], or null
+  float* weight;       // [out_channels, in_channels, 3, 3], strided
+  float* y;            // [num_images, height, width, out_channels]
+  float* transformed;  // [16 * in_channels * out_channels]: the weight, by conv3x3_weights, or sums for its gradient
   int64_t num_images, height, width, in_channels, out_channels, weight_out, weight_in, weight_y, weight_x;
   bool flipped;  // the weight upside down and mirrored, as the gradient of the input wants it
 };
 
 struct AdamW {
   Dtype dtype, grad_dtype, shadow_dtype;
-  void *param, *grad, *exp_avg, *exp_avg_sq;
-  void *ema, *shadow;  // or null
-  double grad_factor, beta1, beta2, eps, decay_factor, step_size, inverse_sqrt_bias2, ema_weight;
-  bool moves, zero_grad;
+  void* param;       // [n]
+  void* grad;        // [n]
+  void* exp_avg;     // [n]
+  void* exp_avg_sq;  // [n]
+  void* ema;         // [n], or null
+  void* shadow;      // [n], or null
+  Hyperparameters hyperparameters;
+  Factors factors;
+  bool zero_grad;
 };
 
 struct Kernels {
-  void (*philox)(const int64_t* counter, const int64_t* key, int64_t* words, int64_t begin, int64_t end);
+  void (*philox)(const int64_t* counter,  // [N, 4]
+                 const int64_t* key,      // [2]
+                 int64_t* words,          // [N, 4]
+                 int64_t begin,
+                 int64_t end);
   void (*add_noise)(const AddNoise&, int64_t begin, int64_t end);
-  void (*normals)(float* out, uint64_t seed, uint64_t call, int64_t begin, int64_t end);  // out[0] is of `begin`
-  double (*dm_weight)(const DMLoss&, int64_t begin, int64_t end);            // sum |p_real|
-  double (*dm_gradient)(const DMLoss&, int64_t begin, int64_t end, double w);  // writes grad; sum grad^2
-  double (*fake_loss)(const FakeLoss&, int64_t begin, int64_t end);          // writes grad; sum weight * error^2
-  void (*scale_gradient)(const void* grad, Dtype, void* out, Dtype, double factor, int64_t begin, int64_t end);
+  void (*normals)(float* out,  // [end - begin]
+                  uint64_t seed,
+                  uint64_t call,
+                  int64_t begin,
+                  int64_t end);
+  // sum |p_real|
+  double (*dm_weight)(const DMLoss&, int64_t begin, int64_t end);
+  // writes grad; sum grad^2
+  double (*dm_gradient)(const DMLoss&, int64_t begin, int64_t end, double w);
+  // writes grad; sum weight * error^2
+  double (*fake_loss)(const FakeLoss&, int64_t begin, int64_t end);
+  void (*scale_gradient)(const void* grad,  // [n]
+                         Dtype,
+                         void* out,  // [n]
+                         Dtype,
+                         double factor,
+                         int64_t begin,
+                         int64_t end);
   void (*group_norm_silu)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
   void (*group_norm_silu_backward)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
   void (*conv3x3_weights)(const Conv3x3&, int64_t begin, int64_t end);
   void (*conv3x3)(const Conv3x3&, int64_t begin, int64_t end);
-  void (*conv3x3_weight_sums)(const Conv3x3&, double* bias_sums, int64_t begin, int64_t end);
+  void (*conv3x3_weight_sums)(const Conv3x3&,
+                              double* bias_sums,  // [out_channels]
+                              int64_t begin,
+                              int64_t end);
   void (*conv3x3_weight_gradient)(const Conv3x3&, int64_t num_sums, int64_t begin, int64_t end);
-  double (*sum_of_squares)(const void* grad, Dtype, int64_t begin, int64_t end);
+  double (*sum_of_squares)(const void* grad,  // [n]
+                           Dtype,
+                           int64_t begin,
+                           int64_t end);
   void (*adamw)(const AdamW&, int64_t begin, int64_t end);
 };
 
-#define FASTDMD_DECLARE_KERNELS(isa)                                                                 \
-  namespace isa {                                                                                    \
-  void philox(const int64_t*, const int64_t*, int64_t*, int64_t, int64_t);                           \
-  void add_noise(const AddNoise&, int64_t, int64_t);                                                 \
-  void normals(float*, uint64_t, uint64_t, int64_t, int64_t);                                        \
-  double dm_weight(const DMLoss&, int64_t, int64_t);                                                 \
-  double dm_gradient(const DMLoss&, int64_t, int64_t, double);                                       \
-  double fake_loss(const FakeLoss&, int64_t, int64_t);                                               \
-  void scale_gradient(const void*, Dtype, void*, Dtype, double, int64_t, int64_t);                   \
-  void group_norm_silu(const GroupNormSiLU&, int64_t, int64_t);                                      \
-  void group_norm_silu_backward(const GroupNormSiLU&, int64_t, int64_t);                             \
-  void conv3x3_weights(const Conv3x3&, int64_t, int64_t);                                            \
-  void conv3x3(const Conv3x3&, int64_t, int64_t);                                                    \
-  void conv3x3_weight_sums(const Conv3x3&, double*, int64_t, int64_t);                               \
-  void conv3x3_weight_gradient(const Conv3x3&, int64_t, int64_t, int64_t);                           \
-  double sum_of_squares(const void*, Dtype, int64_t, int64_t);                                       \
-  void adamw(const AdamW&, int64_t, int64_t);                                                        \
-  inline constexpr Kernels kernels{philox,         add_noise,       normals,  dm_weight,             \
-                                   dm_gradient,    fake_loss,       scale_gradient,                  \
-                                   group_norm_silu, group_norm_silu_backward, conv3x3_weights,        \
-                                   conv3x3,        conv3x3_weight_sums, conv3x3_weight_gradient,      \
-                                   sum_of_squares, adamw};                                            \
+// A function of the type that Kernels gives a pointer of that name.
+#define FASTDMD_DECLARE_KERNEL(name) std::remove_pointer_t<decltype(Kernels::name)> name;
+
+#define FASTDMD_DECLARE_KERNELS(isa)               \
+  namespace isa {                                  \
+  FASTDMD_DECLARE_KERNEL(philox)                   \
+  FASTDMD_DECLARE_KERNEL(add_noise)                \
+  FASTDMD_DECLARE_KERNEL(normals)                  \
+  FASTDMD_DECLARE_KERNEL(dm_weight)                \
+  FASTDMD_DECLARE_KERNEL(dm_gradient)              \
+  FASTDMD_DECLARE_KERNEL(fake_loss)                \
+  FASTDMD_DECLARE_KERNEL(scale_gradient)           \
+  FASTDMD_DECLARE_KERNEL(group_norm_silu)          \
+  FASTDMD_DECLARE_KERNEL(group_norm_silu_backward) \
+  FASTDMD_DECLARE_KERNEL(conv3x3_weights)          \
+  FASTDMD_DECLARE_KERNEL(conv3x3)                  \
+  FASTDMD_DECLARE_KERNEL(conv3x3_weight_sums)      \
+  FASTDMD_DECLARE_KERNEL(conv3x3_weight_gradient)  \
+  FASTDMD_DECLARE_KERNEL(sum_of_squares)           \
+  FASTDMD_DECLARE_KERNEL(adamw)                    \
+  inline constexpr Kernels kernels{                \
+      philox,                                      \
+      add_noise,                                   \
+      normals,                                     \
+      dm_weight,                                   \
+      dm_gradient,                                 \
+      fake_loss,                                   \
+      scale_gradient,                              \
+      group_norm_silu,                             \
+      group_norm_silu_backward,                    \
+      conv3x3_weights,                             \
+      conv3x3,                                     \
+      conv3x3_weight_sums,                         \
+      conv3x3_weight_gradient,                     \
+      sum_of_squares,                              \
+      adamw,                                       \
+  };                                               \
   }
 
 }  // namespace fastdmd

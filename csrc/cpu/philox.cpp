@@ -4,7 +4,11 @@
 
 namespace fastdmd::FASTDMD_ISA {
 
-void philox(const int64_t* counter, const int64_t* key, int64_t* words, int64_t begin, int64_t end) {
+void philox(const int64_t* counter,  // [N, 4]
+            const int64_t* key,      // [2]
+            int64_t* words,          // [N, 4]
+            int64_t begin,
+            int64_t end) {
   uint64_t lanes[4][Words::size] = {};
   for (int64_t first = begin; first < end; first += Words::size) {
     const int count = first + Words::size < end ? Words::size : int(end - first);

@@ -38,12 +38,12 @@ struct Words {
   static constexpr int num_vectors = 6, size = num_vectors * sizeof(Lanes) / 8;
   Lanes vector[num_vectors];
 
-  FASTDMD_INLINE static Words load(const uint64_t* lanes) {
+  FASTDMD_INLINE static Words load(const uint64_t* lanes /* [size] */) {
     Words words;
     std::memcpy(words.vector, lanes, sizeof(words.vector));
     return words;
   }
-  FASTDMD_INLINE void store(uint64_t* lanes) const { std::memcpy(lanes, vector, sizeof(vector)); }
+  FASTDMD_INLINE void store(uint64_t* lanes /* [size] */) const { std::memcpy(lanes, vector, sizeof(vector)); }
 
   friend FASTDMD_INLINE Words operator*(uint64_t a, Words b) {
     for (Lanes& lanes : b.vector) lanes = product(a, lanes);
@@ -63,7 +63,7 @@ struct Words {
   }
 
   // Word i of `even` goes to out[2 * i], of `odd` to out[2 * i + 1].
-  friend FASTDMD_INLINE void interleave(const Words& even, const Words& odd, uint32_t* out) {
+  friend FASTDMD_INLINE void interleave(const Words& even, const Words& odd, uint32_t* out /* [2 * size] */) {
     for (int i = 0; i < num_vectors; ++i) {
       const Lanes both = (even.vector[i] & 0xFFFFFFFFu) | odd.vector[i] << 32;
       std::memcpy(out + i * (sizeof(Lanes) / 4), &both, sizeof(Lanes));

@@ -10,7 +10,8 @@ struct AddNoise {
   void* out;           // [B * sample_size]
   int64_t* rng_state;  // [2], seed and offset, or null
   Dtype dtype, out_dtype;
-  Values sigma, scale;  // [B]
+  Values sigma;  // [B]
+  Values scale;  // [B], or null
   int64_t numel, sample_size;
 };
 
@@ -19,8 +20,11 @@ struct Stream {
   uint32_t key0, key1, call;
 
   // Normals of elements 4 * quad to 4 * quad + 3.
-  __device__ __forceinline__ void normals(int64_t quad, float* n) const {
-    uint32_t x0 = uint32_t(quad), x1 = uint32_t(uint64_t(quad) >> 32), x2 = 0, x3 = call;
+  __device__ __forceinline__ void normals(int64_t quad, float* n /* [4] */) const {
+    uint32_t x0 = uint32_t(quad);
+    uint32_t x1 = uint32_t(uint64_t(quad) >> 32);
+    uint32_t x2 = 0;
+    uint32_t x3 = call;
     philox(x0, x1, x2, x3, key0, key1);
     box_muller(x0, x1, n[0], n[1]);
     box_muller(x2, x3, n[2], n[3]);
@@ -29,7 +33,7 @@ struct Stream {
 
 // Reads the state, and advances it by 2^32 once for all blocks: each takes a ticket from the low word of the offset,
 // and the one that finds all other tickets taken makes the low word 0 again. Nobody reads the offset but by a ticket.
-__device__ Stream open_stream(int64_t* rng_state) {
+__device__ Stream open_stream(int64_t* rng_state /* [2] */) {
   __shared__ unsigned long long ticket;
   if (threadIdx.x == 0) {
     auto* offset = reinterpret_cast<unsigned long long*>(rng_state + 1);
@@ -41,6 +45,7 @@ __device__ Stream open_stream(int64_t* rng_state) {
   return {uint32_t(seed), uint32_t(seed >> 32), uint32_t(ticket >> 32)};
 }
 
+// A thread noises V elements in a row, and then every gridDim * blockDim-th such vector.
 template <class T, class O, bool Random>
 __global__ void __launch_bounds__(THREADS) add_noise_vectors(AddNoise a) {
   constexpr int V = VECTOR<T, O>;
@@ -61,7 +66,8 @@ __global__ void __launch_bounds__(THREADS) add_noise_vectors(AddNoise a) {
       load(noise + i, n, count);
     }
     const Samples samples = samples_of<V>(i, a.sample_size, count);
-    const float sigma0 = a.sigma.at<float>(samples.first), sigma1 = a.sigma.at<float>(samples.second);
+    const float sigma0 = a.sigma.at<float>(samples.first);
+    const float sigma1 = a.sigma.at<float>(samples.second);
     const float scale0 = a.scale.data ? a.scale.at<float>(samples.first) : 1.0f;
     const float scale1 = a.scale.data ? a.scale.at<float>(samples.second) : 1.0f;
 #pragma unroll
@@ -71,6 +77,7 @@ __global__ void __launch_bounds__(THREADS) add_noise_vectors(AddNoise a) {
   }
 }
 
+// A thread noises every gridDim * blockDim-th element; it makes four normals for each, and takes one.
 template <class W>
 __global__ void __launch_bounds__(THREADS) add_noise_any(AddNoise a) {
   Stream stream{};
@@ -100,16 +107,30 @@ void launch_vectors(const Device& device, const AddNoise& a) {
   device.launch(kernel, std::min(blocks, resident[a.rng_state ? 1 : 0]), THREADS, a);
 }
 
-Tensor noised(const char* op, const Tensor& x, const Tensor& sigma, const void* noise, int64_t* rng_state,
-              const std::optional<Tensor>& scale, ScalarType dtype) {
+Tensor noised(const Tensor& x,                     // [B, ...]
+              const Tensor& sigma,                 // [B]
+              const void* noise,                   // [B, ...], if rng_state is null
+              int64_t* rng_state,                  // [2], or null
+              const std::optional<Tensor>& scale,  // [B]
+              ScalarType dtype) {
   Tensor out = empty_like(x, dtype);
   const int64_t numel = x.numel();
   if (numel == 0 && !rng_state) return out;
-  const AddNoise a{x.const_data_ptr(), noise, out.mutable_data_ptr(), rng_state, dtype_of(x, op), dtype_of(dtype, op),
-                   values_of(sigma, op), values_of(scale, op), numel, numel > 0 ? numel / x.size(0) : 1};
+  const AddNoise a{
+      .x = x.const_data_ptr(),
+      .noise = noise,
+      .out = out.mutable_data_ptr(),
+      .rng_state = rng_state,
+      .dtype = dtype_of(x),
+      .out_dtype = dtype_of(dtype),
+      .sigma = values_of(sigma),
+      .scale = values_of(scale),
+      .numel = numel,
+      .sample_size = numel > 0 ? numel / x.size(0) : 1,
+  };
   const Device device(x);
-  const bool vectors = a.dtype != Dtype::float64 && a.out_dtype != Dtype::float64 &&
-                       aligned({a.x, a.noise, a.out}) && a.sample_size >= VECTOR<__half>;
+  const bool vectors = a.dtype != Dtype::float64 && a.out_dtype != Dtype::float64 && aligned({a.x, a.noise, a.out}) &&
+                       a.sample_size >= VECTOR<__half>;
   if (vectors)
     dispatch_vectors(a.dtype, [&](auto from) {
       dispatch_vectors(a.out_dtype, [&](auto to) { launch_vectors<decltype(from), decltype(to)>(device, a); });
@@ -125,12 +146,20 @@ Tensor noised(const char* op, const Tensor& x, const Tensor& sigma, const void* 
   return out;
 }
 
-Tensor add_noise(Tensor x, Tensor sigma, Tensor noise, std::optional<Tensor> scale, ScalarType dtype) {
-  return noised("add_noise", x, sigma, noise.const_data_ptr(), nullptr, scale, dtype);
+Tensor add_noise(Tensor x,                     // [B, ...]
+                 Tensor sigma,                 // [B]
+                 Tensor noise,                 // [B, ...]
+                 std::optional<Tensor> scale,  // [B]
+                 ScalarType dtype) {
+  return noised(x, sigma, noise.const_data_ptr(), nullptr, scale, dtype);
 }
 
-Tensor add_noise_rng(Tensor x, Tensor sigma, Tensor rng_state, std::optional<Tensor> scale, ScalarType dtype) {
-  return noised("add_noise_rng", x, sigma, nullptr, static_cast<int64_t*>(rng_state.mutable_data_ptr()), scale, dtype);
+Tensor add_noise_rng(Tensor x,                     // [B, ...]
+                     Tensor sigma,                 // [B]
+                     Tensor rng_state,             // [2], seed and offset
+                     std::optional<Tensor> scale,  // [B]
+                     ScalarType dtype) {
+  return noised(x, sigma, nullptr, static_cast<int64_t*>(rng_state.mutable_data_ptr()), scale, dtype);
 }
 
 }  // namespace

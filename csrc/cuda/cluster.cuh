@@ -51,7 +51,8 @@ __device__ __forceinline__ void cluster_wait(int cluster) {
 
 // Where block `rank` of the cluster has what this one has at `mine`, in shared memory.
 template <class T>
-__device__ __forceinline__ const T* of_block(const T* mine, int rank) {
+__device__ __forceinline__ const T* of_block(const T* mine,  // [n]
+                                             int rank) {
 #ifdef FASTDMD_CLUSTERS
   return cooperative_groups::this_cluster().map_shared_rank(const_cast<T*>(mine), rank);
 #else

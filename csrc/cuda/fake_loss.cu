@@ -102,18 +102,17 @@ __global__ void __launch_bounds__(THREADS) fake_loss_any(FakeLoss a) {
   finish(a, sum);
 }
 
-std::tuple<Tensor, Tensor> weighted_error(const char* op,
-                                          const Tensor& output,                 // [B, ...]
+std::tuple<Tensor, Tensor> weighted_error(const Tensor& output,                 // [B, ...]
                                           const Tensor& images,                 // [B, ...]
                                           const void* x_t,                      // [B, ...], or null
                                           const std::optional<Tensor>& weight,  // [B], or else
                                           const std::optional<Tensor>& sigma,   // [B]
                                           double sigma_data) {
-  const ScalarType grad_type = output.scalar_type() == ScalarType::Half ? ScalarType::Float : output.scalar_type();
+  const ScalarType grad_type = gradient_dtype(output);
   Tensor grad = empty_like(output, grad_type);
-  Tensor loss = torch::stable::new_empty(output, {}, wide_type(output));
+  Tensor loss = torch::stable::new_empty(output, {}, wide_dtype(output));
   const int64_t numel = output.numel();
-  const Dtype dtype = dtype_of(output, op);
+  const Dtype dtype = dtype_of(output);
   if (numel == 0) return {torch::stable::fill_(loss, std::numeric_limits<double>::quiet_NaN()), grad};
   const Device device(output);
   FakeLoss a{
@@ -123,9 +122,9 @@ std::tuple<Tensor, Tensor> weighted_error(const char* op,
       .grad = grad.mutable_data_ptr(),
       .loss = loss.mutable_data_ptr(),
       .dtype = dtype,
-      .grad_dtype = dtype_of(grad_type, op),
-      .weight = values_of(weight, op),
-      .sigma = values_of(sigma, op),
+      .grad_dtype = dtype_of(grad_type),
+      .weight = values_of(weight),
+      .sigma = values_of(sigma),
       .sigma_data = sigma_data,
       .numel = numel,
       .sample_size = numel / output.size(0),
@@ -133,7 +132,7 @@ std::tuple<Tensor, Tensor> weighted_error(const char* op,
   };
   const auto launch = [&](auto kernel, int64_t resident, int64_t per_thread) {
     const int64_t blocks = std::min(ceil_divide(numel, THREADS * per_thread), resident);
-    const Tensor partials = torch::stable::new_empty(output, {blocks}, wide_type(output));
+    const Tensor partials = torch::stable::new_empty(output, {blocks}, wide_dtype(output));
     a.partials = partials.mutable_data_ptr();
     device.launch(kernel, blocks, THREADS, a);
   };
@@ -156,14 +155,14 @@ std::tuple<Tensor, Tensor> weighted_error(const char* op,
 std::tuple<Tensor, Tensor> denoising_loss(Tensor D_x,     // [B, ...]
                                           Tensor images,  // [B, ...]
                                           Tensor weight /* [B] */) {
-  return weighted_error("denoising_loss", D_x, images, nullptr, weight, std::nullopt, 0);
+  return weighted_error(D_x, images, nullptr, weight, std::nullopt, 0);
 }
 
 std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake,  // [B, ...]
                                      Tensor x_gen,   // [B, ...]
                                      Tensor sigma,   // [B]
                                      double sigma_data) {
-  return weighted_error("fake_loss", D_fake, x_gen, nullptr, std::nullopt, sigma, sigma_data);
+  return weighted_error(D_fake, x_gen, nullptr, std::nullopt, sigma, sigma_data);
 }
 
 std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake,  // [B, ...]
@@ -171,7 +170,7 @@ std::tuple<Tensor, Tensor> fake_loss_raw(Tensor F_fake,  // [B, ...]
                                          Tensor x_t,     // [B, ...]
                                          Tensor sigma,   // [B]
                                          double sigma_data) {
-  return weighted_error("fake_loss_raw", F_fake, x_gen, x_t.const_data_ptr(), std::nullopt, sigma, sigma_data);
+  return weighted_error(F_fake, x_gen, x_t.const_data_ptr(), std::nullopt, sigma, sigma_data);
 }
 
 struct ScaleGradient {
@@ -211,14 +210,13 @@ __global__ void __launch_bounds__(THREADS) scale_gradient_any(ScaleGradient a) {
 Tensor scale_gradient(Tensor grad,       // [...]
                       Tensor grad_loss,  // []
                       ScalarType dtype) {
-  constexpr const char* op = "scale_gradient";
   Tensor out = empty_like(grad, dtype);
   const ScaleGradient a{
       .grad = grad.const_data_ptr(),
       .out = out.mutable_data_ptr(),
-      .dtype = dtype_of(grad, op),
-      .out_dtype = dtype_of(dtype, op),
-      .grad_loss = values_of(grad_loss, op),
+      .dtype = dtype_of(grad),
+      .out_dtype = dtype_of(dtype),
+      .grad_loss = values_of(grad_loss),
       .numel = grad.numel(),
   };
   if (a.numel == 0) return out;

@@ -9,7 +9,8 @@ namespace {
 // Where the blocks of one launch count themselves; 0 between launches, so that nothing has to be cleared. Launches that
 // run at the same time need slots of their own: those recorded in graphs, which keep theirs, are apart from the others,
 // which take turns.
-constexpr unsigned PASSING_TICKETS = 1 << 10, RECORDED_TICKETS = 1 << 13;
+constexpr unsigned PASSING_TICKETS = 1 << 10;
+constexpr unsigned RECORDED_TICKETS = 1 << 13;
 __device__ unsigned tickets[PASSING_TICKETS + RECORDED_TICKETS];
 
 inline unsigned next_ticket(cudaStream_t stream) {
@@ -31,15 +32,15 @@ struct GridSum {
     const W sum = block_sum(term);
     if (threadIdx.x == 0) {
       partials[blockIdx.x] = sum;
-      __threadfence();  // the sum must be there before the count
-      is_last = atomicInc(&tickets[ticket], gridDim.x - 1) == gridDim.x - 1;  // wraps around to 0
+      // The sum must be there before the count, which wraps around to 0.
+      __threadfence();
+      is_last = atomicInc(&tickets[ticket], gridDim.x - 1) == gridDim.x - 1;
     }
     __syncthreads();
     if (!is_last) return false;
     __threadfence();
     double rest = 0;
-    for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x)
-      rest += double(__ldcg(partials + block));
+    for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x) rest += double(__ldcg(partials + block));
     total = block_sum(rest);
     return true;
   }

@@ -9,22 +9,26 @@ namespace {
 
 struct ParameterGradients {
   GroupNorm op;
-  void *grad_weight, *grad_bias;  // [C]
-  void *grad_scale, *grad_shift;  // [B, C], or null
+  void* grad_weight;  // [C]
+  void* grad_bias;    // [C]
+  void* grad_scale;   // [B, C], or null
+  void* grad_shift;   // [B, C], or null
   Dtype weight_dtype, bias_dtype, scale_dtype, shift_dtype;
 };
 
 constexpr int SUMMED_CHANNELS = 8;  // of a block: few, so that there are blocks for every multiprocessor
 
-// A thread keeps to its channel and walks over samples.
+// A block has SUMMED_CHANNELS channels; a thread keeps to one of them and walks over samples.
 template <class W>
 __global__ void __launch_bounds__(THREADS) parameter_gradients(ParameterGradients a) {
   constexpr int rows = THREADS / SUMMED_CHANNELS;
   __shared__ Pair<W> partials[rows][SUMMED_CHANNELS];
-  const int column = int(threadIdx.x) % SUMMED_CHANNELS, row = int(threadIdx.x) / SUMMED_CHANNELS;
-  const int64_t C = a.op.num_channels, c = int64_t(blockIdx.x) * SUMMED_CHANNELS + column;
-  const Pair<W>* sums_of = static_cast<const Pair<W>*>(a.op.sums) + c;
-  Pair<W> total{0, 0};  // of grad_weight and grad_bias
+  const int column = int(threadIdx.x) % SUMMED_CHANNELS;
+  const int row = int(threadIdx.x) / SUMMED_CHANNELS;
+  const int64_t C = a.op.num_channels;
+  const int64_t c = int64_t(blockIdx.x) * SUMMED_CHANNELS + column;
+  const Pair<W>* sums_of = static_cast<const Pair<W>*>(a.op.sums) + c;  // [B, C], from this channel on
+  Pair<W> total{0, 0};                                                  // of grad_weight and grad_bias
   if (c < C && !a.op.scale.data) {
 #pragma unroll 8
     for (int64_t sample = row; sample < a.op.num_samples; sample += rows) {
@@ -33,7 +37,8 @@ __global__ void __launch_bounds__(THREADS) parameter_gradients(ParameterGradient
       total.second += sums.first;
     }
   } else if (c < C) {
-    const W weight = a.op.weight.at<W>(c), bias = a.op.bias.at<W>(c);
+    const W weight = a.op.weight.at<W>(c);
+    const W bias = a.op.bias.at<W>(c);
     for (int64_t sample = row; sample < a.op.num_samples; sample += rows) {
       const Pair<W> sums = sums_of[sample * C];
       const W multiplier = W(1) + a.op.scale.at<W>(sample, c);
@@ -55,24 +60,40 @@ __global__ void __launch_bounds__(THREADS) parameter_gradients(ParameterGradient
   write(a.grad_bias, a.bias_dtype, c, partials[0][column].second);
 }
 
-GroupNorm arguments(const char* op, const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor& rstd,
-                    const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
-                    const std::optional<Tensor>& shift, int64_t num_groups) {
-  GroupNorm a{};
-  a.x = x.const_data_ptr(), a.out = out.mutable_data_ptr();
-  a.mean = mean.data_ptr(), a.rstd = rstd.data_ptr();
-  a.weight = values_of(weight, op), a.bias = values_of(bias, op);
-  a.scale = values_of(scale, op), a.shift = values_of(shift, op);
-  a.dtype = dtype_of(x, op);
-  a.num_samples = x.size(0), a.num_channels = x.size(1), a.num_groups = num_groups;
-  a.num_pixels = x.size(2) * x.size(3);
-  a.channels_last = a.num_pixels == 1 || !x.is_contiguous();  // of a single pixel both are the same
-  return a;
+GroupNorm arguments(const Tensor& x,                     // [B, C, H, W]
+                    const Tensor& out,                   // [B, C, H, W]: y, or grad_x
+                    const Tensor& mean,                  // [B, G]
+                    const Tensor& rstd,                  // [B, G]
+                    const Tensor& weight,                // [C]
+                    const Tensor& bias,                  // [C]
+                    const std::optional<Tensor>& scale,  // [B, C]
+                    const std::optional<Tensor>& shift,  // [B, C]
+                    int64_t num_groups,
+                    bool silu) {
+  const int64_t num_pixels = x.size(2) * x.size(3);
+  return {
+      .x = x.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .mean = mean.data_ptr(),
+      .rstd = rstd.data_ptr(),
+      .weight = values_of(weight),
+      .bias = values_of(bias),
+      .scale = values_of(scale),
+      .shift = values_of(shift),
+      .dtype = dtype_of(x),
+      .channels_last = num_pixels == 1 || !x.is_contiguous(),  // of a single pixel both are the same
+      .silu = silu,
+      .num_samples = x.size(0),
+      .num_channels = x.size(1),
+      .num_groups = num_groups,
+      .num_pixels = num_pixels,
+  };
 }
 
 // How a block's threads and the blocks of a sample share its pixels, or nothing if the layout does not allow it.
 std::optional<ChannelsLast> channels_last(const Device& device, const GroupNorm& op) {
-  const int64_t width = op.dtype == Dtype::float32 ? 4 : 8, columns = op.num_channels / width;
+  const int64_t width = 16 / element_bytes(op.dtype);
+  const int64_t columns = op.num_channels / width;
   if (!op.channels_last || op.dtype == Dtype::float64 || op.num_channels % width != 0 || columns > MAX_COLUMNS ||
       !aligned({op.x, op.grad_y, op.out}))
     return std::nullopt;
@@ -89,13 +110,25 @@ std::optional<ChannelsLast> channels_last(const Device& device, const GroupNorm&
   const int64_t chunk_pixels = ceil_divide(op.num_pixels, chunks);
   const int64_t num_chunks = ceil_divide(op.num_pixels, chunk_pixels);
   if (op.num_samples * num_chunks > INT_MAX || chunk_pixels > INT_MAX) return std::nullopt;
-  return ChannelsLast{op, int(columns), int(rows), int(num_chunks), chunk_pixels, nullptr};
+  return ChannelsLast{
+      .op = op,
+      .columns = int(columns),
+      .rows = int(rows),
+      .num_chunks = int(num_chunks),
+      .chunk_pixels = chunk_pixels,
+  };
 }
 
 // Both launches for channels_last images; `num_partials` of a chunk are pairs that the first leaves for the second.
 template <class First, class Second>
-void launch_both(const Device& device, const Tensor& x, ChannelsLast a, First first, Second second,
-                 int64_t num_partials, int64_t first_bytes, int64_t second_bytes) {
+void launch_both(const Device& device,
+                 const Tensor& x,  // [B, C, H, W]
+                 ChannelsLast a,
+                 First first,
+                 Second second,
+                 int64_t num_partials,
+                 int64_t first_bytes,
+                 int64_t second_bytes) {
   const int64_t blocks = a.op.num_samples * a.num_chunks;
   const int threads = int(ceil_divide(int64_t(a.columns) * a.rows, WARP) * WARP);
   const Tensor partials = torch::stable::new_empty(x, {2 * blocks * num_partials}, ScalarType::Float);
@@ -104,13 +137,19 @@ void launch_both(const Device& device, const Tensor& x, ChannelsLast a, First fi
   device.launch(second, blocks, threads, a, second_bytes);
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> scale,
-                                                   std::optional<Tensor> shift, int64_t num_groups, double eps, bool silu) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x,                     // [B, C, H, W]
+                                                   Tensor weight,                // [C]
+                                                   Tensor bias,                  // [C]
+                                                   std::optional<Tensor> scale,  // [B, C]
+                                                   std::optional<Tensor> shift,  // [B, C]
+                                                   int64_t num_groups,
+                                                   double eps,
+                                                   bool silu) {
   Tensor y = torch::stable::empty_like(x);
-  Tensor mean = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_type(x));
-  Tensor rstd = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_type(x));
-  GroupNorm a = arguments("group_norm_silu", x, y, mean, rstd, weight, bias, scale, shift, num_groups);
-  a.eps = eps, a.silu = silu;
+  Tensor mean = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_dtype(x));
+  Tensor rstd = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_dtype(x));
+  GroupNorm a = arguments(x, y, mean, rstd, weight, bias, scale, shift, num_groups, silu);
+  a.eps = eps;
   if (x.numel() == 0) {  // the mean of nothing
     torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
     torch::stable::fill_(rstd, std::numeric_limits<double>::quiet_NaN());
@@ -128,8 +167,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
     const int64_t row_bytes = a.num_channels * int64_t(sizeof(float));
     dispatch_vectors(a.dtype, [&](auto type) {
       using T = decltype(type);
-      launch_both(device, x, *layout, group_norm_moments_vectors<T>, group_norm_apply_vectors<T>, num_groups,
-                  2 * layout->rows * row_bytes, 3 * row_bytes);
+      launch_both(device,
+                  x,
+                  *layout,
+                  group_norm_moments_vectors<T>,
+                  group_norm_apply_vectors<T>,
+                  num_groups,
+                  2 * layout->rows * row_bytes,
+                  3 * row_bytes);
     });
     return {y, mean, rstd};
   }
@@ -143,13 +188,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
       device.launch(group_norm_silu_vectors<decltype(type)>, blocks, threads(16 / sizeof(type)), a);
     });
   else
-    dispatch_wide(a.dtype, [&](auto type) {
-      device.launch(group_norm_silu_any<decltype(type)>, blocks, threads(1), a);
-    });
+    dispatch_wide(a.dtype,
+                  [&](auto type) { device.launch(group_norm_silu_any<decltype(type)>, blocks, threads(1), a); });
   return {y, mean, rstd};
 }
 
-void launch_backward(const Device& device, const Tensor& x, const GroupNorm& a) {
+void launch_backward(const Device& device,
+                     const Tensor& x,  // [B, C, H, W]
+                     const GroupNorm& a) {
   bool done = false;
   if (a.dtype != Dtype::float64)
     dispatch_vectors(a.dtype, [&](auto type) {
@@ -162,8 +208,14 @@ void launch_backward(const Device& device, const Tensor& x, const GroupNorm& a) 
     const int64_t row_bytes = a.num_channels * int64_t(sizeof(float));
     dispatch_vectors(a.dtype, [&](auto type) {
       using T = decltype(type);
-      launch_both(device, x, *layout, group_norm_sums_vectors<T>, group_norm_backward_vectors<T>, a.num_channels,
-                  std::max(3, 2 * layout->rows) * row_bytes, 5 * row_bytes);
+      launch_both(device,
+                  x,
+                  *layout,
+                  group_norm_sums_vectors<T>,
+                  group_norm_backward_vectors<T>,
+                  a.num_channels,
+                  std::max(3, 2 * layout->rows) * row_bytes,
+                  5 * row_bytes);
     });
     return;
   }
@@ -174,43 +226,53 @@ void launch_backward(const Device& device, const Tensor& x, const GroupNorm& a) 
       device.launch(group_norm_silu_backward_vectors<decltype(type)>, blocks, threads, a);
     });
   else
-    dispatch_wide(a.dtype, [&](auto type) {
-      device.launch(group_norm_silu_backward_any<decltype(type)>, blocks, threads, a);
-    });
+    dispatch_wide(a.dtype,
+                  [&](auto type) { device.launch(group_norm_silu_backward_any<decltype(type)>, blocks, threads, a); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
-    Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, std::optional<Tensor> scale,
-    std::optional<Tensor> shift, int64_t num_groups, bool silu) {
-  constexpr const char* op = "group_norm_silu_backward";
+// Of x, weight, bias, scale and shift.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients group_norm_silu_backward(Tensor grad_y,                // [B, C, H, W]
+                                   Tensor x,                     // [B, C, H, W]
+                                   Tensor mean,                  // [B, G]
+                                   Tensor rstd,                  // [B, G]
+                                   Tensor weight,                // [C]
+                                   Tensor bias,                  // [C]
+                                   std::optional<Tensor> scale,  // [B, C]
+                                   std::optional<Tensor> shift,  // [B, C]
+                                   int64_t num_groups,
+                                   bool silu) {
   Tensor grad_x = torch::stable::empty_like(x);
   const int64_t B = x.size(0), C = x.size(1);
   Tensor grad_weight = torch::stable::new_empty(x, {C}, weight.scalar_type());
   Tensor grad_bias = torch::stable::new_empty(x, {C}, bias.scalar_type());
   const auto table = [&](const std::optional<Tensor>& like) {
     return like ? torch::stable::new_empty(x, {B, C}, like->scalar_type())
-                : torch::stable::new_empty(x, {int64_t(0)}, wide_type(x));
+                : torch::stable::new_empty(x, {int64_t(0)}, wide_dtype(x));
   };
-  Tensor grad_scale = table(scale), grad_shift = table(shift);
-  const Tensor sums = torch::stable::new_empty(x, {2 * B * C}, wide_type(x));
-  GroupNorm a = arguments(op, x, grad_x, mean, rstd, weight, bias, scale, shift, num_groups);
+  Tensor grad_scale = table(scale);
+  Tensor grad_shift = table(shift);
+  const Tensor sums = torch::stable::new_empty(x, {2 * B * C}, wide_dtype(x));
+  GroupNorm a = arguments(x, grad_x, mean, rstd, weight, bias, scale, shift, num_groups, silu);
   a.grad_y = grad_y.const_data_ptr();
   a.sums = sums.mutable_data_ptr();
-  a.silu = silu;
   const Device device(x);
   if (x.numel() > 0)
     launch_backward(device, x, a);
   else
     torch::stable::fill_(sums, 0);
-  const ParameterGradients gradients{a,
-                                     grad_weight.mutable_data_ptr(),
-                                     grad_bias.mutable_data_ptr(),
-                                     scale ? grad_scale.mutable_data_ptr() : nullptr,
-                                     shift ? grad_shift.mutable_data_ptr() : nullptr,
-                                     a.weight.dtype,
-                                     a.bias.dtype,
-                                     a.scale.dtype,
-                                     a.shift.dtype};
+  const ParameterGradients gradients{
+      .op = a,
+      .grad_weight = grad_weight.mutable_data_ptr(),
+      .grad_bias = grad_bias.mutable_data_ptr(),
+      .grad_scale = scale ? grad_scale.mutable_data_ptr() : nullptr,
+      .grad_shift = shift ? grad_shift.mutable_data_ptr() : nullptr,
+      .weight_dtype = a.weight.dtype,
+      .bias_dtype = a.bias.dtype,
+      .scale_dtype = a.scale.dtype,
+      .shift_dtype = a.shift.dtype,
+  };
   if (C > 0)
     dispatch_wide(a.dtype, [&](auto type) {
       device.launch(parameter_gradients<decltype(type)>, ceil_divide(C, SUMMED_CHANNELS), THREADS, gradients);

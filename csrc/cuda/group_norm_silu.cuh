@@ -12,13 +12,16 @@ struct alignas(2 * sizeof(W)) Pair {
 };
 
 struct GroupNorm {
-  const void* x;        // [B, C, H, W]
-  const void* grad_y;   // [B, C, H, W], backward only
-  void* out;            // [B, C, H, W]: y, or grad_x
-  void *mean, *rstd;    // [B, G] wide; written by forward, read by backward
-  void* sums;           // [B, C] pairs, wide, written by backward: sums over pixels of grad_m and of grad_m * h
-  Values weight, bias;  // [C]
-  Values scale, shift;  // [B, C], or null
+  const void* x;       // [B, C, H, W]
+  const void* grad_y;  // [B, C, H, W], backward only
+  void* out;           // [B, C, H, W]: y, or grad_x
+  void* mean;          // [B, G], wide, written by forward, read by backward
+  void* rstd;          // [B, G], likewise
+  void* sums;          // [B, C] pairs, wide, written by backward: sums over pixels of grad_m and of grad_m * h
+  Values weight;       // [C]
+  Values bias;         // [C]
+  Values scale;        // [B, C], or null
+  Values shift;        // [B, C], or null
   Dtype dtype;
   bool channels_last, silu;
   int64_t num_samples, num_channels, num_groups, num_pixels;
@@ -44,7 +47,7 @@ struct Channel {
 
 // Whether a vector is of one channel, at a 16-byte boundary.
 inline bool contiguous_vectors(const GroupNorm& op) {
-  const int64_t width = op.dtype == Dtype::float32 ? 4 : 8;
+  const int64_t width = 16 / element_bytes(op.dtype);
   return !op.channels_last && op.dtype != Dtype::float64 && op.num_pixels % width == 0 &&
          aligned({op.x, op.grad_y, op.out});
 }
@@ -59,7 +62,9 @@ __device__ __forceinline__ void if_silu(const GroupNorm& a, Body body) {
 }
 
 // Within 2e-7 of the sigmoid everywhere, 0 and 1 at the infinities.
-__device__ __forceinline__ float sigmoid(float m) { return fast_reciprocal(1.0f + fast_exp2(-1.4426950408889634f * m)); }
+__device__ __forceinline__ float sigmoid(float m) {
+  return fast_reciprocal(1.0f + fast_exp2(-1.4426950408889634f * m));
+}
 __device__ __forceinline__ double sigmoid(double m) { return 1 / (1 + exp(-m)); }
 
 template <bool Silu, class W>
@@ -86,11 +91,13 @@ extern __shared__ __align__(16) float shared[];
 
 // to[k] = table[k] of a thread's channels, 16 bytes at a time as everything in shared memory
 template <int V>
-__device__ __forceinline__ void look_up(const float* table, float (&to)[V]) {
+__device__ __forceinline__ void look_up(const float* table,  // [V]
+                                        float (&to)[V]) {
   load<false>(table, to);
 }
 template <int V>
-__device__ __forceinline__ void put_down(float* table, const float (&from)[V]) {
+__device__ __forceinline__ void put_down(float* table,  // [V]
+                                         const float (&from)[V]) {
 #pragma unroll
   for (int k = 0; k < V; k += 4)
     *reinterpret_cast<uint4*>(table + k) =
@@ -98,7 +105,10 @@ __device__ __forceinline__ void put_down(float* table, const float (&from)[V]) {
 }
 
 // Puts mean, gain and offset of channel c of C into three tables.
-__device__ __forceinline__ void tabulate(const Channel<float>& channel, float* tables, int c, int C) {
+__device__ __forceinline__ void tabulate(const Channel<float>& channel,
+                                         float* tables,  // [3, C]
+                                         int c,
+                                         int C) {
   tables[c] = channel.mean;
   tables[C + c] = channel.gain;
   tables[2 * C + c] = channel.offset;

@@ -1,6 +1,6 @@
 // group_norm_silu of channels_last images of which no tile fits into shared memory, 16 bytes at a time whatever the
-// group size: a thread keeps to its channels and walks over pixels. Two launches each way read x twice: one for the sums
-// of a chunk of pixels, one that merges them and writes the result.
+// group size: a thread keeps to its channels and walks over pixels. Two launches each way read x twice: one for the
+// sums of a chunk of pixels, one that merges them and writes the result.
 #pragma once
 
 #include "group_norm_silu.cuh"
@@ -8,7 +8,7 @@
 namespace fastdmd {
 namespace {
 
-constexpr int MAX_COLUMNS = 512;      // threads of a block
+constexpr int MAX_COLUMNS = 512;     // threads of a block
 constexpr int REGISTER_BOUND = 768;  // as many threads leave 80 registers each: three blocks of 256 on a multiprocessor
 
 struct ChannelsLast {
@@ -59,10 +59,12 @@ __device__ __forceinline__ void each_pixel(const Task& task, int rows, Visit vis
   for (; p < task.end; p += rows) visit(p);
 }
 
+// A block has a chunk of a sample's pixels, a thread the vectors of its Task; a warp merges the moments of a group.
 template <class T>
 __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_moments_vectors(ChannelsLast a) {
   constexpr int V = 16 / sizeof(T);
-  const int C = int(a.op.num_channels), group_size = int(a.op.group_size());
+  const int C = int(a.op.num_channels);
+  const int group_size = int(a.op.group_size());
   const Task task = Task::of_thread(a, width_of<T>);
   const T* x = static_cast<const T*>(a.op.x) + task.sample * a.op.num_pixels * C + task.c;
   Moments<float> moments[V];
@@ -80,9 +82,7 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_moments_vectors(
   });
 
   const int num_pixels = int(a.pixels_of(task.chunk));
-  const auto count_of = [&](int row) {
-    return float(row < num_pixels ? (num_pixels - row + a.rows - 1) / a.rows : 0);
-  };
+  const auto count_of = [&](int row) { return float(row < num_pixels ? (num_pixels - row + a.rows - 1) / a.rows : 0); };
   float* means = shared;                    // [rows, C]
   float* deviations = shared + a.rows * C;  // [rows, C]
   if (task.active) {
@@ -94,16 +94,19 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_moments_vectors(
     }
   }
   __syncthreads();
-  const int lane = int(threadIdx.x) % WARP, num_warps = int(blockDim.x) / WARP;
+  const int lane = int(threadIdx.x) % WARP;
+  const int num_warps = int(blockDim.x) / WARP;
   for (int g = int(threadIdx.x) / WARP; g < a.op.num_groups; g += num_warps) {
     float sum = 0, squares = 0;
     for (int entry = lane; entry < a.rows * group_size; entry += WARP) {
-      const int row = entry / group_size, i = row * C + g * group_size + entry - row * group_size;
+      const int row = entry / group_size;
+      const int i = row * C + g * group_size + entry - row * group_size;
       sum += count_of(row) * means[i];
     }
     const float mean = warp_sum(sum) / (float(group_size) * float(num_pixels));
     for (int entry = lane; entry < a.rows * group_size; entry += WARP) {
-      const int row = entry / group_size, i = row * C + g * group_size + entry - row * group_size;
+      const int row = entry / group_size;
+      const int i = row * C + g * group_size + entry - row * group_size;
       const float distance = means[i] - mean;
       squares += deviations[i] + count_of(row) * distance * distance;
     }
@@ -112,15 +115,18 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_moments_vectors(
   }
 }
 
+// A block has a chunk, whose y it writes once its warps have merged the moments of all chunks, a group each.
 template <class T>
 __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_apply_vectors(ChannelsLast a) {
   constexpr int V = 16 / sizeof(T);
-  const int C = int(a.op.num_channels), group_size = int(a.op.group_size());
+  const int C = int(a.op.num_channels);
+  const int group_size = int(a.op.group_size());
   const Task task = Task::of_thread(a, width_of<T>);
-  const int lane = int(threadIdx.x) % WARP, num_warps = int(blockDim.x) / WARP;
+  const int lane = int(threadIdx.x) % WARP;
+  const int num_warps = int(blockDim.x) / WARP;
   const float size = float(group_size) * float(a.op.num_pixels);
   for (int g = int(threadIdx.x) / WARP; g < a.op.num_groups; g += num_warps) {
-    const Pair<float>* partials = a.partials + task.sample * a.num_chunks * a.op.num_groups + g;
+    const Pair<float>* partials = a.partials + task.sample * a.num_chunks * a.op.num_groups + g;  // [chunks, G] from g
     float sum = 0, squares = 0;
     for (int chunk = lane; chunk < a.num_chunks; chunk += WARP)
       sum += float(group_size) * float(a.pixels_of(chunk)) * partials[chunk * a.op.num_groups].first;
@@ -156,14 +162,16 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_apply_vectors(Ch
   });
 }
 
+// A block has a chunk, a thread the vectors of its Task, and at last the sums of every blockDim-th channel. As many
+// threads leave 96 registers each: 80 spill.
 template <class T>
-__global__ void __launch_bounds__(640, 1)  // 96 registers: 80 spill
-    group_norm_sums_vectors(ChannelsLast a) {
+__global__ void __launch_bounds__(640, 1) group_norm_sums_vectors(ChannelsLast a) {
   constexpr int V = 16 / sizeof(T);
-  const int C = int(a.op.num_channels), group_size = int(a.op.group_size());
+  const int C = int(a.op.num_channels);
+  const int group_size = int(a.op.group_size());
   const Task task = Task::of_thread(a, width_of<T>);
-  const float* means = static_cast<const float*>(a.op.mean) + task.sample * a.op.num_groups;
-  const float* rstds = static_cast<const float*>(a.op.rstd) + task.sample * a.op.num_groups;
+  const float* means = static_cast<const float*>(a.op.mean) + task.sample * a.op.num_groups;  // [G]
+  const float* rstds = static_cast<const float*>(a.op.rstd) + task.sample * a.op.num_groups;  // [G]
   for (int c = int(threadIdx.x); c < C; c += int(blockDim.x))
     tabulate(Channel<float>(a.op, task.sample, c, means[c / group_size], rstds[c / group_size]), shared, c, C);
   __syncthreads();
@@ -208,13 +216,16 @@ __global__ void __launch_bounds__(640, 1)  // 96 registers: 80 spill
   }
 }
 
-// grad_x = gain * grad_m - constant - linear * (x - mean)
+// A block has a chunk, whose grad_x = gain * grad_m - constant - linear * (x - mean) it writes once its warps have
+// merged the sums of all chunks, a group each.
 template <class T>
 __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_backward_vectors(ChannelsLast a) {
   constexpr int V = 16 / sizeof(T);
-  const int C = int(a.op.num_channels), group_size = int(a.op.group_size());
+  const int C = int(a.op.num_channels);
+  const int group_size = int(a.op.group_size());
   const Task task = Task::of_thread(a, width_of<T>);
-  const int lane = int(threadIdx.x) % WARP, num_warps = int(blockDim.x) / WARP;
+  const int lane = int(threadIdx.x) % WARP;
+  const int num_warps = int(blockDim.x) / WARP;
   const float size = float(group_size) * float(a.op.num_pixels);
   for (int g = int(threadIdx.x) / WARP; g < a.op.num_groups; g += num_warps) {
     const float mean = static_cast<const float*>(a.op.mean)[task.sample * a.op.num_groups + g];

@@ -13,7 +13,10 @@ template <class T, class W>
 struct Access {
   static constexpr int V = 16 / int(sizeof(T));
 
-  static __device__ __forceinline__ void load(const GroupNorm& a, const void* from, int64_t i, W (&to)[V]) {
+  static __device__ __forceinline__ void load(const GroupNorm& a,
+                                              const void* from,  // [B, C, H, W]
+                                              int64_t i,
+                                              W (&to)[V]) {
     if constexpr (std::is_same_v<T, Any>)
       to[0] = read<W>(from, a.dtype, i);
     else
@@ -41,17 +44,21 @@ struct Spot {
 template <int V>
 __device__ __forceinline__ Spot spot(const GroupNorm& a, int64_t first_channel, int64_t vector) {
   const int64_t run = a.channels_last ? a.group_size() : a.num_pixels;
-  const int64_t row = divide(vector * V, run), column = vector * V - row * run;
+  const int64_t row = divide(vector * V, run);
+  const int64_t column = vector * V - row * run;
   return a.channels_last ? Spot{first_channel + column, row} : Spot{first_channel + row, column};
 }
 
+// A block has a group of a sample, and then every gridDim-th; a thread every blockDim-th vector of it.
 template <class T, class W>
 __device__ void group_forward(const GroupNorm& a) {
   constexpr int V = Access<T, W>::V;
-  const int64_t group_size = a.group_size(), num_vectors = group_size * a.num_pixels / V;
+  const int64_t group_size = a.group_size();
+  const int64_t num_vectors = group_size * a.num_pixels / V;
   const W size = W(group_size * a.num_pixels);
   for (int64_t task = blockIdx.x; task < a.num_samples * a.num_groups; task += gridDim.x) {
-    const int64_t sample = task / a.num_groups, first_channel = task % a.num_groups * group_size;
+    const int64_t sample = task / a.num_groups;
+    const int64_t first_channel = task % a.num_groups * group_size;
     // Around the mean of the threads' first values: one of them may be what makes up the variance.
     W first = 0;
     if (threadIdx.x < num_vectors) {
@@ -93,16 +100,21 @@ __device__ void group_forward(const GroupNorm& a) {
   }
 }
 
-// A warp per channel, so that the sums of a channel need no other warp.
+// A block has a group of a sample, and then every gridDim-th; a warp its channels, one at a time, so that the sums of a
+// channel need no other warp.
 template <class T, class W>
 __device__ void group_backward(const GroupNorm& a) {
   constexpr int V = Access<T, W>::V;
   const int64_t group_size = a.group_size();
   const W size = W(group_size * a.num_pixels);
-  const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP, num_warps = int(blockDim.x) / WARP;
+  const int lane = int(threadIdx.x) % WARP;
+  const int warp = int(threadIdx.x) / WARP;
+  const int num_warps = int(blockDim.x) / WARP;
   for (int64_t task = blockIdx.x; task < a.num_samples * a.num_groups; task += gridDim.x) {
-    const int64_t sample = task / a.num_groups, first_channel = task % a.num_groups * group_size;
-    const W mean = static_cast<const W*>(a.mean)[task], rstd = static_cast<const W*>(a.rstd)[task];
+    const int64_t sample = task / a.num_groups;
+    const int64_t first_channel = task % a.num_groups * group_size;
+    const W mean = static_cast<const W*>(a.mean)[task];
+    const W rstd = static_cast<const W*>(a.rstd)[task];
     // body(channel, c, place, x, grad_m) for every vector of the channels of this warp, after begin(c), before end(c)
     const auto each = [&](auto body, auto end) {
       for (int64_t c = first_channel + warp; c < first_channel + group_size; c += num_warps) {
@@ -113,13 +125,14 @@ __device__ void group_backward(const GroupNorm& a) {
           Access<T, W>::load(a, a.x, i, x);
           Access<T, W>::load(a, a.grad_y, i, grad_m);
 #pragma unroll
-          for (int k = 0; k < V; ++k) grad_m[k] *= activation_derivative(a, channel.gain * (x[k] - mean) + channel.offset);
+          for (int k = 0; k < V; ++k)
+            grad_m[k] *= activation_derivative(a, channel.gain * (x[k] - mean) + channel.offset);
           body(channel, i, x, grad_m);
         }
         end(channel, c);
       }
     };
-    W grad = 0, grad_h = 0;            // of the channel at hand, this thread's part
+    W grad = 0, grad_h = 0;              // of the channel at hand, this thread's part
     W group_grad = 0, group_grad_h = 0;  // of this warp's channels, times the slope
     each(
         [&](const Channel<W>&, int64_t, W(&x)[V], W(&grad_m)[V]) {
@@ -141,8 +154,7 @@ __device__ void group_backward(const GroupNorm& a) {
     each(
         [&](const Channel<W>& channel, int64_t i, W(&x)[V], W(&grad_m)[V]) {
 #pragma unroll
-          for (int k = 0; k < V; ++k)
-            x[k] = rstd * (channel.slope * grad_m[k] - S1 - (x[k] - mean) * rstd * S2);
+          for (int k = 0; k < V; ++k) x[k] = rstd * (channel.slope * grad_m[k] - S1 - (x[k] - mean) * rstd * S2);
           Access<T, W>::store(a, i, x);
         },
         [](const Channel<W>&, int64_t) {});

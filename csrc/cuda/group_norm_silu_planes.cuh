@@ -39,15 +39,18 @@ __device__ __forceinline__ float team_sum(const Planes& a, float value) {
   return value;
 }
 
+// A block has a group of a sample, a team of its lanes a channel at a time, a lane every team-th word of it.
 template <class T>
 __global__ void __launch_bounds__(PLANE_THREADS, 6) group_norm_planes(Planes a) {
   constexpr int V = 16 / int(sizeof(T));
   const int group_size = int(a.op.group_size());
-  const int64_t task = blockIdx.x, sample = task / a.op.num_groups, start = task * a.group_words() * V;
+  const int64_t task = blockIdx.x;
+  const int64_t sample = task / a.op.num_groups;
+  const int64_t start = task * a.group_words() * V;
   const int64_t first_channel = task % a.op.num_groups * group_size;
-  uint4* tile = reinterpret_cast<uint4*>(shared);
-  float* slopes = shared + 4 * a.group_words();  // [group_size]
-  float* offsets = slopes + group_size;
+  uint4* tile = reinterpret_cast<uint4*>(shared);  // [group_words]
+  float* slopes = shared + 4 * a.group_words();    // [group_size]
+  float* offsets = slopes + group_size;            // [group_size]
   const T* x = static_cast<const T*>(a.op.x) + start;
   each_channel(a, [&](int c) { each_word(a, c, [&](int i) { __pipeline_memcpy_async(tile + i, x + i * V, 16); }); });
   __pipeline_commit();
@@ -105,8 +108,13 @@ __global__ void __launch_bounds__(PLANE_THREADS, 6) group_norm_planes(Planes a) 
 
 // x - mean and grad_m of a word
 template <bool Silu, class T, int V>
-__device__ __forceinline__ void load_both(const uint4* x, const uint4* grad_y, float mean, float gain, float offset,
-                                          float (&centred)[V], float (&grad_m)[V]) {
+__device__ __forceinline__ void load_both(const uint4* x,       // [1]
+                                          const uint4* grad_y,  // [1]
+                                          float mean,
+                                          float gain,
+                                          float offset,
+                                          float (&centred)[V],
+                                          float (&grad_m)[V]) {
   load<false>(reinterpret_cast<const T*>(x), centred);
   load<false>(reinterpret_cast<const T*>(grad_y), grad_m);
 #pragma unroll
@@ -116,17 +124,20 @@ __device__ __forceinline__ void load_both(const uint4* x, const uint4* grad_y, f
   }
 }
 
+// A block has a group of a sample, a team of its lanes a channel at a time, a lane every team-th word of it.
 template <class T>
 __global__ void __launch_bounds__(PLANE_THREADS, 5) group_norm_backward_planes(Planes a) {
   constexpr int V = 16 / int(sizeof(T));
   const int group_size = int(a.op.group_size());
-  const int64_t task = blockIdx.x, sample = task / a.op.num_groups, start = task * a.group_words() * V;
+  const int64_t task = blockIdx.x;
+  const int64_t sample = task / a.op.num_groups;
+  const int64_t start = task * a.group_words() * V;
   const int64_t first_channel = task % a.op.num_groups * group_size;
-  uint4* tile = reinterpret_cast<uint4*>(shared);
-  uint4* grad_tile = tile + a.group_words();
-  float* slopes = shared + 8 * a.group_words();  // [group_size]
-  float* gains = slopes + group_size;
-  float* offsets = gains + group_size;
+  uint4* tile = reinterpret_cast<uint4*>(shared);  // [group_words]
+  uint4* grad_tile = tile + a.group_words();       // [group_words]
+  float* slopes = shared + 8 * a.group_words();    // [group_size]
+  float* gains = slopes + group_size;              // [group_size]
+  float* offsets = gains + group_size;             // [group_size]
   const T* x = static_cast<const T*>(a.op.x) + start;
   const T* grad_y = static_cast<const T*>(a.op.grad_y) + start;
   each_channel(a, [&](int c) {
@@ -136,7 +147,8 @@ __global__ void __launch_bounds__(PLANE_THREADS, 5) group_norm_backward_planes(P
     });
   });
   __pipeline_commit();
-  const float mean = static_cast<const float*>(a.op.mean)[task], rstd = static_cast<const float*>(a.op.rstd)[task];
+  const float mean = static_cast<const float*>(a.op.mean)[task];
+  const float rstd = static_cast<const float*>(a.op.rstd)[task];
   for (int c = int(threadIdx.x); c < group_size; c += int(blockDim.x)) {  // while the group is on its way
     const Channel<float> channel(a.op, sample, first_channel + c, mean, rstd);
     slopes[c] = channel.slope;
@@ -187,14 +199,15 @@ __global__ void __launch_bounds__(PLANE_THREADS, 5) group_norm_backward_planes(P
 
 // How teams share a group, or nothing if it does not fit twice into a multiprocessor or leaves most threads idle.
 inline std::optional<Planes> planes(const Device& device, const GroupNorm& op) {
-  const int64_t width = op.dtype == Dtype::float32 ? 4 : 8, words = op.num_pixels / width;
+  const int64_t width = 16 / element_bytes(op.dtype);
+  const int64_t words = op.num_pixels / width;
   if (!contiguous_vectors(op) || op.num_samples * op.num_groups > INT_MAX) return std::nullopt;
   const int64_t limit = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 1024;
   if (op.group_size() * words > limit / 16) return std::nullopt;
   int team = WARP;
   while (team > words) team /= 2;
   for (int num_teams = PLANE_THREADS / team; num_teams * team >= PLANE_THREADS / 2; --num_teams) {
-    const Planes a{op, team, num_teams, int(words)};
+    const Planes a{.op = op, .team = team, .num_teams = num_teams, .words = int(words)};
     if (op.group_size() % num_teams == 0 && num_teams * team % WARP == 0 && a.shared_bytes() <= limit) return a;
   }
   return std::nullopt;

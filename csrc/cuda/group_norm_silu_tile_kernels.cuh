@@ -6,19 +6,21 @@
 namespace fastdmd {
 namespace {
 
+// A block has its pixels of a tile, a thread the words of its Thread; a warp has the moments of a group at a time.
 template <class T>
 __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_tiles(Tiles a) {
   const Thread<T, 2> thread(a);
   constexpr int V = thread.V;
-  const int C = a.channels(), lane = int(threadIdx.x) % WARP;
-  uint4* tile = reinterpret_cast<uint4*>(shared);
-  float* scratch = shared + a.tile_bytes() / 4;
-  float* slopes = scratch + a.scratch_floats();  // [C]
-  float* offsets = slopes + C;
-  float* totals = offsets + C;
-  Pair<float>* moments_of = reinterpret_cast<Pair<float>*>(totals + C);  // [groups]: mean, sum of squared deviations
+  const int C = a.channels();
+  const int lane = int(threadIdx.x) % WARP;
+  uint4* tile = reinterpret_cast<uint4*>(shared);                 // [pixels, columns]
+  float* scratch = shared + a.tile_bytes() / 4;                   // [scratch_floats]
+  float* slopes = scratch + a.scratch_floats();                   // [C]
+  float* offsets = slopes + C;                                    // [C]
+  float* totals = offsets + C;                                    // [C]
+  auto* moments_of = reinterpret_cast<Pair<float>*>(totals + C);  // [groups]: mean, sum of squared deviations
 
-  const T* x = static_cast<const T*>(a.op.x);
+  const T* x = static_cast<const T*>(a.op.x);  // [B, H, W, num_channels]
   for (int stage = 0; stage < STAGES; ++stage) {
     thread.each(stage, [&](int word, int64_t i) { __pipeline_memcpy_async(tile + word, x + i, 16); });
     __pipeline_commit();
@@ -104,13 +106,14 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_tiles(Tiles a)
   look_up(totals + thread.c, mean);
   look_up(slopes + thread.c, gain);
   look_up(offsets + thread.c, offset);
-  T* y = static_cast<T*>(a.op.out);
+  T* y = static_cast<T*>(a.op.out);  // [B, H, W, num_channels]
   if_silu(a.op, [&](auto silu) {
     thread.each([&](int word, int64_t i) {
       float values[V];
       load_shared<T>(tile + word, values);
 #pragma unroll
-      for (int k = 0; k < V; ++k) values[k] = activation<decltype(silu)::value>(gain[k] * (values[k] - mean[k]) + offset[k]);
+      for (int k = 0; k < V; ++k)
+        values[k] = activation<decltype(silu)::value>(gain[k] * (values[k] - mean[k]) + offset[k]);
       store(y + i, values);
     });
   });
@@ -119,8 +122,12 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_tiles(Tiles a)
 
 // x - mean and grad_m of a word; a function, because nvcc 13.0 crashes on the lambda.
 template <bool Silu, class T, int V>
-__device__ __forceinline__ void load_both(const uint4* x, const uint4* grad_y, const float (&mean)[V],
-                                          const float (&gain)[V], const float (&offset)[V], float (&centred)[V],
+__device__ __forceinline__ void load_both(const uint4* x,       // [1]
+                                          const uint4* grad_y,  // [1]
+                                          const float (&mean)[V],
+                                          const float (&gain)[V],
+                                          const float (&offset)[V],
+                                          float (&centred)[V],
                                           float (&grad_m)[V]) {
   load_shared<T>(x, centred);
   load_shared<T>(grad_y, grad_m);
@@ -131,20 +138,21 @@ __device__ __forceinline__ void load_both(const uint4* x, const uint4* grad_y, c
   }
 }
 
+// A block has its pixels of a tile, a thread the words of its Thread; a warp has the sums of a group at a time.
 // grad_x = gain * grad_m - constant - linear * (x - mean)
 template <class T>
 __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_backward_tiles(Tiles a) {
   const Thread<T, 1> thread(a);
   constexpr int V = thread.V;
   const int C = a.channels();
-  uint4* tile = reinterpret_cast<uint4*>(shared);
-  uint4* grad_tile = tile + a.tile_bytes() / 16;
-  float* scratch = shared + a.tile_bytes() / 2;
-  float* slopes = scratch + a.scratch_floats();  // [C]
-  float* totals = slopes + C;  // [2, C]: sums over the block's pixels of grad_m and grad_m * (x - mean)
+  uint4* tile = reinterpret_cast<uint4*>(shared);  // [pixels, columns]
+  uint4* grad_tile = tile + a.tile_bytes() / 16;   // [pixels, columns]
+  float* scratch = shared + a.tile_bytes() / 2;    // [scratch_floats]
+  float* slopes = scratch + a.scratch_floats();    // [C]
+  float* totals = slopes + C;  // [2, C]: sums over the block's pixels of grad_m, grad_m * (x - mean)
 
-  const T* x = static_cast<const T*>(a.op.x);
-  const T* grad_y = static_cast<const T*>(a.op.grad_y);
+  const T* x = static_cast<const T*>(a.op.x);            // [B, H, W, num_channels]
+  const T* grad_y = static_cast<const T*>(a.op.grad_y);  // [B, H, W, num_channels]
   for (int stage = 0; stage < STAGES; ++stage) {
     thread.each(stage, [&](int word, int64_t i) {
       __pipeline_memcpy_async(tile + word, x + i, 16);
@@ -153,8 +161,8 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_backward_tiles
     __pipeline_commit();
   }
   const int64_t first_group = thread.sample * a.op.num_groups + thread.first_channel / a.op.group_size();
-  const float* means = static_cast<const float*>(a.op.mean) + first_group;
-  const float* rstds = static_cast<const float*>(a.op.rstd) + first_group;
+  const float* means = static_cast<const float*>(a.op.mean) + first_group;  // [groups]
+  const float* rstds = static_cast<const float*>(a.op.rstd) + first_group;  // [groups]
   each_group(a, [&](int g) {
     each_channel(a, g, [&](int c) {
       const Channel<float> channel(a.op, thread.sample, thread.first_channel + c, means[g], rstds[g]);
@@ -217,7 +225,7 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_backward_tiles
   float constant[V], linear[V];
   look_up(scratch + thread.c, constant);
   look_up(scratch + C + thread.c, linear);
-  T* out = static_cast<T*>(a.op.out);
+  T* out = static_cast<T*>(a.op.out);  // [B, H, W, num_channels]
   if_silu(a.op, [&](auto silu) {
     thread.each([&](int word, int64_t i) {
       float centred[V], grad_m[V];

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int TILE_THREADS = 192;  // whole warps for rows of 3 * 2^n vectors, too; twice as many for a large tile
 constexpr int RESIDENT_THREADS = 4 * TILE_THREADS;  // of a multiprocessor: they leave 80 registers each
-constexpr int STAGES = 4;  // in which a tile arrives
+constexpr int STAGES = 4;                           // in which a tile arrives
 
 struct Tiles {
   GroupNorm op;
@@ -87,14 +87,18 @@ __device__ __forceinline__ void each_stage(Visit visit) {
 }
 
 template <class T, int V>
-__device__ __forceinline__ void load_shared(const uint4* word, float (&to)[V]) {
+__device__ __forceinline__ void load_shared(const uint4* word,  // [1]
+                                            float (&to)[V]) {
   load<false>(reinterpret_cast<const T*>(word), to);
 }
 
 // totals[c] = the sum of `mine` over the threads of channel c, after a barrier.
 template <class T, int UNROLL, int V>
-__device__ __forceinline__ void sum_rows(const Tiles& a, const Thread<T, UNROLL>& thread, const float (&mine)[V],
-                                         float* scratch, float* totals) {
+__device__ __forceinline__ void sum_rows(const Tiles& a,
+                                         const Thread<T, UNROLL>& thread,
+                                         const float (&mine)[V],
+                                         float* scratch,  // [rows, channels]
+                                         float* totals /* [channels] */) {
   const int C = a.channels();
   if (thread.row < a.rows) put_down(scratch + thread.row * C + thread.c, mine);
   __syncthreads();
@@ -132,8 +136,8 @@ __device__ __forceinline__ void each_channel(const Tiles& a, int g, Visit visit)
 
 // The tiles of channels_last images, or nothing if none fits.
 std::optional<Tiles> tiles(const Device& device, const GroupNorm& op, int max_cluster) {
-  const int64_t element_bytes = op.dtype == Dtype::float32 ? 4 : 2, P = op.num_pixels;
-  if (!op.channels_last || op.dtype == Dtype::float64 || op.num_channels * element_bytes % 16 != 0 ||
+  const int64_t channel_bytes = element_bytes(op.dtype);
+  if (!op.channels_last || op.dtype == Dtype::float64 || op.num_channels * channel_bytes % 16 != 0 ||
       !aligned({op.x, op.grad_y, op.out}))
     return std::nullopt;
   const int64_t limit = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -144,19 +148,35 @@ std::optional<Tiles> tiles(const Device& device, const GroupNorm& op, int max_cl
   using Cost = std::tuple<bool, bool, int64_t, int64_t, int64_t, int, int64_t>;
   std::optional<std::pair<Cost, Tiles>> best;
   for (int64_t groups = 1; groups <= op.num_groups; ++groups) {
-    const int64_t row_bytes = groups * op.group_size() * element_bytes, columns = row_bytes / 16;
+    const int64_t row_bytes = groups * op.group_size() * channel_bytes;
+    const int64_t columns = row_bytes / 16;
     if (op.num_groups % groups != 0 || row_bytes % 16 != 0 || columns > TILE_THREADS) continue;
     for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
-      const int64_t pixels = ceil_divide(P, cluster), num_tiles = op.num_groups / groups;
+      const int64_t pixels = ceil_divide(op.num_pixels, cluster);
+      const int64_t num_tiles = op.num_groups / groups;
       const int64_t blocks = op.num_samples * num_tiles * cluster;
-      if ((cluster - 1) * pixels >= P || pixels * row_bytes > limit || blocks > INT_MAX) continue;
-      Tiles a{op, int(groups), int(columns), 0, int(num_tiles), cluster, int(pixels)};
+      if ((cluster - 1) * pixels >= op.num_pixels || pixels * row_bytes > limit || blocks > INT_MAX) continue;
+      Tiles a{
+          .op = op,
+          .groups = int(groups),
+          .columns = int(columns),
+          .num_tiles = int(num_tiles),
+          .cluster = cluster,
+          .pixels = int(pixels),
+      };
       for (const int64_t threads : {TILE_THREADS, 2 * TILE_THREADS}) {
         a.rows = int(std::min(threads / columns, pixels));
         if (a.shared_bytes() > limit) continue;
         const int64_t resident = std::min(in_all / (a.shared_bytes() + 1024), RESIDENT_THREADS / threads);
-        const Cost cost{row_bytes % 32 != 0, row_bytes < 64, -resident * threads, -resident,
-                        -std::min(blocks, enough_blocks), cluster, -row_bytes};
+        const Cost cost{
+            row_bytes % 32 != 0,
+            row_bytes < 64,
+            -resident * threads,
+            -resident,
+            -std::min(blocks, enough_blocks),
+            cluster,
+            -row_bytes,
+        };
         if (!best || cost < best->first) best = {cost, a};
       }
     }

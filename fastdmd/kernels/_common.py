@@ -13,6 +13,7 @@ from fastdmd.ops._math import gradient_dtype as gradient_dtype
 from fastdmd.ops._math import wide_dtype as wide_dtype
 
 NUM_TICKETS = 4096
+ADDED = tl.constexpr(1024)  # partial sums that a program adds up at a time
 
 # By device and whether launches are captured.
 _tickets: dict[tuple[torch.device, bool], itertools.cycle] = {}
@@ -53,7 +54,10 @@ def sample_size(x: Tensor) -> int:
 
 
 @triton.jit
-def arrive(ticket_ptr, num_programs):
+def arrive(
+    ticket_ptr,  # [1]
+    num_programs,
+):
     """True in the program that arrives last, which sees what the others stored before."""
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == num_programs - 1
     if last:
@@ -62,19 +66,29 @@ def arrive(ticket_ptr, num_programs):
 
 
 @triton.jit
-def total(partial_ptr, num_partials):
+def total(
+    partial_ptr,  # [num_partials]
+    num_partials,
+):
     """Their sum, always in the same order."""
-    BLOCK: tl.constexpr = 1024
-    sums = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, num_partials, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
+    sums = tl.zeros([ADDED], tl.float64)
+    for start in range(0, num_partials, ADDED):
+        offsets = start + tl.arange(0, ADDED)
         sums += tl.load(partial_ptr + offsets, offsets < num_partials, 0.0, cache_modifier=".cg").to(tl.float64)
     return tl.sum(sums)
 
 
 @triton.jit
-def of_samples(table_ptr, stride, start, numel, sample_size, LARGE: tl.constexpr, WIDE: tl.constexpr,
-               BLOCK: tl.constexpr):  # fmt: skip
+def of_samples(
+    table_ptr,  # [B]
+    stride,
+    start,
+    numel,
+    sample_size,
+    LARGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """What a table [B] says of BLOCK elements from `start` on: a value, another, and which elements take the first.
 
     Samples no smaller than a block are LARGE: it meets two of them at most. So the values are scalars, and what follows

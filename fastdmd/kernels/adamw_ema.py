@@ -15,10 +15,26 @@ NUM_SCALARS = 6  # grad factor, decay factor, step size, 1 / sqrt(bias2), ema we
 
 
 @triton.jit
-def norm_kernel(grad_ptr, partial_ptr, norm_ptr, scalars_ptr, step_ptr, learning_rate_ptr, ticket_ptr, numel,
-                num_programs, BETA1: tl.constexpr, BETA2: tl.constexpr, WEIGHT_DECAY: tl.constexpr,
-                MAX_GRAD_NORM: tl.constexpr, EMA_DECAY: tl.constexpr, EMA_WARMUP: tl.constexpr, WIDE: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+def norm_kernel(
+    grad_ptr,  # [numel]
+    partial_ptr,  # [num_programs]
+    norm_ptr,  # [1]
+    scalars_ptr,  # [NUM_SCALARS]
+    step_ptr,  # [1]
+    learning_rate_ptr,  # [1]
+    ticket_ptr,  # [1]
+    numel,
+    num_programs,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    MAX_GRAD_NORM: tl.constexpr,
+    EMA_DECAY: tl.constexpr,
+    EMA_WARMUP: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program sums the squares of BLOCK elements; the last to arrive makes of all sums the scalars of the update."""
     pid = tl.program_id(0).to(tl.int64)
     offsets = pid * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr + offsets, offsets < numel, 0.0).to(WIDE)
@@ -44,9 +60,23 @@ def norm_kernel(grad_ptr, partial_ptr, norm_ptr, scalars_ptr, step_ptr, learning
 
 
 @triton.jit
-def update_kernel(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, shadow_ptr, scalars_ptr, numel,
-                  BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, ZERO_GRAD: tl.constexpr,
-                  WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def update_kernel(
+    param_ptr,  # [numel]
+    grad_ptr,  # [numel]
+    exp_avg_ptr,  # [numel]
+    exp_avg_sq_ptr,  # [numel]
+    ema_ptr,  # [numel], or None
+    shadow_ptr,  # [numel], or None
+    scalars_ptr,  # [NUM_SCALARS], of norm_kernel
+    numel,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    ZERO_GRAD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program updates BLOCK elements of every buffer."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     moves = offsets < tl.where(tl.load(scalars_ptr + 5) > 0, numel, 0)
@@ -54,7 +84,8 @@ def update_kernel(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, sha
     one = tl.full([], 1.0, tl.float64)
     exp_avg = BETA1 * tl.load(exp_avg_ptr + offsets, mask, 0.0) + (one - BETA1).to(WIDE) * g
     exp_avg_sq = BETA2 * tl.load(exp_avg_sq_ptr + offsets, mask, 0.0) + (one - BETA2).to(WIDE) * g * g
-    step_size, inverse_sqrt_bias2 = tl.load(scalars_ptr + 2).to(WIDE), tl.load(scalars_ptr + 3).to(WIDE)
+    step_size = tl.load(scalars_ptr + 2).to(WIDE)
+    inverse_sqrt_bias2 = tl.load(scalars_ptr + 3).to(WIDE)
     param = tl.load(param_ptr + offsets, mask, 0.0) * tl.load(scalars_ptr + 1).to(WIDE)
     param -= step_size * exp_avg / (tl.sqrt(exp_avg_sq) * inverse_sqrt_bias2 + EPS)
     tl.store(exp_avg_ptr + offsets, exp_avg, moves)
@@ -69,21 +100,64 @@ def update_kernel(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, sha
         tl.store(grad_ptr + offsets, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask)
 
 
-def adamw_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, learning_rate: Tensor,
-               ema: Tensor | None, shadow: Tensor | None, beta1: float, beta2: float, eps: float, weight_decay: float,
-               max_grad_norm: float, ema_decay: float, ema_warmup: float, zero_grad: bool) -> Tensor:  # fmt: skip
-    numel, grad_norm = param.numel(), param.new_empty(())
+def adamw_ema_(
+    param: Tensor,  # [numel]
+    grad: Tensor,  # [numel]
+    exp_avg: Tensor,  # [numel]
+    exp_avg_sq: Tensor,  # [numel]
+    step: Tensor,  # [1]
+    learning_rate: Tensor,  # []
+    ema: Tensor | None,  # [numel]
+    shadow: Tensor | None,  # [numel]
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    ema_decay: float,
+    ema_warmup: float,
+    zero_grad: bool,
+) -> Tensor:
+    numel = param.numel()
+    grad_norm = param.new_empty(())
     num_programs = max(1, triton.cdiv(numel, NORM_BLOCK))
     partials = param.new_empty(num_programs)
     scalars = param.new_empty(NUM_SCALARS, dtype=torch.float64)
     norm_kernel[(num_programs,)](
-        grad, partials, grad_norm, scalars, step, learning_rate, ticket(param.device), numel, num_programs,
-        BETA1=beta1, BETA2=beta2, WEIGHT_DECAY=weight_decay, MAX_GRAD_NORM=max_grad_norm, EMA_DECAY=ema_decay,
-        EMA_WARMUP=ema_warmup, WIDE=wide(param), BLOCK=NORM_BLOCK, num_warps=8,
-    )  # fmt: skip
+        grad,
+        partials,
+        grad_norm,
+        scalars,
+        step,
+        learning_rate,
+        ticket(param.device),
+        numel,
+        num_programs,
+        BETA1=beta1,
+        BETA2=beta2,
+        WEIGHT_DECAY=weight_decay,
+        MAX_GRAD_NORM=max_grad_norm,
+        EMA_DECAY=ema_decay,
+        EMA_WARMUP=ema_warmup,
+        WIDE=wide(param),
+        BLOCK=NORM_BLOCK,
+        num_warps=8,
+    )
     block = BLOCK // 2 if param.dtype == torch.float64 else BLOCK  # more would spill
     update_kernel[(max(1, triton.cdiv(numel, block)),)](
-        param, grad, exp_avg, exp_avg_sq, ema, shadow, scalars, numel, BETA1=beta1, BETA2=beta2, EPS=eps,
-        ZERO_GRAD=zero_grad, WIDE=wide(param), BLOCK=block,
-    )  # fmt: skip
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        ema,
+        shadow,
+        scalars,
+        numel,
+        BETA1=beta1,
+        BETA2=beta2,
+        EPS=eps,
+        ZERO_GRAD=zero_grad,
+        WIDE=wide(param),
+        BLOCK=block,
+    )
     return grad_norm

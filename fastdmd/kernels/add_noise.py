@@ -14,9 +14,23 @@ QUADS = 512  # of elements, a program
 
 
 @triton.jit
-def add_noise_kernel(x_ptr, noise_ptr, rng_ptr, sigma_ptr, scale_ptr, out_ptr, numel, sample_size, sigma_stride,
-                     scale_stride, num_programs, LARGE: tl.constexpr, WIDE: tl.constexpr, QUADS: tl.constexpr
-                     ):  # fmt: skip
+def add_noise_kernel(
+    x_ptr,  # [numel], of which a sample has sample_size
+    noise_ptr,  # [numel], or None
+    rng_ptr,  # [2], seed and offset, if there is no noise
+    sigma_ptr,  # [B]
+    scale_ptr,  # [B], or None
+    out_ptr,  # [numel]
+    numel,
+    sample_size,
+    sigma_stride,
+    scale_stride,
+    num_programs,
+    LARGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    QUADS: tl.constexpr,
+):
+    """A program noises 4 * QUADS elements, whatever samples they are of."""
     BLOCK: tl.constexpr = 4 * QUADS
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK
@@ -43,24 +57,53 @@ def add_noise_kernel(x_ptr, noise_ptr, rng_ptr, sigma_ptr, scale_ptr, out_ptr, n
     tl.store(out_ptr + offsets, narrow(x_t, out_ptr), mask)
 
 
-def add_noise(x: Tensor, sigma: Tensor, noise: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def add_noise(
+    x: Tensor,  # [B, ...]
+    sigma: Tensor,  # [B]
+    noise: Tensor,  # [B, ...]
+    scale: Tensor | None,  # [B]
+    dtype: torch.dtype,
+) -> Tensor:
     return _launch(x, sigma, noise, None, scale, dtype)
 
 
-def add_noise_rng(x: Tensor, sigma: Tensor, rng_state: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def add_noise_rng(
+    x: Tensor,  # [B, ...]
+    sigma: Tensor,  # [B]
+    rng_state: Tensor,  # [2]
+    scale: Tensor | None,  # [B]
+    dtype: torch.dtype,
+) -> Tensor:
     if x.numel() == 0:
         rng_state[1] += 1 << 32
     return _launch(x, sigma, None, rng_state, scale, dtype)
 
 
-def _launch(x: Tensor, sigma: Tensor, noise: Tensor | None, rng_state: Tensor | None, scale: Tensor | None,
-            dtype: torch.dtype) -> Tensor:  # fmt: skip
+def _launch(
+    x: Tensor,  # [B, ...]
+    sigma: Tensor,  # [B]
+    noise: Tensor | None,  # [B, ...]
+    rng_state: Tensor | None,  # [2]
+    scale: Tensor | None,  # [B]
+    dtype: torch.dtype,
+) -> Tensor:
     out = torch.empty_like(x, dtype=dtype)
     if x.numel():
         num_programs = triton.cdiv(x.numel(), 4 * QUADS)
         add_noise_kernel[(num_programs,)](
-            x, noise, rng_state, sigma, scale, out, x.numel(), sample_size(x), sigma.stride(0),
-            0 if scale is None else scale.stride(0), num_programs, LARGE=sample_size(x) >= 4 * QUADS, WIDE=wide(x),
+            x,
+            noise,
+            rng_state,
+            sigma,
+            scale,
+            out,
+            x.numel(),
+            sample_size(x),
+            sigma.stride(0),
+            0 if scale is None else scale.stride(0),
+            num_programs,
+            LARGE=sample_size(x) >= 4 * QUADS,
+            WIDE=wide(x),
             QUADS=QUADS,
-        )  # fmt: skip
+        )
     return out

@@ -7,14 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+ROWS = 256  # of a program
+
 
 @triton.jit
 def normals(quad, seed, call):
     """Four standard normals for each counter `quad` [N] (int64), by Box and Muller."""
     x0, x1, x2, x3 = tl.philox(
-        seed, quad.to(tl.uint32), (quad >> 32).to(tl.uint32), tl.zeros_like(quad).to(tl.uint32),
+        seed,
+        quad.to(tl.uint32),
+        (quad >> 32).to(tl.uint32),
+        tl.zeros_like(quad).to(tl.uint32),
         (tl.zeros_like(quad) + call).to(tl.uint32),
-    )  # fmt: skip
+    )
     n0, n1 = box_muller(x0, x1)
     n2, n3 = box_muller(x2, x3)
     return n0, n1, n2, n3
@@ -22,6 +27,7 @@ def normals(quad, seed, call):
 
 @triton.jit
 def box_muller(a, b):
+    """Two standard normals from two random words: the formula of csrc/formulas.h, u in (0, 1]."""
     u = (a >> 1).to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
     radius = tl.sqrt(-2.0 * tl.log(u))
     cosine, sine = cossinpi(b.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10)
@@ -39,12 +45,20 @@ def cossinpi(t):
     s *= r
     c = (((0.2353306303 * z - 1.3352627689) * z + 4.0587121264) * z - 4.9348022005) * z + 1.0
     swap = (quarter & 1) != 0
-    sine, cosine = tl.where(swap, c, s), tl.where(swap, s, c)
+    sine = tl.where(swap, c, s)
+    cosine = tl.where(swap, s, c)
     return tl.where(((quarter + 1) & 2) != 0, -cosine, cosine), tl.where((quarter & 2) != 0, -sine, sine)
 
 
 @triton.jit
-def philox_kernel(counter_ptr, key_ptr, words_ptr, num_rows, BLOCK: tl.constexpr):
+def philox_kernel(
+    counter_ptr,  # [num_rows, 4]
+    key_ptr,  # [2]
+    words_ptr,  # [num_rows, 4]
+    num_rows,
+    BLOCK: tl.constexpr,
+):
+    """A program makes the words of BLOCK rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < num_rows
     seed = tl.load(key_ptr) | (tl.load(key_ptr + 1) << 32)
@@ -59,9 +73,12 @@ def philox_kernel(counter_ptr, key_ptr, words_ptr, num_rows, BLOCK: tl.constexpr
     tl.store(words_ptr + 4 * row + 3, x3.to(tl.int64), mask)
 
 
-def philox(counter: Tensor, key: Tensor) -> Tensor:
+def philox(
+    counter: Tensor,  # [N, 4]
+    key: Tensor,  # [2]
+) -> Tensor:
     words = torch.empty_like(counter)
-    if counter.shape[0]:
-        block = 256
-        philox_kernel[(triton.cdiv(counter.shape[0], block),)](counter, key, words, counter.shape[0], BLOCK=block)
+    num_rows = counter.shape[0]
+    if num_rows:
+        philox_kernel[(triton.cdiv(num_rows, ROWS),)](counter, key, words, num_rows, BLOCK=ROWS)
     return words

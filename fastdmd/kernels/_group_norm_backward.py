@@ -1,0 +1,123 @@
+"""The kernel of group_norm_silu's backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdmd.kernels._common import narrow
+from fastdmd.kernels._group_norm_tiles import add_chunks, group_sums, modulation, places, spread, store_sums
+
+
+@triton.jit
+def activation_backward(grad_y, m, SILU: tl.constexpr):
+    """grad_m = grad_y * y'(m)."""
+    if SILU:
+        s = 1.0 / (1.0 + tl.exp(-m))
+        grad_y = grad_y * (s + m * s * (1.0 - s))
+    return grad_y
+
+
+@triton.jit
+def backward_kernel(
+    grad_y_ptr,  # [B, C, H, W]
+    x_ptr,  # [B, C, H, W]
+    mean_ptr,  # [B, num_groups]
+    rstd_ptr,  # [B, num_groups]
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    scale_ptr,  # [B, C], or None
+    shift_ptr,  # [B, C], or None
+    grad_x_ptr,  # [B, C, H, W]
+    grad_affine_ptr,  # [B, 2, C]: of weight and bias
+    grad_scale_ptr,  # [B, C], if there is scale
+    grad_shift_ptr,  # [B, C], if there is shift
+    sums_ptr,  # [B, CHUNKS, 2, C], or None if a chunk is a sample
+    num_channels,
+    num_groups,
+    group_size,
+    groups_per_tile,
+    tile_channels,
+    num_pixels,
+    chunk_pixels,
+    scale_stride,
+    shift_stride,
+    SILU: tl.constexpr,
+    SUMS: tl.constexpr,
+    RESULT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """A program has a tile of groups in a chunk of a sample's pixels: it sums (SUMS), and writes grad_x (RESULT)."""
+    sample = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    chunk = tl.program_id(2)
+    first_group = tile * groups_per_tile
+    first_channel = tile * tile_channels
+    inside = tl.arange(0, CHANNELS)
+    channel = first_channel + inside
+    group = inside // group_size
+    channel_mask = (inside < tile_channels) & (channel < num_channels)
+    pixel = chunk * chunk_pixels + tl.arange(0, PIXELS)
+    last = tl.minimum(num_pixels - chunk * chunk_pixels, chunk_pixels)
+    place, between = places(sample, channel, pixel, num_channels, num_pixels, CHANNELS_LAST)
+    weight, bias, gain, shift = modulation(
+        weight_ptr,
+        bias_ptr,
+        scale_ptr,
+        shift_ptr,
+        sample * scale_stride,
+        sample * shift_stride,
+        channel,
+        channel_mask,
+        WIDE,
+    )
+    of_group = sample * num_groups + first_group + group
+    centre = tl.load(mean_ptr + of_group, channel_mask, 0.0)
+    rstd = tl.load(rstd_ptr + of_group, channel_mask, 0.0)
+    slope = rstd * weight * gain
+    offset = bias * gain + shift
+
+    if SUMS:
+        sums = tl.zeros([PIXELS, CHANNELS], WIDE)
+        sums_h = tl.zeros([PIXELS, CHANNELS], WIDE)
+        here = place
+        for start in range(0, last, PIXELS):
+            mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
+            centred = tl.load(x_ptr + here, mask, 0.0).to(WIDE) - centre[None, :]
+            grad_y = tl.load(grad_y_ptr + here, mask, 0.0).to(WIDE)
+            grad_m = tl.where(mask, activation_backward(grad_y, centred * slope[None, :] + offset[None, :], SILU), 0.0)
+            sums += grad_m
+            sums_h += grad_m * centred
+            here += PIXELS * between
+        A = tl.sum(sums, axis=0)
+        Q = tl.sum(sums_h, axis=0) * rstd
+        if not RESULT:
+            store_sums(sums_ptr, sample * CHUNKS + chunk, num_channels, channel, channel_mask, A, Q)
+    else:
+        A, Q = add_chunks(sums_ptr, sample, num_channels, channel, channel_mask, CHUNKS)
+    if RESULT:
+        once = channel_mask & (inside < tl.where(chunk == 0, CHANNELS, 0))
+        store_sums(grad_affine_ptr, sample, num_channels, channel, once, gain * Q, gain * A)
+        if scale_ptr is not None:
+            of_channel = sample * num_channels + channel
+            tl.store(grad_scale_ptr + of_channel, narrow(weight * Q + bias * A, grad_scale_ptr), once)
+            tl.store(grad_shift_ptr + of_channel, narrow(A, grad_shift_ptr), once)
+
+        k = weight * gain
+        size = group_size * num_pixels
+        S1 = spread(group_sums(k * A, group, GROUPS), group, GROUPS) / size
+        S2 = spread(group_sums(k * Q, group, GROUPS), group, GROUPS) / size
+        here = place
+        for start in range(0, last, PIXELS):
+            mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
+            centred = tl.load(x_ptr + here, mask, 0.0).to(WIDE) - centre[None, :]
+            grad_y = tl.load(grad_y_ptr + here, mask, 0.0).to(WIDE)
+            grad_m = activation_backward(grad_y, centred * slope[None, :] + offset[None, :], SILU)
+            grad_x = rstd[None, :] * (k[None, :] * grad_m - S1[None, :] - centred * (rstd * S2)[None, :])
+            tl.store(grad_x_ptr + here, narrow(grad_x, grad_x_ptr), mask)
+            here += PIXELS * between
