@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastdmd import __version__
 from fastdmd.files import write_atomically
 from fastdmd.networks import diffusers_unet
-from fastdmd.networks.adapted import Adapted, AdapterOptions
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.options import AdapterOptions
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.user_code import import_network, make_network, reason, user_code
 from fastdmd.networks.weight_files import WeightFile, fill, find, open_weights, require_same, tensors_of

@@ -1,9 +1,8 @@
 """Where teachers come from: files, folders and code of many kinds."""
 
+from fastdmd.networks.options import NO_OPTIONS, TeacherOptions
 from fastdmd.teachers.edm import from_edm
 from fastdmd.teachers.load import (
-    NO_OPTIONS,
-    TeacherOptions,
     load,
     load_generator,
     read,

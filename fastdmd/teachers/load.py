@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,14 @@ from torch.nn import functional as F
 
 from fastdmd.diffusion import Denoiser, per_sample, preconditioning
 from fastdmd.networks import diffusers_unet
-from fastdmd.networks.adapted import Adapted, AdapterOptions, flag
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.options import NO_OPTIONS, TeacherOptions, flag
 from fastdmd.networks.unet import UNet
 from fastdmd.networks.user_code import import_network, make_network, user_code
 from fastdmd.networks.weight_files import infinite_buffers, require_finite
 from fastdmd.networks.weights import ASSETS, load_network, load_weights
 from fastdmd.optim.flat import check_network
 from fastdmd.sampling import Generator, HeunSampler, Sampler
-from fastdmd.settings import arg
 from fastdmd.teachers import edm
 
 ACCEPTED = "mnist, a .safetensors file that fastdmd wrote, a .pkl of EDM, a folder of diffusers, or package.module:name"
@@ -36,39 +35,23 @@ VERIFIED_SIGMAS = (0.002, 0.5, 5.0)
 TOLERATED_CHANGE, TOLERATED_ERROR = 0.5, 3.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherOptions(AdapterOptions):
-    """How a teacher that is not fastdmd's is taken. README, 'Your own teacher', has the table."""
-
-    weights: Annotated[Path | None, arg(name="teacher-weights")] = None
-    """State of a teacher given as package.module:name: .safetensors, or .pt without code. Default: as the code made
-    it."""
-    weights_key: str | None = None
-    """The entry of --teacher-weights that holds the state, where several could: ema, state_dict.model."""
-    network: str | None = None
-    """package.module:name of the network in a weight file of fastdmd, where that is not fastdmd's own."""
-
-
-NO_OPTIONS = TeacherOptions()
-
-
 def load(source: str | Path | nn.Module | Callable[[], nn.Module], *, device: str | torch.device = "cpu",
-         **options: Any) -> nn.Module:  # fmt: skip
+         network: nn.Module | Callable[[], nn.Module] | str | None = None, **options: Any) -> nn.Module:  # fmt: skip
     """A teacher, ready for `trainer.build`: in eval mode, without gradients, on `device`; a `Denoiser`.
 
     `source`: `mnist`, the embedded one; a `.safetensors` file that fastdmd wrote; a `.pkl` of EDM; a folder of
     diffusers (`UNet2DModel`); `package.module:name`, or what that names: a module, or a class or function that makes
-    one without arguments. A module is taken over, not copied. `options` are those of `TeacherOptions`, where `network`
-    may also be a module or what makes one. A network that is not fastdmd's runs once, and a copy of it takes a gradient
-    once; see `verify` and `verify_training`.
+    one without arguments. A module is taken over, not copied. `options` are those of `TeacherOptions`; `network` may
+    here be a module or what makes one, too. A network that is not fastdmd's runs once, and a copy of it takes a
+    gradient once; see `verify` and `verify_training`.
 
     Raises ValueError, TypeError or OSError, one line long, with what was expected and what came.
     """
-    network, metadata = read(source, TeacherOptions(**options), device)
+    teacher, metadata = read(source, TeacherOptions(**options), device, network=network)
     if metadata["kind"] != "teacher":
         raise ValueError(f"fastdmd.teachers: expected a teacher, got a {metadata['kind']} in {source}")
-    verify_training(network)
-    return network
+    verify_training(teacher)
+    return teacher
 
 
 def load_generator(path: str | Path, *, device: str | torch.device = "cpu",
@@ -77,8 +60,7 @@ def load_generator(path: str | Path, *, device: str | torch.device = "cpu",
 
     `network` makes one that is not fastdmd's, as in `load`. Raises ValueError, TypeError or OSError, one line long.
     """
-    options = {} if network is None else {"network": network}
-    found, metadata = read(path, TeacherOptions(**options), device)
+    found, metadata = read(path, device=device, network=network)
     if metadata["kind"] != "generator":
         raise ValueError(f"fastdmd.load_generator: expected a generator, got a {metadata['kind']} in {path}")
     return Generator(found, (metadata["conditioning_sigma"],))
@@ -91,18 +73,23 @@ def sampler_of(network: Denoiser, metadata: Mapping[str, Any], num_steps: int) -
     return HeunSampler(network, num_steps)
 
 
-def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: TeacherOptions = NO_OPTIONS,
-         device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+def read(
+    source: str | Path | nn.Module | Callable[[], nn.Module],
+    options: TeacherOptions = NO_OPTIONS,
+    device: str | torch.device = "cpu",
+    *,
+    network: nn.Module | Callable[[], nn.Module] | str | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
     """As `load`, a teacher or a generator; and what its weight file says of it, its `kind` at the least."""
-    given = options.given()
+    code = options.network if network is None else network
+    weights, key, given = options.weights, options.weights_key, options.given()
     kind = _kind(source)
-    if kind != "file" and "network" in given:
+    if kind != "file" and code is not None:
         raise ValueError(f"fastdmd.teachers: expected --network with a .safetensors file only, got {source}")
-    if kind != "code" and "weights" in given:
+    if kind != "code" and weights is not None:
         raise ValueError(f"fastdmd.teachers: expected --teacher-weights with package.module:name only, got {source}")
-    if "weights_key" in given and "weights" not in given:
+    if key is not None and weights is None:
         raise ValueError(f"fastdmd.teachers: expected --weights-key with --teacher-weights only, got {source}")
-    code, weights, key = (given.pop(name, None) for name in ("network", "weights", "weights_key"))
     if given and kind in ("file", "pickle"):
         raise ValueError(f"fastdmd.teachers: expected no {_flags(given)} with {source}, which brings its own")
     if kind == "file":
