@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from fastdmd import diffusion
 from fastdmd.diffusion import per_sample
+from fastdmd.networks.network import DenoisingNetwork
 from fastdmd.networks.options import AdapterOptions
 
 LEAST_ALPHAS_CUMPROD = 2.0**-24  # a schedule that ends in pure noise has 0 there, an infinite sigma
 
 
-class Adapted(nn.Module):
+class Adapted(DenoisingNetwork):
     """A denoiser `D(x, sigma, class_labels) -> D_x` around any network; see `diffusion.Denoiser`.
 
     `D_x = c_skip * x + c_out * network(c_in * x, level, labels)`, where `interface`, what the options of
@@ -34,7 +35,7 @@ class Adapted(nn.Module):
     """
 
     is_one_graph = False  # what others wrote may break it
-    ln_sigmas: Tensor
+    ln_sigmas: Tensor  # [num_train_timesteps], ascending; none without a noise schedule
 
     def __init__(self, network: nn.Module, *, origin: Mapping[str, Any] | None = None, **options: Any):
         super().__init__()
@@ -55,7 +56,8 @@ class Adapted(nn.Module):
             if parameter.stride() != torch.empty_like(parameter).stride():
                 parameter.data = parameter.data.clone()
         self.network = network
-        ln_sigmas = _ln_sigmas(self.interface.alphas_cumprod)  # [num_train_timesteps], none without a noise schedule
+        self.foreign_name = type(network).__name__
+        ln_sigmas = _ln_sigmas(self.interface.alphas_cumprod)
         self.sigma_max = ln_sigmas[-1].exp().item() if len(ln_sigmas) else math.inf
         self.register_buffer("ln_sigmas", ln_sigmas.to(next(network.parameters()).device), persistent=False)
 
@@ -118,8 +120,11 @@ class Adapted(nn.Module):
             raise _error(f"the network to give a floating point tensor of shape {tuple(x.shape)}", got)
         return output
 
+    @property
+    def inner(self) -> nn.Module:
+        return self.network
+
     def describe(self) -> dict[str, Any]:
-        """How to make this denoiser again, as JSON can hold it; a weight file's `network`."""
         return {**self.origin, "options": dict(self.interface.stated)}
 
     def _labels(self, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:

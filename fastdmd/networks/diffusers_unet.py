@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdmd.networks.states import fill, require_same
+from fastdmd.networks.tensor_files import open_tensors, read_json
 from fastdmd.networks.user_code import user_code
-from fastdmd.networks.weight_files import fill, open_weights, read_json, require_same
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -55,12 +56,13 @@ def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
             options |= _of_scheduler(read_json(scheduler), scheduler)
             break
     file, variant = _weights_file(folder)
-    weights = open_weights(file)
+    weights = open_tensors(file)
     weights.notice = ". ".join(filter(None, (which, variant)))
     names = weights.renamed(_new_name)
     network = build(arguments, {name: weights.described[own] for name, own in names.items()}, file)
     fill(network, weights, names)
-    return network, {name: value for name, value in network.config.items() if not name.startswith("_")}, options
+    config_made: Any = network.config
+    return network, {name: value for name, value in config_made.items() if not name.startswith("_")}, options
 
 
 def build(arguments: Mapping[str, Any], described: Mapping[str, Tensor], path: Path) -> nn.Module:

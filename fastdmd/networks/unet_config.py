@@ -42,7 +42,7 @@ class UNetConfig:
     encoder: str = "standard"  # or residual: the input, downsampled, joins at every resolution (NCSN++)
     resample_filter: tuple[int, ...] = (1, 1)
     adm: bool = False  # labels join after the noise layers, attention everywhere, plain skips, sums unscaled
-    augment_dim: int = 0  # of the augmentation labels that the network was trained with; sampling leaves them out
+    augment_dim: int = 0  # of the augmentation labels that EDM trained the network with; nothing here gives it any
     dropout: float = 0.0
     sigma_data: float = 0.5
     dynamics: str = "edm"  # what F_x is: EDM's preconditioned output, or a velocity of flow matching

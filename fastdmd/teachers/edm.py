@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdmd.networks.states import require_finite
 from fastdmd.networks.unet import UNet, UNetConfig
-from fastdmd.networks.unet_blocks import Block
-from fastdmd.networks.weight_files import require_finite
+from fastdmd.networks.unet_blocks import Block, separable_filter
 from fastdmd.teachers.edm_pickle import load_pickle
 from fastdmd.teachers.inert_pickle import shown
 
@@ -80,7 +80,7 @@ def from_edm(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNe
     for name, part in parts.items():
         part.of(state).copy_(part.ordered(tensors[name]))
     require_finite(network, "the network of EDM")
-    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.in_best_layout().eval().requires_grad_(False)
 
 
 def _expect_groups(network: UNet) -> None:
@@ -149,8 +149,7 @@ def _check(name: str, value: Any, default: Any) -> None:
 
 def _without_filters(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """The tensors by their names inside EDM's inner model; the constant resampling filters are compared and dropped."""
-    taps = torch.tensor(config.resample_filter, dtype=torch.float32)
-    kernel = (taps.outer(taps) / taps.sum() ** 2)[None, None]
+    kernel = separable_filter(config.resample_filter)[None, None]
     tensors = {}
     for full_name, tensor in state_dict.items():
         name = full_name.removeprefix("model.")
