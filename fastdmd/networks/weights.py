@@ -29,9 +29,13 @@ KINDS = ("teacher", "generator")
 MIN_SIGMA, MAX_SIGMA = 2.0**-126, 1e30  # that a generator starts from: a float32, which JSON does not promise
 # Of a measurement that is on record, with the types that JSON gives; the first two in any case.
 RECORDED = {
-    "frechet_distance": (float, int), "class_accuracy": (float, int), "images_per_second": (float, int),
-    "evaluations": (int,), "num_images": (int,), "recorded": (bool,),
-}  # fmt: skip
+    "frechet_distance": (float, int),
+    "class_accuracy": (float, int),
+    "images_per_second": (float, int),
+    "evaluations": (int,),
+    "num_images": (int,),
+    "recorded": (bool,),
+}
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
