@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class DenoisingNetwork(nn.Module):
-    """A `diffusion.Denoiser` with parameters: `UNet`, or somebody's network in `Adapted`."""
+    """A `diffusion.Denoiser` with parameters, `D(x, sigma, class_labels) -> D_x`: a `UNet`, or `Adapted`, anybody's."""
 
     image_shape: tuple[int, int, int]  # C, H, W
     num_classes: int  # 0: unconditional

@@ -39,18 +39,18 @@ SCHEDULE_OPTIONS = ("noise_schedule", "num_train_timesteps", "beta_start", "beta
 FLOW_OPTIONS = ("velocity", "time_scale", "time_direction")
 MAX_VALUES = 1 << 26  # of an image; like the next two far above any network in use
 MAX_CLASSES = 1 << 20
-MAX_TIMESTEPS = 1 << 20
+MAX_STEPS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """A teacher that is not fastdmd's: what its network takes and gives. README, 'Your own teacher', has the table."""
+    """What a network that is not fastdmd's takes and gives, as far as it is said; `Adapted` takes it so."""
 
     parameterization: Parameterization | None = None
     """What the network gives: x0, the image; edm, F_x of Karras et al.; epsilon, the noise; v; flow, a velocity."""
     image_shape: Annotated[tuple[int, int, int] | None, at_least(1, 2**14)] = None
     """Channels, height, width. Default: the network's image_shape, or img_channels and img_resolution."""
-    num_classes: Annotated[int | None, at_least(0, 2**20)] = None
+    num_classes: Annotated[int | None, at_least(0, MAX_CLASSES)] = None
     """0: no labels. Default: the network's num_classes or label_dim."""
     labels: Annotated[Labels | None, arg(name=FLAGS["labels"])] = None
     """How it takes labels. Default: int, or one_hot where it has a label_dim."""
@@ -58,7 +58,7 @@ class AdapterOptions:
     """Standard deviation of its data. Default: the network's sigma_data; without that 0.5, but for edm."""
     noise_schedule: NoiseSchedule | None = None
     """DDPM's, from sigma to timestep. Default for epsilon and v: linear. With x0, the network takes timesteps, too."""
-    num_train_timesteps: Annotated[int | None, at_least(2, 10**6), arg(name=FLAGS["num_train_timesteps"])] = None
+    num_train_timesteps: Annotated[int | None, at_least(2, MAX_STEPS), arg(name=FLAGS["num_train_timesteps"])] = None
     """Timesteps of the noise schedule. Default: 1000."""
     beta_start: Annotated[float | None, above(0, 1)] = None
     """First beta. Default: 1e-4, or 0.00085 for scaled_linear."""
@@ -205,8 +205,8 @@ def _levels(options: AdapterOptions) -> dict[str, Any]:
                 raise _error(f"no noise schedule of the network's own with {context}", f"{len(given[name])} {name}")
             raise _error(f"no {flag(name)} with {context}", given[name])
     levels = {name: given.get(name, default) for name, default in defaults.items()}
-    if not 2 <= levels.get("num_train_timesteps", 2) <= MAX_TIMESTEPS:
-        raise _error(f"--schedule-timesteps from 2 to {MAX_TIMESTEPS}", levels["num_train_timesteps"])
+    if not 2 <= levels.get("num_train_timesteps", 2) <= MAX_STEPS:
+        raise _error(f"--schedule-timesteps from 2 to {MAX_STEPS}", levels["num_train_timesteps"])
     if not 0 < levels.get("time_scale", 1) < math.inf:
         raise _error("--time-scale > 0 and finite", levels["time_scale"])
     return levels
