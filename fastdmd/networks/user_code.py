@@ -63,9 +63,10 @@ def make_network(code: Code, function: str, name: str = "network") -> nn.Module:
     who asks and `name` what, for errors: ValueError if there is no such name or the code itself raises, TypeError if it
     gives something else.
     """
+    found: Any = code
     if isinstance(code, str):
         name = code
-    found: Any = _imported(code, function) if isinstance(code, str) else code
+        found = _imported(code, function)
     with user_code(function, f"{name} to make a Module without arguments"):
         network = found if isinstance(found, nn.Module) or not callable(found) else found()
     if not isinstance(network, nn.Module):

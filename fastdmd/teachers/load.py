@@ -70,7 +70,10 @@ def read(
     *,
     network: Code | None = None,
 ) -> tuple[DenoisingNetwork, dict[str, Any]]:
-    """As `load`, a teacher or a generator; and what its weight file says of it, its `kind` at the least."""
+    """As `load`, a teacher or a generator; and what its weight file says of it, its `kind` at the least.
+
+    `network`, if it is given, stands for that of `options`. Raises as `load` does.
+    """
     kind, given = _kind(source), options.given()
     code = options.network if network is None else network
     if kind != "file" and code is not None:
