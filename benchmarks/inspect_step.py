@@ -38,7 +38,7 @@ BATCHES = {"mnist": 48, "cifar10-cond": 64, "imagenet64": 40}
 # What decides about the launches: a stored result holds for these files as they were.
 SOURCES = (
     "fastdmd/networks/unet*.py", "fastdmd/diffusion.py", "fastdmd/sampling.py", "fastdmd/optim/adamw_ema.py",
-    "fastdmd/optim/flat.py", "fastdmd/optim/gradients.py", "fastdmd/optim/groups.py",
+    "fastdmd/optim/buffers.py", "fastdmd/optim/flat.py", "fastdmd/optim/gradients.py", "fastdmd/optim/groups.py",
     "fastdmd/distill/draws.py", "fastdmd/distill/losses.py", "fastdmd/distill/turns.py", "fastdmd/distill/execution.py",
     "fastdmd/runs/presets.py", "fastdmd/ops/*.py", "fastdmd/kernels/*.py", "benchmarks/fake_cuda/*",
     "benchmarks/inspect_step.py",

@@ -29,6 +29,7 @@ class Denoiser(Protocol):
     sigma_data: float  # standard deviation of the data
     dynamics: str  # how it is trained: "edm" or "flow", see distill.denoising_loss
     is_one_graph: bool  # torch.compile can take it whole
+    foreign_name: str  # of the class of somebody else's whose code runs in it; empty: none
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
 

@@ -58,10 +58,10 @@ def _of_groups(root: Path) -> Iterator[int]:
         _, controllers, path = (line.split(":", 2) + ["", ""])[:3]  # number:controllers:path
         if controllers == "":
             names = ("memory.max", "memory.current", "inactive_file")
-            mounts = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
+            mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
         elif "memory" in controllers.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            mounts = ("sys/fs/cgroup/memory",)
+            mounts = ["sys/fs/cgroup/memory"]
         else:
             continue
         # Inside a container the path may be the host's: then the container's own group is the mount itself.

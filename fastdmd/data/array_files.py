@@ -10,7 +10,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
@@ -135,7 +135,7 @@ def _open_idx(
     is_compressed = name.lower().endswith(".gz")
     with decoding("IDX", path):
         file = stack.enter_context(members.open(name))
-    stream = stack.enter_context(gzip.open(file)) if is_compressed else file
+    stream = cast(IO[bytes], stack.enter_context(gzip.open(file))) if is_compressed else file  # typeshed has it apart
     header_bytes = 4 + 4 * num_axes
     with decoding("IDX", path):
         header = stream.read(header_bytes)

@@ -80,17 +80,14 @@ def load(
         classes = requirement.labels(content.read_labels(), content.path)
         images = _allocate(content.shape, memory_limit_bytes)
         _fill(images, content.chunks)
-    dataset = Dataset(
-        torch.from_numpy(images), None if classes is None else torch.from_numpy(classes),
-        f"{name} ({framing})" if str(framing) else name,
-    )  # fmt: skip
     device = torch.device(device)
-    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2:
-        return dataclasses.replace(
-            dataset, images=dataset.images.to(device),
-            labels=None if classes is None else dataset.labels.to(device),
-        )  # fmt: skip
-    return dataset
+    fits = device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
+    place = device if fits else torch.device("cpu")
+    return Dataset(
+        torch.from_numpy(images).to(place),
+        None if classes is None else torch.from_numpy(classes).to(place),
+        f"{name} ({framing})" if str(framing) else name,
+    )
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -112,7 +109,8 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return tuple(self.images.shape[1:])
+        _, C, H, W = self.images.shape
+        return C, H, W
 
     @functools.cached_property
     def num_classes(self) -> int:

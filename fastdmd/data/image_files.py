@@ -21,10 +21,14 @@ MAX_PIXELS = 2**27  # of one image; transparent ones take 13 bytes each while th
 BACKGROUND = "white"
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 
 
 def read_images(members: Members, framing: Framing, label_choice: str | None, requirement: Requirement) -> Content:
@@ -49,7 +53,9 @@ def read_images(members: Members, framing: Framing, label_choice: str | None, re
 
 def _survey(members: Members, images: list[str], framing: Framing) -> tuple[tuple[int, int], dict[str, str]]:
     """Width and height of all images once framed, and the mode of each by its name; reads no pixels."""
-    common, modes, small = None, {}, []
+    common: tuple[int, int] | None = None
+    modes: dict[str, str] = {}
+    small: list[str] = []
     for name in images:
         with _opened(members, name) as image:
             mode, (width, height) = image.mode, image.size
@@ -68,6 +74,7 @@ def _survey(members: Members, images: list[str], framing: Framing) -> tuple[tupl
             small.append(name)
     if small:
         _warn(f"{len(small)} images in {members.path} are smaller than --resize {framing.resize}: enlarged", small[0])
+    assert common is not None  # there are images
     return common, modes
 
 
@@ -97,8 +104,8 @@ def _pixels(
             picture, is_transparent = _opaque(image)
             if is_transparent:
                 transparent.append(name)
-            turned = UPRIGHT.get(_orientation(image))
-            picture = framing.apply((picture if turned is None else picture.transpose(turned)).convert(mode))
+            turn = _turn(image)
+            picture = framing.apply((picture if turn is None else picture.transpose(turn)).convert(mode))
         if picture.size != size:  # the file is another one than when its header was read
             raise mismatch(
                 f"an image of {size[0]}x{size[1]}", f"{picture.width}x{picture.height} in {members.path / name}"
@@ -134,25 +141,26 @@ def _opaque(image: Image.Image) -> tuple[Image.Image, bool]:
     if image.mode not in ("LA", "PA", "RGBA") and "transparency" not in image.info:
         return image, False
     picture = image.convert("RGBA")
-    if picture.getextrema()[3][0] == 255:
+    if picture.getchannel("A").getextrema()[0] == 255:
         return picture, False
     return Image.alpha_composite(Image.new("RGBA", picture.size, BACKGROUND), picture), True
 
 
 def _has_grey_colours(picture: Image.Image) -> bool:
-    if picture.mode == "P":  # as many pixels as it has colours are enough
-        used = [index for _, index in picture.getcolors()]
+    palette = picture.getpalette()
+    if picture.mode == "P" and palette is not None:  # as many pixels as it has colours are enough
+        used = [index for index, count in enumerate(picture.histogram()) if count]
         colours = Image.frombytes("P", (len(used), 1), bytes(used))
-        colours.putpalette(picture.getpalette())
+        colours.putpalette(palette)
         picture = colours
     red, green, blue = picture.convert("RGB").split()
     return red.tobytes() == green.tobytes() == blue.tobytes()
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """EXIF's, of an image whose pixels are loaded: before that, a TIFF's is still to be applied by Pillow."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image, its pixels loaded, upright by its EXIF; before, a TIFF's is still for Pillow to apply."""
     try:
-        return image.getexif().get(ORIENTATION)
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF, of any kind: such a picture is shown as it is stored
         return None
 

@@ -10,13 +10,14 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 
 from fastdmd.data.content import decoding, mismatch, open_regular, read_all
 from fastdmd.data.members import SUFFIXES, Members, canonical_name
 
+Found = TypeVar("Found")
 MAX_CLASSES = 100_000  # a network holds a few hundred numbers for each, an optimizer three times as many
 TEXT_BYTES = (2**27, 1024)  # of a dataset.json or CSV: for any, and more for each image; ImageNet's has 2^26
 TEXT_VALUES = (2**22, 8)  # in it; an image has two in a CSV and three in a dataset.json, and each takes 100 bytes
@@ -54,8 +55,10 @@ def of_images(members: Members, images: list[str], choice: str | None) -> np.nda
     """Labels int64 `[N]` of images by their names, as `choice`, `fastdmd.data.load`'s `labels`, has it."""
     if choice == "none":
         return None
+    labels: np.ndarray | None
+    path = members.path
     if choice == "prefix":
-        labels, path = _prefix_labels(images, members.path), members.path
+        labels = _prefix_labels(images, path)
     elif choice is not None:
         path = Path(choice)
         labels = _csv_labels(path, images, members.path)
@@ -65,7 +68,7 @@ def of_images(members: Members, images: list[str], choice: str | None) -> np.nda
             description = json.loads(_read_text(file, b",:[{", len(images)))
         labels = _json_labels(description, images, path)
     else:
-        labels, path = _subfolder_labels(members, images), members.path
+        labels = _subfolder_labels(members, images)
     return None if labels is None else checked(labels, path)
 
 
@@ -103,9 +106,9 @@ def _json_labels(description: object, images: list[str], path: Path) -> np.ndarr
     for name, label in by_name.items():
         folded.setdefault(name.casefold(), set()).add(label)
     found = [by_name[name] if name in by_name else _only(folded.get(name.casefold())) for name in images]
-    _require_all(found, images, path)
+    numbers = _require_all(found, images, path)
     _warn_of_absent([name for name in by_name if name.casefold() not in known], path)
-    return _integers(found, path)
+    return _integers(numbers, path)
 
 
 def _csv_labels(path: Path, images: list[str], source: Path) -> np.ndarray:
@@ -128,8 +131,8 @@ def _csv_labels(path: Path, images: list[str], source: Path) -> np.ndarray:
     if pairs and pairs[0][0] not in known and not pairs[0][0].lower().endswith(SUFFIXES):
         del pairs[0]
     by_name = _by_name(pairs, path)
-    used = [next((key for key in spellings if key in by_name), None) for spellings in keys]
-    _require_all(used, images, path)
+    found = [next((key for key in spellings if key in by_name), None) for spellings in keys]
+    used = _require_all(found, images, path)
     if len(set(used)) < len(used):
         (name, number), *_ = collections.Counter(used).most_common(1)
         raise mismatch("names that tell the images apart", f"{name} for {number} images in {path}")
@@ -228,10 +231,11 @@ def _only(labels: set[int] | None) -> int | None:
     return next(iter(labels)) if labels and len(labels) == 1 else None
 
 
-def _require_all(found: list, images: list[str], path: Path) -> None:
-    if None in found:
-        missing = images[found.index(None)]
-        raise mismatch(f"one label for each of {len(images)} images", f"none for {missing} in {path}")
+def _require_all(found: Sequence[Found | None], images: list[str], path: Path) -> list[Found]:
+    for image, label in zip(images, found, strict=True):
+        if label is None:
+            raise mismatch(f"one label for each of {len(images)} images", f"none for {image} in {path}")
+    return [label for label in found if label is not None]
 
 
 def _warn_of_absent(names: list[str], path: Path) -> None:

@@ -14,21 +14,24 @@ from typing import IO
 from fastdmd.data import signatures
 from fastdmd.data.content import mismatch, open_regular
 
-SUFFIXES = (  # of images that are read
-    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jfif",
-    ".jpe", ".apng", ".avif",
-)  # fmt: skip
-UNREAD_SUFFIXES = (  # of images that are not, whatever they begin with
-    ".arw", ".cr2", ".cr3", ".cur", ".dcm", ".dds", ".dib", ".dng", ".emf", ".eps", ".exr", ".fits", ".hdr", ".heic",
-    ".heif", ".icns", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".nef", ".orf", ".pcx", ".pfm", ".psd", ".qoi", ".raf",
-    ".raw", ".rw2", ".sgi", ".svg", ".tga", ".wmf", ".xbm", ".xcf", ".xpm",
-)  # fmt: skip
+SUFFIXES = tuple(  # of images that are read
+    ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jfif .jpe .apng .avif".split()
+)
+UNREAD_SUFFIXES = tuple(  # of images that are not, whatever they begin with
+    ".arw .cr2 .cr3 .cur .dcm .dds .dib .dng .emf .eps .exr .fits .hdr .heic .heif .icns .ico .j2k .jp2 .jpx .jxl .nef "
+    ".orf .pcx .pfm .psd .qoi .raf .raw .rw2 .sgi .svg .tga .wmf .xbm .xcf .xpm".split()
+)
 MAX_DEFLATE = 1032  # bytes that one byte of a deflate stream can become
 DESCRIPTION = "dataset.json"
 IDX_NAME = re.compile(r"(images|labels).*([-._]idx[0-9]?[-._]ubyte|[-._]idx[0-9]|\.idx)(\.gz)?$", re.IGNORECASE)
 SYSTEM_FOLDERS = (  # of thumbnails, forks and waste
-    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
-)  # fmt: skip
+    "__macosx",
+    "@eadir",
+    "#recycle",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+)
 
 
 @dataclasses.dataclass(frozen=True)

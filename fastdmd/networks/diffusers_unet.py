@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdmd.networks.states import fill, require_same
+from fastdmd.networks.tensor_files import open_tensors, read_json
 from fastdmd.networks.user_code import user_code
-from fastdmd.networks.weight_files import fill, open_weights, read_json, require_same
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
 # Schedulers whose network takes alpha x and a timestep of their betas; what else they have concerns sampling alone, but
 # for the settings of INTERFACE, in which any other value changes what the network takes.
-WITH_BETAS = (
-    "DDIMInverse", "DDIMParallel", "DDIM", "DDPMParallel", "DDPM", "DEISMultistep", "DPMSolverMultistepInverse",
-    "DPMSolverMultistep", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete",
-    "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "RePaint", "SASolver", "TCD",
-    "UniPCMultistep",
-)  # fmt: skip
+WITH_BETAS = tuple(
+    "DDIMInverse DDIMParallel DDIM DDPMParallel DDPM DEISMultistep DPMSolverMultistepInverse DPMSolverMultistep "
+    "DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM "
+    "LMSDiscrete PNDM RePaint SASolver TCD UniPCMultistep".split()
+)
 INTERFACE = {"timestep_type": "discrete", "use_flow_sigmas": False, "snr_shift_scale": 1.0, "invert_sigmas": False}
 WEIGHTS = "diffusion_pytorch_model"
 AVERAGED = "unet_ema"  # which the training scripts of diffusers save beside unet
@@ -55,12 +55,13 @@ def load_folder(path: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
             options |= _of_scheduler(read_json(scheduler), scheduler)
             break
     file, variant = _weights_file(folder)
-    weights = open_weights(file)
+    weights = open_tensors(file)
     weights.notice = ". ".join(filter(None, (which, variant)))
     names = weights.renamed(_new_name)
     network = build(arguments, {name: weights.described[own] for name, own in names.items()}, file)
     fill(network, weights, names)
-    return network, {name: value for name, value in network.config.items() if not name.startswith("_")}, options
+    config_made: Any = network.config
+    return network, {name: value for name, value in config_made.items() if not name.startswith("_")}, options
 
 
 def build(arguments: Mapping[str, Any], described: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -143,8 +144,10 @@ def _within_bounds(value: Any, depth: int = 0) -> bool:
 
 
 def _new_name(name: str) -> str:
-    return re.sub(r"(\.attentions\.\d+)\.(\w+)\.(?=weight$|bias$)",
-                  lambda found: f"{found[1]}.{OLD_NAMES.get(found[2], found[2])}.", name)  # fmt: skip
+    def renamed(found: re.Match) -> str:
+        return f"{found[1]}.{OLD_NAMES.get(found[2], found[2])}."
+
+    return re.sub(r"(\.attentions\.\d+)\.(\w+)\.(?=weight$|bias$)", renamed, name)
 
 
 def _of_network(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -186,8 +189,14 @@ def _of_scheduler(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"fastdmd.teachers: expected a scheduler with betas that predicts {', '.join(PREDICTION_TYPES)}, "
             f"got {name!s:.80} with {prediction!s:.80} in {path}"
         )
-    betas = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-             "rescale_betas_zero_snr")  # fmt: skip
+    betas = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
     with user_code("teachers", f"a scheduler_config.json that makes a scheduler in {path}"):
         scheduler = _library().DDPMScheduler(**{name: config[name] for name in betas if name in config})
         return {

@@ -24,7 +24,8 @@ def conv(in_channels: int, out_channels: int, kernel: int = 3, init_scale: float
     nn.init.xavier_uniform_(layer.weight)
     with torch.no_grad():
         layer.weight.mul_(init_scale)
-        layer.bias.zero_()
+    assert layer.bias is not None  # as torch makes it
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -35,15 +36,23 @@ def linear(in_features: int, out_features: int) -> nn.Linear:
     return layer
 
 
+def separable_filter(taps: tuple[int, ...]) -> Tensor:
+    """`taps taps^T / sum(taps)^2`, which keeps the mean of what it filters, `[len(taps), len(taps)]`."""
+    weights = torch.tensor(taps, dtype=torch.float32)
+    return torch.outer(weights, weights) / weights.sum() ** 2
+
+
 class Resample(nn.Module):
     """Halves ("down") or doubles ("up") a feature map with a separable filter; (1, 1) is average and repetition."""
 
+    kernel: Tensor | None  # [taps, taps]; None for the average
+
     def __init__(self, direction: str, taps: tuple[int, ...]):
         super().__init__()
-        self.direction, self.padding = direction, (len(taps) - 1) // 2
+        self.direction = direction
+        self.padding = (len(taps) - 1) // 2
         is_average = len(taps) == 2 and taps[0] == taps[1]
-        taps = torch.tensor(taps, dtype=torch.float32)
-        kernel = torch.outer(taps, taps) / taps.sum() ** 2 * (4 if direction == "up" else 1)
+        kernel = separable_filter(taps) * (4 if direction == "up" else 1)
         self.register_buffer("kernel", None if is_average else kernel, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,16 +81,18 @@ class Repeat(torch.autograd.Function):
 class ResidualInput(nn.Module):
     """NCSN++: the input, convolved and downsampled, on its way into the encoder; padded once for both."""
 
+    kernel: Tensor  # [taps, taps]
+
     def __init__(self, in_channels: int, out_channels: int, taps: tuple[int, ...]):
         super().__init__()
         self.conv = conv(in_channels, out_channels)
-        taps = torch.tensor(taps, dtype=torch.float32)
-        self.register_buffer("kernel", torch.outer(taps, taps) / taps.sum() ** 2, persistent=False)
+        self.register_buffer("kernel", separable_filter(taps), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         padding = 1 + (len(self.kernel) - 1) // 2
         x = F.conv2d(x, self.conv.weight, padding=padding)
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, *self.kernel.shape)
+        assert self.conv.bias is not None
         return F.conv2d(x, kernel, stride=2, groups=x.shape[1]) + self.conv.bias[:, None, None]
 
 
@@ -158,8 +169,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Block(nn.Module):
     """Residual block: norm, SiLU, conv, embedding, norm, SiLU, dropout, conv; optional resampling and attention."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, *, resample: str = "",
-                 attention: bool = False):  # fmt: skip
+    def __init__(
+        self, in_channels: int, out_channels: int, config: UNetConfig, *, resample: str = "", attention: bool = False
+    ):
         super().__init__()
         self.resample = Resample(resample, config.resample_filter) if resample else None
         self.adaptive_scale, self.skip_scale = config.adaptive_scale, config.skip_scale

@@ -42,7 +42,7 @@ class UNetConfig:
     encoder: str = "standard"  # or residual: the input, downsampled, joins at every resolution (NCSN++)
     resample_filter: tuple[int, ...] = (1, 1)
     adm: bool = False  # labels join after the noise layers, attention everywhere, plain skips, sums unscaled
-    augment_dim: int = 0  # of the augmentation labels that the network was trained with; sampling leaves them out
+    augment_dim: int = 0  # of the augmentation labels that EDM trained the network with; nothing here gives it any
     dropout: float = 0.0
     sigma_data: float = 0.5
     dynamics: str = "edm"  # what F_x is: EDM's preconditioned output, or a velocity of flow matching
@@ -52,36 +52,62 @@ class UNetConfig:
             self._expect(isinstance(getattr(self, name), (list, tuple)), f"{name} as a list", getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON turns tuples into lists
             self._expect_whole(name, -MAX_NUMBER if name == "resample_filter" else 1, MAX_NUMBER)
-            self._expect(len(getattr(self, name)) <= MAX_LENGTH, f"{name} of at most {MAX_LENGTH} numbers",
-                         len(getattr(self, name)))  # fmt: skip
+            self._expect(
+                len(getattr(self, name)) <= MAX_LENGTH,
+                f"{name} of at most {MAX_LENGTH} numbers",
+                len(getattr(self, name)),
+            )
         self._expect_whole("num_classes", 0, MAX_CLASSES)
         self._expect_whole("num_blocks", 1, MAX_BLOCKS)
         self._expect_whole("channels_per_head", 0, MAX_NUMBER)
         self._expect_whole("augment_dim", 0, MAX_NUMBER)
-        for name in ("image_size", "image_channels", "patch_size", "model_channels", "embedding_multiplier",
-                     "noise_multiplier"):  # fmt: skip
+        for name in (
+            "image_size",
+            "image_channels",
+            "patch_size",
+            "model_channels",
+            "embedding_multiplier",
+            "noise_multiplier",
+        ):
             self._expect_whole(name, 1, MAX_NUMBER)
         for name in ("adaptive_scale", "adm"):
             self._expect(isinstance(getattr(self, name), bool), f"{name} true or false", getattr(self, name))
         for name, choices in (("embedding", EMBEDDINGS), ("encoder", ENCODERS), ("dynamics", DYNAMICS)):
             self._expect(getattr(self, name) in choices, f"{name} out of {', '.join(choices)}", getattr(self, name))
-        self._expect(len(self.resample_filter) % 2 == 0 and sum(self.resample_filter) > 0,
-                     "a resample_filter of even length", self.resample_filter)  # fmt: skip
-        self._expect(self.model_channels >= 4 and self.model_channels * self.noise_multiplier % 2 == 0,
-                     "an even model_channels >= 4", self.model_channels)  # fmt: skip
+        self._expect(
+            len(self.resample_filter) % 2 == 0 and sum(self.resample_filter) > 0,
+            "a resample_filter of even length",
+            self.resample_filter,
+        )
+        self._expect(
+            self.model_channels >= 4 and self.model_channels * self.noise_multiplier % 2 == 0,
+            "an even model_channels >= 4",
+            self.model_channels,
+        )
         self._expect(len(self.channel_multipliers) >= 1, "at least one channel multiplier", self.channel_multipliers)
         factor = max(*self.channel_multipliers, self.embedding_multiplier, self.noise_multiplier)
-        self._expect(self.model_channels * factor <= MAX_WIDTH, f"widths of at most {MAX_WIDTH} channels",
-                     self.model_channels * factor)  # fmt: skip
-        self._expect(math.prod(self.image_shape) <= MAX_VALUES, f"images of at most {MAX_VALUES} values",
-                     self.image_shape)  # fmt: skip
-        self._expect(isinstance(self.sigma_data, (int, float)) and 0 < self.sigma_data <= MAX_SIGMA_DATA,
-                     f"sigma_data > 0 and at most {MAX_SIGMA_DATA:g}", self.sigma_data)  # fmt: skip
-        self._expect(isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
-                     "dropout from 0 to below 1", self.dropout)  # fmt: skip
+        self._expect(
+            self.model_channels * factor <= MAX_WIDTH,
+            f"widths of at most {MAX_WIDTH} channels",
+            self.model_channels * factor,
+        )
+        self._expect(
+            math.prod(self.image_shape) <= MAX_VALUES, f"images of at most {MAX_VALUES} values", self.image_shape
+        )
+        self._expect(
+            isinstance(self.sigma_data, (int, float)) and 0 < self.sigma_data <= MAX_SIGMA_DATA,
+            f"sigma_data > 0 and at most {MAX_SIGMA_DATA:g}",
+            self.sigma_data,
+        )
+        self._expect(
+            isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1, "dropout from 0 to below 1", self.dropout
+        )
         factor = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
-        self._expect(self.image_size % factor == 0,
-                     f"image_size divisible by {factor} (patch_size * 2^(levels - 1))", self.image_size)  # fmt: skip
+        self._expect(
+            self.image_size % factor == 0,
+            f"image_size divisible by {factor} (patch_size * 2^(levels - 1))",
+            self.image_size,
+        )
 
     def _expect(self, condition: bool, expected: str, got: object) -> None:
         if not condition:

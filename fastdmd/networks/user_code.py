@@ -13,10 +13,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+Code = str | nn.Module | Callable[[], nn.Module]  # package.module:name, a module, or what makes one
 LIBRARIES = {str(Path(__file__).parents[1])} | {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
 MAX_REASON = 400  # characters
 TORCHSCRIPT = "Traceback of TorchScript"  # whose messages hold a traceback of their own, and end with the cause
@@ -54,27 +56,30 @@ def modes_kept() -> Iterator[None]:
             torch.set_default_device(device)
 
 
-def import_network(source: str, function: str) -> nn.Module:
-    """The `torch.nn.Module` that `package.module:name` is, or that the class or function of that name makes.
+def make_network(code: Code, function: str, name: str = "network") -> nn.Module:
+    """The `torch.nn.Module` that `code` is, or that a class or function makes without arguments.
 
-    Looks into the working directory first, as `python -m` does. `function` is who asks, for errors: ValueError if
-    there is no such name or the code itself raises, TypeError if it gives something else.
+    `package.module:name` is imported, with a look into the working directory first, as `python -m` does. `function` is
+    who asks and `name` what, for errors: ValueError if there is no such name or the code itself raises, TypeError if it
+    gives something else.
     """
-    package, _, name = source.partition(":")
-    if (folder := os.getcwd()) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, folder)
-    with user_code(function, f"{source} to be importable"):
-        found = functools.reduce(getattr, name.split("."), importlib.import_module(package))
-    return make_network(found, function, source)
-
-
-def make_network(found: nn.Module | Callable[[], nn.Module], function: str, name: str) -> nn.Module:
-    """A module itself, or what a class or function makes without arguments. Raises TypeError for anything else."""
+    found: Any = code
+    if isinstance(code, str):
+        name = code
+        found = _imported(code, function)
     with user_code(function, f"{name} to make a Module without arguments"):
         network = found if isinstance(found, nn.Module) or not callable(found) else found()
     if not isinstance(network, nn.Module):
         raise TypeError(f"fastdmd.{function}: expected {name} to be a Module, got {type(network)}")
     return network
+
+
+def _imported(source: str, function: str) -> Any:
+    package, _, name = source.partition(":")
+    if (folder := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+    with user_code(function, f"{source} to be importable"):
+        return functools.reduce(getattr, name.split("."), importlib.import_module(package))
 
 
 def reason(error: BaseException) -> str:
@@ -94,7 +99,7 @@ def place_in_user_code(error: BaseException) -> str | None:
     """File and line where code that belongs to no library raised this, the innermost; None where none was running."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
-        frames.append((error.filename or "", error.lineno))
+        frames.append((error.filename or "", error.lineno or 0))
     own = [(file, line) for file, line in frames if os.path.isfile(file) and not _is_library(file)]
     return f"{own[-1][0]}, line {own[-1][1]}" if own else None
 

@@ -5,53 +5,58 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdmd import __version__
 from fastdmd.files import write_atomically
 from fastdmd.networks import diffusers_unet
-from fastdmd.networks.adapted import Adapted, AdapterOptions
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.network import DenoisingNetwork
+from fastdmd.networks.options import AdapterOptions
+from fastdmd.networks.states import fill, require_same, tensors_of
+from fastdmd.networks.tensor_files import TensorFile, open_tensors
 from fastdmd.networks.unet import UNet, UNetConfig
-from fastdmd.networks.user_code import import_network, make_network, reason, user_code
-from fastdmd.networks.weight_files import WeightFile, fill, find, open_weights, require_same, tensors_of
+from fastdmd.networks.user_code import Code, make_network, reason, user_code
 
 METADATA_KEY = "fastdmd"
 KINDS = ("teacher", "generator")
 MIN_SIGMA, MAX_SIGMA = 2.0**-126, 1e30  # that a generator starts from: a float32, which JSON does not promise
 # Of a measurement that is on record, with the types that JSON gives; the first two in any case.
 RECORDED = {
-    "frechet_distance": (float, int), "class_accuracy": (float, int), "images_per_second": (float, int),
-    "evaluations": (int,), "num_images": (int,), "recorded": (bool,),
-}  # fmt: skip
+    "frechet_distance": (float, int),
+    "class_accuracy": (float, int),
+    "images_per_second": (float, int),
+    "evaluations": (int,),
+    "num_images": (int,),
+    "recorded": (bool,),
+}
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
-def save_network(path: Path, network: UNet | Adapted, *, kind: str, dtype: torch.dtype = torch.float32,
-                 **information: Any) -> None:  # fmt: skip
+def save_network(
+    path: Path,
+    network: DenoisingNetwork,
+    *,
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    **information: Any,
+) -> None:
     """Writes weights and configuration to a safetensors file, in one atomic replacement.
 
     `kind` is "teacher" or "generator"; `dtype` is that of the weights in the file; `information` is anything JSON can
     hold and is read back by `load_network`. The file can be read by any safetensors reader; the tensors of an adapted
     network have the names that the network itself gives them. Raises ValueError for one that `dtype` cannot hold.
     """
-    if isinstance(network, Adapted):
-        description, state = network.describe(), network.network.state_dict()
-    elif isinstance(network, UNet):
-        description, state = dataclasses.asdict(network.config), network.state_dict()
-    else:
+    if not isinstance(network, DenoisingNetwork):
         raise TypeError(f"fastdmd.save_network: expected a UNet or an Adapted network, got a {type(network).__name__}")
-    metadata = {
-        "kind": kind,
-        "network": description,
-        "version": __version__,
-        **information,
-    }
+    state = network.inner.state_dict()
+    metadata = {"kind": kind, "network": network.describe(), "version": __version__, **information}
     tensors = {name: _stored(name, value, dtype) for name, value in state.items()}
     content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata, default=str)})
     write_atomically(path, lambda file: file.write(content))
@@ -68,27 +73,26 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def load_network(path: str | Path, *, device: str | torch.device = "cpu",
-                 network: str | nn.Module | Callable[[], nn.Module] | None = None
-                 ) -> tuple[UNet | Adapted, dict[str, Any]]:  # fmt: skip
-    """Reads a network written by `save_network`: the network in eval mode, and the metadata.
+def load_network(
+    path: str | Path, *, device: str | torch.device = "cpu", network: Code | None = None
+) -> tuple[DenoisingNetwork, dict[str, Any]]:
+    """Reads a network written by `save_network`: in eval mode, in the layout in which it is fastest; and the metadata.
 
     A file holds no code, and the name of some is no reason to import it: a network that is neither fastdmd's nor of
     diffusers must be named again, as `network`: `package.module:name`, a module, or what makes one without arguments.
 
-    A UNet is channels_last, which was measured faster for every width tried (16 to 192). Raises FileNotFoundError or
-    ValueError with the path, what was expected and what came.
+    Raises FileNotFoundError or ValueError with the path, what was expected and what came.
     """
-    weights = open_weights(Path(path))
+    weights = open_tensors(Path(path))
     metadata = _metadata(weights)
     loaded = _rebuild(metadata["network"], network, weights)
-    fill(loaded.network if isinstance(loaded, Adapted) else loaded, weights, {name: name for name in weights.described})
+    fill(loaded.inner, weights, {name: name for name in weights.described})
     with user_code("load_network", f"the network of {path} on {device}, in eval mode"):
         loaded = loaded.float().to(device).eval().requires_grad_(False)
-    return loaded.to(memory_format=torch.channels_last) if isinstance(loaded, UNet) else loaded, metadata
+    return loaded.in_best_layout(), metadata
 
 
-def _metadata(weights: WeightFile) -> dict[str, Any]:
+def _metadata(weights: TensorFile) -> dict[str, Any]:
     try:
         metadata = json.loads(weights.metadata.get(METADATA_KEY, "null"))
     except (ValueError, RecursionError) as error:
@@ -124,50 +128,51 @@ def _is_record(record: Any) -> bool:
     return all(type(value) in RECORDED[name] and abs(value) < math.inf for name, value in known.items())
 
 
-def _rebuild(description: dict[str, Any], code: str | nn.Module | Callable[[], nn.Module] | None,
-             weights: WeightFile) -> UNet | Adapted:  # fmt: skip
+def _rebuild(description: dict[str, Any], code: Code | None, weights: TensorFile) -> DenoisingNetwork:
     """The network that `description`, from a weight file, stands for, with initial weights for each of its tensors.
 
     A network whose size the description decides is compared with the tensors before it takes memory.
     """
     path = weights.path
-    if "source" in description and code is None:
+    needs_code = "source" in description
+    if needs_code and code is None:
         raise ValueError(
             f"fastdmd.load_network: expected --network package.module:name for {path}, whose network is "
             f"{description['source']}, got none; code runs only where you name it"
         )
-    if "source" not in description and code is not None:
+    if not needs_code and code is not None:
         raise ValueError(f"fastdmd.load_network: expected no --network for {path}, which needs no code, got {code}")
-    adapted = bool({"source", "diffusers"} & description.keys())
-    known = {field.name for field in dataclasses.fields(AdapterOptions if adapted else UNetConfig)}
-    options = description.get("options", {}) if adapted else description
-    if not isinstance(options, dict) or (unknown := sorted(options.keys() - known)):
-        got = f"the fields {unknown}" if isinstance(options, dict) else f"options that are a {type(options).__name__}"
-        raise ValueError(f"fastdmd.load_network: expected a known network in {path}, got {got}")
-    if not adapted:
-        try:
-            config = UNetConfig(**options)
-            blueprint = UNet.blueprint(config, len(weights.described))
-        except ValueError as error:
-            raise ValueError(f"{error} in {path}") from error
-        require_same(blueprint.state_dict(), weights.described, f"the tensors of UNet in {path}")
-        return UNet(config)
+    if not needs_code and "diffusers" not in description:
+        return _unet(description, weights)
+    options = description.get("options", {})
+    _require_known(options, AdapterOptions, path)
+    origin = None
     if "diffusers" in description:
         network = diffusers_unet.build(description["diffusers"], weights.described, path)
         origin = {"diffusers": description["diffusers"]}
     else:
-        named = isinstance(code, str)
-        network = import_network(code, "load_network") if named else make_network(code, "load_network", "network")
-        origin = {"source": code} if named else None
+        assert code is not None
+        network = make_network(code, "load_network")
+        origin = {"source": code} if isinstance(code, str) else None
         require_same(tensors_of(network), weights.described, f"the tensors of {type(network).__name__} in {path}")
     with user_code("load_network", f"the options of {type(network).__name__} in {path}"):
         return Adapted(network, origin=origin, **options)
 
 
-def load_weights(network: nn.Module, path: Path, key: str | None = None) -> None:
-    """Fills a network with the tensors of a weight file of any kind that `open_weights` reads, found as `find` does.
+def _unet(description: Mapping[str, Any], weights: TensorFile) -> UNet:
+    _require_known(description, UNetConfig, weights.path)
+    try:
+        config = UNetConfig(**description)
+        blueprint = UNet.blueprint(config, len(weights.described))
+    except ValueError as error:
+        raise ValueError(f"{error} in {weights.path}") from error
+    require_same(blueprint.state_dict(), weights.described, f"the tensors of UNet in {weights.path}")
+    return UNet(config)
 
-    Raises FileNotFoundError or ValueError with the path, what was expected and what came.
-    """
-    weights = open_weights(path)
-    fill(network, weights, find(weights, network, key))
+
+def _require_known(options: Any, owner: type, path: Path) -> None:
+    """Raises ValueError for what are no fields of the dataclass that they are for."""
+    known = {field.name for field in dataclasses.fields(owner)}
+    if not isinstance(options, dict) or (unknown := sorted(options.keys() - known)):
+        got = f"the fields {unknown}" if isinstance(options, dict) else f"options that are a {type(options).__name__}"
+        raise ValueError(f"fastdmd.load_network: expected a known network in {path}, got {got}")

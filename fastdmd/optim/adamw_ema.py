@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdmd import ops
 from fastdmd.ops.adamw_ema import check_options
+from fastdmd.optim.buffers import Buffers
 from fastdmd.optim.flat import Mirror, Watch, check_network, flatten, padded_size, views
 from fastdmd.optim.gradients import Gradients
 from fastdmd.optim.groups import Group, check_count, members, named, schedule
@@ -56,16 +56,25 @@ class AdamWEMA(FlatOptimizer):
     Raises TypeError or ValueError, naming what was expected and what came.
     """
 
-    def __init__(self, network: nn.Module, *, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.01, max_grad_norm: float = float("inf"),
-                 warmup_steps: int = 0, decay_steps: int | None = None, ema_decay: float | None = None,
-                 compute_dtype: torch.dtype | None = None, groups: Mapping[str, Mapping[str, float]] | None = None
-                 ):  # fmt: skip
-        averages = {} if ema_decay is None else {"ema_decay": ema_decay}
-        check_options(
-            "AdamWEMA", learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm, **averages,
-        )  # fmt: skip
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        max_grad_norm: float = math.inf,
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        ema_decay: float | None = None,
+        compute_dtype: torch.dtype | None = None,
+        groups: Mapping[str, Mapping[str, float]] | None = None,
+    ):
+        check_options("AdamWEMA", learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+        check_options("AdamWEMA", max_grad_norm=max_grad_norm)
+        if ema_decay is not None:
+            check_options("AdamWEMA", ema_decay=ema_decay)
         check_count("warmup_steps", warmup_steps, least=0)
         if decay_steps is not None:
             check_count("decay_steps", decay_steps, least=1)
@@ -76,28 +85,24 @@ class AdamWEMA(FlatOptimizer):
         self.num_updates = 0
         self.ema_network = None
         self._max_grad_norm = max_grad_norm
-        self._options = {"ema_decay": ema_decay or 0.0, "ema_warmup": EMA_WARMUP, "zero_grad": True}
+        self._ema_decay = ema_decay or 0.0
 
         self._names = [name for names, _ in parts for name in names]
         self.parameters = named(network, self._names)
         dtype = self.parameters[0].dtype
         if compute_dtype not in (None, dtype, torch.bfloat16, torch.float16):
             raise ValueError(f"fastdmd.AdamWEMA: expected compute_dtype bfloat16 or float16, got {compute_dtype}")
-        self._param = flatten(self.parameters)
-        self._ema = None
+        param, ema = flatten(self.parameters), None
         if ema_decay is not None:  # a copy now takes the place in memory that the parameters have just left
             self.ema_network = copy.deepcopy(network).requires_grad_(False).eval()
-            self._ema = flatten(named(self.ema_network, self._names))
-        self._exp_avg, self._exp_avg_sq = torch.zeros_like(self._param), torch.zeros_like(self._param)
-        self._shadow = None if compute_dtype in (None, dtype) else self._param.to(compute_dtype)
-        self._grad = torch.zeros_like(self._param if self._shadow is None else self._shadow)
+            ema = flatten(named(self.ema_network, self._names))
+        self._buffers = Buffers(param, ema, compute_dtype)
 
-        self._groups, start = [], 0
+        self._groups: list[Group] = []
         for names, _ in parts:
-            stop = start + sum(map(padded_size, named(network, names)))
-            step = torch.zeros(1, dtype=torch.int64, device=self._param.device)
-            self._groups.append(Group(slice(start, stop), step, self._param.new_zeros(())))
-            start = stop
+            start = self._groups[-1].part.stop if self._groups else 0
+            part = slice(start, start + sum(map(padded_size, named(network, names))))
+            self._groups.append(Group(part, param.new_zeros(1, dtype=torch.int64), param.new_zeros(())))
         shared = {"lr": learning_rate, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         shared["learning_rate_factor"] = 1.0
         super().__init__([{"params": named(network, names), **changes} for names, changes in parts], shared)
@@ -105,42 +110,27 @@ class AdamWEMA(FlatOptimizer):
 
     def _link(self) -> None:
         """Parameters, averages and gradients as views of the buffers; again in a copy, whose tensors are apart."""
-        weights = views(self._param if self._shadow is None else self._shadow, self.parameters)
-        for parameter, view in zip(self.parameters, weights, strict=True):
+        for parameter, view in zip(self.parameters, views(self._buffers.weights, self.parameters), strict=True):
             parameter.data = view
-        self._masters = views(self._param, self.parameters)
-        self._gradients = Gradients(self.parameters, self._names, self._grad)
+        self._masters = views(self._buffers.param, self.parameters)
+        self._gradients = Gradients(self.parameters, self._names, self._buffers.grad)
         self._watches = [Watch(self.network, dict(zip(self.parameters, self._names, strict=True)), flags=True)]
-        self._averages, self._mirror = [], None
-        if self.ema_network is not None:
+        self._averages: list[nn.Parameter] = []
+        self._mirror: Mirror | None = None
+        if self.ema_network is not None and self._buffers.ema is not None:
             self._averages = named(self.ema_network, self._names)
-            for average, view in zip(self._averages, views(self._ema, self._averages), strict=True):
+            for average, view in zip(self._averages, views(self._buffers.ema, self._averages), strict=True):
                 average.data = view
             names = (f"{name} of ema_network" for name in self._names)
             self._watches.append(Watch(self.ema_network, dict(zip(self._averages, names, strict=True)), flags=False))
             self._mirror = Mirror(self.network, self.ema_network, set(self.parameters))
-        self._captured_options = self._seen = None
+        self._captured_options: list[tuple] | None = None
+        self._seen: list | None = None
         self._versions = [parameter._version for parameter in self.parameters]
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """`lr` of the groups; setting it sets all of them."""
-        return self.param_groups[0]["lr"]
-
-    @peak_learning_rate.setter
-    def peak_learning_rate(self, value: float) -> None:
-        for options in self.param_groups:
-            options["lr"] = value
 
     def learning_rate(self, update: int) -> float:
         """That of the update with this index, which starts at 0."""
         return self.peak_learning_rate * schedule(update, self.warmup_steps, self.decay_steps)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only for torch's own constructor: the buffers are laid out once. Raises ValueError after that."""
-        if len(self.param_groups) == len(self._groups):
-            raise ValueError("fastdmd.AdamWEMA: expected its groups at construction, got add_param_group")
-        self.param_groups.append({**self.defaults, **param_group})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. No call is needed: `step` leaves zeros, and `backward` overwrites."""
@@ -194,18 +184,18 @@ class AdamWEMA(FlatOptimizer):
         return self._update()
 
     def _update(self) -> Tensor:
-        if self._param.is_cuda and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+        if self._buffers.param.is_cuda and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
             self._captured_options = self._fixed_options()
         if len(self._groups) == 1:
             norm = self._update_group(0, self._max_grad_norm)
         else:
-            norm = torch.linalg.vector_norm(self._grad, dtype=self._param.dtype)
+            norm = torch.linalg.vector_norm(self._buffers.grad, dtype=self._buffers.param.dtype)
             # NaN where the norm is not finite: no group moves.
             factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1) + 0 * norm
             for index in range(len(self._groups)):
                 self._update_group(index, math.inf, factor)
-            if self._shadow is not None:
-                self._grad.zero_()
+            if self._buffers.shadow is not None:
+                self._buffers.grad.zero_()
         if self._mirror is not None:
             self._mirror.follow()
         self._note_change()
@@ -213,14 +203,18 @@ class AdamWEMA(FlatOptimizer):
 
     def _update_group(self, index: int, max_grad_norm: float, factor: Tensor | None = None) -> Tensor:
         group, options = self._groups[index], self.param_groups[index]
-        buffers = (self._param, self._grad, self._exp_avg, self._exp_avg_sq, self._ema, self._shadow)
-        param, grad, *moments, ema, shadow = (None if buffer is None else buffer[group.part] for buffer in buffers)
-        if factor is not None:  # a clipped gradient may be below the range of float16
-            grad = grad.mul_(factor) if shadow is None else grad.to(param.dtype).mul_(factor)
-        return ops.adamw_ema_(
-            param, grad, *moments, group.step, group.learning_rate, ema=ema, shadow=shadow, betas=options["betas"],
-            eps=options["eps"], weight_decay=options["weight_decay"], max_grad_norm=max_grad_norm, **self._options,
-        )  # fmt: skip
+        return self._buffers.update(
+            group.part,
+            group.step,
+            group.learning_rate,
+            factor=factor,
+            betas=options["betas"],
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+            max_grad_norm=max_grad_norm,
+            ema_decay=self._ema_decay,
+            ema_warmup=EMA_WARMUP,
+        )
 
     # What may happen to the network between two updates.
 
@@ -241,7 +235,7 @@ class AdamWEMA(FlatOptimizer):
     @torch.no_grad()
     def _adopt(self) -> None:
         """Low-precision weights that somebody changed in place become master weights; equal ones keep their digits."""
-        if self._shadow is None:
+        if self._buffers.shadow is None:
             return
         versions = [parameter._version for parameter in self.parameters]
         for index in itertools.compress(range(len(versions)), map(operator.ne, versions, self._versions)):
@@ -254,13 +248,13 @@ class AdamWEMA(FlatOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, by parameter name, whatever the layout of the buffers."""
         self._adopt()
+        kinds = self._buffers.by_name(self._names, self._masters)
         return {
-            "num_updates": self.num_updates, "steps": [group.step.clone() for group in self._groups],
-            "param_groups": [
-                {name: value for name, value in options.items() if name != "params"} for options in self.param_groups
-            ],
-            **{kind: {name: view.clone() for name, view in own.items()} for kind, own in self._state().items()},
-        }  # fmt: skip
+            "num_updates": self.num_updates,
+            "steps": [group.step.clone() for group in self._groups],
+            "param_groups": list(map(_without_params, self.param_groups)),
+            **{kind: {name: view.clone() for name, view in own.items()} for kind, own in kinds.items()},
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -270,27 +264,20 @@ class AdamWEMA(FlatOptimizer):
         has changed, where the state is of another network, has other groups, or is not one that could have been saved.
         """
         self._check()
-        kinds = self._state()
+        kinds = self._buffers.by_name(self._names, self._masters)
         options = check_state(state, kinds, self.param_groups)
         for kind, own in kinds.items():
             for name, view in own.items():
                 view.copy_(state[kind][name])
         for group, step, changes, saved in zip(self._groups, state["steps"], self.param_groups, options, strict=True):
             group.step.copy_(step)
-            changes.update({name: value for name, value in saved.items() if name != "params"})
+            changes.update(_without_params(saved))
         self.num_updates = state["num_updates"]
-        if self._shadow is not None:
-            self._shadow.copy_(self._param)
+        if self._buffers.shadow is not None:
+            self._buffers.shadow.copy_(self._buffers.param)
         if self._mirror is not None:
             self._mirror.follow()
         self._note_change()
-
-    def _state(self) -> dict[str, dict[str, Tensor]]:
-        buffers = {"param": self._param, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "ema": self._ema}
-        return {
-            kind: dict(zip(self._names, views(buffer, self._masters), strict=True))
-            for kind, buffer in buffers.items() if buffer is not None
-        }  # fmt: skip
 
     def _note_change(self) -> None:
         """The weights have other values: a graph from before raises in its backward pass."""
@@ -302,11 +289,13 @@ class AdamWEMA(FlatOptimizer):
         """For copies and pickles. Hooks and what schedulers hang on `step` stay behind, as with torch's optimizers."""
         self._check()
         self._adopt()
-        return {
-            name: value for name, value in vars(self).items()
-            if name not in LINKS and name != "step" and not name.endswith("_hooks")
-        }  # fmt: skip
+        left = {"step", *LINKS}
+        return {name: value for name, value in vars(self).items() if name not in left and not name.endswith("_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._link()
+
+
+def _without_params(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "params"}

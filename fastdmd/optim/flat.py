@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def places(tensors: Sequence[Tensor]) -> list[tuple]:
     As long as the memory is held, nothing else can have its address. Storages do not tell: that of a tensor which
     `share_memory_` or a queue of processes takes stays, and its memory is another.
     """
-    address = Tensor.data_ptr
+    address: Callable[[Tensor], int] = Tensor.data_ptr
     if tensors[0].untyped_storage().device.type == "meta":  # meta and fake tensors have none
         address = _storage
     return list(zip(map(address, tensors), map(Tensor.stride, tensors), map(SHAPE, tensors), strict=True))
@@ -75,7 +75,7 @@ class Watch:
         self._seen = self._look()
 
     def _look(self) -> tuple[list, list, list]:
-        ids = [*map(id, itertools.chain.from_iterable(map(dict.values, self._contents)))]
+        ids = [*map(id, itertools.chain.from_iterable(own.values() for own in self._contents))]
         return ids, places(list(self._trained)), [*map(REQUIRES_GRAD, self._parameters)]
 
     def check(self) -> None:
@@ -143,15 +143,19 @@ class Mirror:
                 else:
                     target.data = source.detach().clone()
         if copies:
-            torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+            targets, sources = zip(*copies, strict=True)
+            torch._foreach_copy_(targets, sources)
 
 
 def _alike(source: Tensor, target: Tensor | None) -> bool:
     """Whether a copy of the source can be written into the target."""
     return (
-        target is not None and source.shape == target.shape and source.dtype == target.dtype
-        and source.device == target.device and not target.is_inference()
-    )  # fmt: skip
+        target is not None
+        and source.shape == target.shape
+        and source.dtype == target.dtype
+        and source.device == target.device
+        and not target.is_inference()
+    )
 
 
 def check_network(network: nn.Module) -> None:
@@ -184,8 +188,8 @@ def check_network(network: nn.Module) -> None:
         if parameter.grad is not None and parameter.grad.layout != torch.strided:
             fail("dense gradients", f"that of {name} in {parameter.grad.layout}", TypeError)
         if parameter.dtype not in (torch.float32, torch.float64):
-            fail("parameters in float32 or float64 (compute_dtype: what the network computes in)",
-                 f"{name} in {parameter.dtype}", TypeError)  # fmt: skip
+            expected = "parameters in float32 or float64 (compute_dtype: what the network computes in)"
+            fail(expected, f"{name} in {parameter.dtype}", TypeError)
         if parameter.dtype != first.dtype:
             fail(f"parameters of one dtype, {first.dtype} as {first_name}", f"{name} in {parameter.dtype}", TypeError)
         if parameter.device != first.device:
@@ -221,5 +225,6 @@ def _extent(tensor: Tensor) -> int:
 
 def _bytes(tensor: Tensor) -> Tensor:
     """Where in their storage the elements lie, every byte of them."""
-    places = torch.arange(_extent(tensor)).as_strided(tensor.shape, tensor.stride()).flatten()
-    return (places + tensor.storage_offset())[:, None] * tensor.itemsize + torch.arange(tensor.itemsize)
+    first = int(tensor.storage_offset())
+    elements = torch.arange(first, first + _extent(tensor)).as_strided(tensor.shape, tensor.stride()).flatten()
+    return elements[:, None] * tensor.itemsize + torch.arange(tensor.itemsize)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 
 from fastdmd.optim.flat import places, views
 
@@ -31,8 +32,7 @@ class Gradients:
         self._parameters, self._names, self._flat = parameters, names, flat
         self._graph_is_known = False
         self._lay_out()
-        given = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
-        self._take([parameter.grad for parameter in parameters], given)
+        self._take({index: own.grad for index, own in enumerate(parameters) if own.grad is not None})
 
     def _lay_out(self) -> None:
         self._views = views(self._flat, self._parameters)
@@ -46,13 +46,13 @@ class Gradients:
                 parameter.grad = view
 
     @torch.no_grad()
-    def _take(self, gradients: Sequence[Tensor | None], given: Sequence[int]) -> None:
-        """Copies those given into the buffer, and puts the views back."""
-        for index in given:
-            self._require_dense(index, gradients[index])
+    def _take(self, gradients: Mapping[int, Tensor]) -> None:
+        """Copies some, by the index of their parameter, into the buffer, and puts the views back."""
+        for index, gradient in gradients.items():
+            self._require_dense(index, gradient)
         self._put_back()
-        if given:
-            torch._foreach_copy_([self._views[index] for index in given], [gradients[index] for index in given])
+        if gradients:
+            torch._foreach_copy_([self._views[index] for index in gradients], list(gradients.values()))
 
     def _require_dense(self, index: int, gradient: Tensor) -> None:
         if gradient.layout != torch.strided:
@@ -68,7 +68,7 @@ class Gradients:
         A gradient that is None counts as zero; ValueError where it is `required`, before anything is copied.
         """
         gradients = [parameter.grad for parameter in self._parameters]
-        if all(map(operator.is_, gradients, self._views)) and places(gradients) == self._places:
+        if all(map(operator.is_, gradients, self._views)) and places(self._views) == self._places:
             return
         missing = [index for index, gradient in enumerate(gradients) if gradient is None]
         if missing and required:
@@ -76,11 +76,12 @@ class Gradients:
                 f"fastdmd.AdamWEMA: expected a gradient of {self._names[missing[0]]}, got none; with "
                 "zero_grad(set_to_none=False), or backward(loss), it counts as zero"
             )
-        given = [
-            index for index, (gradient, view) in enumerate(zip(gradients, self._views, strict=True))
+        elsewhere = {
+            index: gradient
+            for index, (gradient, view) in enumerate(zip(gradients, self._views, strict=True))
             if gradient is not None and (gradient is not view or places([gradient]) != [self._places[index]])
-        ]  # fmt: skip
-        self._take(gradients, given)
+        }
+        self._take(elsewhere)
         if missing:
             torch._foreach_zero_([self._views[index] for index in missing])
 
@@ -132,7 +133,8 @@ class Gradients:
             self._store(gradients, accumulate)
 
     def _store(self, gradients: Sequence[Tensor | None], accumulate: bool) -> None:
-        alike, others = [], []  # tensors of one layout go together
+        alike: list[tuple[Tensor, Tensor]] = []  # tensors of one layout go together
+        others: list[tuple[Tensor, Tensor]] = []
         for index, (view, gradient) in enumerate(zip(self._views, gradients, strict=True)):
             if gradient is None:
                 others.append((view, torch.zeros((), dtype=view.dtype, device=view.device)))
@@ -151,7 +153,10 @@ def _check_graph(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     The engine runs what lies on the way to the parameters alone, so that what such a backward pass does to them inside,
     as that of a reentrant checkpoint, would be missing. Walks the whole graph: not for every pass.
     """
-    parents, stack = {loss.grad_fn: []}, [loss.grad_fn] if loss.grad_fn is not None else []
+    if loss.grad_fn is None:
+        return
+    parents: dict[Node, list[Node]] = {loss.grad_fn: []}
+    stack = [loss.grad_fn]
     while stack:
         node = stack.pop()
         for child, _ in node.next_functions:

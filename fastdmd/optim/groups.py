@@ -34,7 +34,7 @@ def members(network: nn.Module, groups: Mapping[str, Mapping[str, float]]) -> li
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"fastdmd.AdamWEMA: expected a regular expression, got {pattern!r}: {error}") from error
-    found = {pattern: [] for pattern in (*groups, "")}  # the empty pattern matches the rest
+    found: dict[str, list[str]] = {pattern: [] for pattern in (*groups, "")}  # the empty pattern matches the rest
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             found[next(pattern for pattern in found if re.search(pattern, name))].append(name)

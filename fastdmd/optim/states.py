@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,22 +16,39 @@ from fastdmd.optim.groups import check_count
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "learning_rate_factor")
 
 
-class NoState(dict):
+class NoState(collections.defaultdict[Tensor, Any]):
     """Where torch keeps moments; `torch.distributed.checkpoint` looks for some, and makes a step if there are none."""
 
     def __bool__(self) -> bool:
         raise ValueError("fastdmd.AdamWEMA: expected state_dict(), got a look at `state`: moments are in flat buffers")
 
-    def __missing__(self, key: object) -> NoReturn:
-        bool(self)
+    def __missing__(self, key: object) -> bool:
+        return bool(self)
 
 
 class FlatOptimizer(torch.optim.Optimizer):
-    """What torch's optimizers offer and flat buffers cannot: refused, as it would be without effect or half done."""
+    """One of torch's optimizers, whose groups are fixed; refuses what would be without effect on flat buffers."""
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
+    def __init__(self, params: Sequence[dict[str, Any]], defaults: dict[str, Any]):
+        self._num_groups = len(params)
         super().__init__(params, defaults)
         self.state = NoState()
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`lr` of the groups; setting it sets all of them."""
+        return self.param_groups[0]["lr"]
+
+    @peak_learning_rate.setter
+    def peak_learning_rate(self, value: float) -> None:
+        for options in self.param_groups:
+            options["lr"] = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only for torch's own constructor: the buffers are laid out once. Raises ValueError after that."""
+        if len(self.param_groups) == self._num_groups:
+            raise ValueError("fastdmd.AdamWEMA: expected its groups at construction, got add_param_group")
+        self.param_groups.append({**self.defaults, **param_group})
 
     def _refuse_hook(self, *_, **__) -> NoReturn:
         raise NotImplementedError("fastdmd.AdamWEMA: expected hooks on step alone, got one on its state_dict")
@@ -62,8 +80,9 @@ def _options(group: Mapping[str, Any]) -> tuple:
     return tuple(group.get(name) for name in OPTIONS)
 
 
-def check_state(state: Mapping[str, Any], own: Mapping[str, Mapping[str, Tensor]],
-                param_groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:  # fmt: skip
+def check_state(
+    state: Mapping[str, Any], own: Mapping[str, Mapping[str, Tensor]], param_groups: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
     """The options of the groups in a state, which has what `own` has, number for number; TypeError or ValueError."""
 
     def fail(expected: str, got: object) -> None:
@@ -77,8 +96,8 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Mapping[str, Tensor]
 
     num_groups = len(param_groups)
     groups = state.get("param_groups", [{}] * num_groups)  # which states did not always have
-    for name, entries, kind in (("steps", state["steps"], Tensor), ("param_groups", groups, Mapping)):
-        if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, kind) for entry in entries):
+    for name, entries, entry_type in (("steps", state["steps"], Tensor), ("param_groups", groups, Mapping)):
+        if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, entry_type) for entry in entries):
             fail(f"{name} to be a list", f"{entries!r:.60}")
         if len(entries) != num_groups:
             fail(f"{num_groups} parameter groups", f"{len(entries)} in {name}")

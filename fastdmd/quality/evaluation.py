@@ -15,7 +15,6 @@ from tqdm import tqdm
 from fastdmd import data
 from fastdmd.diffusion import random_generator
 from fastdmd.memory import require_memory
-from fastdmd.networks.adapted import Adapted
 from fastdmd.networks.user_code import user_code
 from fastdmd.quality import features, metrics
 from fastdmd.quality.frechet import COVARIANCES
@@ -42,9 +41,9 @@ class Measurement:
 def sample(sampler: Sampler, noise: Tensor, class_labels: Tensor | None) -> Tensor:
     """Its images. What code of the user's own raises becomes one line; what ours does is a fault and stays as it is."""
     network = sampler.network
-    if not isinstance(network, Adapted):
+    if not network.foreign_name:
         return sampler(noise, class_labels)
-    with user_code("quality", f"{type(network.network).__name__} to sample {tuple(noise.shape)}"):
+    with user_code("quality", f"{network.foreign_name} to sample {tuple(noise.shape)}"):
         return sampler(noise, class_labels)
 
 
@@ -62,14 +61,27 @@ class Evaluation:
     is tried before any image of the dataset is looked at.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, *, num_samples: int,
-                 dataset: data.Dataset | None = None, feature_network: str | None = None, reference: str | None = None,
-                 seed: int = 0, device: torch.device | str = "cpu"):  # fmt: skip
-        self.image_shape, self.num_classes = image_shape, num_classes
-        self.num_samples, self.seed, self.device = num_samples, seed, torch.device(device)
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        num_samples: int,
+        dataset: data.Dataset | None = None,
+        feature_network: str | None = None,
+        reference: str | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        self.image_shape = image_shape
+        self.num_classes = num_classes
+        self.num_samples = num_samples
+        self.seed = seed
+        self.device = torch.device(device)
         self.notices: list[str] = []
         self.floor = Measurement(None, None)
-        self._feature_network = self._reference = None
+        self._feature_network: features.FeatureNetwork | None = None
+        self._reference: metrics.FeatureStatistics | None = None
         is_digits = feature_network is None
         if is_digits and tuple(image_shape) != (1, 28, 28):
             shape = "×".join(map(str, image_shape))
@@ -80,28 +92,31 @@ class Evaluation:
                 "--feature-network names another"
             )
             return
-        self._feature_network = metrics.load_feature_network(feature_network, device)
-        num_features = features.verify(self._feature_network, image_shape, feature_network or "the digit classifier")
+        network = self._feature_network = metrics.load_feature_network(feature_network, device)
+        num_features = features.verify(network, image_shape, feature_network or "the digit classifier")
         require_memory(
-            8 * COVARIANCES * num_features**2, torch.device("cpu"), f"covariances of {num_features} features",
+            8 * COVARIANCES * num_features**2,
+            torch.device("cpu"),
+            f"covariances of {num_features} features",
             "a --feature-network of fewer features needs less",
-        )  # fmt: skip
+        )
         if num_features > SLOW_FEATURES:
             warnings.warn(f"a Fréchet distance in {num_features} features takes minutes, each time", stacklevel=2)
         if reference is not None:
             self._reference = metrics.FeatureStatistics.from_npz(reference, num_features)
         is_embedded = dataset is None
         least_images = 4 if reference is None else 2  # two have a covariance; without a reference, two halves are
-        dataset = (data.load() if is_embedded else dataset).require(image_shape=image_shape, least_images=least_images)
+        dataset = data.load() if dataset is None else dataset
+        dataset = dataset.require(image_shape=image_shape, least_images=least_images)
         has_own_reference = reference is not None or (is_digits and is_embedded)
         if self._reference is None and has_own_reference:
             self._reference = metrics.reference_statistics()
         if self._reference is None or (is_digits and not is_embedded):
-            found = metrics.survey(metrics.dataset_batches(dataset), self._feature_network)
+            found = metrics.survey(metrics.dataset_batches(dataset), network)
             self._reference = self._reference or found.statistics
             if is_digits:
                 self.notices += metrics.foreign_digits(found, dataset.name)
-        self._measure_floor(dataset, has_own_reference)
+        self.floor = self._measure_floor(dataset, network, has_own_reference)
         num_images = min(self.num_samples, self.floor.num_images)
         if num_images <= num_features:
             self.notices.append(
@@ -109,15 +124,17 @@ class Evaluation:
                 "covariance needs more images than features"
             )
 
-    def _measure_floor(self, dataset: data.Dataset, has_own_reference: bool) -> None:
+    def _measure_floor(
+        self, dataset: data.Dataset, network: features.FeatureNetwork, has_own_reference: bool
+    ) -> Measurement:
         floor_reference, batches = self._reference, metrics.dataset_batches(dataset)
         if not has_own_reference:
             order = torch.randperm(len(dataset), generator=random_generator(self.seed, 0, stream=SAMPLING_STREAM))
             sample, rest = order.split([num := min(self.num_samples, len(dataset) // 2), len(dataset) - num])
-            floor_reference = metrics.feature_statistics(map(dataset.batch, rest.split(500)), self._feature_network)
+            floor_reference = metrics.feature_statistics(map(dataset.batch, rest.split(500)), network)
             batches = map(dataset.batch, sample.split(500))
-        floor = metrics.evaluate(batches, self._feature_network, floor_reference)
-        self.floor = Measurement(floor.frechet_distance, floor.class_accuracy, num_images=floor.num_images)
+        floor = metrics.evaluate(batches, network, floor_reference)
+        return Measurement(floor.frechet_distance, floor.class_accuracy, num_images=floor.num_images)
 
     def record(self, row: Measurement) -> dict:
         """What a weight file keeps of a measurement, so that the next run need not repeat it."""
@@ -130,11 +147,20 @@ class Evaluation:
             mean, variance = self._reference.mean.norm().item(), self._reference.covariance.trace().item()
             reference = f"{len(self._reference.mean)} features, |mean| {mean:.5g}, total variance {variance:.5g}"
         return {
-            "num_samples": self.num_samples, "seed": self.seed, "evaluations": evaluations, "reference": reference
-        }  # fmt: skip
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "evaluations": evaluations,
+            "reference": reference,
+        }
 
-    def measure(self, sampler: Sampler, *, name: str, record: dict | None = None,
-                before_batch: Callable[[], None] = lambda: None) -> Measurement:  # fmt: skip
+    def measure(
+        self,
+        sampler: Sampler,
+        *,
+        name: str,
+        record: dict | None = None,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> Measurement:
         """Samples `num_samples` images of balanced classes and measures them; the clock runs while sampling only.
 
         If `record` is of a measurement like this one, only the speed is measured again. `before_batch` may raise.
@@ -148,12 +174,16 @@ class Evaluation:
         num_images = self.num_samples if self._feature_network is not None else min(SPEED_IMAGES, self.num_samples)
         quality, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
         return Measurement(
-            quality.frechet_distance, quality.class_accuracy, num_images / sampling_seconds, evaluations,
-            quality.num_images,
-        )  # fmt: skip
+            quality.frechet_distance,
+            quality.class_accuracy,
+            images_per_second=num_images / sampling_seconds,
+            evaluations=evaluations,
+            num_images=quality.num_images,
+        )
 
-    def _sample(self, sampler: Sampler, num_images: int, name: str, before_batch: Callable[[], None]
-                ) -> tuple[metrics.Quality, float]:  # fmt: skip
+    def _sample(
+        self, sampler: Sampler, num_images: int, name: str, before_batch: Callable[[], None]
+    ) -> tuple[metrics.Quality, float]:
         """The quality of `num_images` samples, and the seconds that sampling took."""
         seconds = 0.0
         labels = balanced_labels(num_images, self.num_classes, self.device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from fastdmd.networks.user_code import import_network, user_code
+from fastdmd.networks.user_code import make_network, user_code
 from fastdmd.quality.frechet import MAX_FEATURES
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -19,7 +20,7 @@ FeatureNetwork = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | Non
 class DigitClassifier(torch.nn.Module):
     """Small convolutional network for 28 x 28 digits; its last hidden layer serves as features."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         layers: list[torch.nn.Module] = []
         for num_in, num_out, size, stride in ((1, 24, 5, 2), (24, 32, 3, 1), (32, 48, 3, 2), (48, 64, 3, 1)):
@@ -58,6 +59,7 @@ def load_feature_network(
     else than a module. `verify` tries what was loaded.
     """
     name = "the digit classifier" if source is None else str(source)
+    module: torch.nn.Module
     if source is None:
         with torch.device("meta"):  # draws no initial weights: the caller's random state stays as it was
             module = DigitClassifier()
@@ -69,7 +71,7 @@ def load_feature_network(
     elif not all(str(source).partition(":")):
         raise _error("a .pt or .ts file or 'package.module:name'", repr(source))
     else:
-        module = import_network(str(source), "features")
+        module = make_network(str(source), "features")
     with user_code("features", f"{name} to run on {device}"):
         module = module.eval().to(device)
 
@@ -78,11 +80,9 @@ def load_feature_network(
         with user_code("features", f"{name} to take images of shape {tuple(images.shape)}"):
             output = module(images.to(device))
         features, logits = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-        for kind, found in (("features", features), ("logits", logits))[: 1 if logits is None else 2]:
-            is_matrix = isinstance(found, torch.Tensor) and found.is_floating_point() and found.ndim == 2
-            if not is_matrix or len(found) != len(images):
-                got = (tuple(found.shape), found.dtype) if isinstance(found, torch.Tensor) else type(found)
-                raise _error(f"{kind} ({len(images)}, D), floating point", got)
+        _expect_matrix("features", features, len(images))
+        if logits is not None:
+            _expect_matrix("logits", logits, len(images))
         return features, logits
 
     return feature_network
@@ -105,6 +105,13 @@ def verify(feature_network: FeatureNetwork, image_shape: tuple[int, int, int], n
     if torch.equal(*features):
         raise _error(f"features of {name} that tell two images apart", "the same of both")
     return num_features
+
+
+def _expect_matrix(kind: str, found: Any, num_images: int) -> None:
+    is_tensor = isinstance(found, torch.Tensor)
+    if not is_tensor or not found.is_floating_point() or found.ndim != 2 or len(found) != num_images:
+        got = (tuple(found.shape), found.dtype) if is_tensor else type(found)
+        raise _error(f"{kind} ({num_images}, D), floating point", got)
 
 
 def _load_script(path: Path) -> torch.nn.Module:

@@ -6,6 +6,7 @@ import contextlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,10 +41,10 @@ class FeatureStatistics:
     Batches merge by the pairwise update of Chan, Golub and LeVeque 1979, free of differences of large sums.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.num_images: int | None = 0  # None: read from a file that does not say
-        self._mean: torch.Tensor | None = None  # [D]
-        self._scatter: torch.Tensor | None = None  # [D, D], covariance times (num_images - 1, if known)
+        # Mean [D] and scatter [D, D], covariance times (num_images - 1, if known); None before the first image.
+        self._moments: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, features: torch.Tensor) -> None:
         """Adds features [B, D], floating point, of B images.
@@ -52,7 +53,7 @@ class FeatureStatistics:
         """
         if self.num_images is None:
             raise _error("update", "num_images to be known", "a file's without it")
-        D = "D" if self._mean is None else len(self._mean)
+        D = "D" if self._moments is None else len(self.mean)
         if features.ndim != 2 or D not in ("D", features.shape[1]):
             raise _error("update", f"features of shape (B, {D})", tuple(features.shape))
         features = features.detach().to("cpu", torch.float64)
@@ -63,28 +64,27 @@ class FeatureStatistics:
             return
         mean = features.mean(0)
         scatter = (features - mean).T @ (features - mean)
-        if self._mean is None:
-            self._mean, self._scatter = torch.zeros_like(mean), torch.zeros_like(scatter)
-        num_before, step = self.num_images, mean - self._mean
-        self.num_images += B
-        self._mean = self._mean + step * (B / self.num_images)
-        self._scatter += scatter + torch.outer(step, step) * (num_before * B / self.num_images)
+        old_mean, old_scatter = self._moments or (torch.zeros_like(mean), torch.zeros_like(scatter))
+        num_before = self.num_images
+        num_images = num_before + B
+        step = mean - old_mean
+        old_scatter += scatter + torch.outer(step, step) * (num_before * B / num_images)
+        self._moments = old_mean + step * (B / num_images), old_scatter
+        self.num_images = num_images
 
     @property
     def mean(self) -> torch.Tensor:
         """[D], float64."""
-        if self._mean is None:
+        if self._moments is None:
             raise _error("mean", "at least 1 image", 0)
-        return self._mean
+        return self._moments[0]
 
     @property
     def covariance(self) -> torch.Tensor:
         """[D, D], float64, unbiased: divided by num_images - 1."""
-        if self.num_images is None:
-            return self._scatter
-        if self.num_images < 2:
+        if self._moments is None or self.num_images == 1:
             raise _error("covariance", "at least 2 images", self.num_images)
-        return self._scatter / (self.num_images - 1)
+        return self._moments[1] if self.num_images is None else self._moments[1] / (self.num_images - 1)
 
     @classmethod
     def from_npz(cls, path: str | Path, num_features: int | None = None) -> FeatureStatistics:
@@ -117,15 +117,17 @@ class FeatureStatistics:
         if statistics.num_images is not None and not 2 <= statistics.num_images < 2**53:
             raise _error("from_npz", "num_images >= 2", f"{statistics.num_images} in {path}")
         scale = 1 if statistics.num_images is None else statistics.num_images - 1
-        statistics._mean = torch.from_numpy(arrays["mu"].astype(np.float64))
-        statistics._scatter = torch.from_numpy((covariance + covariance.T) * (scale / 2))
+        mean = torch.from_numpy(arrays["mu"].astype(np.float64))
+        statistics._moments = mean, torch.from_numpy((covariance + covariance.T) * (scale / 2))
         return statistics
 
     def save_npz(self, path: str | Path) -> None:
         """Writes `mu` and `sigma` (float64) and, where known, `num_images`: the layout `from_npz` reads."""
-        count = {} if self.num_images is None else {"num_images": np.int64(self.num_images)}
+        arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        if self.num_images is not None:
+            arrays["num_images"] = np.int64(self.num_images)
         with open(path, "wb") as file:  # given a name, np.savez would append its own suffix
-            np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **count)
+            np.savez(file, **arrays)
 
 
 def _read_arrays(path: Path, num_features: int | None) -> dict[str, np.ndarray]:

@@ -12,10 +12,22 @@ from fastdmd.quality.features import ASSETS, DigitClassifier, FeatureNetwork, lo
 from fastdmd.quality.frechet import FeatureStatistics, frechet_distance
 
 __all__ = [
-    "ASSETS", "Batches", "DigitClassifier", "FeatureNetwork", "FeatureStatistics", "Quality", "Survey",
-    "dataset_batches", "evaluate", "feature_statistics", "foreign_digits", "frechet_distance", "load_feature_network",
-    "reference_statistics", "survey",
-]  # fmt: skip
+    "ASSETS",
+    "Batches",
+    "DigitClassifier",
+    "FeatureNetwork",
+    "FeatureStatistics",
+    "Quality",
+    "Survey",
+    "dataset_batches",
+    "evaluate",
+    "feature_statistics",
+    "foreign_digits",
+    "frechet_distance",
+    "load_feature_network",
+    "reference_statistics",
+    "survey",
+]
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor | None]]  # images [B, C, H, W] in [-1, 1], labels [B]
 # Of the digit classifier on real digits, see `foreign_digits`.
 LEAST_ACCURACY = 0.8
@@ -46,10 +58,10 @@ def evaluate(batches: Batches, feature_network: FeatureNetwork, reference: Featu
     Raises ValueError if an image is not finite, features do not fit `reference`, or images are too few.
     """
     found = survey(batches, feature_network, None if reference is None else len(reference.mean))
-    if found.statistics.num_images == 0:
+    if found.num_images == 0:
         raise _error("evaluate", "at least one image", "none")
     distance = None if reference is None else frechet_distance(found.statistics, reference)
-    return Quality(distance, found.class_accuracy, found.statistics.num_images)
+    return Quality(distance, found.class_accuracy, found.num_images)
 
 
 def feature_statistics(batches: Batches, feature_network: FeatureNetwork) -> FeatureStatistics:
@@ -62,6 +74,7 @@ class Survey:
     """What one pass over images tells."""
 
     statistics: FeatureStatistics
+    num_images: int
     class_accuracy: float | None  # as in Quality
     confidence: float | None  # the mean over images of the greatest class probability; None without logits
 
@@ -69,12 +82,15 @@ class Survey:
 def survey(batches: Batches, feature_network: FeatureNetwork, num_features: int | None = None) -> Survey:
     """Statistics, accuracy and confidence at once; arguments and errors as in `evaluate`, for a reference that has
     `num_features` of them."""
-    statistics, num_correct, confidence = FeatureStatistics(), 0, 0.0
+    statistics = FeatureStatistics()
+    num_images = num_correct = 0
+    confidence = 0.0
     has_logits = has_accuracy = True
     for features, logits, labels in _feature_batches(batches, feature_network):
         if num_features not in (None, features.shape[1]):
             raise _error("evaluate", f"a reference of {features.shape[1]} features", num_features)
         statistics.update(features)
+        num_images += len(features)
         has_logits = has_logits and logits is not None
         has_accuracy = has_accuracy and has_logits and labels is not None
         has_accuracy = has_accuracy and bool(((labels >= 0) & (labels < logits.shape[1])).all())
@@ -82,8 +98,13 @@ def survey(batches: Batches, feature_network: FeatureNetwork, num_features: int 
             confidence += logits.double().softmax(1).amax(1).sum().item()
         if has_accuracy:
             num_correct += int((logits.argmax(1).cpu() == labels.cpu()).sum())
-    total = max(1, statistics.num_images)
-    return Survey(statistics, num_correct / total if has_accuracy else None, confidence / total if has_logits else None)
+    total = max(1, num_images)
+    return Survey(
+        statistics,
+        num_images,
+        class_accuracy=num_correct / total if has_accuracy else None,
+        confidence=confidence / total if has_logits else None,
+    )
 
 
 def reference_statistics() -> FeatureStatistics:
@@ -107,7 +128,8 @@ def foreign_digits(found: Survey, name: str) -> list[str]:
         reference = reference_statistics()
         step = (found.statistics.mean - reference.mean).square().sum()
         seen = f"what is in {name} does not look like MNIST to it"
-        is_known = found.confidence >= LEAST_CONFIDENCE and step <= FARTHEST * reference.covariance.trace()
+        assert found.confidence is not None  # the classifier gives logits
+        is_known = found.confidence >= LEAST_CONFIDENCE and bool(step <= FARTHEST * reference.covariance.trace())
     if is_known:
         return []
     return [

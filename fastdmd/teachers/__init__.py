@@ -1,18 +1,18 @@
 """Where teachers come from: files, folders and code of many kinds."""
 
+from fastdmd.networks.options import NO_OPTIONS, TeacherOptions
 from fastdmd.teachers.edm import from_edm
-from fastdmd.teachers.load import (
-    NO_OPTIONS,
-    TeacherOptions,
-    load,
-    load_generator,
-    read,
-    sampler_of,
-    verify,
-    verify_training,
-)
+from fastdmd.teachers.load import load, load_generator, read, sampler_of
+from fastdmd.teachers.trial import verify, verify_training
 
 __all__ = [
-    "NO_OPTIONS", "TeacherOptions", "from_edm", "load", "load_generator", "read", "sampler_of", "verify",
+    "NO_OPTIONS",
+    "TeacherOptions",
+    "from_edm",
+    "load",
+    "load_generator",
+    "read",
+    "sampler_of",
+    "verify",
     "verify_training",
-]  # fmt: skip
+]

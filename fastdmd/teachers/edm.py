@@ -11,32 +11,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdmd.networks.states import require_finite
 from fastdmd.networks.unet import UNet, UNetConfig
-from fastdmd.networks.unet_blocks import Block
-from fastdmd.networks.weight_files import require_finite
+from fastdmd.networks.unet_blocks import Block, separable_filter
 from fastdmd.teachers.edm_pickle import load_pickle
 from fastdmd.teachers.inert_pickle import shown
 
 # Arguments of the constructors and their defaults; None: there is none.
 INTERFACE = {
-    "img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False, "sigma_min": 0,
-    "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet",
-}  # fmt: skip
+    "img_resolution": None,
+    "img_channels": None,
+    "label_dim": 0,
+    "use_fp16": False,
+    "sigma_min": 0,
+    "sigma_max": math.inf,
+    "sigma_data": 0.5,
+    "model_type": "DhariwalUNet",
+}
 FAMILIES = {
     "SongUNet": {
-        "augment_dim": 0, "model_channels": 128, "channel_mult": (1, 2, 2, 2), "channel_mult_emb": 4, "num_blocks": 4,
-        "attn_resolutions": (16,), "dropout": 0.1, "label_dropout": 0, "embedding_type": "positional",
-        "channel_mult_noise": 1, "encoder_type": "standard", "decoder_type": "standard", "resample_filter": (1, 1),
+        "augment_dim": 0,
+        "model_channels": 128,
+        "channel_mult": (1, 2, 2, 2),
+        "channel_mult_emb": 4,
+        "num_blocks": 4,
+        "attn_resolutions": (16,),
+        "dropout": 0.1,
+        "label_dropout": 0,
+        "embedding_type": "positional",
+        "channel_mult_noise": 1,
+        "encoder_type": "standard",
+        "decoder_type": "standard",
+        "resample_filter": (1, 1),
     },
     "DhariwalUNet": {
-        "augment_dim": 0, "model_channels": 192, "channel_mult": (1, 2, 3, 4), "channel_mult_emb": 4, "num_blocks": 3,
-        "attn_resolutions": (32, 16, 8), "dropout": 0.1, "label_dropout": 0,
+        "augment_dim": 0,
+        "model_channels": 192,
+        "channel_mult": (1, 2, 3, 4),
+        "channel_mult_emb": 4,
+        "num_blocks": 3,
+        "attn_resolutions": (32, 16, 8),
+        "dropout": 0.1,
+        "label_dropout": 0,
     },
-}  # fmt: skip
+}
 EMBEDDINGS = {"positional": "ddpmpp", "fourier": "fourier"}
 CHOICES = {
-    "embedding_type": tuple(EMBEDDINGS), "encoder_type": ("standard", "residual"), "decoder_type": ("standard",),
-}  # fmt: skip
+    "embedding_type": tuple(EMBEDDINGS),
+    "encoder_type": ("standard", "residual"),
+    "decoder_type": ("standard",),
+}
 MAX_NUMBER = 1 << 14  # of an argument, so that no product of some overflows; EDM's largest is 1,000
 MAX_LENGTH = 16  # of a list
 
@@ -80,7 +104,7 @@ def from_edm(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNe
     for name, part in parts.items():
         part.of(state).copy_(part.ordered(tensors[name]))
     require_finite(network, "the network of EDM")
-    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.in_best_layout().eval().requires_grad_(False)
 
 
 def _expect_groups(network: UNet) -> None:
@@ -107,18 +131,27 @@ def config_from_edm(arguments: Mapping[str, Any]) -> UNetConfig:
     for name, value in edm.items():
         _check(name, value, defaults[name])
     shared = dict(
-        image_size=edm["img_resolution"], image_channels=edm["img_channels"], num_classes=edm["label_dim"],
-        model_channels=edm["model_channels"], channel_multipliers=edm["channel_mult"], num_blocks=edm["num_blocks"],
-        attention_resolutions=edm["attn_resolutions"], embedding_multiplier=edm["channel_mult_emb"],
-        augment_dim=edm["augment_dim"], dropout=edm["dropout"], sigma_data=edm["sigma_data"],
-    )  # fmt: skip
+        image_size=edm["img_resolution"],
+        image_channels=edm["img_channels"],
+        num_classes=edm["label_dim"],
+        model_channels=edm["model_channels"],
+        channel_multipliers=edm["channel_mult"],
+        num_blocks=edm["num_blocks"],
+        attention_resolutions=edm["attn_resolutions"],
+        embedding_multiplier=edm["channel_mult_emb"],
+        augment_dim=edm["augment_dim"],
+        dropout=edm["dropout"],
+        sigma_data=edm["sigma_data"],
+    )
     if model_type == "DhariwalUNet":
         return UNetConfig(**shared, adm=True, adaptive_scale=True, channels_per_head=64)
     return UNetConfig(
-        **shared, embedding=EMBEDDINGS[edm["embedding_type"]], noise_multiplier=edm["channel_mult_noise"],
+        **shared,
+        embedding=EMBEDDINGS[edm["embedding_type"]],
+        noise_multiplier=edm["channel_mult_noise"],
         encoder=edm["encoder_type"],
         resample_filter=edm["resample_filter"] if len(edm["channel_mult"]) > 1 else (1, 1),  # of one level: unused
-    )  # fmt: skip
+    )
 
 
 def _check(name: str, value: Any, default: Any) -> None:
@@ -149,8 +182,7 @@ def _check(name: str, value: Any, default: Any) -> None:
 
 def _without_filters(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """The tensors by their names inside EDM's inner model; the constant resampling filters are compared and dropped."""
-    taps = torch.tensor(config.resample_filter, dtype=torch.float32)
-    kernel = (taps.outer(taps) / taps.sum() ** 2)[None, None]
+    kernel = separable_filter(config.resample_filter)[None, None]
     tensors = {}
     for full_name, tensor in state_dict.items():
         name = full_name.removeprefix("model.")

@@ -8,7 +8,7 @@ import math
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -50,14 +50,14 @@ def load_pickle(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if file.read(1) != b"\x80":
                 raise Refused("a file that is no pickle")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                network = _network(content)
+                network = _network(cast(BinaryIO, content), len(content))  # it reads as one
         return _arguments(network), dict(_tensors(network))
     except Refused as error:
         raise ValueError(f"fastdmd.teachers: expected an EDM network in {path}, got {error}") from error
 
 
-def _network(content: mmap.mmap) -> Inert:
-    tensors = _TensorReader(len(content))
+def _network(content: BinaryIO, num_bytes: int) -> Inert:
+    tensors = _TensorReader(num_bytes)
     builders = {
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
         ("torch.nn.modules.container", "ModuleDict"): lambda arguments: Inert("ModuleDict"),
@@ -103,7 +103,7 @@ def _tensors(network: Inert) -> Iterator[tuple[str, Tensor]]:
             raise Refused(f"the module {prefix[:-1]} in two places, or in more than {MAX_DEPTH} others")
         seen.add(id(module))
         state = _state(module)
-        members = {}
+        members: dict[str, Tensor | Inert | None] = {}
         for kind, expected in (("_parameters", Tensor), ("_buffers", Tensor), ("_modules", Inert)):
             table = state.get(kind)
             if type(table) is not dict:
@@ -115,7 +115,7 @@ def _tensors(network: Inert) -> Iterator[tuple[str, Tensor]]:
                     raise Refused(f"{shown(member)} as the member {prefix}{name}")
                 members[name] = member
         for name, member in members.items():
-            if type(member) is Inert:
+            if isinstance(member, Inert):
                 yield from walk(member, f"{prefix}{name}.", depth + 1)
             elif member is not None:
                 yield prefix + name, member

@@ -32,8 +32,9 @@ class Inert:
     state: Any = None
 
 
-def read(file: BinaryIO, builders: Builders, *, max_operations: int,
-         persistent: Callable[[Any], Any] | None = None) -> Any:  # fmt: skip
+def read(
+    file: BinaryIO, builders: Builders, *, max_operations: int, persistent: Callable[[Any], Any] | None = None
+) -> Any:
     """The object of the pickle that starts at the position of `file`, which ends up behind it.
 
     Made of None, bool, int, float, str, bytes, tuple, list, dict with str keys, empty set, `Inert` and whatever
@@ -106,9 +107,18 @@ class _Machine:
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 self.stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
             case (
-                "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINUNICODE" | "BINUNICODE"
-                | "BINUNICODE8" | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8"
-            ):  # fmt: skip
+                "BININT"
+                | "BININT1"
+                | "BININT2"
+                | "LONG1"
+                | "BINFLOAT"
+                | "SHORT_BINUNICODE"
+                | "BINUNICODE"
+                | "BINUNICODE8"
+                | "SHORT_BINBYTES"
+                | "BINBYTES"
+                | "BINBYTES8"
+            ):
                 self.stack.append(argument)
             case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_SET":
                 self.stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}[name]())

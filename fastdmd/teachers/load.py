@@ -2,83 +2,55 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fastdmd.diffusion import Denoiser, per_sample, preconditioning
+from fastdmd.diffusion import Denoiser
 from fastdmd.networks import diffusers_unet
-from fastdmd.networks.adapted import Adapted, AdapterOptions, flag
-from fastdmd.networks.unet import UNet
-from fastdmd.networks.user_code import import_network, make_network, user_code
-from fastdmd.networks.weight_files import infinite_buffers, require_finite
-from fastdmd.networks.weights import ASSETS, load_network, load_weights
-from fastdmd.optim.flat import check_network
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.network import DenoisingNetwork
+from fastdmd.networks.options import NO_OPTIONS, TeacherOptions, flag
+from fastdmd.networks.states import infinite_buffers, load_weights, require_finite
+from fastdmd.networks.user_code import Code, make_network, user_code
+from fastdmd.networks.weights import ASSETS, load_network
 from fastdmd.sampling import Generator, HeunSampler, Sampler
-from fastdmd.settings import arg
 from fastdmd.teachers import edm
+from fastdmd.teachers.trial import verify, verify_training
 
 ACCEPTED = "mnist, a .safetensors file that fastdmd wrote, a .pkl of EDM, a folder of diffusers, or package.module:name"
 WEIGHTS_OF_RUNS = ("generator.safetensors", "teacher.safetensors")
-VERIFIED_SIGMAS = (0.002, 0.5, 5.0)
-# A denoiser returns an image without noise as it is, and at the greatest of these levels it errs about as the best
-# linear one does (c_out of EDM). The embedded teacher, recast: under its own name it changes 1 % and errs 1.9 times as
-# much; 320 % where another network claims x0, 12 to 18 times where it claims epsilon; most other confusions come to 1.8
-# to 3.2 and are not told from a good teacher on images that it does not know.
-TOLERATED_CHANGE, TOLERATED_ERROR = 0.5, 3.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherOptions(AdapterOptions):
-    """How a teacher that is not fastdmd's is taken. README, 'Your own teacher', has the table."""
-
-    weights: Annotated[Path | None, arg(name="teacher-weights")] = None
-    """State of a teacher given as package.module:name: .safetensors, or .pt without code. Default: as the code made
-    it."""
-    weights_key: str | None = None
-    """The entry of --teacher-weights that holds the state, where several could: ema, state_dict.model."""
-    network: str | None = None
-    """package.module:name of the network in a weight file of fastdmd, where that is not fastdmd's own."""
-
-
-NO_OPTIONS = TeacherOptions()
-
-
-def load(source: str | Path | nn.Module | Callable[[], nn.Module], *, device: str | torch.device = "cpu",
-         **options: Any) -> nn.Module:  # fmt: skip
-    """A teacher, ready for `trainer.build`: in eval mode, without gradients, on `device`; a `Denoiser`.
+def load(
+    source: Code | Path, *, device: str | torch.device = "cpu", network: Code | None = None, **options: Any
+) -> DenoisingNetwork:
+    """A teacher, ready to be distilled: in eval mode, without gradients, on `device`.
 
     `source`: `mnist`, the embedded one; a `.safetensors` file that fastdmd wrote; a `.pkl` of EDM; a folder of
     diffusers (`UNet2DModel`); `package.module:name`, or what that names: a module, or a class or function that makes
-    one without arguments. A module is taken over, not copied. `options` are those of `TeacherOptions`, where `network`
-    may also be a module or what makes one. A network that is not fastdmd's runs once, and a copy of it takes a gradient
-    once; see `verify` and `verify_training`.
+    one without arguments. A module is taken over, not copied. `options` are those of `TeacherOptions`; `network` may
+    here be a module or what makes one, too. A network that is not fastdmd's runs once, and a copy of it takes a
+    gradient once; see `verify` and `verify_training`.
 
     Raises ValueError, TypeError or OSError, one line long, with what was expected and what came.
     """
-    network, metadata = read(source, TeacherOptions(**options), device)
+    teacher, metadata = read(source, TeacherOptions(**options), device, network=network)
     if metadata["kind"] != "teacher":
         raise ValueError(f"fastdmd.teachers: expected a teacher, got a {metadata['kind']} in {source}")
-    verify_training(network)
-    return network
+    verify_training(teacher)
+    return teacher
 
 
-def load_generator(path: str | Path, *, device: str | torch.device = "cpu",
-                   network: nn.Module | Callable[[], nn.Module] | str | None = None) -> Generator:  # fmt: skip
+def load_generator(path: str | Path, *, device: str | torch.device = "cpu", network: Code | None = None) -> Generator:
     """A generator from a weight file that fastdmd wrote, on `device`: `load_generator(path)(noise, class_labels)`.
 
     `network` makes one that is not fastdmd's, as in `load`. Raises ValueError, TypeError or OSError, one line long.
     """
-    options = {} if network is None else {"network": network}
-    found, metadata = read(path, TeacherOptions(**options), device)
+    found, metadata = read(path, device=device, network=network)
     if metadata["kind"] != "generator":
         raise ValueError(f"fastdmd.load_generator: expected a generator, got a {metadata['kind']} in {path}")
     return Generator(found, (metadata["conditioning_sigma"],))
@@ -91,132 +63,80 @@ def sampler_of(network: Denoiser, metadata: Mapping[str, Any], num_steps: int) -
     return HeunSampler(network, num_steps)
 
 
-def read(source: str | Path | nn.Module | Callable[[], nn.Module], options: TeacherOptions = NO_OPTIONS,
-         device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
-    """As `load`, a teacher or a generator; and what its weight file says of it, its `kind` at the least."""
-    given = options.given()
-    kind = _kind(source)
-    if kind != "file" and "network" in given:
+def read(
+    source: Code | Path,
+    options: TeacherOptions = NO_OPTIONS,
+    device: str | torch.device = "cpu",
+    *,
+    network: Code | None = None,
+) -> tuple[DenoisingNetwork, dict[str, Any]]:
+    """As `load`, a teacher or a generator; and what its weight file says of it, its `kind` at the least.
+
+    `network`, if it is given, stands for that of `options`. Raises as `load` does.
+    """
+    kind, given = _kind(source), options.given()
+    code = options.network if network is None else network
+    if kind != "file" and code is not None:
         raise ValueError(f"fastdmd.teachers: expected --network with a .safetensors file only, got {source}")
-    if kind != "code" and "weights" in given:
+    if kind != "code" and options.weights is not None:
         raise ValueError(f"fastdmd.teachers: expected --teacher-weights with package.module:name only, got {source}")
-    if "weights_key" in given and "weights" not in given:
+    if options.weights_key is not None and options.weights is None:
         raise ValueError(f"fastdmd.teachers: expected --weights-key with --teacher-weights only, got {source}")
-    code, weights, key = (given.pop(name, None) for name in ("network", "weights", "weights_key"))
     if given and kind in ("file", "pickle"):
         raise ValueError(f"fastdmd.teachers: expected no {_flags(given)} with {source}, which brings its own")
-    if kind == "file":
-        path = ASSETS / "teacher.safetensors" if source == "mnist" else source
-        network, metadata = load_network(path, device=device, network=code)
-        sigma = metadata.get("conditioning_sigma")
-        if metadata["kind"] == "generator" and sigma is None:
-            raise ValueError(f"fastdmd.teachers: expected a generator's conditioning_sigma, got {source} without")
-        if isinstance(network, Adapted):
-            verify(network, None if metadata["kind"] == "teacher" else sigma)
-        return network, metadata
-    if kind == "pickle":
-        network = edm.load(source)
-    elif kind == "folder":
-        if weights := [file for name in WEIGHTS_OF_RUNS if (file := Path(source) / name).is_file()]:
-            raise ValueError(f"fastdmd.teachers: expected {ACCEPTED}, got the run {source}, which holds {weights[0]}")
-        module, arguments, found = diffusers_unet.load_folder(Path(source))
-        network = Adapted(module, origin={"diffusers": arguments}, **{**found, **given})
-    else:
+    if kind == "code":
         with user_code("teachers", f"{_name(source)} to be a teacher"):
-            network = _from_code(source, weights, key, given)
+            teacher = _from_code(source, options)
+    else:
+        assert isinstance(source, (str, Path))
+        if kind == "file":
+            return _from_file(source, code, device)
+        teacher = edm.load(source) if kind == "pickle" else _from_folder(Path(source), given)
     with user_code("teachers", f"{_name(source)} on {device}, in eval mode"):
-        network = network.to(device).eval().requires_grad_(False)
-    if isinstance(network, Adapted):
-        verify(network)
-    return network, {"kind": "teacher"}
+        teacher = teacher.to(device).eval().requires_grad_(False)
+    if teacher.foreign_name:
+        verify(teacher)
+    return teacher, {"kind": "teacher"}
 
 
-@torch.no_grad()
-def verify(denoiser: Adapted, conditioning_sigma: float | None = None) -> None:
-    """Runs a denoiser once, on smooth images with noise of three levels; a generator at the one that it starts from.
-
-    Raises ValueError if it fails, if what its network gives is not floating point of the images' shape, or not finite,
-    or if it changes its input. Warns where what it gives is not what a denoiser would give: it may be a network of
-    another parameterization, or one that is not trained.
-    """
-    sigmas = VERIFIED_SIGMAS if conditioning_sigma is None else (conditioning_sigma,) * 2
-    images, inputs = _trial(denoiser, sigmas)
-    device, name = next(denoiser.parameters()).device, type(denoiser.network).__name__
-    passed = [tensor.to(device, copy=True) for tensor in inputs]
-    shapes = _shapes(inputs)
-    with user_code("teachers", f"{name} to denoise {shapes}"):
-        D_x = denoiser(*passed)
-    for before, after, argument in zip(inputs, passed, ("x", "sigma", "labels"), strict=False):
-        if not torch.equal(before, after.cpu()):
-            raise ValueError(f"fastdmd.teachers: expected {name} to leave its input as it is, got another {argument}")
-    D_x = D_x.cpu()
-    if not D_x.isfinite().all():
-        levels = sorted({level for level, D in zip(sigmas, D_x, strict=True) if not D.isfinite().all()})
-        raise ValueError(f"fastdmd.teachers: expected finite images of {name}, got NaN or infinity at sigma {levels}")
-    if conditioning_sigma is not None:
-        return
-    sigma = inputs[1]
-    change = ((D_x - inputs[0])[0].norm() / inputs[0][0].norm()).item()
-    c_out = preconditioning(sigma, denoiser.sigma_data)[1]
-    error = ((D_x - images)[-1].square().mean().sqrt() / c_out[-1]).item()
-    if change > TOLERATED_CHANGE or error > TOLERATED_ERROR:
-        warnings.warn(
-            f"{name} does not denoise as --parameterization {denoiser.parameterization}: it changes an image without "
-            f"noise by {change:.0%}, and at sigma {VERIFIED_SIGMAS[-1]:g} errs {error:.1f} times as much as the best "
-            "linear denoiser. Expected of a network that is not trained; else its parameterization is another",
-            stacklevel=2,
-        )
+def _from_file(
+    source: str | Path, code: Code | None, device: str | torch.device
+) -> tuple[DenoisingNetwork, dict[str, Any]]:
+    path = ASSETS / "teacher.safetensors" if source == "mnist" else source
+    network, metadata = load_network(path, device=device, network=code)
+    sigma = metadata.get("conditioning_sigma")
+    if metadata["kind"] == "generator" and sigma is None:
+        raise ValueError(f"fastdmd.teachers: expected a generator's conditioning_sigma, got {source} without")
+    if network.foreign_name:
+        verify(network, None if metadata["kind"] == "teacher" else sigma)
+    return network, metadata
 
 
-def verify_training(network: nn.Module) -> None:
-    """Copies somebody's network and takes a gradient of the copy, as its distillation does; nothing of it is kept.
+def _from_folder(path: Path, options: Mapping[str, Any]) -> Adapted:
+    if weights := [file for name in WEIGHTS_OF_RUNS if (file := path / name).is_file()]:
+        raise ValueError(f"fastdmd.teachers: expected {ACCEPTED}, got the run {path}, which holds {weights[0]}")
+    module, arguments, found = diffusers_unet.load_folder(path)
+    return Adapted(module, origin={"diffusers": arguments}, **{**found, **options})
 
-    Raises ValueError or TypeError if either fails, if its parameters are none that `AdamWEMA` takes, if the copy shares
-    any with the network, and where none gets a gradient. The batch is another than in `verify`.
-    """
-    if not isinstance(network, Adapted):
-        return
-    name, device = type(network.network).__name__, next(network.parameters()).device
-    _, inputs = _trial(network, VERIFIED_SIGMAS[1:])
-    with user_code("teachers", f"{name} to be copied and trained"):
-        twin = copy.deepcopy(network).requires_grad_(True)
-        check_network(twin)
-        copy.deepcopy(twin).requires_grad_(False)  # its average
-    places = {parameter.data_ptr() for parameter in network.parameters() if parameter.numel()}
-    if shared := [name for name, parameter in twin.network.named_parameters() if parameter.data_ptr() in places]:
-        raise ValueError(f"fastdmd.teachers: expected a copy of {name} with weights of its own, got {shared[0]} shared")
-    with torch.enable_grad(), user_code("teachers", f"a gradient of {name} for {_shapes(inputs)}"):
-        D_x = twin(*(tensor.to(device) for tensor in inputs))
-        is_on = torch.is_grad_enabled()
-        if D_x.requires_grad:
-            D_x.square().mean().backward()
-    if not is_on:
-        raise ValueError(f"fastdmd.teachers: expected {name} to leave gradients on, got set_grad_enabled(False)")
-    if all(parameter.grad is None for parameter in twin.parameters()):
+
+def _from_code(source: Code | Path, options: TeacherOptions) -> DenoisingNetwork:
+    code = str(source) if isinstance(source, Path) else source
+    network = make_network(code, "teachers", "the source")
+    if options.weights is not None:
+        load_weights(network, Path(options.weights), options.weights_key)
+    else:
+        require_finite(network, type(network).__name__, infinite_buffers(network))
+    given = options.given()
+    if not isinstance(network, DenoisingNetwork):
+        return Adapted(network.float(), origin={"source": code} if isinstance(code, str) else None, **given)
+    if given:
         raise ValueError(
-            f"fastdmd.teachers: expected a gradient for the parameters of {name}, got none: of no_grad, inference_mode "
-            "or detach, or of a copy that computes with the weights of another"
+            f"fastdmd.teachers: expected no {_flags(given)} with a {type(network).__name__}, which brings its own"
         )
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # for those who ask how much is free
+    return network.in_best_layout()
 
 
-def _trial(denoiser: Adapted, sigmas: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
-    """Smooth images `[B, C, H, W]`, and the inputs of the denoiser for them, one of each level."""
-    (C, H, W), B, generator = denoiser.image_shape, len(sigmas), torch.Generator().manual_seed(0)
-    images = F.interpolate(torch.randn(B, C, 4, 4, generator=generator), (H, W), mode="bilinear")
-    images = images * (denoiser.sigma_data / images.std())
-    noise = torch.randn(images.shape, generator=generator)
-    sigma = torch.tensor(sigmas)
-    class_labels = [torch.arange(B) % denoiser.num_classes] if denoiser.num_classes else []
-    return images, [images + per_sample(sigma) * noise, sigma, *class_labels]
-
-
-def _shapes(inputs: Iterable[Tensor]) -> str:
-    return ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in inputs)
-
-
-def _kind(source: Any) -> str:
+def _kind(source: Code | Path) -> str:
     if not isinstance(source, (str, Path)):
         return "code"
     path = Path(source)
@@ -231,25 +151,8 @@ def _kind(source: Any) -> str:
     raise ValueError(f"fastdmd.teachers: expected {ACCEPTED}, got {source}")
 
 
-def _name(source: str | Path | nn.Module | Callable[[], nn.Module]) -> str:
+def _name(source: Code | Path) -> str:
     return str(source) if isinstance(source, (str, Path)) else f"the {type(source).__name__}"
-
-
-def _from_code(source: str | nn.Module | Callable[[], nn.Module], weights: Path | None, key: str | None,
-               options: Mapping[str, Any]) -> nn.Module:  # fmt: skip
-    named = isinstance(source, (str, Path))
-    network = import_network(str(source), "teachers") if named else make_network(source, "teachers", "the source")
-    if weights is not None:
-        load_weights(network, Path(weights), key)
-    else:
-        require_finite(network, type(network).__name__, infinite_buffers(network))
-    if not isinstance(network, (UNet, Adapted)):
-        return Adapted(network.float(), origin={"source": str(source)} if named else None, **options)
-    if options:
-        raise ValueError(
-            f"fastdmd.teachers: expected no {_flags(options)} with a {type(network).__name__}, which brings its own"
-        )
-    return network.to(memory_format=torch.channels_last) if isinstance(network, UNet) else network
 
 
 def _flags(options: Iterable[str]) -> str:

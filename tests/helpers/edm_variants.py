@@ -44,7 +44,6 @@ def inputs(config, dtype):
     shape = (3, config["img_channels"], config["img_resolution"], config["img_resolution"])
     x, cotangent = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     sigma = torch.tensor([0.02, 0.7, 40.0], dtype=dtype)
-    label_dim, augment_dim = config.get("label_dim", 0), config.get("augment_dim", 0)
+    label_dim = config.get("label_dim", 0)
     labels = torch.eye(label_dim, dtype=dtype)[[1, 0, 4]] if label_dim else None
-    augment = torch.randn(3, augment_dim, generator=generator).to(dtype) if augment_dim else None
-    return x, sigma, labels, augment, cotangent
+    return x, sigma, labels, cotangent

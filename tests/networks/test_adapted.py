@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from benchmarks.textbook import textbook_like
-from fastdmd.networks.adapted import Adapted, AdapterOptions
+from fastdmd.networks.adapted import Adapted
+from fastdmd.networks.options import AdapterOptions
 from fastdmd.quality import sample
 from fastdmd.runs import distillation
 from fastdmd.runs.config import TrainConfig
@@ -161,9 +162,9 @@ def test_attributes_fill_in_what_is_not_said():
     ours.image_shape, ours.num_classes, ours.dynamics = (1, 8, 8), 3, "flow"
     adapted = Adapted(edm_like, parameterization="edm")
     assert (adapted.image_shape, adapted.num_classes, adapted.sigma_data) == ((1, 8, 8), 3, 0.4)
-    assert adapted.options.labels == "one_hot" and adapted.dynamics == "edm"
+    assert adapted.interface.labels == "one_hot" and adapted.dynamics == "edm"
     adapted = Adapted(ours, parameterization="x0")
-    assert adapted.options.labels == "int" and adapted.sigma_data == 0.5 and adapted.dynamics == "flow"
+    assert adapted.interface.labels == "int" and adapted.sigma_data == 0.5 and adapted.dynamics == "flow"
     assert Adapted(ours, parameterization="x0", num_classes=0, sigma_data=2).describe() == {
         "source": f"{__name__}:Tiny",
         "options": {"parameterization": "x0", "image_shape": (1, 8, 8), "num_classes": 0, "labels": "none",

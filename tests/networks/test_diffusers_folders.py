@@ -51,7 +51,7 @@ def test_a_diffusers_folder_is_distilled_and_its_generator_needs_no_code(tmp_pat
     capsys.readouterr()
     assert str(tmp_path) not in json.dumps(load_network(file)[1]["network"])
     generator, teacher = load_network(file)[0], teachers.load(tmp_path / "model", sigma_data=0.4)
-    assert generator.options == teacher.options and generator.num_classes == 4 and generator.sigma_data == 0.4
+    assert generator.interface == teacher.interface and generator.num_classes == 4 and generator.sigma_data == 0.4
     assert any(not torch.equal(a, b) for a, b in zip(generator.parameters(), teacher.parameters(), strict=True))
     sample.main([str(file), "--num", "3", "--out", str(tmp_path / "s.npz"), "--device", "cpu"])
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 8, 8, 3)
@@ -61,7 +61,7 @@ def test_a_diffusers_folder_is_distilled_and_its_generator_needs_no_code(tmp_pat
     with pytest.raises(ValueError, match="expected --parameterization out of"):
         teachers.load(tmp_path / "bare")
     bare = teachers.load(tmp_path / "bare", parameterization="epsilon")
-    assert bare.options.noise_schedule == "linear"
+    assert bare.interface.stated["noise_schedule"] == "linear"
     x, sigma, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 5.0]), torch.tensor([3, 1])
     assert_close(bare(x, sigma, labels), teacher(x, sigma, labels), rtol=1e-4, atol=1e-4)
 
@@ -112,12 +112,12 @@ def test_every_form_of_weights(tmp_path, capsys):
 @pytest.mark.parametrize("named", ["unet", "unet/", "unet/../unet", "unet_ema", "."])
 def test_a_scheduler_counts_wherever_the_network_is_named(named, tmp_path, monkeypatch):
     diffusers_folder(tmp_path, "v_prediction", beta_schedule="squaredcos_cap_v2")
-    expected = teachers.load(tmp_path).options
+    expected = teachers.load(tmp_path).interface
     assert expected.parameterization == "v" and expected.alphas_cumprod[-1] < 1e-4
     (tmp_path / "unet").rename(tmp_path / "unet_ema") if named == "unet_ema" else None
-    assert teachers.load(f"{tmp_path}/{named}").options == expected
+    assert teachers.load(f"{tmp_path}/{named}").interface == expected
     monkeypatch.chdir(tmp_path / named)
-    assert teachers.load(Path(".")).options == expected
+    assert teachers.load(Path(".")).interface == expected
     with pytest.raises(ValueError, match="expected no --noise-schedule with alphas_cumprod, got linear$"):
         teachers.load(".", noise_schedule="linear")
     with pytest.raises(ValueError, match="no noise schedule .* with --parameterization flow, got 1000 alphas_cumprod$"):
@@ -135,7 +135,7 @@ def test_the_average_is_what_is_taken(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"{tmp_path}: took unet_ema, the average that one samples from, left unet; {tmp_path / 'unet'} names that\n"
     )
-    assert "decay" not in taken.describe()["diffusers"] and taken.options.alphas_cumprod is not None
+    assert "decay" not in taken.describe()["diffusers"] and len(taken.interface.alphas_cumprod) == 1000
     expected_of(raw, tmp_path / "unet", parameterization="epsilon")
     for file in (tmp_path / "unet").iterdir():
         file.unlink()

@@ -34,7 +34,7 @@ def test_diffusers_folders_that_cannot_be_taken(tmp_path):
         return teachers.load(folder)
 
     flow = load_with("scheduler", _class_name="FlowMatchEulerDiscreteScheduler")
-    assert flow.dynamics == "flow" and flow.options.time_scale == 1000
+    assert flow.dynamics == "flow" and flow.interface.time_scale == 1000
     for changes, message in (
         (("unet", {"_class_name": "UNet2DConditionModel"}), "expected a UNet2DModel, got UNet2DConditionModel in"),
         (("unet", {"time_embedding_type": "fourier"}), "expected time_embedding_type positional .* got fourier"),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastdmd import evaluate, sample, teachers, train
-from fastdmd.networks.user_code import import_network, user_code
+from fastdmd.networks.user_code import make_network, user_code
 from fastdmd.networks.weights import save_network
 
 NETWORK = """
@@ -160,7 +160,7 @@ def test_modes_that_code_changes_are_as_before(change, code):
         teachers.load(name, parameterization="epsilon")
     assert modes() == before
     with pytest.raises(ValueError, match="got SystemExit"):
-        import_network(code(f"import torch\n{change}\nraise SystemExit"), "teachers")
+        make_network(code(f"import torch\n{change}\nraise SystemExit"), "teachers")
     assert modes() == before
 
 
@@ -198,9 +198,9 @@ def test_what_is_no_error_of_the_code_passes():
 def test_errors_inside_libraries_name_the_line_that_called_them(code):
     name = code("import torch\n\ndef Mine():\n    return torch.nn.Linear(-1, 'x')\n")
     with pytest.raises(ValueError, match=r"\.py, line 4\)$"):
-        import_network(name, "teachers")
+        make_network(name, "teachers")
     with pytest.raises(
         ValueError, match="expected nothing:here to be importable, got ModuleNotFoundError: .*'nothing'$"
     ):
-        import_network("nothing:here", "teachers")
-    assert isinstance(import_network(code("import torch\nMine = torch.nn.Identity"), "teachers"), nn.Identity)
+        make_network("nothing:here", "teachers")
+    assert isinstance(make_network(code("import torch\nMine = torch.nn.Identity"), "teachers"), nn.Identity)

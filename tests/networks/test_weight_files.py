@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastdmd.networks.weight_files import open_weights
-from fastdmd.networks.weights import load_weights
+from fastdmd.networks.states import load_weights
+from fastdmd.networks.tensor_files import open_tensors
 
 
 class Inner(nn.Module):
@@ -146,7 +146,7 @@ def test_an_archive_that_inflates_is_refused_before_it_does(tmp_path):
             with pytest.raises(
                 ValueError, match=r"at most 10 times its own size in .*c.pt, got 419\d{4} bytes in \d{4}$"
             ):
-                open_weights(tmp_path / "c.pt")
+                open_tensors(tmp_path / "c.pt")
         else:
             load_weights(network := Inner(), tmp_path / "c.pt", "model")
             assert took_all(network)
@@ -278,5 +278,5 @@ def test_a_dictionary_that_holds_itself_ends(tmp_path):
         content = {"left": content, "right": content, "w": torch.ones(1) * level}
     torch.save(content, tmp_path / "w.pt")
     started = time.monotonic()
-    assert len(open_weights(tmp_path / "w.pt").described) == 8  # as deep as anybody nests
+    assert len(open_tensors(tmp_path / "w.pt").described) == 8  # as deep as anybody nests
     assert time.monotonic() - started < 5

@@ -9,10 +9,9 @@ import pytest
 
 from fastdmd import diffusion, export, settings
 from fastdmd.distill.optimization import warm_up_notice
-from fastdmd.networks.adapted import AdapterOptions, flag
+from fastdmd.networks.options import TeacherOptions, flag
 from fastdmd.runs import config
 from fastdmd.runs.pretraining import PretrainConfig
-from fastdmd.teachers import TeacherOptions
 
 COMMANDS = {
     "train": config.TrainConfig(), "pretrain": PretrainConfig(),
@@ -108,7 +107,6 @@ def test_optional_numbers_have_bounds_too(name, value):
      ("num_classes", 10**12), ("image_shape", (3, 10**6, 10**6)), ("image_shape", (0, 8, 8))],
 )  # fmt: skip
 def test_options_of_a_teacher_are_checked_under_their_flags(name, value):
-    AdapterOptions()
     settings = config.SampleConfig(weights="a:b", adapter=TeacherOptions(**{name: value}))
     with pytest.raises(ValueError, match=f"expected {flag(name)} "):
         settings.check()

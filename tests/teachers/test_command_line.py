@@ -40,7 +40,7 @@ def test_a_foreign_teacher_from_the_command_line_and_back(name, options, tmp_pat
         key.strip("-").replace("-", "_").replace("schedule_timesteps", "num_train_timesteps"):
             int(value) if value.isdecimal() else value for key, value in zip(options[::2], options[1::2], strict=True)
     })  # fmt: skip
-    assert generator.options == teacher.options and metadata["network"]["source"] == f"{FOREIGN}:{name}"
+    assert generator.interface == teacher.interface and metadata["network"]["source"] == f"{FOREIGN}:{name}"
     moved = [(a - b).abs().max() for a, b in zip(generator.parameters(), teacher.parameters(), strict=True)]
     assert max(moved) > 0 and generator.network.steps == 7
     # The tensors are the network's own: its code can read them without fastdmd.
@@ -91,7 +91,7 @@ def test_a_weight_file_imports_nothing(tmp_path, capsys, monkeypatch):
     file = load_file(tmp_path / "t.safetensors")
     assert file["steps"].dtype == torch.int64 and file["middle.weight"].dtype == torch.float16
     half = teachers.load(tmp_path / "t.safetensors", network=foreign.build())
-    assert half.options == network.options and half.network.middle.weight.dtype == torch.float32
+    assert half.interface == network.interface and half.network.middle.weight.dtype == torch.float32
     assert_close(half.network.middle.weight, network.network.middle.weight, rtol=1e-3, atol=1e-6)
     for code, got in (
         (

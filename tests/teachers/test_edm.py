@@ -69,31 +69,30 @@ def test_the_plain_networks_are_golden_too(name):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_published_variant_is_the_plain_network(name, dtype):
-    """Values and gradients for the input and every parameter, labels and augmentation labels included."""
+    """Values and gradients for the input and all parameters but that of augmentation labels, which is kept as it is."""
     config = small(name)
     state = random_state(config)
     network = from_edm(config, state).to(dtype).requires_grad_(True)
-    x, sigma, labels, augment, cotangent = inputs(config, dtype)
+    x, sigma, labels, cotangent = inputs(config, dtype)
     tensors = {key: tensor.to(dtype).requires_grad_(True) for key, tensor in state.items()}
     weights = Weights(tensors)
 
     x_plain = x.clone().requires_grad_(True)
-    expected = denoise(config, weights, x_plain, sigma, labels, augment)
+    expected = denoise(config, weights, x_plain, sigma, labels)
     expected.backward(cotangent)
     x.requires_grad_(True)
-    D_x = network(x, sigma, labels, augment)
+    D_x = network(x, sigma, labels)
     D_x.backward(cotangent)
     assert distance(D_x.detach(), expected.detach()) < TOLERANCE[dtype]
     assert distance(x.grad, x_plain.grad) < TOLERANCE[dtype]
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     for edm_name, part in edm_parts(network):
-        if part.name in gradients:
+        if edm_name == "map_augment.weight":
+            assert gradients[part.name] is None and config["augment_dim"] > 0
+            assert torch.equal(network.map_augment.weight, tensors[f"model.{edm_name}"])
+        elif part.name in gradients:
             expected_gradient = part.ordered(tensors[f"model.{edm_name}"].grad)
             assert distance(part.of(gradients), expected_gradient) < 20 * TOLERANCE[dtype], edm_name
-
-    plain = denoise(config, weights, x.detach(), sigma, labels)
-    assert distance(network(x, sigma, labels).detach(), plain.detach()) < TOLERANCE[dtype]
-    assert distance(D_x.detach(), plain.detach()) > 1e-3  # augmentation labels matter
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -127,20 +126,12 @@ def test_labels_of_all_zeros_mean_no_class(name):
     config = small(name)
     state = random_state(config)
     network = from_edm(config, state)
-    x, sigma, labels, _, _ = inputs(config, torch.float32)
+    x, sigma, labels, _ = inputs(config, torch.float32)
     expected = denoise(config, Weights(state), x, sigma, torch.zeros_like(labels))
     got = network(x, sigma, torch.zeros_like(labels))
     assert distance(got, expected) < 1e-5
     assert distance(got, network(x, sigma, labels)) > 1e-3
     assert torch.equal(network(x, sigma, labels.argmax(dim=1)), network(x, sigma, labels))
-
-
-def test_augmentation_labels_without_a_place():
-    config = small("cifar10-32x32-uncond-vp") | {"augment_dim": 0}
-    network = from_edm(config, random_state(config))
-    x, sigma, *_ = inputs(config, torch.float32)
-    with pytest.raises(ValueError, match="fastdmd.UNet: expected augment_labels None for augment_dim 0"):
-        network(x, sigma, None, torch.zeros(3, 9))
 
 
 CORNERS = {
@@ -169,13 +160,14 @@ CORNERS = {
 def test_corners_of_the_constructors_are_the_plain_network(config):
     state = random_state(config)
     network = from_edm(config, state).double()
-    x, sigma, labels, augment, _ = inputs(config | {"label_dim": 0}, torch.float64)
+    x, sigma, *_ = inputs(config | {"label_dim": 0}, torch.float64)
     label_dim = config["label_dim"]
     labels = torch.eye(label_dim, dtype=torch.float64)[torch.tensor([1, 0, 4]) % label_dim] if label_dim else None
     weights = Weights({key: tensor.double() for key, tensor in state.items()})
-    expected = denoise(config, weights, x, sigma, labels, augment)
-    assert distance(network(x, sigma, labels, augment), expected) < TOLERANCE[torch.float64]
-    assert weights.used == {name for name in state if not name.endswith("resample_filter")}
+    expected = denoise(config, weights, x, sigma, labels)
+    assert distance(network(x, sigma, labels), expected) < TOLERANCE[torch.float64]
+    unused = {name for name in state if name.endswith(("resample_filter", "map_augment.weight"))}
+    assert weights.used == state.keys() - unused
 
 
 def test_narrow_levels_of_adm_have_no_attention():
@@ -196,7 +188,7 @@ def test_half_precision_tensors_become_float32():
     state = {name: tensor.half() for name, tensor in random_state(config).items()}
     network = from_edm(config, state)
     expected = from_edm(config, {name: tensor.float() for name, tensor in state.items()})
-    x, sigma, labels, _, _ = inputs(config, torch.float32)
+    x, sigma, labels, _ = inputs(config, torch.float32)
     assert network(x, sigma, labels).dtype == torch.float32
     assert torch.equal(network(x, sigma, labels), expected(x, sigma, labels))
     assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
@@ -214,6 +206,6 @@ def test_a_network_of_edm_survives_a_weight_file(tmp_path):
     config = small("cifar10-32x32-cond-ve")
     network = from_edm(config, random_state(config))
     save_network(tmp_path / "teacher.safetensors", network, kind="teacher")
-    x, sigma, labels, augment, _ = inputs(config, torch.float32)
+    x, sigma, labels, _ = inputs(config, torch.float32)
     loaded, _ = load_network(tmp_path / "teacher.safetensors")
-    assert_close(loaded(x, sigma, labels, augment), network(x, sigma, labels, augment), rtol=0, atol=0)
+    assert_close(loaded(x, sigma, labels), network(x, sigma, labels), rtol=0, atol=0)
