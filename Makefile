@@ -50,6 +50,7 @@ lint: .venv/ready-dev
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $(NATIVE)
+	$(VENV) -m mypy
 	.venv/bin/lint-imports --no-logo --no-cache
 
 bench: .venv/ready-dev

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdmd.ops._math import per_sample as per_sample  # the ops' own, public here
 from fastdmd.ops._math import preconditioning as preconditioning
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DDPM_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # first and last
 DDPM_SCHEDULES = (*DDPM_BETAS, "cosine", "squaredcos_cap_v2")
@@ -32,6 +35,35 @@ class Denoiser(Protocol):
     foreign_name: str  # of the class of somebody else's whose code runs in it; empty: none
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
+
+
+class DenoisingNetwork(nn.Module):
+    """A `Denoiser` that is a module, `D(x, sigma, class_labels) -> D_x`, and says what others need to know of it.
+
+    What a run trains, copies and keeps: a `UNet`, or `Adapted`, anybody's.
+    """
+
+    image_shape: tuple[int, int, int]  # C, H, W
+    num_classes: int  # 0: unconditional
+    sigma_data: float  # standard deviation of the data
+    dynamics: str  # how it is trained: "edm" or "flow"
+    parameterization: str  # what its raw output is: "edm", "flow", "x0", "epsilon" or "v"
+    sigma_max: float = math.inf  # the greatest level that it was trained for
+    is_one_graph: bool = True  # torch.compile can take it whole
+    foreign_name: str = ""  # of the class of somebody else's whose code runs in it; empty: none
+
+    @property
+    def inner(self) -> nn.Module:
+        """The module whose tensors a weight file holds, under its own names."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """How to make this network again, as JSON can hold it; a weight file's `network`."""
+        raise NotImplementedError
+
+    def in_best_layout(self) -> Self:
+        """Itself, its weights in the memory format in which it is fastest."""
+        return self
 
 
 def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *, stream: int = 0) -> torch.Generator:

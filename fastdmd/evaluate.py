@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         sampler = teachers.sampler_of(network, metadata, config.evaluation.teacher_steps)
         dataset = config.data.load_named(network)
         evaluation = cli.make_evaluation(config, network, dataset, device)
+        assert evaluation is not None  # at least two samples
     with cli.run_errors("fastdmd.evaluate", "measuring", ADVICE):
         row = evaluation.measure(sampler, name=metadata["kind"])
     if config.out is not None:

@@ -25,9 +25,8 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from fastdmd import __version__
-from fastdmd.diffusion import random_generator
+from fastdmd.diffusion import Denoiser, DenoisingNetwork, random_generator
 from fastdmd.files import replacing, write_atomically
-from fastdmd.networks.unet import UNet
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 from fastdmd.networks.weights import METADATA_KEY, load_network, save_network
 from fastdmd.runs import cli, outputs, terminal
@@ -68,15 +67,18 @@ def main(arguments: list[str] | None = None) -> None:
         if "conditioning_sigma" not in metadata:
             raise ValueError(f"expected a generator with its conditioning_sigma, got {config.weights} without")
         difference = export_generator(
-            Generator(network, (metadata["conditioning_sigma"],)), config.out,
-            weights_dtype=getattr(torch, config.weights_dtype), tolerance=config.tolerance,
-        )  # fmt: skip
+            Generator(network, (metadata["conditioning_sigma"],)),
+            config.out,
+            weights_dtype=getattr(torch, config.weights_dtype),
+            tolerance=config.tolerance,
+        )
     megabytes = config.out.stat().st_size / 1e6
     print(f"{config.out}: {megabytes:.2f} MB, images differ from those of {config.weights} by at most {difference:.1e}")
 
 
-def export_generator(generator: Generator, path: Path, *, weights_dtype: torch.dtype = torch.float32,
-                     tolerance: float = 1e-3) -> float:  # fmt: skip
+def export_generator(
+    generator: Generator, path: Path, *, weights_dtype: torch.dtype = torch.float32, tolerance: float = 1e-3
+) -> float:
     """Writes the generator in the format of the suffix, atomically, once what was written has been checked.
 
     Programs (`.pt2`, `.onnx`) take standard normal `noise` `[B, C, H, W]` in float32 and, if the network knows
@@ -97,7 +99,7 @@ def export_generator(generator: Generator, path: Path, *, weights_dtype: torch.d
         raise FileNotFoundError(f"fastdmd.export_generator: expected a file in an existing folder, got {path}")
     if len(generator.sigmas) > 1:
         raise ValueError(f"fastdmd.export_generator: expected a one-step generator, got levels {generator.sigmas}")
-    network = copy.deepcopy(generator.network).cpu().eval().requires_grad_(False)
+    network = copy.deepcopy(network_of(generator)).cpu().eval().requires_grad_(False)
     generator = dataclasses.replace(generator, network=network)
     with replacing(path) as written:
         exported = WRITERS[path.suffix](generator, written, weights_dtype)
@@ -121,7 +123,14 @@ def greatest_difference(exported: Exported, generator: Generator) -> float:
     return torch.stack(differences).max().item()
 
 
-def make_inputs(network: UNet, batch_size: int) -> tuple[Tensor, Tensor | None]:
+def network_of(generator: Generator) -> DenoisingNetwork:
+    """Raises TypeError for one that is no module, as a compiled network is none."""
+    if not isinstance(generator.network, DenoisingNetwork):
+        raise TypeError(f"fastdmd.export_generator: expected a network, got a {type(generator.network).__name__}")
+    return generator.network
+
+
+def make_inputs(network: Denoiser, batch_size: int) -> tuple[Tensor, Tensor | None]:
     noise = torch.randn(batch_size, *network.image_shape, generator=random_generator(0, batch_size))
     return noise, balanced_labels(batch_size, network.num_classes)
 
@@ -143,6 +152,7 @@ class PlainGroupNormSiLU(nn.GroupNorm):
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         x = super().forward(x)
         if scale is not None:
+            assert shift is not None  # they come together
             x = x * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return F.silu(x)
 
@@ -155,7 +165,8 @@ class OneStep(nn.Module):
 
     def __init__(self, generator: Generator):
         super().__init__()
-        self.network = copy.deepcopy(generator.network).to(memory_format=torch.contiguous_format)
+        self.network = copy.deepcopy(network_of(generator))
+        self.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as torch documents it
         self.sigmas = generator.sigmas
         for module in self.network.modules():
             module.__class__ = PLAIN.get(module.__class__, module.__class__)
@@ -175,7 +186,7 @@ def trace(generator: Generator) -> ExportedProgram:
     return program
 
 
-def dynamic_shapes(network: UNet) -> dict[str, dict[int, Dim]]:
+def dynamic_shapes(network: Denoiser) -> dict[str, dict[int, Dim]]:
     names = ("noise", "class_labels") if network.num_classes else ("noise",)
     return dict.fromkeys(names, {0: Dim("batch")})
 
@@ -183,7 +194,7 @@ def dynamic_shapes(network: UNet) -> dict[str, dict[int, Dim]]:
 def write_weights(generator: Generator, path: Path, weights_dtype: torch.dtype) -> Exported:
     """Weights and configuration alone: what training noted about itself stays behind."""
     sigma = generator.sigmas[0]
-    save_network(path, generator.network, kind="generator", dtype=weights_dtype, conditioning_sigma=sigma)
+    save_network(path, network_of(generator), kind="generator", dtype=weights_dtype, conditioning_sigma=sigma)
     loaded, metadata = load_network(path)
     return Generator(loaded, (metadata["conditioning_sigma"],))
 
@@ -202,16 +213,20 @@ def write_onnx(generator: Generator, path: Path, _: torch.dtype) -> Exported:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'.onnx needs {", ".join(missing)}: pip install "fastdmd[export]"')
-    num_bytes = 4 * sum(value.numel() for value in generator.network.state_dict().values())
+    num_bytes = 4 * sum(value.numel() for value in network_of(generator).state_dict().values())
     if num_bytes > ONNX_BYTES:
         raise ValueError(f"expected at most {ONNX_BYTES / 1e9} GB of weights for .onnx, got {num_bytes / 1e9:.1f} GB")
     import onnxruntime  # an extra
 
     with quiet():
         program = torch.onnx.export(
-            trace(generator), dynamo=True, verbose=False, output_names=["images"],
+            trace(generator),
+            dynamo=True,
+            verbose=False,
+            output_names=["images"],
             dynamic_shapes=dynamic_shapes(generator.network),
-        )  # fmt: skip
+        )
+        assert program is not None  # as dynamo=True promises
         program.model.metadata_props.update(program_metadata(generator))
         for node in program.model.graph:
             node.metadata_props.clear()  # half a megabyte of where in torch each came from
@@ -220,7 +235,8 @@ def write_onnx(generator: Generator, path: Path, _: torch.dtype) -> Exported:
     names = [value.name for value in session.get_inputs()]
 
     def sampler(*inputs: Tensor | None) -> Tensor:
-        arrays = {name: value.numpy() for name, value in zip(names, inputs, strict=False)}
+        given = [value.numpy() for value in inputs if value is not None]
+        arrays = dict(zip(names, given, strict=True))
         return torch.from_numpy(session.run(None, arrays)[0])
 
     return sampler

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         if config.dry_run:
             cli.print_resolved(config, network)
             return
-        network = network.to(device=device, memory_format=torch.channels_last)
+        network = network.to(device).in_best_layout()
         if config.label_emphasis != 1 and network.num_classes == 0:
             raise ValueError(f"expected --label-emphasis 1 without class labels, got {config.label_emphasis}")
         evaluation = cli.make_evaluation(config, network, dataset if config.data.path else None, device)

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,7 @@ def write_images(config: SampleConfig, images: torch.Tensor, labels: torch.Tenso
         picture = image_grid(images, math.ceil(math.sqrt(config.num)))
         write_atomically(config.out, lambda file: picture.save(file, format="PNG"))
     else:
+        arrays: dict[str, Any]
         if images.shape[1] in (1, 3):
             arrays = {"images": to_uint8(images).permute(0, 2, 3, 1).numpy()}  # [N, H, W, C], as --data reads it
         else:  # of a latent space, which ends nowhere

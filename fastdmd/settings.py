@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError:  # commands alone need it; what they configure is also used without them
     FlagCreatePairsOff = OmitArgPrefixes = Positional = Suppress = None
 
-    class arg(NamedTuple):
+    class arg(NamedTuple):  # type: ignore[no-redef]
         name: str | None = None  # `check` reads it
         aliases: tuple[str, ...] = ()
 

@@ -7,13 +7,13 @@ from fastdmd.runs import startup
 if __name__ == "__main__":
     startup.prepare("fastdmd.train")
 
-import dataclasses
 import math
+from typing import Any
 
 import torch
-from torch import nn
 
 from fastdmd import teachers
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.budget import Budget, estimate
 from fastdmd.distill.optimization import warm_up_notice
 from fastdmd.memory import require_memory
@@ -25,7 +25,6 @@ from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
 
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
-HOPELESS = 2  # times the memory that there is: no estimate is as wrong as that, and the system would end the process
 
 
 @terminal.command("fastdmd.train")
@@ -49,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_values = config.batch_size * math.prod(teacher.image_shape)
         require_memory(BYTES_PER_DRAW * num_values, device, f"--batch-size {config.batch_size}")
         if budget is not None and (advice := budget.advice()) is not None:
-            if max(budget.state_bytes, budget.peak_bytes / HOPELESS) > budget.available_bytes:
+            if budget.is_hopeless:
                 raise ValueError(advice)
             print(f"{advice} (an estimate)")
         evaluation = cli.make_evaluation(config, teacher, dataset, device)
@@ -66,14 +65,15 @@ def main(arguments: list[str] | None = None) -> None:
     cli.leave("fastdmd.train", summary, config.iterations)
 
 
-def load_teacher(config: TrainConfig, device: torch.device) -> tuple[nn.Module, dict]:
+def load_teacher(config: TrainConfig, device: torch.device) -> tuple[DenoisingNetwork, dict[str, Any]]:
     """The teacher and its file's metadata; for a dry run without one, the shapes of the preset's network."""
     preset = PRESETS[config.preset]
     if config.teacher is None:
         if not config.dry_run:
             raise ValueError(f"expected --teacher, for --preset {config.preset} {preset.teacher_file}, got none")
+        assert preset.network is not None  # of a preset without a teacher of its own
         with torch.device("meta"):
-            return UNet(preset.network).to(memory_format=torch.channels_last), {}
+            return UNet(preset.network).in_best_layout(), {}
     teacher, metadata = teachers.read(config.teacher, config.adapter, device)
     if metadata["kind"] != "teacher":
         raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
@@ -88,15 +88,13 @@ def load_teacher(config: TrainConfig, device: torch.device) -> tuple[nn.Module, 
     return teacher, metadata
 
 
-def budget_of(config: ResolvedTrainConfig, teacher: nn.Module, device: torch.device) -> Budget | None:
+def budget_of(config: ResolvedTrainConfig, teacher: DenoisingNetwork, device: torch.device) -> Budget | None:
     """None where the teacher is somebody's module that does not run on meta tensors."""
-    eager = dataclasses.replace(
-        config, compute=dataclasses.replace(config.compute, execution="eager")
-    )  # as meta tensors
+    eager = config.replace(execution="eager")  # as meta tensors can be
     try:
         return estimate(teacher, lambda network: distillation.build(eager, network), config.batch_size, device)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        if isinstance(teacher, UNet):
+        if not teacher.foreign_name:
             raise
         return None
 

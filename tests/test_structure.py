@@ -32,7 +32,7 @@ from fastdmd import *
 print(load_teacher("mnist").num_classes, load_teacher.__module__, Generator.__name__, ops.dm_loss.__name__)
 """
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == ["module 'fastdmd' has no attribute 'nothing'", "10 fastdmd.teachers.load Generator dm_loss"]
+    assert lines == ["module 'fastdmd' has no attribute 'nothing'", "10 fastdmd.teachers.sources Generator dm_loss"]
     assert (PACKAGE / "py.typed").exists()
 
 

@@ -7,15 +7,18 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.turns import DMD2
 from fastdmd.memory import available_bytes
+
+HOPELESS = 2  # times the memory that there is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,18 @@ class Budget:
     def fits(self) -> bool | None:
         return None if self.available_bytes is None else self.peak_bytes <= self.available_bytes
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the system would end the process: no estimate is so wrong."""
+        least = max(self.state_bytes, self.peak_bytes / HOPELESS)
+        return self.available_bytes is not None and least > self.available_bytes
+
     def advice(self) -> str | None:
         """One line if the run does not fit, None otherwise."""
-        if self.fits is not False:
+        if self.available_bytes is None or self.fits:
             return None
         need = f"the run needs about {self.peak_bytes / 1e9:.1f} GB, {self.available_bytes / 1e9:.1f} GB are free"
-        if self.state_bytes > self.available_bytes:
+        if self.state_bytes > self.available_bytes or self.largest_batch_size is None:
             return f"{need}: weights and optimizers alone take {self.state_bytes / 1e9:.1f} GB; use a larger device"
         part = self.largest_batch_size // self.accumulation_steps
         steps = (n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0 and self.batch_size // n <= part)
@@ -52,7 +61,9 @@ class Budget:
         return {**dataclasses.asdict(self), "fits": self.fits, "advice": self.advice()}
 
 
-def estimate(teacher: nn.Module, build: Callable[[nn.Module], DMD2], batch_size: int, device: torch.device) -> Budget:
+def estimate(
+    teacher: DenoisingNetwork, build: Callable[[DenoisingNetwork], DMD2], batch_size: int, device: torch.device
+) -> Budget:
     """The budget of the distillation that `build` makes of a teacher, of which only the shapes matter.
 
     The turns themselves run, on meta tensors, and every storage that they would allocate is counted while it lives.
@@ -61,23 +72,30 @@ def estimate(teacher: nn.Module, build: Callable[[nn.Module], DMD2], batch_size:
     estimate was 4 % low for the CIFAR-10 network at 2 images, 6 % at 8.
     """
     meta = copy.deepcopy(teacher).to("meta")
-    memory, model, flops = _dry_run(meta, build, batch_size)
+    cost, model, flops = _dry_run(meta, build, batch_size)
     ratio, ahead = model.dfake_gen_update_ratio, model.images_ahead * batch_size
     generation = flops["generation"] // model.images_ahead
     iteration = flops["guidance"] + (flops["generator"] + (ratio - 1) * generation) // ratio
     available, largest = available_bytes(device), None
-    if available is not None and memory.peak > available:
+    if available is not None and cost.peak_bytes > available:
         least = model.accumulation_steps  # an image per part
         smaller, _, _ = _dry_run(meta, build, least)
-        per_image = (memory.peak - smaller.peak) / max(1, batch_size - least)
-        largest = max(least, int(least + (available - smaller.peak) / max(1.0, per_image)))
+        per_image = (cost.peak_bytes - smaller.peak_bytes) / max(1, batch_size - least)
+        largest = max(least, int(least + (available - smaller.peak_bytes) / max(1.0, per_image)))
     return Budget(
-        batch_size, model.accumulation_steps, sum(p.numel() for p in meta.parameters()), flops["generation"] // ahead,
-        iteration, memory.state, memory.peak, available, largest,
-    )  # fmt: skip
+        batch_size=batch_size,
+        accumulation_steps=model.accumulation_steps,
+        num_parameters=sum(parameter.numel() for parameter in meta.parameters()),
+        forward_flops=flops["generation"] // ahead,
+        iteration_flops=iteration,
+        state_bytes=cost.state_bytes,
+        peak_bytes=cost.peak_bytes,
+        available_bytes=available,
+        largest_batch_size=largest,
+    )
 
 
-def training_bytes(make: Callable[[], nn.Module], batch_size: int) -> int:
+def training_bytes(make: Callable[[], DenoisingNetwork], batch_size: int) -> int:
     """What an update of one network takes at most, found on meta tensors: weights, gradients, what the backward pass
     needs, two moments and an average. Raises RuntimeError where its parts do not fit together."""
     with Allocations() as memory, torch.device("meta"):
@@ -89,24 +107,31 @@ def training_bytes(make: Callable[[], nn.Module], batch_size: int) -> int:
     return memory.most + 3 * sum(parameter.nbytes for parameter in network.parameters())
 
 
-def _dry_run(meta: nn.Module, build: Callable[[nn.Module], DMD2], batch_size: int):
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    state_bytes: int
+    peak_bytes: int
+
+
+def _dry_run(
+    meta: DenoisingNetwork, build: Callable[[DenoisingNetwork], DMD2], batch_size: int
+) -> tuple[_Cost, DMD2, dict[str, int]]:
     """Memory, the model, and the FLOPs of each kind of turn."""
     with Allocations() as memory:
         model = build(meta)
         model.load(_draws(meta, batch_size))
-        memory.state = memory.live() + sum(p.numel() * p.element_size() for p in meta.parameters())
-        memory.most = before = memory.live()
+        before = memory.most = memory.live()
         turns = {
             "generator": model.generator_turn,
             "guidance": model.guidance_turn,
             "generation": model.generation,
         }
         flops = {name: _flops(run) for name, run in turns.items()}
-        memory.peak = memory.state + memory.most - before
-    return memory, model, flops
+    state_bytes = before + sum(parameter.nbytes for parameter in meta.parameters())
+    return _Cost(state_bytes, state_bytes + memory.most - before), model, flops
 
 
-def _draws(network, batch_size: int) -> Draws:
+def _draws(network: DenoisingNetwork, batch_size: int) -> Draws:
     images = torch.empty(batch_size, *network.image_shape, device="meta")
     levels = images.new_empty(batch_size)
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta") if network.num_classes else None

@@ -110,10 +110,11 @@ class Compiler:
         return {"_mode": self._mode, "_forwards": {}}
 
     def __call__(self, network: Denoiser, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
-        fullgraph = getattr(network, "is_one_graph", False)
-        key = x.shape, fullgraph
+        key = x.shape, network.is_one_graph
         if key not in self._forwards:
-            self._forwards[key] = torch.compile(_own_forward(), fullgraph=fullgraph, dynamic=False, mode=self._mode)
+            self._forwards[key] = torch.compile(
+                _own_forward(), fullgraph=network.is_one_graph, dynamic=False, mode=self._mode
+            )
         # Else dynamo takes two networks for alike of which one has hooks.
         with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
             return self._forwards[key](network, x, sigma, class_labels)
@@ -125,7 +126,7 @@ class CompiledNetwork:
     def __init__(self, network: Denoiser, compiler: Compiler):
         self.image_shape, self.num_classes = network.image_shape, network.num_classes
         self.sigma_data, self.dynamics = network.sigma_data, network.dynamics
-        self.is_one_graph = getattr(network, "is_one_graph", False)
+        self.is_one_graph, self.foreign_name = network.is_one_graph, network.foreign_name
         self._network, self._compiler = network, compiler
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -155,7 +156,7 @@ class CapturedTurn:
     `torch.cuda.graph`). Turns that do run at the same time need streams and pools of their own.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int]):
+    def __init__(self, stream: torch.cuda.Stream, pool: Any):
         self._stream, self._pool = stream, pool
         self._num_calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None

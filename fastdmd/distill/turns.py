@@ -6,11 +6,12 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.ahead import Ahead, Source
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.execution import Executor
@@ -36,7 +37,7 @@ class DMD2:
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: DenoisingNetwork,
         *,
         conditioning_sigma: float,
         sigma_data: float,
@@ -119,6 +120,14 @@ class DMD2:
         """Makes the images of the next chunk of iterations."""
         ahead = self._loaded("generation").ahead
         self.executor.run("generation", lambda: ahead.generate(self._generate, self.accumulation_steps))
+
+    @property
+    def average(self) -> DenoisingNetwork:
+        """The generator with the average of its weights. Raises RuntimeError without `ema_decay`."""
+        network = self.generator_optimizer.ema_network
+        if network is None:
+            raise RuntimeError("fastdmd.DMD2: expected ema_decay among the generator_options, got none")
+        return cast(DenoisingNetwork, network)
 
     @property
     def captured_turns(self) -> frozenset[str]:
@@ -232,8 +241,8 @@ class Buffers:
 
 def _map(function: Callable[[Tensor], Tensor], draws: Draws) -> Draws:
     """The function of each tensor that there is."""
-    values: dict[str, Any] = vars(draws)
-    return Draws(**{name: None if value is None else function(value) for name, value in values.items()})
+    values: dict[str, Any] = {name: None if value is None else function(value) for name, value in vars(draws).items()}
+    return Draws(**values)
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdmd import diffusion
-from fastdmd.diffusion import per_sample
-from fastdmd.networks.network import DenoisingNetwork
+from fastdmd.diffusion import DenoisingNetwork, per_sample
 from fastdmd.networks.options import AdapterOptions
 
 LEAST_ALPHAS_CUMPROD = 2.0**-24  # a schedule that ends in pure noise has 0 there, an infinite sigma

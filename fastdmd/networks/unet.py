@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdmd import diffusion
-from fastdmd.networks.network import DenoisingNetwork
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.networks.unet_blocks import Block, GroupNormSiLU, ResidualInput, conv, linear, norm_silu
 from fastdmd.networks.unet_config import UNetConfig
 

@@ -14,10 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastdmd import __version__
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.files import write_atomically
 from fastdmd.networks import diffusers_unet
 from fastdmd.networks.adapted import Adapted
-from fastdmd.networks.network import DenoisingNetwork
 from fastdmd.networks.options import AdapterOptions
 from fastdmd.networks.states import fill, require_same, tensors_of
 from fastdmd.networks.tensor_files import TensorFile, open_tensors

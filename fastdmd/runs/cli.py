@@ -15,10 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from fastdmd import data, ops
-from fastdmd.diffusion import Denoiser
+from fastdmd.diffusion import Denoiser, DenoisingNetwork
 from fastdmd.memory import SMALLER
-from fastdmd.networks.adapted import Adapted
-from fastdmd.networks.unet import UNet
 from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
 from fastdmd.runs import outputs, terminal
@@ -102,7 +100,7 @@ def parse(config_class: type[Config], command: str, arguments: list[str] | None 
 
     arguments = sys.argv[1:] if arguments is None else arguments
     with user_errors(command):
-        default = None
+        options: dict[str, Any] = {}
         if presets:
             name = next(iter(presets))
             for position, argument in enumerate(arguments):
@@ -112,9 +110,9 @@ def parse(config_class: type[Config], command: str, arguments: list[str] | None 
                     name = argument.removeprefix("--preset=")
             if name not in presets:
                 raise ValueError(f"expected --preset one of {', '.join(presets)}, got {name}")
-            default = presets[name]
+            options["default"] = presets[name]
         with terminal.readable_width():
-            config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", default=default)
+            config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", **options)
         config.check()
         config = config.placed()
         if (out := getattr(config, "out", None)) is not None:
@@ -179,12 +177,11 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def print_resolved(config: Any, network: UNet | Adapted, **parts: Any) -> None:
+def print_resolved(config: Any, network: DenoisingNetwork, **parts: Any) -> None:
     """What `--dry-run` shows, as JSON."""
-    if isinstance(network, UNet):
-        description = dataclasses.asdict(network.config)
-    else:
-        description = {"class": type(network.network).__name__, **network.describe()}
+    description = network.describe()
+    if network.foreign_name:
+        description = {"class": network.foreign_name, **description}
         description["options"].pop("alphas_cumprod", None)  # a thousand numbers
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     resolved = {**to_json(config), "network": {**description, "num_parameters": num_parameters}, **parts}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 
 from fastdmd.data.settings import DataSettings
-from fastdmd.diffusion import Denoiser
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Noise, NoiseSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps
@@ -96,7 +96,7 @@ class TrainConfig(CommandConfig):
         name = f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         return dataclasses.replace(self, out=self.out or Path("runs") / name)
 
-    def for_teacher(self, teacher: Denoiser, device: torch.device | None = None) -> ResolvedTrainConfig:
+    def for_teacher(self, teacher: DenoisingNetwork, device: torch.device | None = None) -> ResolvedTrainConfig:
         """With the defaults that depend on the teacher and the device, by default its own, filled in.
 
         Raises ValueError for other dynamics than its own, and for what the device cannot do.

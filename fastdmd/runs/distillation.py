@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdmd.diffusion import Denoiser, random_generator
+from fastdmd.diffusion import Denoiser, DenoisingNetwork, random_generator
 from fastdmd.distill import DMD2, Draws
-from fastdmd.networks.adapted import Adapted
-from fastdmd.networks.unet import UNet
 from fastdmd.networks.weights import save_network
 from fastdmd.quality import sample
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
@@ -23,7 +21,7 @@ NUM_SAMPLE_ROWS = 10  # of samples.png, at most: one row per class
 NUM_SAMPLE_COLUMNS = 11  # the first repeats its noise through the run
 
 
-def build(config: TrainConfig, teacher: UNet | Adapted) -> DMD2:
+def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
     """The networks and optimizers of one distillation."""
     config = config.for_teacher(teacher)
     return DMD2(
@@ -39,7 +37,7 @@ def build(config: TrainConfig, teacher: UNet | Adapted) -> DMD2:
     )
 
 
-def make_draws(config: TrainConfig, network: UNet | Adapted, device: torch.device) -> Callable[[int], Draws]:
+def make_draws(config: TrainConfig, network: DenoisingNetwork, device: torch.device) -> Callable[[int], Draws]:
     """The random inputs of every iteration, as a function of its number."""
     return config.noise.for_teacher(network).draws(network, config.batch_size, config.seed, device)
 
@@ -50,13 +48,13 @@ class Distillation:
     def __init__(
         self,
         config: ResolvedTrainConfig,
-        teacher: UNet | Adapted,
+        teacher: DenoisingNetwork,
         folder: RunFolder,
         teacher_record: dict[str, Any] | None = None,
     ):
         self.config = config
         self.model = build(config, teacher)
-        self.network = self.model.generator_optimizer.ema_network
+        self.network = self.model.average
         self.tallies = (self.model.generator_tally, self.model.guidance_tally)
         device = next(teacher.parameters()).device
         self._teacher, self._teacher_record = teacher, teacher_record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -26,17 +27,29 @@ BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
 class Settings(Protocol):
     """What the loop reads of a configuration."""
 
-    iterations: int
-    batch_size: int
-    log_every: int
-    snapshots: int
+    @property
+    def iterations(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def log_every(self) -> int: ...
+
+    @property
+    def snapshots(self) -> int: ...
 
 
 class Training(Protocol):
     """What the loop is given: one step of it, and what to keep, to show and to measure."""
 
-    network: nn.Module  # the one that is kept, shown and measured
-    tallies: Sequence[Tally]  # of its kinds of turns
+    @property
+    def network(self) -> nn.Module:
+        """The one that is kept, shown and measured."""
+
+    @property
+    def tallies(self) -> Sequence[Tally]:
+        """Of its kinds of turns."""
 
     def iterate(self, iteration: int) -> None: ...
 
@@ -88,7 +101,8 @@ class Loop:
         whatever a network of the user's own or a lack of memory raises: then the outcome in the folder is "failed", and
         what was reached is saved.
         """
-        progress, rows = Progress(), {}
+        progress = Progress()
+        rows: dict[str, Measurement] = {}
         floor = evaluation.floor if evaluation else Measurement(None, None)
         with interrupts.deferred() as received:
             try:
@@ -139,7 +153,7 @@ class Loop:
                     num_images, now = (iteration - logged_at) * settings.batch_size, time.perf_counter()
                     line = self._line(readings, progress)
                     line |= {"seconds": now - started, "images_per_second": num_images / (now - logged)}
-                    self._keep(lambda line=line: self._folder.log(**line), bar)
+                    self._keep(functools.partial(self._folder.log, **line), bar)
                     show(bar, line)
                     self._judge(readings, progress, iteration - logged_at)
                     logged_at, logged = iteration, now
@@ -173,7 +187,7 @@ class Loop:
 
     def _line(self, readings: list[Reading], progress: Progress) -> dict[str, Any]:
         """For metrics.jsonl; what never happens is not mentioned."""
-        line = {"iteration": progress.iterations}
+        line: dict[str, Any] = {"iteration": progress.iterations}
         for reading in readings:
             if reading.num_good + reading.num_bad:
                 line |= reading.means

@@ -42,7 +42,7 @@ def suitable_threads(available: int, batch_size: int | None, cgroup: Path = CGRO
         allowed = math.inf if quota == "max" else math.ceil(int(quota) / int(period))
     except (OSError, ValueError):
         allowed = math.inf
-    return max(1, min(available, batch_size or available, allowed))
+    return int(max(1, min(available, batch_size or available, allowed)))
 
 
 def keep_freed_memory() -> None:
@@ -69,7 +69,7 @@ def use_faster_products() -> None:
     """
     if torch.cpu._is_amx_tile_supported():
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # which torch sets as it is imported
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     fine = torch.full((64, 64), 1 + 2**-20)
     if not torch.equal(fine @ torch.eye(64), fine):
@@ -123,7 +123,7 @@ def set_float32_units(precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def versions(device: torch.device) -> dict[str, str | None]:
+def versions(device: torch.device) -> dict[str, str | int | None]:
     """What a result depends on: package versions and the device's name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ class Pretraining:
             decay_steps=config.iterations,
             ema_decay=config.ema_decay,
         )
-        self.network = self._optimizer.ema_network
+        self.network = cast(UNet, self._optimizer.ema_network)
         self.tallies = (Tally(("loss", "grad_norm"), self._device),)
         self._sampler = HeunSampler(self.network, config.evaluation.teacher_steps)
         self._sample_inputs = sample_inputs(network, config.seed, self._device)

@@ -2,7 +2,7 @@
 
 from fastdmd.networks.options import NO_OPTIONS, TeacherOptions
 from fastdmd.teachers.edm import from_edm
-from fastdmd.teachers.load import load, load_generator, read, sampler_of
+from fastdmd.teachers.sources import load, load_generator, read, sampler_of
 from fastdmd.teachers.trial import verify, verify_training
 
 __all__ = [

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdmd.diffusion import per_sample, preconditioning
-from fastdmd.networks.network import DenoisingNetwork
+from fastdmd.diffusion import DenoisingNetwork, per_sample, preconditioning
 from fastdmd.networks.user_code import user_code
 from fastdmd.optim.flat import check_network
 

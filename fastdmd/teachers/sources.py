@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from fastdmd.diffusion import Denoiser
+from fastdmd.diffusion import Denoiser, DenoisingNetwork
 from fastdmd.networks import diffusers_unet
 from fastdmd.networks.adapted import Adapted
-from fastdmd.networks.network import DenoisingNetwork
 from fastdmd.networks.options import NO_OPTIONS, TeacherOptions, flag
 from fastdmd.networks.states import infinite_buffers, load_weights, require_finite
 from fastdmd.networks.user_code import Code, make_network, user_code
