@@ -217,8 +217,8 @@ std::tuple<Tensor, Tensor> denoising_loss(Tensor D_x,     // [B, ...]
                                           Tensor images,  // [B, ...]
                                           Tensor weight /* [B] */) {
   const std::vector<double> weights = values(weight);
-  return weighted_error(D_x, images, nullptr,
-                        [&](FakeLoss& of_sample, int64_t sample) { of_sample.weight = weights[sample]; });
+  return weighted_error(
+      D_x, images, nullptr, [&](FakeLoss& of_sample, int64_t sample) { of_sample.weight = weights[sample]; });
 }
 
 std::tuple<Tensor, Tensor> fake_loss(Tensor D_fake,  // [B, ...]

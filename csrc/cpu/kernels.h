@@ -43,7 +43,7 @@ struct FakeLoss {
   const void* x_t;     // [B * sample_size], or null
   void* grad;          // [B * sample_size], of grad_dtype: factor * weight * error
   double factor;
-  double weight;       // of the sample at hand, 1 if x_t is given
+  double weight;  // of the sample at hand, 1 if x_t is given
   double c_skip, inverse_c_out;
 };
 
