@@ -89,10 +89,12 @@ def names_and_types(schema):
 def registered(text):
     """The functions that a C++ source registers by `m.impl`: their arguments and results, by the name of the op."""
     text = re.sub(r" *(//[^\n]*|/\*.*?\*/)", "", text)
+    aliases = dict(re.findall(r"^using (\w+) = ([^;]+);", text, re.MULTILINE))
     found = {}
     for name, function in re.findall(r'm\.impl\("(\w+)", TORCH_BOX\(&(\w+)\)\)', text):
         ((result, parameters),) = re.findall(rf"^(\S[^\n]*?)\s{function}\(([^()]*)\) \{{", text, re.MULTILINE)
         pairs = [re.fullmatch(r"(\S+) (\w+)", parameter.strip()).groups() for parameter in parameters.split(",")]
+        result = aliases.get(result, result)
         results = re.findall("Tensor", result)
         assert result in ("Tensor", f"std::tuple<{', '.join(results)}>"), result
         found[name] = [(argument, TYPES[kind]) for kind, argument in pairs], results
@@ -112,9 +114,10 @@ def test_functions_of_cpp_take_what_their_schemas_say(source):
 def test_a_function_of_another_type_is_found():
     """The float and the int of a schema in each other's place: both are eight bytes, read as what they are not."""
     right = """
-std::tuple<Tensor, Tensor> f(Tensor D_fake,  // [B, ...]
-                             Tensor x_gen, Tensor sigma /* [B] */,
-                             double sigma_data) {
+using Loss = std::tuple<Tensor, Tensor>;
+Loss f(Tensor D_fake,  // [B, ...]
+       Tensor x_gen, Tensor sigma /* [B] */,
+       double sigma_data) {
 m.impl("fake_loss", TORCH_BOX(&f));"""
     assert registered(right) == {"fake_loss": names_and_types(NATIVE["fake_loss"])}
     for part, wrong in (("double", "int64_t"), ("D_fake", "D"), ("Tensor, Tensor>", "Tensor>"), ("Tensor x_gen, ", "")):
