@@ -14,7 +14,7 @@ import torch
 
 from fastdmd import _native, ops
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 TYPES = {  # in a schema, by that in C++
     "Tensor": "Tensor", "std::optional<Tensor>": "Optional[Tensor]", "double": "float", "int64_t": "int",
     "bool": "bool", "ScalarType": "ScalarType",
