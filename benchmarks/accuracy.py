@@ -154,15 +154,19 @@ def page() -> str:
     facts = describe("cpu")
     columns = ["PyTorch", "reference", "native", "triton"]
     lines = [
-        "# Accuracy of the ops", "",
+        "# Accuracy of the ops",
+        "",
         "Root mean square of the error against float64, over that of the exact value; channels_last images of",
         f"{' x '.join(map(str, IMAGE))} standard normals. `PyTorch` is the formula as one would write it, in the same",
         "dtype. Made by `TRITON_INTERPRET=1 python -m benchmarks.accuracy --out docs/ops.md`: Triton's kernels are",
         "interpreted on the CPU, where it cuts to bfloat16 instead of rounding. `conv3x3` is torch's own in bfloat16",
-        f"and float16; `adamw_ema_`, after {NUM_STEPS} steps, keeps its weights in float32.", "",
-        f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}; native library: {facts['native']}.", "",
-        f"| op | of | dtype | {' | '.join(columns)} |", f"|---|---|---|{'---|' * len(columns)}",
-    ]  # fmt: skip
+        f"and float16; `adamw_ema_`, after {NUM_STEPS} steps, keeps its weights in float32.",
+        "",
+        f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}; native library: {facts['native']}.",
+        "",
+        f"| op | of | dtype | {' | '.join(columns)} |",
+        f"|---|---|---|{'---|' * len(columns)}",
+    ]
     for op, dtype in itertools.product(CASES, DTYPES):
         if op == "adamw_ema_" and dtype != torch.float32:
             continue

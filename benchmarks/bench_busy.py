@@ -83,7 +83,8 @@ def benchmark(arguments: argparse.Namespace, policies: dict[str, dict[str, str] 
         return statistics.median(a / b for a, b in pairs)
 
     return {
-        "competitors": arguments.competitors, "cores": os.cpu_count(),
+        "competitors": arguments.competitors,
+        "cores": os.cpu_count(),
         "images_per_second": {
             situation: {name: statistics.median(values) for name, values in found.items()}
             for situation, found in rates.items()
@@ -91,7 +92,7 @@ def benchmark(arguments: argparse.Namespace, policies: dict[str, dict[str, str] 
         "ratio_to_one_thread_busy": {name: ratio("busy", name, "one thread") for name in policies},
         "ratio_to_openmp_quiet": {name: ratio("quiet", name, "as OpenMP does") for name in policies},
         "all": rates,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -110,9 +110,13 @@ class Report:
 
     def add(self, case: Case, implementation: str, measured: dict) -> None:
         row = {
-            "op": case.op, "implementation": implementation, "dtype": case.dtype, "shape": list(case.shape),
-            "layout": "channels_last" if case.channels_last else "contiguous", **measured,
-        }  # fmt: skip
+            "op": case.op,
+            "implementation": implementation,
+            "dtype": case.dtype,
+            "shape": list(case.shape),
+            "layout": "channels_last" if case.channels_last else "contiguous",
+            **measured,
+        }
         if "seconds" in row:
             row["gigabytes_per_second"] = row["bytes"] / row["seconds"] / 1e9
             copy = self.facts.get("copy", {}).get("bytes_per_second")

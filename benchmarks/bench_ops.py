@@ -43,8 +43,13 @@ class Fused:
 
 # Bytes an element must move, in units of the element size: reads and writes of forward and backward.
 TRAFFIC = {
-    "add_noise": 2, "denoising_loss": 3, "dm_loss": 4, "fake_loss": 3, "group_norm_silu": 2 + 3, "adamw_ema_": 10
-}  # fmt: skip
+    "add_noise": 2,
+    "denoising_loss": 3,
+    "dm_loss": 4,
+    "fake_loss": 3,
+    "group_norm_silu": 2 + 3,
+    "adamw_ema_": 10,
+}
 
 
 def image_arguments(op, dtype, batch):
@@ -73,7 +78,7 @@ def time_it(benchmark, call, *, elements, element_size, op, variant, dtype):
         call()  # compiles, chooses, allocates
         benchmark.extra_info.update(
             op=op, variant=variant, dtype=dtype, elements=elements, bytes=TRAFFIC.get(op, 2) * elements * element_size
-        )  # fmt: skip
+        )
         benchmark.pedantic(call, rounds=15, iterations=max(1, int(2e6 / elements)), warmup_rounds=2)
     finally:
         torch.set_num_threads(threads)
@@ -96,12 +101,16 @@ def stack():
     [
         (op, variant)
         for op, registered in [
-            ("copy", None), ("add_noise", "add_noise_rng"), ("denoising_loss", "denoising_loss"),
-            ("dm_loss", "dm_loss"), ("fake_loss", "fake_loss"), ("group_norm_silu", "group_norm_silu"),
+            ("copy", None),
+            ("add_noise", "add_noise_rng"),
+            ("denoising_loss", "denoising_loss"),
+            ("dm_loss", "dm_loss"),
+            ("fake_loss", "fake_loss"),
+            ("group_norm_silu", "group_norm_silu"),
         ]
         for variant in (variants(registered) if registered else ["copy"])
     ],
-)  # fmt: skip
+)
 def test_images(benchmark, op, variant, dtype, batch, stack):
     if op == "copy":
         x = torch.randn(batch, 3, 64, 64).to(DTYPES[dtype])
@@ -138,8 +147,15 @@ def test_convolution(benchmark, C_in, C_out, size, variant):
     function = ops.conv3x3 if variant == "native" else lambda *arguments: F.conv2d(*arguments, padding=1)
     call = eager.with_gradient(function, 3)
     name = f"conv3x3 {C_in}-{C_out} {size}"
-    time_it(benchmark, lambda: call(x, weight, bias), elements=x.numel(), element_size=4, op=name, variant=variant,
-            dtype="float32")  # fmt: skip
+    time_it(
+        benchmark,
+        lambda: call(x, weight, bias),
+        elements=x.numel(),
+        element_size=4,
+        op=name,
+        variant=variant,
+        dtype="float32",
+    )
 
 
 @pytest.mark.parametrize("variant", variants("adamw_ema_")[:1] + variants("adamw_ema_")[2:])

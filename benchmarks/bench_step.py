@@ -27,9 +27,11 @@ from fastdmd.distill import execution
 from fastdmd.runs.cli import resolve_device
 
 SUITE = [
-    {"preset": "mnist", "batch_size": 128, "ratio": 10}, {"preset": "cifar10-cond", "batch_size": 64, "ratio": 5},
-    {"preset": "cifar10-cond", "batch_size": 16, "ratio": 5}, {"preset": "imagenet64", "batch_size": 40, "ratio": 5},
-]  # fmt: skip
+    {"preset": "mnist", "batch_size": 128, "ratio": 10},
+    {"preset": "cifar10-cond", "batch_size": 64, "ratio": 5},
+    {"preset": "cifar10-cond", "batch_size": 16, "ratio": 5},
+    {"preset": "imagenet64", "batch_size": 40, "ratio": 5},
+]
 
 
 def peak_bytes(name: str, arguments: argparse.Namespace) -> int:
@@ -106,13 +108,19 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         **describe(device.type),
         "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "suite")},
         "images_per_second": {k: images / statistics.median(v) for k, v in seconds.items() if k != "floor"},
-        "ratio_to_textbook": ratio("textbook", "fastdmd"), "ratio_to_compiled": ratio("compiled", "fastdmd"),
-        "time_over_floor": ratio("fastdmd", "floor"), "seconds_per_cycle": seconds,
+        "ratio_to_textbook": ratio("textbook", "fastdmd"),
+        "ratio_to_compiled": ratio("compiled", "fastdmd"),
+        "time_over_floor": ratio("fastdmd", "floor"),
+        "seconds_per_cycle": seconds,
         "first_cycles": {name: fact.pop("first_cycles") for name, fact in facts.items() if "first_cycles" in fact},
-        "floor_layouts": floor.get("layouts"), "flops_per_cycle": floor.get("flops"),
-        "matmul_peak": floor.get("matmul_peak"), "utilisation": utilisation(), "peak_bytes": memory, "failed": failed,
+        "floor_layouts": floor.get("layouts"),
+        "flops_per_cycle": floor.get("flops"),
+        "matmul_peak": floor.get("matmul_peak"),
+        "utilisation": utilisation(),
+        "peak_bytes": memory,
+        "failed": failed,
         **facts.get("fastdmd", {}),
-    }  # fmt: skip
+    }
 
 
 def table(result: dict) -> str:
@@ -140,8 +148,14 @@ def main() -> None:
     parser.add_argument("--compile-mode", default=execution.COMPILE_MODE, help="of torch.compile, for fastdmd on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="timed cycles of each loop")
     parser.add_argument("--compiled", action="store_true", help="the fair compiled loop too (minutes on a CPU)")
-    parser.add_argument("--without", nargs="*", default=[], choices=["textbook", "fastdmd", "floor"], metavar="LOOP",
-                        help="leave out textbook, fastdmd or floor")  # fmt: skip
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        default=[],
+        choices=["textbook", "fastdmd", "floor"],
+        metavar="LOOP",
+        help="leave out textbook, fastdmd or floor",
+    )
     parser.add_argument("--memory", action="store_true", help="peak memory too, each loop in a process of its own")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--suite", action="store_true", help="the settings of the GPU targets, one after the other")

@@ -44,15 +44,19 @@ class Form:
 
 CHANNELS_LAST = torch.channels_last
 SMALL = [
-    Form((3, 12, 7, 5)), Form((3, 12, 7, 5), CHANNELS_LAST),  # 105 and 420 elements: no vector fits
+    Form((3, 12, 7, 5)),
+    Form((3, 12, 7, 5), CHANNELS_LAST),  # 105 and 420 elements: no vector fits
     Form((2, 16, 40, 40), CHANNELS_LAST),  # several blocks a sample; more than a block keeps in registers
-    Form((2, 16, 8, 8), shifted=True), Form((0, 4, 8, 8)),
-]  # fmt: skip
+    Form((2, 16, 8, 8), shifted=True),
+    Form((0, 4, 8, 8)),
+]
 FORMS = [
-    *SMALL, Form((2, 16, 40, 40)), Form((4, 16, 1, 1)),
+    *SMALL,
+    Form((2, 16, 40, 40)),
+    Form((4, 16, 1, 1)),
     Form((3001, 4, 2, 2), CHANNELS_LAST),  # more samples than blocks that a GPU holds
     Form((70, 8, 64, 64), CHANNELS_LAST),  # more vectors than threads that it holds
-]  # fmt: skip
+]
 LARGE = [Form((128, 96, 32, 32), CHANNELS_LAST)]  # as in training
 LOW = (torch.bfloat16, torch.float16)
 
@@ -99,10 +103,23 @@ class Inputs:
             grad[-1:] = math.inf
         step, learning_rate = (torch.tensor(value).to(self.device) for value in ([3], 1e-2))
         return (
-            param, grad, exp_avg, exp_avg_sq.square_(), step, learning_rate, ema if copies else None,
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq.square_(),
+            step,
+            learning_rate,
+            ema if copies else None,
             shadow if copies and self.dtype in LOW else None,
-            0.9, 0.999, 1e-8, 0.1, 5.0 if copies else math.inf, 0.99, 10.0, copies,
-        )  # fmt: skip
+            0.9,
+            0.999,
+            1e-8,
+            0.1,
+            5.0 if copies else math.inf,
+            0.99,
+            10.0,
+            copies,
+        )
 
     def _place(self, tensor: Tensor) -> Tensor:
         if not self.form.shifted:
@@ -139,9 +156,11 @@ CASES: dict[str, list[Callable[[Inputs], tuple]]] = {
         lambda i: i.group_norm_backward(adaptive=True, silu=False),
     ],
     "adamw_ema_": [
-        lambda i: i.adamw(copies=False), lambda i: i.adamw(copies=True), lambda i: i.adamw(copies=True, infinite=True)
+        lambda i: i.adamw(copies=False),
+        lambda i: i.adamw(copies=True),
+        lambda i: i.adamw(copies=True, infinite=True),
     ],
-}  # fmt: skip
+}
 
 
 class Outcome(NamedTuple):
@@ -152,8 +171,14 @@ class Outcome(NamedTuple):
     faults: list[str]
 
 
-def drive(op: str, implementation: Callable, forms: Iterable[Form], dtypes: Iterable[torch.dtype],
-          device: torch.device, slack: float = 1.0) -> Outcome:  # fmt: skip
+def drive(
+    op: str,
+    implementation: Callable,
+    forms: Iterable[Form],
+    dtypes: Iterable[torch.dtype],
+    device: torch.device,
+    slack: float = 1.0,
+) -> Outcome:
     """Calls an implementation of `op` with all its cases; raises what a call raises, and what it was called with."""
     num_calls, worst, faults = 0, 0.0, []
     for form in forms:
@@ -173,8 +198,9 @@ def drive(op: str, implementation: Callable, forms: Iterable[Form], dtypes: Iter
     return Outcome(num_calls, worst, faults)
 
 
-def compare(op: str, implementation: Callable, make: Callable[[torch.device | str], tuple], device: torch.device
-            ) -> list[float]:  # fmt: skip
+def compare(
+    op: str, implementation: Callable, make: Callable[[torch.device | str], tuple], device: torch.device
+) -> list[float]:
     """The error of every output, and of every argument that the op writes, as a share of what is allowed."""
     reference = ops.implementations(op)["reference"]
     arguments = make("cpu")
@@ -212,10 +238,13 @@ def call(op: str, implementation: Callable, arguments: tuple) -> list[Tensor]:
 
 def in_float64(arguments: tuple) -> tuple:
     return tuple(
-        a.double() if isinstance(a, Tensor) and a.is_floating_point() else
-        torch.float64 if isinstance(a, torch.dtype) else a
+        a.double()
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else torch.float64
+        if isinstance(a, torch.dtype)
+        else a
         for a in arguments
-    )  # fmt: skip
+    )
 
 
 def error(result: Tensor, truth: Tensor) -> float:

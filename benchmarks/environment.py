@@ -38,7 +38,11 @@ def describe(device: str) -> dict:
     else:
         name, driver = f"CPU, {torch.backends.cpu.get_cpu_capability()}", None
     return {
-        "commit": commit, "device": name, "driver": driver,
-        "torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton"),
+        "commit": commit,
+        "device": name,
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version("triton"),
         "native": _native.build_facts() if _native.load("cpu") is None else None,
-    }  # fmt: skip
+    }

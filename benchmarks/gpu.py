@@ -32,8 +32,20 @@ from benchmarks.environment import ROOT, describe
 from fastdmd import _native
 from fastdmd.files import write_atomically
 
-PYTEST = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-p", "benchmarks.record_tests", "--record", "{json}",
-          "-rfE", "--tb=short"]  # fmt: skip
+PYTEST = [
+    "-m",
+    "pytest",
+    "-m",
+    "cuda",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "benchmarks.record_tests",
+    "--record",
+    "{json}",
+    "-rfE",
+    "--tb=short",
+]
 OP_TESTS = [f"tests/ops/test_{name}.py" for name in ("accuracy", "adamw_ema", "group_norm_silu", "memory", "random")]
 STEP_TESTS = [f"tests/{name}.py" for name in ("distill/test_turns", "distill/test_execution", "data/test_dataset")]
 TRAINING = ("numpy", "safetensors", "PIL", "tqdm")
@@ -88,11 +100,13 @@ def run_stage(stage: str, seconds: float, extra: list[str], path: Path) -> dict:
         def save(outcome: str) -> dict:
             files = [file for file in (folder / "measured.json", folder / "run" / "summary.json") if file.exists()]
             result = {
-                **facts, "outcome": outcome, "exit_code": process and process.returncode,
+                **facts,
+                "outcome": outcome,
+                "exit_code": process and process.returncode,
                 "seconds": round(time.perf_counter() - started, 1),
                 "output": (folder / "output").read_text(errors="replace").splitlines()[-60:],
                 "measured": read(files[0]) if files else None,
-            }  # fmt: skip
+            }
             write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode() + b"\n"))
             return result
 
@@ -101,8 +115,14 @@ def run_stage(stage: str, seconds: float, extra: list[str], path: Path) -> dict:
             if missing:
                 return save(f"not started: expected {', '.join(missing)} to be installed or in the kit, got neither")
             outcome = "interrupted"
-            process = subprocess.Popen(command(stage, folder, extra), cwd=ROOT, stdout=output, env=environment(stage),
-                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                command(stage, folder, extra),
+                cwd=ROOT,
+                stdout=output,
+                env=environment(stage),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
                 while (left := started + seconds - time.perf_counter()) > 0 and process.poll() is None:
                     save("running")

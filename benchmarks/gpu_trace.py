@@ -75,8 +75,11 @@ def summarize(activities: list[Activity], num_kernels: int = 15, num_gaps: int =
     kernel_us = length(union((a.start, a.end) for a in activities if a.kind == "kernel"))
     total = length((a.start, a.end) for a in activities)
     return {
-        "span_us": span, "busy_us": busy_us, "busy_with_kernels_us": kernel_us,
-        "idle_share": 1 - busy_us / span if span else 0.0, "overlap": total / busy_us if busy_us else 1.0,
+        "span_us": span,
+        "busy_us": busy_us,
+        "busy_with_kernels_us": kernel_us,
+        "idle_share": 1 - busy_us / span if span else 0.0,
+        "overlap": total / busy_us if busy_us else 1.0,
         "streams": len({a.stream for a in activities}),
         "counts": {kind: sum(a.kind == kind for a in activities) for kind in KINDS.values()},
         "copies": dict(Counter(a.name for a in activities if a.kind == "memcpy")),
@@ -84,7 +87,7 @@ def summarize(activities: list[Activity], num_kernels: int = 15, num_gaps: int =
         "families": ranked((family(a.name), a) for a in activities),
         "kernels": dict(list(ranked((a.name[:200], a) for a in activities).items())[:num_kernels]),
         "gaps": gaps(activities, busy)[:num_gaps],
-    }  # fmt: skip
+    }
 
 
 def family(name: str) -> str:

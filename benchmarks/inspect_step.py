@@ -28,8 +28,17 @@ from benchmarks import fake_cuda  # its load comes before torch is imported
 ROOT = Path(__file__).parents[1]
 KIND = "estimate from generated code, nothing was run on a GPU"
 BYTES_PER_S, FLOPS_PER_S = 3.35e12, 989e12  # the data sheet's, H100 SXM, dense bfloat16
-LAUNCHES = ("convolution", "convolution backward", "matrix product", "attention", "attention backward",
-            "generated pointwise", "generated reduction", "fastdmd op", "eager")  # fmt: skip
+LAUNCHES = (
+    "convolution",
+    "convolution backward",
+    "matrix product",
+    "attention",
+    "attention backward",
+    "generated pointwise",
+    "generated reduction",
+    "fastdmd op",
+    "eager",
+)
 LIBRARY = LAUNCHES[:5]
 ARITHMETIC = r"tmp\d+ = (-|\(?tmp\d+ [-+*/]|libdevice|tl_math|triton_helpers|tl\.s)"
 
@@ -37,12 +46,24 @@ BATCHES = {"mnist": 48, "cifar10-cond": 64, "imagenet64": 40}
 
 # What decides about the launches: a stored result holds for these files as they were.
 SOURCES = (
-    "fastdmd/networks/unet*.py", "fastdmd/diffusion.py", "fastdmd/sampling.py", "fastdmd/optim/adamw_ema.py",
-    "fastdmd/optim/buffers.py", "fastdmd/optim/flat.py", "fastdmd/optim/gradients.py", "fastdmd/optim/groups.py",
-    "fastdmd/distill/draws.py", "fastdmd/distill/losses.py", "fastdmd/distill/turns.py", "fastdmd/distill/execution.py",
-    "fastdmd/runs/presets.py", "fastdmd/ops/*.py", "fastdmd/kernels/*.py", "benchmarks/fake_cuda/*",
+    "fastdmd/networks/unet*.py",
+    "fastdmd/diffusion.py",
+    "fastdmd/sampling.py",
+    "fastdmd/optim/adamw_ema.py",
+    "fastdmd/optim/buffers.py",
+    "fastdmd/optim/flat.py",
+    "fastdmd/optim/gradients.py",
+    "fastdmd/optim/groups.py",
+    "fastdmd/distill/draws.py",
+    "fastdmd/distill/losses.py",
+    "fastdmd/distill/turns.py",
+    "fastdmd/distill/execution.py",
+    "fastdmd/runs/presets.py",
+    "fastdmd/ops/*.py",
+    "fastdmd/kernels/*.py",
+    "benchmarks/fake_cuda/*",
     "benchmarks/inspect_step.py",
-)  # fmt: skip
+)
 
 
 def source_hashes() -> dict[str, str]:
@@ -80,10 +101,15 @@ def record_turns(config, batch_size: int) -> dict[str, list]:
         draws = Draws(images(), labels, levels(), images(), levels(), images())
         options = dict(learning_rate=1e-4, max_grad_norm=10.0)
         model = DMD2(
-            fake_cuda.fake(teacher), conditioning_sigma=80.0, sigma_data=config.sigma_data, dfake_gen_update_ratio=1,
-            generator_options=dict(ema_decay=0.999, **options), guidance_options=options, execution="compiled",
+            fake_cuda.fake(teacher),
+            conditioning_sigma=80.0,
+            sigma_data=config.sigma_data,
+            dfake_gen_update_ratio=1,
+            generator_options=dict(ema_decay=0.999, **options),
+            guidance_options=options,
+            execution="compiled",
             compute_dtype=torch.bfloat16,
-        )  # fmt: skip
+        )
         model.iterate(0, lambda step: draws)  # compiles
         turns = {"generator turn": model.generator_turn, "guidance turn": model.guidance_turn}
         launches = {}
@@ -100,18 +126,24 @@ def summarize(launches: list) -> dict:
     for kind in LAUNCHES:
         members = [launch for launch in launches if launch.kind == kind]
         kinds[kind] = {
-            "calls": len(members), "launches": sum(launch.num_launches for launch in members),
-            "bytes": sum(launch.num_bytes for launch in members), "flops": sum(launch.flops for launch in members),
-        }  # fmt: skip
+            "calls": len(members),
+            "launches": sum(launch.num_launches for launch in members),
+            "bytes": sum(launch.num_bytes for launch in members),
+            "flops": sum(launch.flops for launch in members),
+        }
     assert sum(kind["calls"] for kind in kinds.values()) == len(launches)
     flops = sum(kind["flops"] for kind in kinds.values())
     num_bytes = sum(kind["bytes"] for name, kind in kinds.items() if name not in LIBRARY)
     memory_ms, compute_ms = 1e3 * num_bytes / BYTES_PER_S, 1e3 * flops / FLOPS_PER_S
     return {
-        "kinds": kinds, "launches": sum(kind["launches"] for kind in kinds.values()),
-        "flops": flops, "bytes_outside_libraries": num_bytes,
+        "kinds": kinds,
+        "launches": sum(kind["launches"] for kind in kinds.values()),
+        "flops": flops,
+        "bytes_outside_libraries": num_bytes,
         "estimate_ms": {
-            "memory": round(memory_ms, 3), "compute": round(compute_ms, 3), "sum": round(memory_ms + compute_ms, 3)
+            "memory": round(memory_ms, 3),
+            "compute": round(compute_ms, 3),
+            "sum": round(memory_ms + compute_ms, 3),
         },
         "fastdmd_ops": dict(Counter(f"{x.name}: {x.num_launches}" for x in launches if x.kind == "fastdmd op")),
         "eager": dict(Counter(launch.name for launch in launches if launch.kind == "eager")),
@@ -120,16 +152,18 @@ def summarize(launches: list) -> dict:
         "copies": grouped(launch for launch in launches if is_copy(launch)),
         "atomics": grouped(launch for launch in launches if "tl.atomic" in launch.source),
         "float32_feature_maps": grouped(launch for launch in launches if writes_float32_maps(launch)),
-    }  # fmt: skip
+    }
 
 
 def convolutions_not_channels_last(launches: list) -> list[dict]:
     from benchmarks.fake_cuda.inductor import layout
 
     return grouped(
-        launch for launch in launches if launch.kind.startswith("convolution")
+        launch
+        for launch in launches
+        if launch.kind.startswith("convolution")
         and any(layout(x) not in ("channels_last", "either") for x in launch.inputs if x.dim() == 4)
-    )  # fmt: skip
+    )
 
 
 def layout_changes(launches: list) -> list[dict]:
@@ -168,10 +202,15 @@ def grouped(launches) -> list[dict]:
         inputs = form(x for x in launch.inputs if x.dim() > 1)
         groups[launch.name, tuple(inputs), tuple(form(launch.outputs))].append(launch)
     rows = [
-        {"kernel": name, "calls": len(group), "bytes": sum(x.num_bytes for x in group), "inputs": inputs,
-         "outputs": outputs}
+        {
+            "kernel": name,
+            "calls": len(group),
+            "bytes": sum(x.num_bytes for x in group),
+            "inputs": inputs,
+            "outputs": outputs,
+        }
         for (name, inputs, outputs), group in groups.items()
-    ]  # fmt: skip
+    ]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
@@ -219,8 +258,16 @@ def main() -> None:
         turns = {name: summarize(launches) for name, launches in record_turns(config, batch_size).items()}
     print("\n\n".join(report(name, summary) for name, summary in turns.items()))
     if arguments.json:
-        result = {"kind": KIND, **environment, "device": "H100 (fake)", "preset": arguments.preset,
-                  "batch_size": batch_size, "precision": "bf16", "sources": sources, "turns": turns}  # fmt: skip
+        result = {
+            "kind": KIND,
+            **environment,
+            "device": "H100 (fake)",
+            "preset": arguments.preset,
+            "batch_size": batch_size,
+            "precision": "bf16",
+            "sources": sources,
+            "turns": turns,
+        }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.flush()
     os._exit(0)  # the engine's thread for the fake device cannot be joined

@@ -83,8 +83,24 @@ def arguments(case: Case, device: str, seed: int = 0) -> tuple:
         param, grad, exp_avg = normal(), normal(dtype=dtype), 0.1 * normal()
         step, learning_rate = torch.tensor([3], device=device), torch.tensor(1e-4, device=device)
         shadow = param.to(dtype) if dtype != torch.float32 else None
-        return (param, grad, exp_avg, exp_avg.square() + 0.1, step, learning_rate, normal(), shadow,
-                0.9, 0.999, 1e-8, 0.01, 1.0, 0.999, 0.0, False)  # fmt: skip
+        return (
+            param,
+            grad,
+            exp_avg,
+            exp_avg.square() + 0.1,
+            step,
+            learning_rate,
+            normal(),
+            shadow,
+            0.9,
+            0.999,
+            1e-8,
+            0.01,
+            1.0,
+            0.999,
+            0.0,
+            False,
+        )
     B, C = case.shape[:2]
     sigma = torch.rand(B, generator=generator, device=device) * 3 + 0.05
     if case.op in GROUP_NORM_OPS:

@@ -20,9 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".gpu-kit"
 PACKAGES = {  # by the name that is imported; torch brings numpy and Triton, or a machine has no use
-    "pytest": "pytest", "xdist": "pytest-xdist", "tqdm": "tqdm", "tyro": "tyro", "safetensors": "safetensors",
+    "pytest": "pytest",
+    "xdist": "pytest-xdist",
+    "tqdm": "tqdm",
+    "tyro": "tyro",
+    "safetensors": "safetensors",
     "PIL": "pillow",
-}  # fmt: skip
+}
 PYTHONS = ("3.10", "3.11", "3.12")
 OF_OLD_PYTHONS = ("exceptiongroup", "tomli")  # which pip, asked by a newer one, leaves out
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux2014", "manylinux_2_17")
@@ -40,12 +44,22 @@ def fill() -> None:
             platforms = [f"--platform={name}_{platform.machine()}" for name in PLATFORMS]
             subprocess.run(
                 [
-                    sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-                    "--only-binary=:all:", f"--python-version={version}", *platforms, f"--dest={wheels}",
-                    f"--constraint={ROOT / 'constraints.txt'}", *PACKAGES.values(), *OF_OLD_PYTHONS,
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--quiet",
+                    "--disable-pip-version-check",
+                    "--only-binary=:all:",
+                    f"--python-version={version}",
+                    *platforms,
+                    f"--dest={wheels}",
+                    f"--constraint={ROOT / 'constraints.txt'}",
+                    *PACKAGES.values(),
+                    *OF_OLD_PYTHONS,
                 ],
                 check=True,
-            )  # fmt: skip
+            )
         if FOLDER.exists():
             FOLDER.rename(Path(temporary) / "old")
         wheels.rename(FOLDER)
@@ -60,11 +74,19 @@ def install(target: Path) -> list[str]:
     if names:
         subprocess.run(
             [
-                sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index",
-                f"--find-links={FOLDER}", f"--target={target}", *names,
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-index",
+                f"--find-links={FOLDER}",
+                f"--target={target}",
+                *names,
             ],
             check=True,
-        )  # fmt: skip
+        )
         sys.path.insert(0, str(target))
         importlib.invalidate_caches()
         os.environ["PYTHONPATH"] = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -31,11 +31,19 @@ class Loop:
     def __init__(self, name: str, arguments: argparse.Namespace, execution: str | None = None):
         self.device = device = resolve_device(arguments.device)
         teacher = make_teacher(arguments.preset, device)
-        self.config = config = TrainConfig().replace(
-            batch_size=arguments.batch_size, dfake_gen_update_ratio=arguments.ratio, lr_schedule="constant",
-            precision=arguments.precision, execution=execution or arguments.execution, generator_lr=1e-5,
-            fake_score_lr=1e-5,
-        ).for_teacher(teacher)  # fmt: skip
+        self.config = config = (
+            TrainConfig()
+            .replace(
+                batch_size=arguments.batch_size,
+                dfake_gen_update_ratio=arguments.ratio,
+                lr_schedule="constant",
+                precision=arguments.precision,
+                execution=execution or arguments.execution,
+                generator_lr=1e-5,
+                fake_score_lr=1e-5,
+            )
+            .for_teacher(teacher)
+        )
         self.name, self.ratio, self.step = name, arguments.ratio, 0
         self.draws = distillation.make_draws(config, teacher, device)
         if name == "fastdmd":
@@ -108,11 +116,13 @@ class FastLoop(Loop):
 
     def facts(self) -> dict:
         return {
-            "execution": self.model.executor.name, "threads": torch.get_num_threads(),
+            "execution": self.model.executor.name,
+            "threads": torch.get_num_threads(),
             "compute_dtype": str(self.model.generator_optimizer.parameters[0].dtype),
-            "launches_per_turn": self.launches_per_turn(), "seconds_by_part": self.parts(),
+            "launches_per_turn": self.launches_per_turn(),
+            "seconds_by_part": self.parts(),
             "seconds_by_op": self.ops(),
-        }  # fmt: skip
+        }
 
     def parts(self) -> dict[str, float]:
         """Seconds of an eager cycle by part; the medians of three cycles."""
@@ -186,10 +196,13 @@ def clocks(loop: Loop):
         return call
 
     for owner, attribute, part in (
-        (model, "_generator", "x_gen"), (model, "_teacher", "teacher"), (model, "_fake_score", "fake forward"),
-        (model, "_backward", "backward"), (model.generator_optimizer, "update", "optimizer"),
+        (model, "_generator", "x_gen"),
+        (model, "_teacher", "teacher"),
+        (model, "_fake_score", "fake forward"),
+        (model, "_backward", "backward"),
+        (model.generator_optimizer, "update", "optimizer"),
         (model.guidance_optimizer, "update", "optimizer"),
-    ):  # fmt: skip
+    ):
         undo.append((owner, attribute, getattr(owner, attribute)))
         function = timed(part, getattr(owner, attribute))
         if attribute == "_fake_score":

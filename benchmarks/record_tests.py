@@ -61,8 +61,9 @@ class Record:
         now = time.perf_counter()
         slowest = sorted(self.seconds, key=self.seconds.get, reverse=True)[:10]
         content = {
-            "counts": dict(self.counts), "failures": self.failures,
+            "counts": dict(self.counts),
+            "failures": self.failures,
             "running": {name: round(now - started, 1) for name, started in self.running.items()},
             "slowest": {name: round(self.seconds[name], 1) for name in slowest},
-        }  # fmt: skip
+        }
         write_atomically(self.path, lambda file: file.write(json.dumps(content, indent=1).encode()))

@@ -63,12 +63,31 @@ def run(tool: str, sanitizer: str, driver: list[str], seconds: float) -> dict:
     if tool != PLAIN:
         # What torch and Triton ask of the driver in vain is no error; a launch that fails, they report themselves.
         quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command = [sanitizer, "--tool", tool, *quiet, "--target-processes", "application-only", "--error-exitcode",
-                   "99", "--print-limit", "20", *command]  # fmt: skip
+        command = [
+            sanitizer,
+            "--tool",
+            tool,
+            *quiet,
+            "--target-processes",
+            "application-only",
+            "--error-exitcode",
+            "99",
+            "--print-limit",
+            "20",
+            *command,
+        ]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, errors="replace", start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=seconds)
         exit_code = process.returncode
@@ -77,11 +96,12 @@ def run(tool: str, sanitizer: str, driver: list[str], seconds: float) -> dict:
         output, _ = process.communicate()
         exit_code = None
     return {
-        "errors": None if tool == PLAIN else num_errors(output), "exit_code": exit_code,
+        "errors": None if tool == PLAIN else num_errors(output),
+        "exit_code": exit_code,
         "seconds": round(time.perf_counter() - started, 1),
         "findings": [line for line in output.splitlines() if line.startswith("=========")][:100],
         "output": output.splitlines()[-40:],
-    }  # fmt: skip
+    }
 
 
 def num_errors(output: str) -> int | None:

@@ -36,9 +36,22 @@ PLAIN = {GroupNormSiLU: EagerGroupNormSiLU, GroupNorm: torch.nn.GroupNorm, Conv3
 
 
 class TextbookDMD2:
-    def __init__(self, teacher, *, generator_lr, guidance_lr, betas=(0.9, 0.999), weight_decay=0.01, max_grad_norm=1.0,
-                 warmup_steps=0, guidance_warmup_steps=0, ema_decay=0.98, conditioning_sigma=80.0, sigma_data=0.5,
-                 dfake_gen_update_ratio=5):  # fmt: skip
+    def __init__(
+        self,
+        teacher,
+        *,
+        generator_lr,
+        guidance_lr,
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        warmup_steps=0,
+        guidance_warmup_steps=0,
+        ema_decay=0.98,
+        conditioning_sigma=80.0,
+        sigma_data=0.5,
+        dfake_gen_update_ratio=5,
+    ):
         def plain(network):
             network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
             for module in network.modules():

@@ -104,11 +104,15 @@ def steady(loop: Loop, num_iterations: int) -> dict:
     seconds = time.perf_counter() - started
     images = num_cycles * loop.ratio * loop.config.batch_size
     return {
-        "iterations": num_cycles * loop.ratio, "seconds": seconds, "seconds_on_the_host": queued,
-        "seconds_per_cycle": seconds / num_cycles, "images_per_second": images / seconds,
-        "host_syncs": sum(syncs.values()) if on_gpu else None, "host_syncs_by_line": dict(syncs.most_common(10)),
+        "iterations": num_cycles * loop.ratio,
+        "seconds": seconds,
+        "seconds_on_the_host": queued,
+        "seconds_per_cycle": seconds / num_cycles,
+        "images_per_second": images / seconds,
+        "host_syncs": sum(syncs.values()) if on_gpu else None,
+        "host_syncs_by_line": dict(syncs.most_common(10)),
         "memory": memory(loop.device, allocated) if on_gpu else None,
-    }  # fmt: skip
+    }
 
 
 def memory(device: torch.device, allocated: list[int]) -> dict:
@@ -118,11 +122,17 @@ def memory(device: torch.device, allocated: list[int]) -> dict:
         in_graph = tuple(segment["segment_pool_id"]) != (0, 0)
         reserved["graphs" if in_graph else "others"] += segment["total_size"]
     return {
-        "allocated_bytes": {"first": allocated[0], "last": allocated[-1], "least": min(allocated),
-                            "most": max(allocated)},
-        "grows": allocated[-1] > allocated[0], "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device), "reserved_bytes": dict(reserved),
-    }  # fmt: skip
+        "allocated_bytes": {
+            "first": allocated[0],
+            "last": allocated[-1],
+            "least": min(allocated),
+            "most": max(allocated),
+        },
+        "grows": allocated[-1] > allocated[0],
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "reserved_bytes": dict(reserved),
+    }
 
 
 def recorded_cycle(loop: Loop) -> dict:
@@ -185,7 +195,7 @@ def table(result: dict) -> str:
         + (f", iterations that capture: {captures}" if captures else ""),
         f"{result['flops_per_cycle'] / 1e12:.2f} TFLOP a cycle in {steady['seconds_per_cycle'] * 1e3:.2f} ms: "
         + ", ".join(f"{100 * share:.1f} % {of}" for of, share in result["utilisation"].items() if share is not None),
-    ]  # fmt: skip
+    ]
     if steady["memory"]:
         held = steady["memory"]
         reserved = ", ".join(f"{value / 1e6:.0f} MB {name}" for name, value in held["reserved_bytes"].items())
@@ -198,8 +208,9 @@ def table(result: dict) -> str:
             f"recorded cycle: {cycle['span_us'] / 1e3:.2f} ms, busy {cycle['busy_us'] / 1e3:.2f} ms, idle"
             f" {100 * cycle['idle_share']:.1f} %; idle without the profiler"
             f" {100 * result['idle_share_without_profiler']:.1f} %",
-            f"counts: {cycle['counts']}; copies: {cycle['copies']}", f"host calls: {cycle['runtime_calls']}",
-        ]  # fmt: skip
+            f"counts: {cycle['counts']}; copies: {cycle['copies']}",
+            f"host calls: {cycle['runtime_calls']}",
+        ]
         for kind in ("families", "kernels"):
             lines += [
                 f"  {name[:72]:<74}{row['us'] / 1e3:>9.3f} ms{100 * row['share']:>6.1f} %{row['count']:>6}"
@@ -241,10 +252,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device, dtype = loop.device, loop.model.generator_optimizer.parameters[0].dtype
     result = {
-        **describe(device.type), "settings": {k: v for k, v in vars(options).items() if k != "json"},
-        "execution": loop.model.executor.name, "compute_dtype": str(dtype),
+        **describe(device.type),
+        "settings": {k: v for k, v in vars(options).items() if k != "json"},
+        "execution": loop.model.executor.name,
+        "compute_dtype": str(dtype),
         "set_up_seconds": time.perf_counter() - started,
-    }  # fmt: skip
+    }
     watch(loop, options.iterations, result, save)
     del loop  # its memory is for the next
     result["flops_per_cycle"], result["matmul_peak"] = cycle_flops(options), matmul_peak(device, dtype)

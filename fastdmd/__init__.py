@@ -19,9 +19,16 @@ if TYPE_CHECKING:
     from fastdmd.teachers import load_generator
 
 __all__ = [
-    "DMD2", "AdamWEMA", "Generator", "HeunSampler", "TrainConfig", "__version__", "load_generator", "load_teacher",
+    "DMD2",
+    "AdamWEMA",
+    "Generator",
+    "HeunSampler",
+    "TrainConfig",
+    "__version__",
+    "load_generator",
+    "load_teacher",
     "ops",
-]  # fmt: skip
+]
 _HOMES = {
     "DMD2": "distill",
     "AdamWEMA": "optim",

@@ -21,9 +21,19 @@ except ModuleNotFoundError:  # commands alone need it; what they configure is al
 
 
 __all__ = [
-    "Bounds", "OmitArgPrefixes", "Positional", "Settings", "Suppress", "Switch", "above", "arg", "at_least", "check",
-    "fail", "within",
-]  # fmt: skip
+    "Bounds",
+    "OmitArgPrefixes",
+    "Positional",
+    "Settings",
+    "Suppress",
+    "Switch",
+    "above",
+    "arg",
+    "at_least",
+    "check",
+    "fail",
+    "within",
+]
 
 Switch = Annotated[bool, FlagCreatePairsOff]  # a flag without a value, and without a --no-flag beside it
 

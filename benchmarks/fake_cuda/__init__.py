@@ -9,8 +9,19 @@ from pathlib import Path
 def load(folder: Path) -> None:
     """Makes torch's autograd take CUDA devices for real. Before torch is imported, and not to be undone."""
     library, root = folder / "libfake_cuda.so", Path(importlib.util.find_spec("torch").origin).parent
-    command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{root}/include", Path(__file__).with_name("fake_cuda.cpp"),
-               "-o", library, f"-L{root}/lib", "-lc10", "-ltorch_cpu"]  # fmt: skip
+    command = [
+        "g++",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        f"-I{root}/include",
+        Path(__file__).with_name("fake_cuda.cpp"),
+        "-o",
+        library,
+        f"-L{root}/lib",
+        "-lc10",
+        "-ltorch_cpu",
+    ]
     subprocess.run(command, check=True)
     for name in (root / "lib" / "libc10.so", root / "lib" / "libtorch_cpu.so", library):
         ctypes.CDLL(str(name), ctypes.RTLD_GLOBAL)

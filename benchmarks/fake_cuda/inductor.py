@@ -25,38 +25,62 @@ from fastdmd import ops
 from fastdmd.kernels._common import ticket
 
 PROPERTIES = dict(
-    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32, total_memory=80 << 30,
-    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20,
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    total_memory=80 << 30,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    L2_cache_size=50 << 20,
     gcnArchName="sm_90",
-)  # fmt: skip
+)
 aten = torch.ops.aten
 LIBRARIES = {  # what cuDNN, cuBLAS and flash attention compute
-    aten.convolution: "convolution", aten.convolution_backward: "convolution backward", aten.mm: "matrix product",
-    aten.addmm: "matrix product", aten.bmm: "matrix product", aten._scaled_dot_product_flash_attention: "attention",
+    aten.convolution: "convolution",
+    aten.convolution_backward: "convolution backward",
+    aten.mm: "matrix product",
+    aten.addmm: "matrix product",
+    aten.bmm: "matrix product",
+    aten._scaled_dot_product_flash_attention: "attention",
     aten._scaled_dot_product_flash_attention_backward: "attention backward",
-}  # fmt: skip
+}
 FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}  # launch nothing
 
 
 def install() -> None:
     """Makes torch.compile believe in the device. Not to be undone."""
     constants = {
-        "is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": (9, 0),
-        "get_device_properties": types.SimpleNamespace(**PROPERTIES), "set_device": None, "synchronize": None,
-        "_lazy_init": None, "_exchange_device": 0, "_maybe_exchange_device": 0, "set_rng_state": None,
-    }  # fmt: skip
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": (9, 0),
+        "get_device_properties": types.SimpleNamespace(**PROPERTIES),
+        "set_device": None,
+        "synchronize": None,
+        "_lazy_init": None,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
+        "set_rng_state": None,
+    }
     for name, value in constants.items():
         setattr(torch.cuda, name, lambda *_, value=value: value)
         if hasattr(CudaInterface, name):
             setattr(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
     torch.cuda.get_rng_state = lambda *_: torch.empty(16, dtype=torch.uint8)
     torch._C._cuda_getCurrentRawStream = lambda _: 0
-    driver.set_active(types.SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
-        get_current_stream=lambda _: 0,
-        utils=types.SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448}),
-    ))  # fmt: skip
+    driver.set_active(
+        types.SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda _: 0,
+            utils=types.SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448}),
+        )
+    )
     # What would time kernels: templates, replacements of hand-written attention, padded shapes.
     config.max_autotune_gemm_backends = config.max_autotune_conv_backends = "ATEN"
     config.triton.autotune_cublasLt = False
@@ -152,9 +176,10 @@ class Record(TorchDispatchMode):
         if func.is_view:
             return result
         written = [
-            x for argument, x in zip(func._schema.arguments, args, strict=False)
+            x
+            for argument, x in zip(func._schema.arguments, args, strict=False)
             if argument.is_write and isinstance(x, torch.Tensor)
-        ]  # fmt: skip
+        ]
         if func.namespace == "fastdmd":
             with Record() as kernels:
                 ops.implementations(name, "cuda")["triton"](*args)

@@ -114,8 +114,9 @@ class Draws:
     fake_noise: Tensor  # [B, C, H, W]
 
 
-def draw(shape: tuple[int, ...], num_classes: int, sigmas: Tensor, min_step: int, max_step: int, *,
-         seed: int, step: int) -> Draws:  # fmt: skip
+def draw(
+    shape: tuple[int, ...], num_classes: int, sigmas: Tensor, min_step: int, max_step: int, *, seed: int, step: int
+) -> Draws:
     """The random inputs of iteration `step`.
 
     The generator turn takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the
@@ -133,6 +134,8 @@ def draw(shape: tuple[int, ...], num_classes: int, sigmas: Tensor, min_step: int
     return Draws(
         noise=normal(),
         class_labels=integers(0, num_classes) if num_classes else None,
-        dm_sigma=sigmas[integers(min_step, max_step + 1)], dm_noise=normal(),
-        fake_sigma=sigmas[integers(0, len(sigmas))], fake_noise=normal(),
-    )  # fmt: skip
+        dm_sigma=sigmas[integers(min_step, max_step + 1)],
+        dm_noise=normal(),
+        fake_sigma=sigmas[integers(0, len(sigmas))],
+        fake_noise=normal(),
+    )

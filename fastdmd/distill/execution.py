@@ -187,8 +187,9 @@ class CapturedTurn:
         graph = torch.cuda.CUDAGraph()
         # The outer block makes the device current, and ends where a failed capture leaves the inner one's stream.
         with (
-            torch.compiler.set_stance("fail_on_recompile"), torch.cuda.stream(self._stream),
+            torch.compiler.set_stance("fail_on_recompile"),
+            torch.cuda.stream(self._stream),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
-        ):  # fmt: skip
+        ):
             run()
         return graph

@@ -53,8 +53,9 @@ def run_errors(command: str, doing: str, advice: str = SMALLER) -> Iterator[None
 
 
 @contextlib.contextmanager
-def _one_line(command: str, doing: str, advice: str, code: int,
-              says_it_all: Callable[[BaseException], bool]) -> Iterator[None]:  # fmt: skip
+def _one_line(
+    command: str, doing: str, advice: str, code: int, says_it_all: Callable[[BaseException], bool]
+) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -93,8 +94,12 @@ def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
     )
 
 
-def parse(config_class: type[Config], command: str, arguments: list[str] | None = None,
-          presets: dict[str, Config] | None = None) -> Config:  # fmt: skip
+def parse(
+    config_class: type[Config],
+    command: str,
+    arguments: list[str] | None = None,
+    presets: dict[str, Config] | None = None,
+) -> Config:
     """The preset that `--preset` names (or the first), with every other flag over it; checked."""
     import tyro  # commands alone need it
 

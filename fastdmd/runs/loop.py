@@ -125,10 +125,11 @@ class Loop:
         names = [name for name, *_ in self._training.measurements()]
         summary = {
             **{name: dataclasses.asdict(rows.get(name, Measurement(None, None))) for name in names},
-            "floor": dataclasses.asdict(floor), **dataclasses.asdict(progress),
+            "floor": dataclasses.asdict(floor),
+            **dataclasses.asdict(progress),
             "seconds": time.perf_counter() - self._started,
             "versions": versions(next(self._training.network.parameters()).device),
-        }  # fmt: skip
+        }
         self._folder.write_json("summary.json", summary)
         return summary
 
@@ -164,8 +165,13 @@ class Loop:
             self._snapshot_or_end(progress)
         progress.train_seconds = time.perf_counter() - self._started
 
-    def _measure(self, evaluation: Evaluation | None, progress: Progress, rows: dict[str, Measurement],
-                 received: Callable[[], int | None]) -> None:  # fmt: skip
+    def _measure(
+        self,
+        evaluation: Evaluation | None,
+        progress: Progress,
+        rows: dict[str, Measurement],
+        received: Callable[[], int | None],
+    ) -> None:
         def stop_if_interrupted() -> None:
             if received() is not None:
                 raise Interrupted

@@ -127,6 +127,10 @@ def versions(device: torch.device) -> dict[str, str | int | None]:
     """What a result depends on: package versions and the device's name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "fastdmd": __version__, "torch": torch.__version__, "python": platform.python_version(),
-        "cuda": torch.version.cuda, "device": name, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "fastdmd": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }

@@ -23,14 +23,31 @@ class Preset:
 
 # EDM's networks (Karras et al. 2022, table 7). Their augmentation labels are left out in distillation.
 DDPMPP = UNetConfig(
-    image_size=32, image_channels=3, num_classes=10, model_channels=128, channel_multipliers=(2, 2, 2), num_blocks=4,
-    attention_resolutions=(16,), embedding="ddpmpp", augment_dim=9, dropout=0.13,
-)  # fmt: skip
+    image_size=32,
+    image_channels=3,
+    num_classes=10,
+    model_channels=128,
+    channel_multipliers=(2, 2, 2),
+    num_blocks=4,
+    attention_resolutions=(16,),
+    embedding="ddpmpp",
+    augment_dim=9,
+    dropout=0.13,
+)
 DDPMPP_64 = dataclasses.replace(DDPMPP, image_size=64, num_classes=0, channel_multipliers=(1, 2, 2, 2), dropout=0.05)
 ADM = UNetConfig(
-    image_size=64, image_channels=3, num_classes=1000, model_channels=192, channel_multipliers=(1, 2, 3, 4),
-    num_blocks=3, attention_resolutions=(32, 16, 8), channels_per_head=64, adaptive_scale=True, adm=True, dropout=0.1,
-)  # fmt: skip
+    image_size=64,
+    image_channels=3,
+    num_classes=1000,
+    model_channels=192,
+    channel_multipliers=(1, 2, 3, 4),
+    num_blocks=3,
+    attention_resolutions=(32, 16, 8),
+    channels_per_head=64,
+    adaptive_scale=True,
+    adm=True,
+    dropout=0.1,
+)
 
 # DMD2 on ImageNet-64 (Yin et al. 2024): learning rates, ratio, batch (there 40 on each of 7 GPUs, here in 7 parts),
 # AdamW, clipping and warm-up are published. The number of iterations and the average of the weights, which DMD2 does

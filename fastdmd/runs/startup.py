@@ -8,9 +8,16 @@ from fastdmd.runs import interrupts
 
 # Of OpenMP and of the runtimes that a torch may come with. Whoever sets one of them has decided.
 THREAD_SETTINGS = (
-    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_DYNAMIC", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_SPINCOUNT",
-    "GOMP_CPU_AFFINITY", "KMP_BLOCKTIME", "KMP_AFFINITY",
-)  # fmt: skip
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "OMP_DYNAMIC",
+    "OMP_PROC_BIND",
+    "OMP_PLACES",
+    "GOMP_SPINCOUNT",
+    "GOMP_CPU_AFFINITY",
+    "KMP_BLOCKTIME",
+    "KMP_AFFINITY",
+)
 SPIN_COUNT = 5000
 
 

@@ -136,9 +136,12 @@ def test_the_timer(capturable, monkeypatch):
     monkeypatch.setattr(FakeGraph, "capturable", capturable)
     monkeypatch.setattr(gpu_timer, "num_nodes", lambda graph: 2 * graph.calls)
     for name, value in {
-        "CUDAGraph": FakeGraph, "Event": FakeEvent, "graph": FakeGraph.capture, "synchronize": lambda: None,
+        "CUDAGraph": FakeGraph,
+        "Event": FakeEvent,
+        "graph": FakeGraph.capture,
+        "synchronize": lambda: None,
         "current_stream": lambda: "stream",
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     timed = gpu_timer.time_calls([FakeGraph.call] * 3)
     assert timed["calls"] == 3
@@ -173,9 +176,7 @@ def test_table():
     assert report.rows[0]["gigabytes_per_second"] == pytest.approx(2400)
     assert report.rows[0]["percent_of_copy"] == pytest.approx(80)
     _, line, error = bench_kernels.table(report.rows).splitlines()
-    assert line.split() == [
-        "dm_loss", "float32", "1302x3x64x64", "8", "80", "failed", "100.0", "1/nan", "2e-08"
-    ]  # fmt: skip
+    assert line.split() == ["dm_loss", "float32", "1302x3x64x64", "8", "80", "failed", "100.0", "1/nan", "2e-08"]
     assert error == "failed 1, native dm_loss float32 1302x3x64x64: RuntimeError: an illegal memory access"
     report.rows[-1] = {**report.rows[0], "implementation": "native", "error_of_result": math.nan}
     assert bench_kernels.table(report.rows).split()[-1] == "nan"  # a wrong result is never hidden by a right one

@@ -94,12 +94,14 @@ def test_without_a_gpu_they_say_so(command, capsys):
 
 
 SUMMARIES = [
-    ("========= ERROR SUMMARY: 0 errors\n", 0), ("========= ERROR SUMMARY: 1 error\n", 1),
+    ("========= ERROR SUMMARY: 0 errors\n", 0),
+    ("========= ERROR SUMMARY: 1 error\n", 1),
     ("========= ERROR SUMMARY: 34 errors\n========= ERROR SUMMARY: 14 errors were not printed.\n", 34),
     ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0),
     ("ok\n========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)\n", 2),
-    ("========= Error: No attachable process found. compute-sanitizer timed-out.\n", None), ("", None),
-]  # fmt: skip
+    ("========= Error: No attachable process found. compute-sanitizer timed-out.\n", None),
+    ("", None),
+]
 
 
 @pytest.mark.parametrize(("output", "errors"), SUMMARIES)

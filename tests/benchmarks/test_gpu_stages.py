@@ -37,9 +37,10 @@ def test_endless(request):
 
 def test_every_cuda_test_is_in_one_stage():
     marked = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
         if re.search(r"^@pytest\.mark\.cuda|, DEVICES\)$", path.read_text(), re.MULTILINE)
-    }  # fmt: skip
+    }
     assert len(marked) > 4 and sorted(marked) == sorted(gpu.OP_TESTS + gpu.STEP_TESTS)
 
 
@@ -111,12 +112,19 @@ def test_results_lie_where_they_are_asked_for(stage, tmp_path, monkeypatch, caps
     assert re.search(r"^bad: ended, exit code 3 after [\d.]+ s, .*/out/here/h200-bad.json$", output, re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments, code, said", [
-    (["--seconds", "-5"], 2, "error: expected --seconds to be greater than 0, got -5"),
-    (["--seconds", "nan"], 2, "error: expected --seconds to be greater than 0, got nan"),
-    (["--results", "{file}"], 1, "benchmarks.gpu: error: expected --results to be a folder, got {file}: File exists"),
-    (["--results", "{file}/in"], 1, "expected --results to be a folder, got {file}/in: Not a directory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["--seconds", "-5"], 2, "error: expected --seconds to be greater than 0, got -5"),
+        (["--seconds", "nan"], 2, "error: expected --seconds to be greater than 0, got nan"),
+        (
+            ["--results", "{file}"],
+            1,
+            "benchmarks.gpu: error: expected --results to be a folder, got {file}: File exists",
+        ),
+        (["--results", "{file}/in"], 1, "expected --results to be a folder, got {file}/in: Not a directory"),
+    ],
+)
 def test_arguments_are_checked_before_a_build(arguments, code, said, tmp_path):
     """A stage of no time would have replaced its earlier results."""
     (tmp_path / "file").touch()
@@ -198,8 +206,14 @@ for stage in sorted(gpu.STAGES, key=lambda stage: len(gpu.STAGES[stage].needs)):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the stages would run")
 def test_stages_need_what_they_say_and_then_a_gpu(tmp_path):
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE, str(tmp_path / "json")], cwd=ROOT,
-                         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ALONE, str(tmp_path / "json")],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     outputs = {part.split("\n")[0]: part for part in run.stdout.split("stage ")[1:]}
     assert run.returncode == 0 and outputs.keys() == gpu.STAGES.keys(), run.stdout
     for stage, output in outputs.items():

@@ -85,8 +85,13 @@ def test_what_is_hashed_is_there_and_matters(tmp_path, monkeypatch):
 @pytest.mark.skipif(missing is not None, reason=str(missing))
 def test_compiled_network_keeps_channels_last(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED, str(tmp_path)], capture_output=True,
-                            text=True, cwd=Path(__file__).parents[2], env=environment)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     summary = json.loads(result.stdout.splitlines()[-1])
     num_square = sum(shape[2:] == [3, 3] for shape in summary["weights"])  # 1x1 convolutions become matrix products

@@ -19,15 +19,19 @@ def test_an_op_that_a_library_lacks_is_found(monkeypatch, capsys):
     monkeypatch.setattr(_native, "load", lambda kind: None)
     monkeypatch.setattr(native_ops, "kernels", lambda name: ["cpu", "cuda"] if name == "fake_loss" else ["cpu"])
     monkeypatch.setattr(ops, "names", lambda: ["conv3x3", "dm_loss", "fake_loss"])
-    monkeypatch.setattr(ops, "unavailable", lambda name, device: {
-        "native": "conv3x3 has native code for CPUs alone" if name == "conv3x3" else "no nvcc"
-    })  # fmt: skip
+    monkeypatch.setattr(
+        ops,
+        "unavailable",
+        lambda name, device: {"native": "conv3x3 has native code for CPUs alone" if name == "conv3x3" else "no nvcc"},
+    )
     assert native_ops.main([]) == 1
     printed, error = capsys.readouterr()
     assert error == "benchmarks.native_ops: error: dm_loss: expected native code for cpu, cuda, got cpu\n"
     assert re.findall(r"^(\w+) +(.*)$", printed, re.MULTILINE)[1:] == [
-        ("conv3x3", "cpu"), ("dm_loss", "cpu"), ("fake_loss", "cpu, cuda"),
-    ]  # fmt: skip
+        ("conv3x3", "cpu"),
+        ("dm_loss", "cpu"),
+        ("fake_loss", "cpu, cuda"),
+    ]
 
 
 def test_a_library_that_is_not_there_is_an_error(monkeypatch, capsys):

@@ -32,11 +32,13 @@ def test_a_union_covers_the_same_points():
 
 
 ACTIVITIES = [
-    Activity(10.0, 14.0, "kernel", "triton_poi_fused_silu_0", 7), Activity(12.0, 20.0, "kernel", "sm90_xmma_fprop", 13),
+    Activity(10.0, 14.0, "kernel", "triton_poi_fused_silu_0", 7),
+    Activity(12.0, 20.0, "kernel", "sm90_xmma_fprop", 13),
     Activity(23.0, 24.0, "memcpy", "Memcpy HtoD (Pageable -> Device)", 7),
     Activity(24.0, 25.0, "memcpy", "Memcpy DtoD (Device -> Device)", 7),
-    Activity(30.0, 34.0, "kernel", "triton_poi_fused_silu_0", 7), Activity(35.0, 37.0, "memset", "Memset (Device)", 7),
-]  # fmt: skip
+    Activity(30.0, 34.0, "kernel", "triton_poi_fused_silu_0", 7),
+    Activity(35.0, 37.0, "memset", "Memset (Device)", 7),
+]
 
 
 def test_a_summary_of_activities():
@@ -55,8 +57,10 @@ def test_a_summary_of_activities():
         "copies and casts": {"us": 4, "share": 0.2, "count": 3},
     }
     assert [(gap["us"], gap["after"][:11], gap["before"][:11]) for gap in summary["gaps"]] == [
-        (5, "Memcpy DtoD", "triton_poi_"), (3, "sm90_xmma_f", "Memcpy HtoD"), (1, "triton_poi_", "Memset (Dev"),
-    ]  # fmt: skip
+        (5, "Memcpy DtoD", "triton_poi_"),
+        (3, "sm90_xmma_f", "Memcpy HtoD"),
+        (1, "triton_poi_", "Memset (Dev"),
+    ]
 
 
 def test_one_activity_leaves_nothing_idle():
@@ -76,12 +80,15 @@ def test_one_activity_leaves_nothing_idle():
         ("Memset (Device)", "copies and casts"),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
-        ("fastdmd::group_norm_apply_vectors<__nv_bfloat16>", "norms"), ("forward_kernel", "norms"),
-        ("norm_kernel", "optimizer"), ("fastdmd::adamw_ema_vectors<float>", "optimizer"),
-        ("dm_kernel", "noise and losses"), ("fastdmd::add_noise_any<float>", "noise and losses"),
+        ("fastdmd::group_norm_apply_vectors<__nv_bfloat16>", "norms"),
+        ("forward_kernel", "norms"),
+        ("norm_kernel", "optimizer"),
+        ("fastdmd::adamw_ema_vectors<float>", "optimizer"),
+        ("dm_kernel", "noise and losses"),
+        ("fastdmd::add_noise_any<float>", "noise and losses"),
         ("void at::native::distribution_elementwise_grid_stride_kernel<...>", "torch's own and others"),
     ],
-)  # fmt: skip
+)
 def test_a_kernel_belongs_to_a_family(name, expected):
     assert family(name) == expected
 
@@ -92,18 +99,25 @@ def test_a_trace_is_read(tmp_path):
 
     path = tmp_path / "trace.json"
     events = [
-        event("kernel", "b", 20.5, 1.5, stream=7), event("kernel", "a", 10, 2, stream=13),
-        event("gpu_memcpy", "Memcpy HtoD", 15, 1, stream=7), event("gpu_memset", "Memset", 16, 1, stream=7),
-        event("gpu_user_annotation", "cycle", 0, 100, stream=7), event("cuda_runtime", "cudaGraphLaunch", 1, 1),
-        event("cuda_runtime", "cudaGraphLaunch", 5, 1), event("cuda_driver", "cuLaunchKernel", 6, 1),
-        event("ac2g", "ac2g", 6, 0, ph="s"), {"ph": "M", "name": "process_name", "args": {}},
-    ]  # fmt: skip
+        event("kernel", "b", 20.5, 1.5, stream=7),
+        event("kernel", "a", 10, 2, stream=13),
+        event("gpu_memcpy", "Memcpy HtoD", 15, 1, stream=7),
+        event("gpu_memset", "Memset", 16, 1, stream=7),
+        event("gpu_user_annotation", "cycle", 0, 100, stream=7),
+        event("cuda_runtime", "cudaGraphLaunch", 1, 1),
+        event("cuda_runtime", "cudaGraphLaunch", 5, 1),
+        event("cuda_driver", "cuLaunchKernel", 6, 1),
+        event("ac2g", "ac2g", 6, 0, ph="s"),
+        {"ph": "M", "name": "process_name", "args": {}},
+    ]
     path.write_text(json.dumps({"traceEvents": events}))
     activities, calls = read_trace(path)
     assert activities == [
-        Activity(10, 12, "kernel", "a", 13), Activity(15, 16, "memcpy", "Memcpy HtoD", 7),
-        Activity(16, 17, "memset", "Memset", 7), Activity(20.5, 22, "kernel", "b", 7),
-    ]  # fmt: skip
+        Activity(10, 12, "kernel", "a", 13),
+        Activity(15, 16, "memcpy", "Memcpy HtoD", 7),
+        Activity(16, 17, "memset", "Memset", 7),
+        Activity(20.5, 22, "kernel", "b", 7),
+    ]
     assert calls == {"cudaGraphLaunch": 2, "cuLaunchKernel": 1}
 
 
@@ -133,8 +147,10 @@ def test_a_loop_is_warm_when_all_its_turns_are_captured():
     records = timeline.warm_up(Loop(ratio=2))
     assert len(records) == 8  # three cycles until the last turn has its graph, and a whole one after
     assert {r["iteration"]: r["captured"] for r in records if r["captured"]} == {
-        2: ["guidance"], 4: ["generator"], 5: ["generation"]
-    }  # fmt: skip
+        2: ["guidance"],
+        4: ["generator"],
+        5: ["generation"],
+    }
     assert len(timeline.warm_up(Loop(ratio=1))) == 4  # nothing is generated ahead
     with pytest.raises(RuntimeError, match=r"expected all turns captured after 16 iterations, got \['generation'"):
         timeline.warm_up(Loop(never=True))
@@ -144,13 +160,19 @@ def test_a_loop_is_warm_when_all_its_turns_are_captured():
 def cuda(monkeypatch):
     """What `steady` asks of CUDA, of a machine that has none; holds the bytes allocated."""
     state = argparse.Namespace(allocated=1000, mode="default")
-    segments = [{"segment_pool_id": (0, 0), "total_size": 64}, {"segment_pool_id": (0, 3), "total_size": 32},
-                {"segment_pool_id": (0, 5), "total_size": 8}]  # fmt: skip
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 64},
+        {"segment_pool_id": (0, 3), "total_size": 32},
+        {"segment_pool_id": (0, 5), "total_size": 8},
+    ]
     for name, function in {
-        "memory_allocated": lambda device: state.allocated, "max_memory_allocated": lambda device: 5000,
-        "max_memory_reserved": lambda device: 6000, "reset_peak_memory_stats": lambda device: None,
-        "memory_snapshot": lambda: segments, "set_sync_debug_mode": lambda mode: setattr(state, "mode", mode),
-    }.items():  # fmt: skip
+        "memory_allocated": lambda device: state.allocated,
+        "max_memory_allocated": lambda device: 5000,
+        "max_memory_reserved": lambda device: 6000,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_snapshot": lambda: segments,
+        "set_sync_debug_mode": lambda mode: setattr(state, "mode", mode),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, function)
     return state
 
@@ -195,12 +217,13 @@ def test_what_needs_no_cuda_runs_on_a_cpu(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--device", "cuda:99"], "got cuda:99"), (["--device", "cpu", "--ratio", "0"], "--ratio of at least 1, got 0"),
+        (["--device", "cuda:99"], "got cuda:99"),
+        (["--device", "cpu", "--ratio", "0"], "--ratio of at least 1, got 0"),
         (["--device", "cpu", "--iterations", "-1"], "--iterations of at least 1, got -1"),
         (["--device", "cpu", "--json", "no/such/folder.json"], "got no/such/folder.json"),
         (["--device", "cpu", "--execution", "captured"], "expected"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(options, expected, capsys):
     assert timeline.main(options) == 2
     error = capsys.readouterr().err

@@ -17,8 +17,19 @@ from tests.helpers.tiny_runs import run_train
 
 
 def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(teacher_file, tmp_path, capsys):
-    train.main(["--teacher", str(teacher_file), "--preset", "mnist-reference", "--seed", "9", "--dry-run",
-                "--out", str(tmp_path / "run")])  # fmt: skip
+    train.main(
+        [
+            "--teacher",
+            str(teacher_file),
+            "--preset",
+            "mnist-reference",
+            "--seed",
+            "9",
+            "--dry-run",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     resolved = json.loads(capsys.readouterr().out)
     assert resolved["dfake_gen_update_ratio"] == 10 and resolved["seed"] == 9
     assert resolved["optimizer"]["generator_lr"] == 2e-4
@@ -119,10 +130,36 @@ def test_evaluate_repeats_the_figures_of_the_run(teacher_file, tmp_path, capsys)
 
 def test_pretrain_learns_and_train_takes_its_teacher(tmp_path):
     out = tmp_path / "teacher"
-    pretrain.main(["--out", str(out), "--iterations", "60", "--batch-size", "8",
-                   "--model-channels", "8", "--warmup-iterations", "5", "--learning-rate", "5e-3", "--log-every", "20",
-                   "--snapshots", "1", "--num-samples", "20", "--teacher-steps", "2", "--device", "cpu",
-                   "--weights-dtype", "float16", "--label-emphasis", "1.3"])  # fmt: skip
+    pretrain.main(
+        [
+            "--out",
+            str(out),
+            "--iterations",
+            "60",
+            "--batch-size",
+            "8",
+            "--model-channels",
+            "8",
+            "--warmup-iterations",
+            "5",
+            "--learning-rate",
+            "5e-3",
+            "--log-every",
+            "20",
+            "--snapshots",
+            "1",
+            "--num-samples",
+            "20",
+            "--teacher-steps",
+            "2",
+            "--device",
+            "cpu",
+            "--weights-dtype",
+            "float16",
+            "--label-emphasis",
+            "1.3",
+        ]
+    )
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]
     network, metadata = load_network(out / "teacher.safetensors")

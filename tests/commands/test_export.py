@@ -27,14 +27,26 @@ VARIANTS = {
         **TINY, image_size=16, patch_size=2, num_classes=10, channel_multipliers=(1, 2), embedding="ddpmpp"
     ),
     "ncsn++, unconditional": UNetConfig(
-        **TINY, image_size=8, image_channels=3, num_classes=0, channel_multipliers=(1, 2), embedding="fourier",
-        noise_multiplier=2, encoder="residual", resample_filter=(1, 3, 3, 1),
+        **TINY,
+        image_size=8,
+        image_channels=3,
+        num_classes=0,
+        channel_multipliers=(1, 2),
+        embedding="fourier",
+        noise_multiplier=2,
+        encoder="residual",
+        resample_filter=(1, 3, 3, 1),
     ),
     "adm": UNetConfig(
-        **TINY, image_size=8, num_classes=4, channel_multipliers=(2,), adm=True, adaptive_scale=True,
+        **TINY,
+        image_size=8,
+        num_classes=4,
+        channel_multipliers=(2,),
+        adm=True,
+        adaptive_scale=True,
         channels_per_head=4,
     ),
-}  # fmt: skip
+}
 SMALLEST = UNetConfig(**TINY, image_size=8, num_classes=3, channel_multipliers=(1,))
 
 # Each reads lines `program inputs outputs`; an import of fastdmd fails.
@@ -116,11 +128,16 @@ def export_and_run_elsewhere(generator_files, suffix, code):
 
 def check_result(generator, result, images):
     assert_close(torch.from_numpy(result["images"]), images, atol=1e-5, rtol=0)
-    metadata = {name: json.loads(value) for name, value in json.loads(str(result["metadata"])).items()
-                if name != "fastdmd_version"}  # fmt: skip
+    metadata = {
+        name: json.loads(value)
+        for name, value in json.loads(str(result["metadata"])).items()
+        if name != "fastdmd_version"
+    }
     assert metadata == {
-        "conditioning_sigma": SIGMA, "image_shape": list(generator.image_shape), "num_classes": generator.num_classes
-    }  # fmt: skip
+        "conditioning_sigma": SIGMA,
+        "image_shape": list(generator.image_shape),
+        "num_classes": generator.num_classes,
+    }
 
 
 def fails(arguments, capsys) -> str:
@@ -248,7 +265,7 @@ def test_tolerance_can_be_set(tmp_path, capsys, monkeypatch):
         (["--out", "a.pt2", "--weights-dtype", "float16"], "expected weights_dtype float32 for .pt2, got torch"),
         (["--out", "a.pt2", "--tolerance", "0"], "expected --tolerance > 0 and finite, got 0"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_get_one_line(options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     generator_file = write_generator(tmp_path)

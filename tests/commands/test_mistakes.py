@@ -70,7 +70,7 @@ def statistics(D=64, **changes):
         (["--batch-size", "1000000"], "the run needs about .* GB, .* are free: (try --batch-size|weights and)"),
         (["--feature-network", "no.such.module:thing"], "expected no.such.module:thing to be importable"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_get_one_line_and_exit_code_2(options, message, teacher_file, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["--teacher", str(teacher_file), "--out", str(out), *QUICK]

@@ -24,8 +24,12 @@ def test_run_folder_holds_what_it_should(teacher_file, tmp_path, capsys):
     out = tmp_path / "run"
     summary = run_train(teacher_file, out)
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.json", "generator.safetensors", "metrics.jsonl", "samples.png", "summary.json",
-    ]  # fmt: skip
+        "config.json",
+        "generator.safetensors",
+        "metrics.jsonl",
+        "samples.png",
+        "summary.json",
+    ]
     assert summary["outcome"] == "complete" and summary["iterations"] == 4
     assert summary["generator"]["evaluations"] == 1 and summary["teacher"]["evaluations"] == 3
     for row in ("teacher", "generator"):
@@ -142,8 +146,20 @@ def test_a_generator_is_no_teacher(tmp_path, capsys):
 def test_ctrl_c_saves_what_was_reached(teacher_file, tmp_path):
     pytest.importorskip("tyro", reason="tyro is not installed")
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fastdmd.train", "--teacher", str(teacher_file), "--out", str(out), *QUICK,
-               "--iterations", "1000000", "--snapshots", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "fastdmd.train",
+        "--teacher",
+        str(teacher_file),
+        "--out",
+        str(out),
+        *QUICK,
+        "--iterations",
+        "1000000",
+        "--snapshots",
+        "1",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:

@@ -73,10 +73,11 @@ def test_colours_that_a_palette_uses_are_those_of_all_its_pixels():
 def sources(tmp_path):
     files = {f"{k}/{i}.png": png(image) for i, (image, k) in enumerate(zip(pixels(1), LABELS, strict=True))}
     return {
-        "folder": write_folder(tmp_path / "a", files), "zip": write_zip(tmp_path / "a.zip", files),
+        "folder": write_folder(tmp_path / "a", files),
+        "zip": write_zip(tmp_path / "a.zip", files),
         "npz": write_npz(tmp_path / "a.npz", images=pixels(1), labels=LABELS),
         "idx": write_idx(tmp_path / "idx", pixels(1), LABELS),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "npz", "idx"])

@@ -55,9 +55,18 @@ def test_no_format_but_those_by_name_is_opened(tmp_path, monkeypatch, packed, co
 
 @pytest.mark.parametrize(
     ("suffix", "kind"),
-    [("tif", "TIFF"), ("TIFF", "TIFF"), ("gif", "GIF"), ("pgm", "PPM"), ("pnm", "PPM"), ("apng", "PNG"), ("bmp", "BMP"),
-     ("png", "BMP"), ("jpg", "PNG")],
-)  # fmt: skip
+    [
+        ("tif", "TIFF"),
+        ("TIFF", "TIFF"),
+        ("gif", "GIF"),
+        ("pgm", "PPM"),
+        ("pnm", "PPM"),
+        ("apng", "PNG"),
+        ("bmp", "BMP"),
+        ("png", "BMP"),
+        ("jpg", "PNG"),
+    ],
+)
 def test_lossless_files_of_all_suffixes(tmp_path, suffix, kind, no_warnings):
     np.testing.assert_array_equal(load_one(tmp_path, encoded(picture(GREY), kind), suffix)[0], GREY)
 
@@ -89,9 +98,15 @@ def test_images_stand_upright(tmp_path, kind, orientation, no_warnings):
     """Whatever a camera stores, EXIF's tag says which corner of it is the top left one."""
     upright = np.kron(np.array([[10, 80], [160, 240]], np.uint8), np.ones((16, 16), np.uint8))  # survives JPEG
     stored = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T, 6: np.rot90(upright),
-        7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
-    }[orientation]  # fmt: skip
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encoded(Image.fromarray(np.ascontiguousarray(stored)).convert("RGB"), kind, exif=exif)
@@ -118,8 +133,12 @@ def test_grey_stays_grey(tmp_path, no_warnings):
     with_alpha = encoded(Image.fromarray(np.dstack([GREY[0], opaque])), "PNG")
     indices = GREY[0] % 3
     greys = [(30, 30, 30), (7, 7, 7), (255, 255, 255), (255, 0, 0)]  # the last is used by no pixel
-    files = {"a.png": with_alpha, "b.png": palette(greys, indices), "c.png": png(GREY), "d.gif": encoded(
-        picture(GREY), "GIF")}  # fmt: skip
+    files = {
+        "a.png": with_alpha,
+        "b.png": palette(greys, indices),
+        "c.png": png(GREY),
+        "d.gif": encoded(picture(GREY), "GIF"),
+    }
     expected = np.stack([GREY[0], np.array([30, 7, 255])[indices], GREY[0], GREY[0]])[:, None]
     np.testing.assert_array_equal(load_one(tmp_path, files), expected)
     # One colour anywhere, and all are in colour.
@@ -159,10 +178,13 @@ def test_transparent_colours_of_all_kinds(tmp_path):
         "palette": (keyed, "png", np.array([255, 7, 90])[indices][None]),
         "grey level": (encoded(picture(GREY), "PNG", transparency=level), "png", np.where(GREY == level, 255, GREY)),
         "bit": (encoded(black, "PNG", transparency=0), "png", np.full_like(GREY, 255)),
-        "colour": (encoded(picture(COLOUR), "PNG", transparency=tuple(map(int, COLOUR[:, 0, 0]))), "png",
-                   np.where((COLOUR == COLOUR[:, :1, :1]).all(0), 255, COLOUR)),
+        "colour": (
+            encoded(picture(COLOUR), "PNG", transparency=tuple(map(int, COLOUR[:, 0, 0]))),
+            "png",
+            np.where((COLOUR == COLOUR[:, :1, :1]).all(0), 255, COLOUR),
+        ),
         "GIF": (encoded(picture(GREY), "GIF", transparency=level), "gif", np.where(GREY == level, 255, GREY)),
-    }  # fmt: skip
+    }
     for name, (content, suffix, expected) in cases.items():
         with pytest.warns(UserWarning, match="transparent pixels"):
             np.testing.assert_array_equal(load_one(tmp_path, content, suffix)[0], expected, err_msg=name)

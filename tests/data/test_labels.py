@@ -36,10 +36,12 @@ def table(tmp_path):
 def test_bounds(tmp_path):
     path = tmp_path / "a.npz"
     for labels in (
-        np.array([0, 1, 2, 0, 1, 2, 2**63], np.uint64), np.array([0, 1, 2, 0, 1, 2, 2**64 - 1], np.uint64),
-        np.array([0, 1, 2, 0, 1, 2, 10**8]), np.array([0, 1, 2, 0, 1, 2, 2**31 - 1], "<i4"),
+        np.array([0, 1, 2, 0, 1, 2, 2**63], np.uint64),
+        np.array([0, 1, 2, 0, 1, 2, 2**64 - 1], np.uint64),
+        np.array([0, 1, 2, 0, 1, 2, 10**8]),
+        np.array([0, 1, 2, 0, 1, 2, 2**31 - 1], "<i4"),
         np.array([0, 1, 2, 0, 1, 2, 100_000], ">u4"),
-    ):  # fmt: skip
+    ):
         write_npz(path, images=pixels(1), labels=labels)
         refuses(path, "labels from 0 to 99999", f"{labels[-1]} in {path}")
     write_npz(path, images=pixels(1), labels=LABELS.astype(np.int8) - 1)
@@ -66,8 +68,10 @@ def test_classes_without_images_are_named(tmp_path):
 @pytest.mark.parametrize("packed", [True, False], ids=["zip", "folder"])
 def test_prefixes(tmp_path, packed):
     """As guided-diffusion reads them; the images may lie at any depth."""
-    files = {f"{place}{CLASSES[k]}_{i}_x.png": png(image) for i, (image, k, place) in enumerate(
-        zip(pixels(1), LABELS, ["", "q/", "q/r/", "", "", "", ""], strict=True))}  # fmt: skip
+    files = {
+        f"{place}{CLASSES[k]}_{i}_x.png": png(image)
+        for i, (image, k, place) in enumerate(zip(pixels(1), LABELS, ["", "q/", "q/r/", "", "", "", ""], strict=True))
+    }
     source = write_zip(tmp_path / "a.zip", files) if packed else write_folder(tmp_path / "a", files)
     dataset = data.load(source, labels="prefix")
     order = [list(files).index(name) for name in sorted(files)]
@@ -187,8 +191,24 @@ def test_commands_take_them(tmp_path, teacher_file, capsys, table):
     pretrain.main([*options, "--dry-run"])
     network = json.loads(capsys.readouterr().out)["network"]
     assert network["num_classes"] == 3 and network["image_size"] == 28
-    run = ["--teacher", str(teacher_file), "--out", str(tmp_path / "run"), "--iterations", "2", "--batch-size", "2",
-           "--num-samples", "4", "--teacher-steps", "2", "--snapshots", "1", "--execution", "eager"]  # fmt: skip
+    run = [
+        "--teacher",
+        str(teacher_file),
+        "--out",
+        str(tmp_path / "run"),
+        "--iterations",
+        "2",
+        "--batch-size",
+        "2",
+        "--num-samples",
+        "4",
+        "--teacher-steps",
+        "2",
+        "--snapshots",
+        "1",
+        "--execution",
+        "eager",
+    ]
     train.main([*run, *options])
     assert f"measured against 7 images of {source} (shorter side resized to 28" in capsys.readouterr().out
     for wrong, message in {

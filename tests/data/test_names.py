@@ -58,12 +58,17 @@ def test_names_of_images(tmp_path, first, second, labels):
 @pytest.mark.parametrize(
     ("wrapper", "in_description", "in_archive"),
     [
-        ("", "00000/{}.png", "00000\\{}.png"), ("", "00000\\{}.png", "00000/{}.png"), ("", "./{}.png", "{}.png"),
-        ("my/", "00000/{}.png", "00000/{}.png"), ("my\\set\\", "{}.png", "{}.png"),
+        ("", "00000/{}.png", "00000\\{}.png"),
+        ("", "00000\\{}.png", "00000/{}.png"),
+        ("", "./{}.png", "{}.png"),
+        ("my/", "00000/{}.png", "00000/{}.png"),
+        ("my\\set\\", "{}.png", "{}.png"),
         ("", "\u00e9{}.png", "e\u0301{}.png"),
-        ("", "e\u0301{}.png", "\u00e9{}.png"), ("", "IMG{}.PNG", "img{}.png"), ("./", "img{}.png", "IMG{}.png"),
+        ("", "e\u0301{}.png", "\u00e9{}.png"),
+        ("", "IMG{}.PNG", "img{}.png"),
+        ("./", "img{}.png", "IMG{}.png"),
     ],
-)  # fmt: skip
+)
 def test_names_in_a_description(tmp_path, wrapper, in_description, in_archive):
     labels = description((in_description.format(1), 0), (in_description.format(0), 1))
     members = {"dataset.json": labels, in_archive.format(0): png(A), in_archive.format(1): png(B)}
@@ -72,8 +77,15 @@ def test_names_in_a_description(tmp_path, wrapper, in_description, in_archive):
 
 def test_what_lies_beside_does_not_count(tmp_path):
     images = (("set/x/1.png", png(A)), ("set/y/2.png", png(B)))
-    rest = (("README.txt", b""), ("__MACOSX/set/x/._1.png", b""), ("__macosx/a.png", b""), ("set/", b""),
-            ("set/.DS_Store", b""), (".git/a.png", b""), ("set/x/Thumbs.db", b""))  # fmt: skip
+    rest = (
+        ("README.txt", b""),
+        ("__MACOSX/set/x/._1.png", b""),
+        ("__macosx/a.png", b""),
+        ("set/", b""),
+        ("set/.DS_Store", b""),
+        (".git/a.png", b""),
+        ("set/x/Thumbs.db", b""),
+    )
     loads(archive(tmp_path / "a.zip", *images, *rest), [0, 1])
     deep = "a/" * 3000
     loads(archive(tmp_path / "b.zip", (f"{deep}1.png", png(A)), (f"{deep}2.png", png(B))), None)
@@ -103,8 +115,12 @@ def test_descriptions_that_know_more_images(tmp_path):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_names_that_cannot_be(tmp_path):
     path = tmp_path / "a.zip"
-    for first, second in (("x/1.png", "x/1.png"), ("x/1.png", "x\\1.png"), ("\u00e9.png", "e\u0301.png"),
-                          ("a.png", "./a.png")):  # fmt: skip
+    for first, second in (
+        ("x/1.png", "x/1.png"),
+        ("x/1.png", "x\\1.png"),
+        ("\u00e9.png", "e\u0301.png"),
+        ("a.png", "./a.png"),
+    ):
         refuses(archive(path, (first, png(A)), (second, png(B))), "every name once", "")
     for name in ("../1.png", "x/../../1.png", "x\\..\\1.png"):
         refuses(archive(path, (name, png(A))), "names that stay inside", f"{name} in {path}")
@@ -137,10 +153,19 @@ def test_members_that_cannot_be_decoded(tmp_path):
 
 @pytest.mark.parametrize(
     "header",
-    [b"{'descr': '|u1', 'fortran_order': False, 'shape': (1,", b"(" * 300, b"'''", b"x" * 11_000, b"\xff", b"",
-     b"{'descr': '|u1'}", b"{'descr': 'teapot', 'fortran_order': False, 'shape': (1, 2, 2, 1)}", b"[" * 9000],
+    [
+        b"{'descr': '|u1', 'fortran_order': False, 'shape': (1,",
+        b"(" * 300,
+        b"'''",
+        b"x" * 11_000,
+        b"\xff",
+        b"",
+        b"{'descr': '|u1'}",
+        b"{'descr': 'teapot', 'fortran_order': False, 'shape': (1, 2, 2, 1)}",
+        b"[" * 9000,
+    ],
     ids=lambda header: repr(header[:12]),
-)  # fmt: skip
+)
 @pytest.mark.parametrize("version", [1, 2])
 def test_array_headers_that_are_none(tmp_path, header, version):
     length = len(header).to_bytes(2 if version == 1 else 4, "little")

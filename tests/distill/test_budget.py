@@ -30,9 +30,14 @@ def estimate(network, **changes):
 # Parameters and FLOPs of a forward pass as published; multiply-adds count twice.
 @pytest.mark.parametrize(
     ("preset", "parameters", "flops"),
-    [("cifar10-cond", 55.7e6, 42e9), ("cifar10-uncond", 55.7e6, 42e9), ("imagenet64", 295.9e6, 219e9),
-     ("afhqv2-64", 61.8e6, None), ("ffhq-64", 61.8e6, None)],
-)  # fmt: skip
+    [
+        ("cifar10-cond", 55.7e6, 42e9),
+        ("cifar10-uncond", 55.7e6, 42e9),
+        ("imagenet64", 295.9e6, 219e9),
+        ("afhqv2-64", 61.8e6, None),
+        ("ffhq-64", 61.8e6, None),
+    ],
+)
 def test_dry_run_of_presets(preset, parameters, flops, capsys):
     # A part of the batch takes as many operations as the whole.
     resolved = dry_run(capsys, "--preset", preset, "--batch-size", "8", "--accumulation-steps", "1")
@@ -67,9 +72,12 @@ def test_presets_are_consistent(name):
 def test_a_preset_names_the_teacher_it_is_for(teacher_file, tmp_path, capsys):
     for arguments, message in (
         ([], "expected --teacher, for --preset imagenet64 edm-imagenet-64x64-cond-adm.pkl, got none"),
-        (["--teacher", str(teacher_file)], "expected a teacher for 3x64x64 images of 1000 classes with --preset"
-         " imagenet64, got one for 1x28x28 images of 10 classes"),
-    ):  # fmt: skip
+        (
+            ["--teacher", str(teacher_file)],
+            "expected a teacher for 3x64x64 images of 1000 classes with --preset"
+            " imagenet64, got one for 1x28x28 images of 10 classes",
+        ),
+    ):
         with pytest.raises(SystemExit) as stop:
             train.main(["--preset", "imagenet64", "--out", str(tmp_path / "run"), *arguments])
         assert stop.value.code == 2 and message in capsys.readouterr().err

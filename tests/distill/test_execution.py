@@ -153,8 +153,16 @@ def test_a_model_is_freed_when_nobody_holds_it(traced, execution):
     """At once, without a collection: what it holds is most of a GPU."""
     gc.collect()
     model, _ = iterate(execution)
-    dead = [weakref.ref(thing) for thing in (model, model.generator, model.generator_optimizer.ema_network,
-                                             model.fake_score.conv_in.weight, model.buffers.x_gen)]  # fmt: skip
+    dead = [
+        weakref.ref(thing)
+        for thing in (
+            model,
+            model.generator,
+            model.generator_optimizer.ema_network,
+            model.fake_score.conv_in.weight,
+            model.buffers.x_gen,
+        )
+    ]
     gc.disable()
     try:
         del model
@@ -163,8 +171,9 @@ def test_a_model_is_freed_when_nobody_holds_it(traced, execution):
         gc.enable()
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
-                         ids=["deepcopy", "pickle"])  # fmt: skip
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("execution", ["eager", "compiled"])
 def test_a_copy_goes_on_as_the_model_does(traced, execution, copied):
     """Both from the midst of images made ahead, and each with its own weights and buffers."""

@@ -60,17 +60,25 @@ def test_losses_of_networks_match_golden_values(golden_losses):
 
     x_gen = g["x_gen"].clone().requires_grad_()
     loss, left_out = generator_loss(
-        x_gen, denoiser(g["dm_noisy"], g["dm_sigma"], g["D_real"]), denoiser(g["dm_noisy"], g["dm_sigma"], g["D_fake"]),
-        labels, sigma=g["dm_sigma"], noise=g["dm_noise"],
-    )  # fmt: skip
+        x_gen,
+        denoiser(g["dm_noisy"], g["dm_sigma"], g["D_real"]),
+        denoiser(g["dm_noisy"], g["dm_sigma"], g["D_fake"]),
+        labels,
+        sigma=g["dm_sigma"],
+        noise=g["dm_noise"],
+    )
     loss.backward()
     assert relative_error(x_gen.grad, g["grad_x_gen"]) < 1e-6 and left_out == 0
     x_gen.grad = None
     D_fake = g["fake_D"].clone().requires_grad_()
     loss = denoising_loss(
-        x_gen, denoiser(g["fake_noisy"], g["fake_sigma"], D_fake), labels, sigma=g["fake_sigma"],
-        noise=g["fake_noise"], sigma_data=0.5,
-    )  # fmt: skip
+        x_gen,
+        denoiser(g["fake_noisy"], g["fake_sigma"], D_fake),
+        labels,
+        sigma=g["fake_sigma"],
+        noise=g["fake_noise"],
+        sigma_data=0.5,
+    )
     loss.backward()
     assert relative_error(D_fake.grad, g["grad_fake_D"]) < 1e-6
     assert x_gen.grad is None
@@ -114,23 +122,44 @@ def test_broken_teacher_outputs_give_zero_where_they_are():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x, s: ops.dm_gradient(x, x[:, :, :2], x), ValueError,
-         r"fastdmd.dm_gradient: expected D_real of shape \(2, 1, 4, 4\), got \(2, 1, 2, 4\)"),
-        (lambda x, s: ops.dm_loss(x, x, x.double()), TypeError,
-         "fastdmd.dm_loss: expected D_fake of dtype torch.float32, got torch.float64"),
+        (
+            lambda x, s: ops.dm_gradient(x, x[:, :, :2], x),
+            ValueError,
+            r"fastdmd.dm_gradient: expected D_real of shape \(2, 1, 4, 4\), got \(2, 1, 2, 4\)",
+        ),
+        (
+            lambda x, s: ops.dm_loss(x, x, x.double()),
+            TypeError,
+            "fastdmd.dm_loss: expected D_fake of dtype torch.float32, got torch.float64",
+        ),
         (lambda x, s: ops.dm_loss(x, x, x, eps=0.0), ValueError, "fastdmd.dm_loss: expected eps > 0, got 0.0"),
-        (lambda x, s: ops.add_noise(x, s[:1], noise=x), ValueError,
-         r"fastdmd.add_noise: expected sigma of shape \(2,\), got \(1,\)"),
-        (lambda x, s: ops.add_noise(x, 1.0, noise=x), TypeError,
-         "fastdmd.add_noise: expected sigma to be a floating point tensor, got float"),
-        (lambda x, s: ops.fake_loss(x[0], x[0], s), ValueError,
-         r"fastdmd.fake_loss: expected D_fake of shape \[B, C, H, W\], got \(1, 4, 4\)"),
-        (lambda x, s: ops.fake_loss(x.long(), x, s), TypeError,
-         "fastdmd.fake_loss: expected D_fake to be floating point, got torch.int64"),
-        (lambda x, s: ops.fake_loss(x, x, s, sigma_data=-1), ValueError,
-         "fastdmd.fake_loss: expected sigma_data > 0, got -1"),
+        (
+            lambda x, s: ops.add_noise(x, s[:1], noise=x),
+            ValueError,
+            r"fastdmd.add_noise: expected sigma of shape \(2,\), got \(1,\)",
+        ),
+        (
+            lambda x, s: ops.add_noise(x, 1.0, noise=x),
+            TypeError,
+            "fastdmd.add_noise: expected sigma to be a floating point tensor, got float",
+        ),
+        (
+            lambda x, s: ops.fake_loss(x[0], x[0], s),
+            ValueError,
+            r"fastdmd.fake_loss: expected D_fake of shape \[B, C, H, W\], got \(1, 4, 4\)",
+        ),
+        (
+            lambda x, s: ops.fake_loss(x.long(), x, s),
+            TypeError,
+            "fastdmd.fake_loss: expected D_fake to be floating point, got torch.int64",
+        ),
+        (
+            lambda x, s: ops.fake_loss(x, x, s, sigma_data=-1),
+            ValueError,
+            "fastdmd.fake_loss: expected sigma_data > 0, got -1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_ops_name_what_was_expected_and_what_came(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.zeros(2, 1, 4, 4), torch.ones(2))

@@ -202,8 +202,7 @@ def test_executions_agree_on_a_gpu(teacher, execution, precision, float32_units)
 @pytest.mark.cuda
 def test_captured_turns_see_what_changes(teacher, float32_units):
     """Learning rate, ratio and shape, changed between replays."""
-    draws = [distillation.make_draws(CONFIG.replace(batch_size=B), teacher, torch.device("cuda"))
-             for B in (6, 4)]  # fmt: skip
+    draws = [distillation.make_draws(CONFIG.replace(batch_size=B), teacher, torch.device("cuda")) for B in (6, 4)]
     models = [
         distillation.build(CONFIG.replace(execution=execution, precision="fp32"), copy.deepcopy(teacher).cuda())
         for execution in ("eager", "captured")
@@ -248,5 +247,12 @@ def test_defaults_per_device(monkeypatch):
     with pytest.raises(ValueError, match="expected --precision fp32 or bf16 on cpu, got tf32"):
         resolve_precision("tf32", CPU)
     with pytest.raises(ValueError, match="expected a CUDA device for captured execution, got cpu"):
-        DMD2(make_network(), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=1, generator_options={},
-             guidance_options={}, execution="captured")  # fmt: skip
+        DMD2(
+            make_network(),
+            conditioning_sigma=80.0,
+            sigma_data=0.5,
+            dfake_gen_update_ratio=1,
+            generator_options={},
+            guidance_options={},
+            execution="captured",
+        )

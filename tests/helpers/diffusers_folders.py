@@ -10,10 +10,16 @@ def diffusers_folder(path, prediction_type="epsilon", num_class_embeds=None, **s
     diffusers = pytest.importorskip("diffusers", reason="the extra fastdmd[diffusers] is not installed")
     torch.manual_seed(0)
     network = diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         num_class_embeds=num_class_embeds,
-    )  # fmt: skip
+    )
     scheduler = diffusers.DDPMScheduler(prediction_type=prediction_type, clip_sample=False, **schedule)
     network.save_pretrained(path / "unet")
     scheduler.save_pretrained(path / "scheduler")

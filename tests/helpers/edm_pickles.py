@@ -82,8 +82,12 @@ def network(config, state, source=SOURCE):
 
 
 def published(config, state, **entries):
-    return {"ema": network(config, state), "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2}), "augment_pipe": None,
-            "dataset_kwargs": {"path": "datasets/none.zip"}} | entries  # fmt: skip
+    return {
+        "ema": network(config, state),
+        "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2}),
+        "augment_pipe": None,
+        "dataset_kwargs": {"path": "datasets/none.zip"},
+    } | entries
 
 
 # Opcodes, for what no pickler writes.

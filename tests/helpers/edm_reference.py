@@ -11,9 +11,15 @@ import torch
 from torch.nn import functional as F
 
 DEFAULTS = {
-    "label_dim": 0, "sigma_data": 0.5, "augment_dim": 0, "channel_mult_emb": 4, "embedding_type": "positional",
-    "channel_mult_noise": 1, "encoder_type": "standard", "resample_filter": [1, 1],
-}  # fmt: skip
+    "label_dim": 0,
+    "sigma_data": 0.5,
+    "augment_dim": 0,
+    "channel_mult_emb": 4,
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "resample_filter": [1, 1],
+}
 
 
 class Weights:
@@ -43,8 +49,14 @@ def random_state(config, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weights = Weights({}, generator)
     x = torch.zeros(1, config["img_channels"], config["img_resolution"], config["img_resolution"])
-    denoise(config, weights, x, torch.ones(1), torch.zeros(1, config.get("label_dim", 0)),
-            torch.zeros(1, config.get("augment_dim", 0)))  # fmt: skip
+    denoise(
+        config,
+        weights,
+        x,
+        torch.ones(1),
+        torch.zeros(1, config.get("label_dim", 0)),
+        torch.zeros(1, config.get("augment_dim", 0)),
+    )
     taps = torch.tensor(config.get("resample_filter", [1, 1])).float()
     kernel = (taps[:, None] * taps / taps.sum() ** 2)[None, None]
     for name in list(weights.tensors):

@@ -4,13 +4,23 @@ import torch
 
 # As published (Karras et al. 2022, table 7 and the training script's defaults).
 DDPMPP = {
-    "model_type": "SongUNet", "embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
-    "channel_mult_noise": 1, "resample_filter": [1, 1], "model_channels": 128, "dropout": 0.13, "use_fp16": False,
+    "model_type": "SongUNet",
+    "embedding_type": "positional",
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "channel_mult_noise": 1,
+    "resample_filter": [1, 1],
+    "model_channels": 128,
+    "dropout": 0.13,
+    "use_fp16": False,
     "augment_dim": 9,
-}  # fmt: skip
+}
 NCSNPP = DDPMPP | {
-    "embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1],
-}  # fmt: skip
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
 CIFAR10 = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "channel_mult": [2, 2, 2]}
 FACES = {"img_resolution": 64, "img_channels": 3, "label_dim": 0, "channel_mult": [1, 2, 2, 2], "dropout": 0.05}
 PUBLISHED = {
@@ -21,10 +31,16 @@ PUBLISHED = {
     "ffhq-64x64-uncond-vp": DDPMPP | FACES,  # as is AFHQv2, but for its dropout of 0.25
     "ffhq-64x64-uncond-ve": NCSNPP | FACES,
     "imagenet-64x64-cond-adm": {
-        "model_type": "DhariwalUNet", "img_resolution": 64, "img_channels": 3, "label_dim": 1000, "use_fp16": True,
-        "model_channels": 192, "channel_mult": [1, 2, 3, 4], "dropout": 0.1,
+        "model_type": "DhariwalUNet",
+        "img_resolution": 64,
+        "img_channels": 3,
+        "label_dim": 1000,
+        "use_fp16": True,
+        "model_channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+        "dropout": 0.1,
     },
-}  # fmt: skip
+}
 
 
 def small(name):

@@ -5,9 +5,14 @@ import torch
 from fastdmd.networks.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
-    image_size=28, num_classes=10, patch_size=2, model_channels=8, channel_multipliers=(1, 2), num_blocks=1,
+    image_size=28,
+    num_classes=10,
+    patch_size=2,
+    model_channels=8,
+    channel_multipliers=(1, 2),
+    num_blocks=1,
     attention_resolutions=(7,),
-)  # fmt: skip
+)
 
 
 def make_network(config: UNetConfig = SMALL, seed: int = 0) -> UNet:

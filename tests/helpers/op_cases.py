@@ -85,10 +85,13 @@ def as_tuple(result):
 def in_float64(arguments):
     """The same arguments, exactly, in float64."""
     return [
-        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else
-        torch.float64 if isinstance(a, torch.dtype) else a
+        a.double()
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        else torch.float64
+        if isinstance(a, torch.dtype)
+        else a
         for a in arguments
-    ]  # fmt: skip
+    ]
 
 
 def assert_within_budget(result, same_dtype, truth, tolerance, scale=0.0):
@@ -144,14 +147,25 @@ def adamw_arguments(dtype, grad_dtype, shadow_dtype, device, *, n=70_001, **opti
     i = Inputs((1,), dtype, device=device)
     param, exp_avg, ema = i.vector(n), 0.1 * i.vector(n), i.vector(n)
     tensors = {
-        "param": param, "grad": i.vector(n).to(grad_dtype), "exp_avg": exp_avg, "exp_avg_sq": exp_avg.square(),
-        "step": torch.tensor([3], device=device), "learning_rate": torch.tensor(1e-2, device=device),
-        "ema": ema if shadow_dtype else None, "shadow": param.to(shadow_dtype) if shadow_dtype else None,
-    }  # fmt: skip
+        "param": param,
+        "grad": i.vector(n).to(grad_dtype),
+        "exp_avg": exp_avg,
+        "exp_avg_sq": exp_avg.square(),
+        "step": torch.tensor([3], device=device),
+        "learning_rate": torch.tensor(1e-2, device=device),
+        "ema": ema if shadow_dtype else None,
+        "shadow": param.to(shadow_dtype) if shadow_dtype else None,
+    }
     scalars = {
-        "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 5.0, "ema_decay": 0.99,
-        "ema_warmup": 10.0, "zero_grad": shadow_dtype is not None,
-    }  # fmt: skip
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "max_grad_norm": 5.0,
+        "ema_decay": 0.99,
+        "ema_warmup": 10.0,
+        "zero_grad": shadow_dtype is not None,
+    }
     return tensors, {**scalars, **options}
 
 

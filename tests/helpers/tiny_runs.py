@@ -10,9 +10,25 @@ from torch import nn
 from fastdmd import train
 
 QUICK = [
-    "--iterations", "4", "--batch-size", "4", "--dfake-gen-update-ratio", "2", "--warmup-iterations", "0",
-    "--log-every", "2", "--snapshots", "2", "--num-samples", "40", "--teacher-steps", "2", "--device", "cpu",
-]  # fmt: skip
+    "--iterations",
+    "4",
+    "--batch-size",
+    "4",
+    "--dfake-gen-update-ratio",
+    "2",
+    "--warmup-iterations",
+    "0",
+    "--log-every",
+    "2",
+    "--snapshots",
+    "2",
+    "--num-samples",
+    "40",
+    "--teacher-steps",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def run_train(teacher_file, out, *options):

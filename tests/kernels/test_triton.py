@@ -21,9 +21,11 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
-}  # fmt: skip
+}
 # The assembler of Triton 3.6 puts two registers aside, once, in a kernel for sm_100 and in one of float64 for sm_90.
 OLD = Version(triton.__version__) < Version("3.9")
 SPILLED = 8 if OLD else 0
@@ -78,8 +80,14 @@ assert not torch.equal(results[0][2], results[1][2])  # rounded differently, so 
 for one, many, tolerance in zip(*results, (5e-6, 2e-7, 5e-6, 5e-6, 5e-6, 5e-6)):
     assert (many - one).abs().max() <= tolerance * one.abs().max()
 """
-TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
-         torch.int64: "i64", torch.int32: "i32"}  # fmt: skip
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
 
 
 @needs_interpreter
@@ -150,9 +158,13 @@ def names_with_kernels():
 def edges():
     """Launches that Triton specialises otherwise: sizes that are 1 or odd, a sample read twice, float64, no tables."""
     for dtype, shape in (
-        (torch.float32, (1, 1, 1, 1)), (torch.bfloat16, (1, 3, 32, 32)), (torch.float16, (2, 1, 1, 1)),
-        (torch.float64, (3, 4, 17, 23)), (torch.float64, (1, 3, 256, 256)), (torch.float32, (1, 4, 150, 99)),
-    ):  # fmt: skip
+        (torch.float32, (1, 1, 1, 1)),
+        (torch.bfloat16, (1, 3, 32, 32)),
+        (torch.float16, (2, 1, 1, 1)),
+        (torch.float64, (3, 4, 17, 23)),
+        (torch.float64, (1, 3, 256, 256)),
+        (torch.float32, (1, 4, 150, 99)),
+    ):
         x, a, b = images(dtype, shape=shape)
         B, C = shape[:2]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -231,10 +243,13 @@ def wide_loads_of(code, kernel, arguments, options, inputs):
     elements = 4 * constants["QUADS"] if "QUADS" in constants else math.prod(constants.values())
     threads = code.metadata.num_warps * code.metadata.target.warp_size
     read = [
-        value for name, value in zip(kernel.arg_names, arguments, strict=False)
-        if isinstance(value, torch.Tensor) and value.numel() > 10_000 and name != "shadow_ptr"
+        value
+        for name, value in zip(kernel.arg_names, arguments, strict=False)
+        if isinstance(value, torch.Tensor)
+        and value.numel() > 10_000
+        and name != "shadow_ptr"
         and any(value is given for given in inputs)
-    ]  # fmt: skip
+    ]
     return sum(elements * value.element_size() // (16 * threads) for value in read)
 
 

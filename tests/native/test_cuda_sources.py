@@ -22,14 +22,21 @@ KERNELS = {
     "fake_loss": (("fake_loss_vectors", "scale_gradient_vectors"), ("fake_loss_any", "scale_gradient_any")),
     "group_norm_silu": (
         (
-            "group_norm_moments_vectors", "group_norm_apply_vectors", "group_norm_sums_vectors",
-            "group_norm_backward_vectors", "group_norm_silu_vectors", "group_norm_silu_backward_vectors",
-            "group_norm_tiles", "group_norm_backward_tiles", "group_norm_planes", "group_norm_backward_planes",
+            "group_norm_moments_vectors",
+            "group_norm_apply_vectors",
+            "group_norm_sums_vectors",
+            "group_norm_backward_vectors",
+            "group_norm_silu_vectors",
+            "group_norm_silu_backward_vectors",
+            "group_norm_tiles",
+            "group_norm_backward_tiles",
+            "group_norm_planes",
+            "group_norm_backward_planes",
         ),
         ("group_norm_silu_any", "group_norm_silu_backward_any", "parameter_gradients"),
     ),
     "adamw_ema": (("grad_norm_vectors", "adamw_ema_vectors"), ("grad_norm_any", "adamw_ema_any")),
-}  # fmt: skip
+}
 READ_ONLY = {"group_norm_moments_vectors", "group_norm_sums_vectors", "grad_norm_vectors"}  # they write sums
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -45,9 +52,19 @@ def compiled(tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
             command = [
-                NVCC, "-c", str(CUDA / f"{name}.cu"), "-o", str(folder / f"{name}.o"), *FLAGS, *targets,
-                "-Xcompiler=-fPIC", "-Xptxas=-v", f"-isystem={INCLUDE}", "--keep", f"--keep-dir={folder}",
-            ]  # fmt: skip
+                NVCC,
+                "-c",
+                str(CUDA / f"{name}.cu"),
+                "-o",
+                str(folder / f"{name}.o"),
+                *FLAGS,
+                *targets,
+                "-Xcompiler=-fPIC",
+                "-Xptxas=-v",
+                f"-isystem={INCLUDE}",
+                "--keep",
+                f"--keep-dir={folder}",
+            ]
             result = subprocess.run(command, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr[-4000:]
             assert (folder / f"{name}.o").stat().st_size > 0

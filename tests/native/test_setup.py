@@ -53,8 +53,14 @@ def build(tmp_path, monkeypatch):
     for name in ("CUDAARCHS", "FASTDMD_NATIVE"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(torch_cuda: str | None, release: str, broken=(), pybind11="get_include = str", folder=tmp_path,
-            **environment: str):  # fmt: skip
+    def run(
+        torch_cuda: str | None,
+        release: str,
+        broken=(),
+        pybind11="get_include = str",
+        folder=tmp_path,
+        **environment: str,
+    ):
         (tmp_path / "pybind11.py").write_text(pybind11)
         (tmp_path / "torch").mkdir(exist_ok=True)
         (tmp_path / "torch" / "__init__.py").write_text(f"class version:\n    cuda = {torch_cuda!r}\n")
@@ -67,10 +73,12 @@ def build(tmp_path, monkeypatch):
         for name in broken:
             (tmp_path / f"broken_{name}").touch()
         done = subprocess.run(
-            [sys.executable, "-B", "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, capture_output=True,
-            text=True, env={**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_HOME": str(tmp_path / "toolkit"),
-                            **environment},
-        )  # fmt: skip
+            [sys.executable, "-B", "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_HOME": str(tmp_path / "toolkit"), **environment},
+        )
         return done.returncode, done.stderr, {str(p.relative_to(tmp_path)) for p in tmp_path.glob("fastdmd/*.so")}
 
     run.folder = tmp_path
@@ -91,9 +99,10 @@ def test_one_part_fails_alone(build):
     cpu, cuda, module = "fastdmd_cpu", "fastdmd_cuda", "_runtime"
     said = {cpu: "native ops, they will run in PyTorch", cuda: "CUDA library", module: "module fastdmd._runtime"}
     for release, broken, lost, message in (
-        ("13.0", (cpu, module), (cpu, module), "non-zero exit status"), ("13.0", (cuda,), (cuda,), "non-zero exit"),
+        ("13.0", (cpu, module), (cpu, module), "non-zero exit status"),
+        ("13.0", (cuda,), (cuda,), "non-zero exit"),
         ("12.9", (), (cuda,), "expected an nvcc of CUDA 13, as torch's, got release 12.9 at"),
-    ):  # fmt: skip
+    ):
         code, errors, files = build("13.0", release, broken)
         assert (code, files) == (0, ALL - {FILES[name] for name in lost}), errors
         assert message in errors and all(f"fastdmd: no {said[name]}: " in errors for name in lost)
@@ -101,10 +110,14 @@ def test_one_part_fails_alone(build):
             assert (build.folder / FILES[module]).read_text().strip().strip('"') == ""
 
 
-@pytest.mark.parametrize("broken, release, message", [
-    ("fastdmd_kernels", "13.0", "non-zero exit status"), ("_runtime", "13.0", "non-zero exit status"),
-    ("", "12.9", "expected an nvcc of CUDA 13, as torch's, got release 12.9 at"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken, release, message",
+    [
+        ("fastdmd_kernels", "13.0", "non-zero exit status"),
+        ("_runtime", "13.0", "non-zero exit status"),
+        ("", "12.9", "expected an nvcc of CUDA 13, as torch's, got release 12.9 at"),
+    ],
+)
 def test_a_build_that_is_asked_for_may_not_fail(build, broken, release, message):
     code, errors, _ = build("13.0", release, (broken,), FASTDMD_NATIVE="1")
     assert code != 0 and message in errors

@@ -167,9 +167,14 @@ def test_attributes_fill_in_what_is_not_said():
     assert adapted.interface.labels == "int" and adapted.sigma_data == 0.5 and adapted.dynamics == "flow"
     assert Adapted(ours, parameterization="x0", num_classes=0, sigma_data=2).describe() == {
         "source": f"{__name__}:Tiny",
-        "options": {"parameterization": "x0", "image_shape": (1, 8, 8), "num_classes": 0, "labels": "none",
-                    "sigma_data": 2.0},
-    }  # fmt: skip
+        "options": {
+            "parameterization": "x0",
+            "image_shape": (1, 8, 8),
+            "num_classes": 0,
+            "labels": "none",
+            "sigma_data": 2.0,
+        },
+    }
     described = tiny("epsilon", noise_schedule="scaled_linear").describe()["options"]
     assert described["beta_start"] == 0.00085 and described["num_train_timesteps"] == 1000
 
@@ -192,12 +197,14 @@ def test_attributes_fill_in_what_is_not_said():
         ({"parameterization": "x0", "beta_end": 0.1}, "expected no --beta-end with --parameterization x0 and no noise"),
         ({"parameterization": "v", "noise_schedule": "cosine", "beta_end": 0.1}, "no --beta-end with --noise-schedule"),
         ({"parameterization": "edm", "num_train_timesteps": 9}, "expected no --schedule-timesteps with"),
-        ({"parameterization": "v", "noise_schedule": "linear", "alphas_cumprod": (0.9, 0.1)},
-         "expected no --noise-schedule with alphas_cumprod, got linear"),
+        (
+            {"parameterization": "v", "noise_schedule": "linear", "alphas_cumprod": (0.9, 0.1)},
+            "expected no --noise-schedule with alphas_cumprod, got linear",
+        ),
         ({"parameterization": "v", "alphas_cumprod": (0.9, 0.95)}, "expected alphas_cumprod that fall, .* 0.9 to 0.95"),
         ({"parameterization": "v", "alphas_cumprod": (1.0, 0.5)}, "expected alphas_cumprod that fall"),
     ],
-)  # fmt: skip
+)
 def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^fastdmd.Adapted: .*{message}"):
         Adapted(Tiny(), **{**SHAPE, **options})

@@ -46,8 +46,9 @@ def test_diffusers_networks_predict_what_their_scheduler_says(prediction_type, s
 
 def test_a_diffusers_folder_is_distilled_and_its_generator_needs_no_code(tmp_path, capsys):
     diffusers_folder(tmp_path / "model", num_class_embeds=4)
-    file = distill(tmp_path / "run", "--teacher", str(tmp_path / "model"), "--teacher-sigma-data", "0.4",
-                   "--num-samples", "0")  # fmt: skip
+    file = distill(
+        tmp_path / "run", "--teacher", str(tmp_path / "model"), "--teacher-sigma-data", "0.4", "--num-samples", "0"
+    )
     capsys.readouterr()
     assert str(tmp_path) not in json.dumps(load_network(file)[1]["network"])
     generator, teacher = load_network(file)[0], teachers.load(tmp_path / "model", sigma_data=0.4)
@@ -79,8 +80,13 @@ def test_every_form_of_weights(tmp_path, capsys):
     folder = tmp_path / "unet"
     (folder / f"{WEIGHTS}.safetensors").unlink()
     state = network.state_dict()
-    old = {name.replace("to_q", "query").replace("to_k", "key").replace("to_v", "value")
-           .replace("to_out.0", "proj_attn"): tensor for name, tensor in state.items()}  # fmt: skip
+    old = {
+        name.replace("to_q", "query")
+        .replace("to_k", "key")
+        .replace("to_v", "value")
+        .replace("to_out.0", "proj_attn"): tensor
+        for name, tensor in state.items()
+    }
     assert old.keys() != state.keys()
     for save, notice in (
         (lambda: network.save_pretrained(folder), ""),

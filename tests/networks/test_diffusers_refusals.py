@@ -69,8 +69,10 @@ def test_schedulers_with_other_inputs_of_the_network_are_refused(tmp_path):
 
     file = tmp_path / "scheduler" / "scheduler_config.json"
     for scheduler, expected in (
-        (diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
-         "expected timestep_type discrete in .*scheduler_config.json, got 'continuous'"),
+        (
+            diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            "expected timestep_type discrete in .*scheduler_config.json, got 'continuous'",
+        ),
         (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "expected use_flow_sigmas False in .*, got True"),
         (diffusers.CogVideoXDDIMScheduler(), "expected snr_shift_scale 1.0 in .*, got 3.0"),
         (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "expected invert_sigmas False in .*, got True"),
@@ -78,7 +80,7 @@ def test_schedulers_with_other_inputs_of_the_network_are_refused(tmp_path):
         (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, timestep_spacing="trailing"), None),
         (diffusers.LCMScheduler(), None),
         (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), None),
-    ):  # fmt: skip
+    ):
         file.write_text(scheduler.to_json_string())
         if expected is None:
             teachers.load(tmp_path)
@@ -170,9 +172,12 @@ def test_a_file_that_describes_a_huge_network_of_diffusers(tmp_path):
     """What a generator's file says of it is held to its tensors, too."""
     diffusers_folder(tmp_path)
     tensors, network = load_file(tmp_path / "unet" / f"{WEIGHTS}.safetensors"), teachers.load(tmp_path).describe()
-    for changes, message in (({"layers_per_block": 10**5}, "the tensors of 100000 layers_per_block"),
-                             ({"block_out_channels": [8, 10**5]}, r"not \(100000"), ({"act_fn": {}}, "got others"),
-                             ({"num_class_embeds": 5}, "got it without class_embedding.weight")):  # fmt: skip
+    for changes, message in (
+        ({"layers_per_block": 10**5}, "the tensors of 100000 layers_per_block"),
+        ({"block_out_channels": [8, 10**5]}, r"not \(100000"),
+        ({"act_fn": {}}, "got others"),
+        ({"num_class_embeds": 5}, "got it without class_embedding.weight"),
+    ):
         described = network | {"diffusers": network["diffusers"] | changes}
         metadata = {"fastdmd": json.dumps({"kind": "teacher", "network": described})}
         save_file(tensors, tmp_path / "w.safetensors", metadata=metadata)

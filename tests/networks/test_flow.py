@@ -19,8 +19,9 @@ from fastdmd.sampling import Generator, HeunSampler
 from tests.helpers.networks import make_network
 
 CPU = torch.device("cpu")
-FLOW = UNetConfig(image_size=8, model_channels=8, channel_multipliers=(1,), num_blocks=1, attention_resolutions=(),
-                  dynamics="flow")  # fmt: skip
+FLOW = UNetConfig(
+    image_size=8, model_channels=8, channel_multipliers=(1,), num_blocks=1, attention_resolutions=(), dynamics="flow"
+)
 
 
 def batch(num=3):
@@ -77,8 +78,15 @@ def test_a_velocity_network_learns_digits():
     embedded, _ = load_network(ASSETS / "teacher.safetensors")
     torch.manual_seed(0)
     network = UNet(dataclasses.replace(embedded.config, dynamics="flow")).to(memory_format=torch.channels_last)
-    optimizer = AdamWEMA(network, learning_rate=1.5e-3, betas=(0.9, 0.99), weight_decay=0.0, max_grad_norm=1.0,
-                         warmup_steps=20, ema_decay=0.95)  # fmt: skip
+    optimizer = AdamWEMA(
+        network,
+        learning_rate=1.5e-3,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        warmup_steps=20,
+        ema_decay=0.95,
+    )
     digits, losses = data.load(), []
     for step in range(120):
         images, labels = digits.random_batch(24, seed=0, step=step, device=CPU)

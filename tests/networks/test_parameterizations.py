@@ -54,10 +54,12 @@ class Optimal(nn.Module):
         (Optimal("image"), {"parameterization": "x0", "noise_schedule": "linear", "timesteps": "integer"}),
         (Optimal("flow"), {"parameterization": "flow"}),
         (Optimal("flow", time_scale=1000), {"parameterization": "flow", "time_scale": 1000}),
-        (Optimal("flow", sign=-1, to_image=True), {"parameterization": "flow", "velocity": "image-noise",
-                                                   "time_direction": "to-image"}),
+        (
+            Optimal("flow", sign=-1, to_image=True),
+            {"parameterization": "flow", "velocity": "image-noise", "time_direction": "to-image"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_optimal_networks_of_all_kinds_are_the_same_denoiser(network, options):
     """D_x = SD^2 / (SD^2 + sigma^2) x, exactly, at the noise levels of a schedule."""
     sigma = ((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD).sqrt()[[0, 1, 10, 300, 700, 998, 999]]
@@ -81,6 +83,12 @@ def test_timesteps_follow_the_schedule(schedule):
     assert denoiser.timestep(beyond).tolist() == [0, 49]
     dense = denoiser.timestep(torch.logspace(-4, 4, 5000))
     assert (dense.diff() >= 0).all() and dense.frac().unique().numel() > 500
-    rounded = Adapted(Optimal("v"), parameterization="v", noise_schedule=schedule, num_train_timesteps=50,
-                      timesteps="integer", **SHAPE).timestep(half_way * 1.0001)  # fmt: skip
+    rounded = Adapted(
+        Optimal("v"),
+        parameterization="v",
+        noise_schedule=schedule,
+        num_train_timesteps=50,
+        timesteps="integer",
+        **SHAPE,
+    ).timestep(half_way * 1.0001)
     assert rounded.dtype == torch.int64 and torch.equal(rounded, torch.arange(1, 50))

@@ -18,22 +18,41 @@ from tests.helpers.networks import SMALL, make_network
 VARIANTS = {
     "small": SMALL,
     "rgb, three levels, heads": UNetConfig(
-        image_size=16, image_channels=3, model_channels=8, channel_multipliers=(1, 2, 3), num_blocks=2,
-        attention_resolutions=(8, 16), channels_per_head=4, adaptive_scale=True,
+        image_size=16,
+        image_channels=3,
+        model_channels=8,
+        channel_multipliers=(1, 2, 3),
+        num_blocks=2,
+        attention_resolutions=(8, 16),
+        channels_per_head=4,
+        adaptive_scale=True,
     ),
     "unconditional, one level": UNetConfig(
         image_size=8, num_classes=0, model_channels=6, channel_multipliers=(1,), num_blocks=1, attention_resolutions=()
     ),
     "odd resolution": UNetConfig(image_size=10, model_channels=12, channel_multipliers=(1, 1), num_blocks=1),
     "ncsn++": UNetConfig(
-        image_size=16, model_channels=8, channel_multipliers=(1, 2), num_blocks=1, attention_resolutions=(8,),
-        embedding="fourier", noise_multiplier=2, encoder="residual", resample_filter=(1, 3, 3, 1),
+        image_size=16,
+        model_channels=8,
+        channel_multipliers=(1, 2),
+        num_blocks=1,
+        attention_resolutions=(8,),
+        embedding="fourier",
+        noise_multiplier=2,
+        encoder="residual",
+        resample_filter=(1, 3, 3, 1),
     ),
     "adm": UNetConfig(
-        image_size=16, model_channels=16, channel_multipliers=(1, 2), num_blocks=1, attention_resolutions=(8,),
-        adm=True, adaptive_scale=True, channels_per_head=8,
+        image_size=16,
+        model_channels=16,
+        channel_multipliers=(1, 2),
+        num_blocks=1,
+        attention_resolutions=(8,),
+        adm=True,
+        adaptive_scale=True,
+        channels_per_head=8,
     ),
-}  # fmt: skip
+}
 
 
 def inputs(config, B=3):
@@ -138,9 +157,14 @@ def test_heads_divide_their_channels():
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [([], (7,)), (["--attention-resolutions", "14", "7"], (14, 7)), (["--attention-resolutions"], ()),
-     (["--patch-size", "1"], (14,)), (["--channel-multipliers", "1", "--patch-size", "4"], (7,))],
-)  # fmt: skip
+    [
+        ([], (7,)),
+        (["--attention-resolutions", "14", "7"], (14, 7)),
+        (["--attention-resolutions"], ()),
+        (["--patch-size", "1"], (14,)),
+        (["--channel-multipliers", "1", "--patch-size", "4"], (7,)),
+    ],
+)
 def test_pretrain_attends_where_it_is_asked_to(options, expected, capsys):
     pretrain.main(["--dry-run", "--device", "cpu", "--model-channels", "8", *options])
     resolved = json.loads(capsys.readouterr().out)
@@ -150,9 +174,13 @@ def test_pretrain_attends_where_it_is_asked_to(options, expected, capsys):
 
 @pytest.mark.parametrize(
     ("options", "sizes"),
-    [(["16"], "14, 7"), (["7", "28"], "14, 7"), (["7", "--patch-size", "1"], "28, 14"),
-     (["5", "--channel-multipliers", "1"], "14")],
-)  # fmt: skip
+    [
+        (["16"], "14, 7"),
+        (["7", "28"], "14, 7"),
+        (["7", "--patch-size", "1"], "28, 14"),
+        (["5", "--channel-multipliers", "1"], "14"),
+    ],
+)
 def test_pretrain_refuses_attention_at_sizes_that_are_not_there(options, sizes, capsys):
     with pytest.raises(SystemExit) as exit_:
         pretrain.main(["--dry-run", "--device", "cpu", "--attention-resolutions", *options])

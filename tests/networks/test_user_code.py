@@ -57,16 +57,28 @@ def code(tmp_path, monkeypatch):
         ("raise RuntimeError('two\\nlines ' + 'long ' * 500)\n", r"RuntimeError: two lines .* \.\.\.", 1, Exception),
         ("def Mine():\n    return {}['width']\n", "make a Module .*, got KeyError: 'width'", 2, KeyError),
         ("def Mine():\n    return Mine()\n", "got RecursionError: maximum recursion", 2, RecursionError),
-        (NETWORK.replace("super().__init__(1, 1, 1)", "super().__init__(4, 1, 1, groups=3)"), "got ValueError: in", 8,
-         ValueError),
-        (NETWORK.replace("super().forward(x)", "super().forward(x[0, 0, 0])"), "to denoise .*got RuntimeError", 11,
-         RuntimeError),
+        (
+            NETWORK.replace("super().__init__(1, 1, 1)", "super().__init__(4, 1, 1, groups=3)"),
+            "got ValueError: in",
+            8,
+            ValueError,
+        ),
+        (
+            NETWORK.replace("super().forward(x)", "super().forward(x[0, 0, 0])"),
+            "to denoise .*got RuntimeError",
+            11,
+            RuntimeError,
+        ),
         (NETWORK.replace("return super", "raise NotImplementedError; super"), "got NotImplementedError", 11, Exception),
         (NETWORK.replace("return super", "exit(); super"), "to denoise .*, got SystemExit", 11, SystemExit),
-        (NETWORK + "\n    @property\n    def sigma_data(self):\n        return 1 / 0\n",
-         "to be a teacher, got ZeroDivisionError: division", 15, ZeroDivisionError),
+        (
+            NETWORK + "\n    @property\n    def sigma_data(self):\n        return 1 / 0\n",
+            "to be a teacher, got ZeroDivisionError: division",
+            15,
+            ZeroDivisionError,
+        ),
     ],
-)  # fmt: skip
+)
 def test_its_own_errors_are_one_line(source, message, line, cause, code):
     name = code(source)
     with pytest.raises(ValueError, match=message) as error:
@@ -87,19 +99,31 @@ START, FORWARD, CALL = "(1, 1, 1)", "    def forward", "super().forward(x)"
         (FORWARD, "    @torch.inference_mode()\n    def forward", "expected a gradient .* got none", None),
         (CALL, f"{CALL}.detach()", "expected a gradient for the parameters of Mine, got none", None),
         ("return super", "torch.set_grad_enabled(False); return super", "expected Mine to leave gradients on", None),
-        ("return super().forward(x)", "y = super().forward(x).sigmoid(); z = y.exp(); y.mul_(2); return z.exp_()",
-         "expected a gradient of Mine for .* got RuntimeError: .* inplace", RuntimeError),
+        (
+            "return super().forward(x)",
+            "y = super().forward(x).sigmoid(); z = y.exp(); y.mul_(2); return z.exp_()",
+            "expected a gradient of Mine for .* got RuntimeError: .* inplace",
+            RuntimeError,
+        ),
         ("return super", "assert len(x) == 3; return super", r"\(2, 1, 8, 8\) .* AssertionError .*line 11", Exception),
         (START, "(1, 1, 1); self.lock = __import__('threading').Lock()", "Mine to be copied .* pickle", TypeError),
         (START, "(1, 1, 1); self.cache = self.weight * 2", "to be copied and trained, got RuntimeError", Exception),
         (START, "(1, 1, 1); self.w = torch.nn.Parameter(torch.ones(1, dtype=torch.cfloat))", "w in .*complex64", None),
-        (FORWARD, f"    def __deepcopy__(self, memo): raise NotImplementedError('no copies')\n{FORWARD}",
-         "copied and trained, got NotImplementedError: no copies .*line 10", NotImplementedError),
-        (FORWARD, f"    def __deepcopy__(self, memo): return self\n{FORWARD}",
-         "expected a copy of Mine with weights of its own, got weight shared", None),
+        (
+            FORWARD,
+            f"    def __deepcopy__(self, memo): raise NotImplementedError('no copies')\n{FORWARD}",
+            "copied and trained, got NotImplementedError: no copies .*line 10",
+            NotImplementedError,
+        ),
+        (
+            FORWARD,
+            f"    def __deepcopy__(self, memo): return self\n{FORWARD}",
+            "expected a copy of Mine with weights of its own, got weight shared",
+            None,
+        ),
         (START, "(1, 1, 1); self.f = lambda x: x * self.weight", "got none: .* weights of another", None),
     ],
-)  # fmt: skip
+)
 def test_what_would_fail_in_a_distillation_is_refused_before_it(old, new, message, cause, code):
     """One line; sampling from the same network, which needs no gradient and no copy, goes on."""
     source = NETWORK.replace(old, new)
@@ -114,8 +138,14 @@ def test_what_would_fail_in_a_distillation_is_refused_before_it(old, new, messag
     assert network.image_shape == (1, 8, 8)
 
 
-@pytest.mark.parametrize("make", ["torch.jit.script(Base())", "torch.jit.trace(Base(), (torch.ones(3, 1, 8, 8), ones))",
-                                  "torch.export.export(Base(), (torch.ones(3, 1, 8, 8), ones)).module()"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        "torch.jit.script(Base())",
+        "torch.jit.trace(Base(), (torch.ones(3, 1, 8, 8), ones))",
+        "torch.export.export(Base(), (torch.ones(3, 1, 8, 8), ones)).module()",
+    ],
+)
 def test_modules_of_other_makes_get_one_line(make, code):
     source = NETWORK.replace("Mine", "Base").replace("super().forward(x)", "torch.nn.functional.silu(x) * self.bias")
     name = code(f"{source}\nones = torch.ones(3)\ndef Mine():\n    return {make}\n")
@@ -130,15 +160,23 @@ def test_modules_of_other_makes_get_one_line(make, code):
 @pytest.mark.parametrize("command", [sample, evaluate])
 @pytest.mark.parametrize(
     ("new", "message"),
-    [("raise RuntimeError('boom')", r"to denoise .* got RuntimeError: boom \(.*line 11\)"),
-     ("return super().forward(x)[..., :4]", r"floating point tensor of shape \(2, 1, 8, 8\), got \(2, 1, 8, 4"),
-     ("return super().forward(x).long()", "to give a floating point tensor"),
-     ("return super().forward(x) / (level < 9).view(-1, 1, 1, 1)",
-      r"expected finite images of Mine, got NaN .* at sigma \[80.0\]")],
-)  # fmt: skip
+    [
+        ("raise RuntimeError('boom')", r"to denoise .* got RuntimeError: boom \(.*line 11\)"),
+        ("return super().forward(x)[..., :4]", r"floating point tensor of shape \(2, 1, 8, 8\), got \(2, 1, 8, 4"),
+        ("return super().forward(x).long()", "to give a floating point tensor"),
+        (
+            "return super().forward(x) / (level < 9).view(-1, 1, 1, 1)",
+            r"expected finite images of Mine, got NaN .* at sigma \[80.0\]",
+        ),
+    ],
+)
 def test_a_generator_with_other_code_is_refused_before_it_samples(new, message, command, code, tmp_path, capsys):
-    save_network(tmp_path / "g.safetensors", teachers.load(code(NETWORK), parameterization="x0"), kind="generator",
-                 conditioning_sigma=80.0)  # fmt: skip
+    save_network(
+        tmp_path / "g.safetensors",
+        teachers.load(code(NETWORK), parameterization="x0"),
+        kind="generator",
+        conditioning_sigma=80.0,
+    )
     other = code(NETWORK.replace(f"return {CALL}", new))
     with pytest.raises(SystemExit) as exit_:
         command.main([str(tmp_path / "g.safetensors"), "--network", other, "--device", "cpu"])
@@ -146,10 +184,15 @@ def test_a_generator_with_other_code_is_refused_before_it_samples(new, message, 
     assert exit_.value.code == 2 and re.search(message, error), error
 
 
-@pytest.mark.parametrize("change", [
-    "torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')",
-    "__import__('warnings').simplefilter('error')",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        "torch.set_grad_enabled(False)",
+        "torch.set_default_dtype(torch.float64)",
+        "torch.set_default_device('meta')",
+        "__import__('warnings').simplefilter('error')",
+    ],
+)
 def test_modes_that_code_changes_are_as_before(change, code):
     def modes():
         return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), warnings.filters[:]

@@ -57,10 +57,14 @@ def took_all(network):
 
 EMA_PYTORCH = under("ema_model.") | under("online_model.", Inner(8).state_dict()) | {"step": torch.tensor(3)}
 LIGHTNING = {
-    "epoch": 3, "pytorch-lightning_version": "2.4.0", "hparams_name": "kwargs", "loops": {"fit_loop": {"total": 4}},
-    "state_dict": under("net.") | {"loss.perceptual.weight": torch.zeros(3)}, "lr_schedulers": [],
+    "epoch": 3,
+    "pytorch-lightning_version": "2.4.0",
+    "hparams_name": "kwargs",
+    "loops": {"fit_loop": {"total": 4}},
+    "state_dict": under("net.") | {"loss.perceptual.weight": torch.zeros(3)},
+    "lr_schedulers": [],
     "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2, 2)}}, "param_groups": [{"lr": 1e-4}]}],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -78,13 +82,16 @@ LIGHTNING = {
         ({"model": TRAINED, "ema": TRAINED}, None, "under model, left 0"),  # one dictionary
         (LIGHTNING, None, "under state_dict.net, left 1 others"),
         (EMA_PYTORCH, "ema_model", "under ema_model, left 6 others"),
-        ({"model": under("module.", Inner(8).state_dict()), "model_ema": under("module.")}, "model_ema",
-         "under model_ema.module, left 5 others"),
+        (
+            {"model": under("module.", Inner(8).state_dict()), "model_ema": under("module.")},
+            "model_ema",
+            "under model_ema.module, left 5 others",
+        ),
         ({"state_dict": under("net.", Inner(8).state_dict()) | under("ema.")}, "state_dict.ema.", "state_dict.ema, le"),
         (without("again"), None, None),
         (under("net.", without("mix.bias")), None, "4 tensors under net, left 0 others"),
     ],
-)  # fmt: skip
+)
 def test_tensors_are_found_under_wrappers_and_entries(content, key, taken, tmp_path, capsys):
     network = Inner()
     load_weights(network, saved(tmp_path / "w.pt", content), key)
@@ -253,7 +260,7 @@ def torch_bytes(**options):
         ("w.index.json", b'{"weight_map": {"a": "w.index.json"}}', "expected weight files beside .*, got w.index.json"),
         ("w.index.json", b'{"weight_map": {"a": "part.pt"}}', "tensors of .*w.index.json in part.pt, got no a"),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_no_weights_get_one_line(name, content, message, tmp_path):
     torch.save(TRAINED, tmp_path / "part.pt")
     (tmp_path / name).write_bytes(content)
@@ -265,8 +272,11 @@ def test_files_that_are_no_weights_get_one_line(name, content, message, tmp_path
 
 def test_folders_and_absent_parts_are_named(tmp_path):
     (tmp_path / "w.index.json").write_text('{"weight_map": {"a": "absent.safetensors"}}')
-    for name, message in (("w.index.json", "absent.safetensors, which does not exist"), ("", "which is no file"),
-                          ("x.ckpt", "x.ckpt, which does not exist")):  # fmt: skip
+    for name, message in (
+        ("w.index.json", "absent.safetensors, which does not exist"),
+        ("", "which is no file"),
+        ("x.ckpt", "x.ckpt, which does not exist"),
+    ):
         with pytest.raises(FileNotFoundError, match=message):
             load_weights(Inner(), tmp_path / name)
 

@@ -104,8 +104,12 @@ def test_a_record_is_taken_as_it_was_measured(tmp_path):
 
 
 def test_metadata_that_is_no_description(tmp_path):
-    for text, message in (("[" * 10**5, "expected JSON in"), ("{", "expected JSON in"), ("[]", "without its metadata"),
-                          ('{"kind": "teacher", "network": []}', "without its metadata")):  # fmt: skip
+    for text, message in (
+        ("[" * 10**5, "expected JSON in"),
+        ("{", "expected JSON in"),
+        ("[]", "without its metadata"),
+        ('{"kind": "teacher", "network": []}', "without its metadata"),
+    ):
         save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"fastdmd": text})
         with pytest.raises(ValueError, match=message):
             load_network(tmp_path / "w.safetensors")

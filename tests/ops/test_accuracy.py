@@ -95,8 +95,16 @@ def test_special_values(device):
     # SiLU of large arguments, and of NaN.
     x = torch.tensor([-1e4, -90.0, 90.0, 1e4, math.nan], device=device).view(5, 1, 1, 1)
     for implementation in ops.implementations("group_norm_silu", device).values():
-        y, _, _ = implementation(torch.zeros_like(x), torch.ones(1, device=device), torch.zeros(1, device=device),
-                                 torch.zeros(5, 1, device=device), x.view(5, 1), 1, 1e-5, True)  # fmt: skip
+        y, _, _ = implementation(
+            torch.zeros_like(x),
+            torch.ones(1, device=device),
+            torch.zeros(1, device=device),
+            torch.zeros(5, 1, device=device),
+            x.view(5, 1),
+            1,
+            1e-5,
+            True,
+        )
         assert_close(y, torch.nn.functional.silu(x), equal_nan=True)
 
 
@@ -161,8 +169,9 @@ def test_an_infinite_sigma_data_is_the_limit(device):
     wide = sigma[:, None, None, None]
     expected = (
         *as_tuple(ops.implementations("dm_loss")["reference"](x_gen, x_t + wide * F_real, x_t + wide * F_fake, 1e-6)),
-        (((x_t + wide * F_fake - x_gen) / wide) ** 2).mean(), ((F_fake - x_gen) ** 2 / wide**2).mean(),
-    )  # fmt: skip
+        (((x_t + wide * F_fake - x_gen) / wide) ** 2).mean(),
+        ((F_fake - x_gen) ** 2 / wide**2).mean(),
+    )
     for backend in ops.implementations("dm_loss_raw", device):
         names = "dm_loss_raw", "fake_loss_raw", "fake_loss"
         found = {name: ops.implementations(name, device)[backend] for name in names}
@@ -194,12 +203,14 @@ def test_tensors_that_are_not_dense_or_aligned():
     expanded = torch.randn(2, 1, 6, 1).expand(2, 4, 6, 5)
     level, table = sigma[:1].expand(2), torch.randn(4, 4)[::2]
     functions = (
-        lambda x: ops.add_noise(x, level, noise=x, scale=level), lambda x: ops.dm_gradient(x, 2 * x, x.sin()),
-        lambda x: ops.dm_loss(x, x.cos(), x.sin()), lambda x: ops.fake_loss(x, x.sin(), level),
+        lambda x: ops.add_noise(x, level, noise=x, scale=level),
+        lambda x: ops.dm_gradient(x, 2 * x, x.sin()),
+        lambda x: ops.dm_loss(x, x.cos(), x.sin()),
+        lambda x: ops.fake_loss(x, x.sin(), level),
         lambda x: ops.denoising_loss(x, x.sin(), level),
         lambda x: ops.group_norm_silu(x, weight, weight, num_groups=2, scale=table, shift=table.flip(1)),
         lambda x: ops.conv3x3(x, torch.ones(1, 4, 3, 3).expand(8, 4, 3, 3)),
-    )  # fmt: skip
+    )
     for x in (strided, offset, sliced, expanded, dense.flip(3)):
         for function in functions:
             assert_close(function(x), function(x.clone(memory_format=torch.contiguous_format)))

@@ -23,11 +23,13 @@ from tests.helpers.op_cases import (
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype", "shadow_dtype"),
     [
-        (torch.float32, torch.float32, None), (torch.float32, torch.float32, torch.bfloat16),
-        (torch.float32, torch.bfloat16, torch.float16), (torch.float64, torch.float64, torch.bfloat16),
+        (torch.float32, torch.float32, None),
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.float64, torch.float64, torch.bfloat16),
         (torch.float32, torch.float16, torch.float16),
     ],
-)  # fmt: skip
+)
 def test_adamw_error_budget(dtype, grad_dtype, shadow_dtype, max_grad_norm, device):
     tensors, scalars = adamw_arguments(dtype, grad_dtype, shadow_dtype, device, max_grad_norm=max_grad_norm)
     found = ops.implementations("adamw_ema_", device)
@@ -61,9 +63,18 @@ def test_adamw_is_torch_adamw(device):
         reference.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.1)
         mine = ops.adamw_ema_(
-            flat, grad, *state, step, learning_rate.double(), ema=ema, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.3,
-            max_grad_norm=20.0, ema_decay=0.9,
-        )  # fmt: skip
+            flat,
+            grad,
+            *state,
+            step,
+            learning_rate.double(),
+            ema=ema,
+            betas=(0.8, 0.95),
+            eps=1e-7,
+            weight_decay=0.3,
+            max_grad_norm=20.0,
+            ema_decay=0.9,
+        )
         assert_close(mine, norm)
     assert_close(flat, torch.cat([p.detach() for p in parameters]))
     assert_close(ema, torch.cat(average))

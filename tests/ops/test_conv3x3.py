@@ -16,9 +16,15 @@ from fastdmd import ops
 module = importlib.import_module("fastdmd.ops.conv3x3")  # behind the function of its name
 # B, C_in, C_out, H, W: whole and cut tiles, one row, all widths of a panel, more than one block, one or two threads.
 SHAPES = [
-    (4, 16, 16, 8, 8), (3, 48, 48, 7, 7), (2, 16, 80, 9, 12), (1, 80, 32, 16, 17), (64, 16, 64, 1, 3),
-    (20, 96, 48, 5, 6), (70, 32, 16, 1, 1), (9, 64, 144, 14, 14),
-]  # fmt: skip
+    (4, 16, 16, 8, 8),
+    (3, 48, 48, 7, 7),
+    (2, 16, 80, 9, 12),
+    (1, 80, 32, 16, 17),
+    (64, 16, 64, 1, 3),
+    (20, 96, 48, 5, 6),
+    (70, 32, 16, 1, 1),
+    (9, 64, 144, 14, 14),
+]
 
 
 def inputs(shape, bias=True):
@@ -41,9 +47,7 @@ def worst_error(shape, *, bias=True, weight_format=torch.contiguous_format):
     x, weight, bias = inputs(shape, bias)
     weight = weight.contiguous(memory_format=weight_format)
     own = results(torch.ops.fastdmd.conv3x3, x, weight, bias)  # whether it suits or not
-    exact = results(
-        lambda *a: F.conv2d(*a, padding=1), *(None if a is None else a.double() for a in (x, weight, bias))
-    )  # fmt: skip
+    exact = results(lambda *a: F.conv2d(*a, padding=1), *(None if a is None else a.double() for a in (x, weight, bias)))
     assert own[0].is_contiguous(memory_format=torch.channels_last) and own[2].stride() == weight.stride()
     return max(((o - e).abs().max() / e.abs().max()).item() for o, e in zip(own, exact, strict=True))
 
@@ -69,9 +73,10 @@ def test_weight_gradients_err_no_more_than_twice_what_torch_errs(shape):
         results(function, *(t.to(dtype) for t in (x, weight)))[2].double()
         for function, dtype in (
             (lambda *a: torch.ops.fastdmd.conv3x3(*a, None), torch.float32),
-            (lambda *a: F.conv2d(*a, padding=1), torch.float32), (lambda *a: F.conv2d(*a, padding=1), torch.float64),
+            (lambda *a: F.conv2d(*a, padding=1), torch.float32),
+            (lambda *a: F.conv2d(*a, padding=1), torch.float64),
         )
-    )  # fmt: skip
+    )
     assert (own - exact).square().mean().sqrt() < 2 * (plain - exact).square().mean().sqrt()
 
 
@@ -91,8 +96,12 @@ def test_every_instruction_set(allowed, name):
         pytest.skip("no native library: " + ops.unavailable("conv3x3")["native"])
     if name == "avx2" and not torch.cpu._is_avx2_supported():
         pytest.skip("this machine has no AVX2")
-    result = subprocess.run([sys.executable, "-c", EVERYWHERE, name], capture_output=True, text=True,
-                            env={**os.environ, "ATEN_CPU_CAPABILITY": allowed})  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", EVERYWHERE, name],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": allowed},
+    )
     assert result.returncode == 0, result.stderr
 
 

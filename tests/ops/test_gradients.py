@@ -71,7 +71,7 @@ def test_gradient_penalties_are_those_of_torch(layout, backend):
     with ops.use_backend(backend):
         result = penalty(
             ops.conv3x3, lambda x, w, b, s, t: ops.group_norm_silu(x, w, b, num_groups=4, scale=s, shift=t), layout
-        )  # fmt: skip
+        )
     for own, exact in zip(result, expected, strict=True):
         assert (own - exact).abs().max() < 1e-5 * exact.abs().max()
 
@@ -150,17 +150,22 @@ def test_forward_mode_is_right_or_refused(layout):
     for own, plain in (
         (lambda x: ops.add_noise(x, sigma, noise=x, scale=sigma), lambda x: x * factor),
         (lambda x: ops.conv3x3(x, kernel, weight), lambda x: F.conv2d(x, kernel, weight, padding=1)),
-        (lambda x: ops.group_norm_silu(x, weight, weight, num_groups=4, scale=table, shift=table),
-         lambda x: F.silu(F.group_norm(x, 4, weight, weight) * (1 + spread) + spread)),
-    ):  # fmt: skip
+        (
+            lambda x: ops.group_norm_silu(x, weight, weight, num_groups=4, scale=table, shift=table),
+            lambda x: F.silu(F.group_norm(x, 4, weight, weight) * (1 + spread) + spread),
+        ),
+    ):
         expected = torch.func.jvp(plain, (x.contiguous(),), (tangent.contiguous(),))
         assert_close(torch.func.jvp(own, (x,), (tangent,)), expected, rtol=1e-5, atol=1e-5)
     for refused in (
-        lambda x: ops.fake_loss(x, x, sigma), lambda x: ops.fake_loss_raw(tangent, tangent, x, sigma),
+        lambda x: ops.fake_loss(x, x, sigma),
+        lambda x: ops.fake_loss_raw(tangent, tangent, x, sigma),
         lambda x: ops.denoising_loss(tangent, tangent, x[:, 0, 0, 0]),
-        lambda x: ops.dm_loss(tangent, x, x), lambda x: ops.dm_loss_raw(x, x, sigma, x, x),
-        lambda x: ops.dm_gradient(x, x, x), lambda x: ops.add_noise(x, sigma, rng_state=ops.rng_state(0)),
-    ):  # fmt: skip
+        lambda x: ops.dm_loss(tangent, x, x),
+        lambda x: ops.dm_loss_raw(x, x, sigma, x, x),
+        lambda x: ops.dm_gradient(x, x, x),
+        lambda x: ops.add_noise(x, sigma, rng_state=ops.rng_state(0)),
+    ):
         with pytest.raises(NotImplementedError, match="expected derivatives by backward, got forward mode"):
             torch.func.jvp(refused, (x,), (tangent,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="fastdmd.fake_loss: "):
@@ -183,12 +188,13 @@ def test_what_is_kept_for_backward():
     x, a, b, sigma = i.image().requires_grad_(), i.image(), i.image(), i.level()
     weight, kernel = torch.ones(16), torch.ones(16, 16, 3, 3)
     for call, expected in (
-        (lambda: ops.dm_loss(x, a, b), x.numel()), (lambda: ops.fake_loss(x, a, sigma), x.numel() + 2),
+        (lambda: ops.dm_loss(x, a, b), x.numel()),
+        (lambda: ops.fake_loss(x, a, sigma), x.numel() + 2),
         (lambda: ops.denoising_loss(x, a, sigma), x.numel() + 2),
         (lambda: ops.add_noise(x, sigma, rng_state=ops.rng_state(0), scale=sigma), 4),
         (lambda: ops.conv3x3(x, kernel), x.numel() + kernel.numel()),
         (lambda: ops.group_norm_silu(x, weight, weight, num_groups=4), x.numel() + 2 * 2 * 4 + 2 * 16),
-    ):  # fmt: skip
+    ):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             call()
@@ -254,9 +260,11 @@ def test_forward_mode_over_backward_is_that_of_torch(layout):
         (lambda x: ops.add_noise(x, sigma, noise=v, scale=sigma), lambda x: x * sigma[:, None, None, None]),
         (lambda x: ops.conv3x3(x, kernel, weight), lambda x: F.conv2d(x, kernel, weight, padding=1)),
         (lambda x: ops.group_norm(x, weight, num_groups=4), lambda x: normalised(x) * factor),
-        (lambda x: ops.group_norm_silu(x, weight, weight, num_groups=4, scale=table, shift=table),
-         lambda x: silu((normalised(x) * factor + factor) * (1 + spread) + spread)),
-    ):  # fmt: skip
+        (
+            lambda x: ops.group_norm_silu(x, weight, weight, num_groups=4, scale=table, shift=table),
+            lambda x: silu((normalised(x) * factor + factor) * (1 + spread) + spread),
+        ),
+    ):
         results = []
         for function in (own, plain):
             leaf = x.clone().requires_grad_()
@@ -268,9 +276,12 @@ def test_forward_mode_over_backward_is_that_of_torch(layout):
         assert_close(results[0].tangent, results[1].tangent, rtol=1e-4, atol=1e-4)
     x.requires_grad_()
     for loss in (
-        ops.denoising_loss(x, v, sigma), ops.fake_loss(x, v, sigma), ops.fake_loss_raw(x, v, t, sigma),
-        ops.dm_loss(x, v, t), ops.dm_loss_raw(x, v, sigma, t, v),
-    ):  # fmt: skip
+        ops.denoising_loss(x, v, sigma),
+        ops.fake_loss(x, v, sigma),
+        ops.fake_loss_raw(x, v, t, sigma),
+        ops.dm_loss(x, v, t),
+        ops.dm_loss_raw(x, v, sigma, t, v),
+    ):
         (exact,) = torch.autograd.grad(loss, x, retain_graph=True)
         with forward_ad.dual_level():
             factor = forward_ad.make_dual(torch.tensor(2.0), torch.tensor(3.0))
@@ -285,10 +296,12 @@ def test_batched_gradients_are_those_of_one_after_the_other(layout):
     kernel, weight = random(16, 16, 3, 3, dtype=torch.float32), random(16, dtype=torch.float32)
     sigma = torch.tensor([0.3, 2.0, 1.0, 5.0])
     for function in (
-        lambda x: ops.conv3x3(x, kernel), lambda x: ops.group_norm_silu(x, weight, num_groups=4),
+        lambda x: ops.conv3x3(x, kernel),
+        lambda x: ops.group_norm_silu(x, weight, num_groups=4),
         lambda x: ops.add_noise(x, sigma, noise=x.detach(), scale=sigma),
-        lambda x: ops.denoising_loss(x, x.detach() + 1, sigma), lambda x: ops.fake_loss(x, x.detach() + 1, sigma),
-    ):  # fmt: skip
+        lambda x: ops.denoising_loss(x, x.detach() + 1, sigma),
+        lambda x: ops.fake_loss(x, x.detach() + 1, sigma),
+    ):
         x = random(4, 16, 8, 8, dtype=torch.float32).contiguous(memory_format=layout).requires_grad_()
         y = function(x)
         grads = random(3, *y.shape, dtype=torch.float32, seed=1)

@@ -15,13 +15,22 @@ from tests.helpers.op_cases import (
 
 HALVES = [torch.float32, torch.bfloat16, torch.float16]  # have kernels that move 16 bytes at a time
 CUTS = [  # shape, groups
-    ((1, 24, 16, 16), 4), ((2, 48, 17, 9), 8), ((3, 32, 4, 4), 4),  # tiles of some groups, of some pixels
+    ((1, 24, 16, 16), 4),
+    ((2, 48, 17, 9), 8),
+    ((3, 32, 4, 4), 4),  # tiles of some groups, of some pixels
     ((3, 8, 9, 9), 8),  # a group per channel
-    ((5, 16, 3, 5), 2), ((1, 40, 7, 5), 1),  # fewer pixels than a block has rows of threads
-    ((1, 768, 4, 4), 32), ((2, 96, 33, 1), 4),  # wide tiles, high ones
-    ((1, 2048, 2, 3), 1), ((1, 4096, 2, 3), 1), ((2, 2048, 3, 7), 1),  # rows wider than any tile; a shorter last chunk
-    ((2, 96, 8, 8), 4), ((1, 36, 32, 32), 3), ((2, 48, 12, 10), 2), ((1, 96, 16, 16), 4),  # teams of 8 to 32 lanes
-]  # fmt: skip
+    ((5, 16, 3, 5), 2),
+    ((1, 40, 7, 5), 1),  # fewer pixels than a block has rows of threads
+    ((1, 768, 4, 4), 32),
+    ((2, 96, 33, 1), 4),  # wide tiles, high ones
+    ((1, 2048, 2, 3), 1),
+    ((1, 4096, 2, 3), 1),
+    ((2, 2048, 3, 7), 1),  # rows wider than any tile; a shorter last chunk
+    ((2, 96, 8, 8), 4),
+    ((1, 36, 32, 32), 3),
+    ((2, 48, 12, 10), 2),
+    ((1, 96, 16, 16), 4),  # teams of 8 to 32 lanes
+]
 
 
 def assert_budget(x, num_groups, *, adaptive, silu, device):

@@ -98,10 +98,16 @@ def test_far_more_calls_than_there_are_places_to_count_blocks(device):
         if (name, device) == ("triton", "cpu"):  # interpreted, and without counters
             continue
         with ops.use_backend(name):
-            results = torch.stack([
-                torch.stack([
-                    ops.dm_loss(x, real, fake), ops.fake_loss(fake, x, sigma, sigma_data=0.5),
-                    ops.adamw_ema_(param, param, *moments, step.zero_(), rate),
-                ]) for _ in range(1030)
-            ])  # fmt: skip
+            results = torch.stack(
+                [
+                    torch.stack(
+                        [
+                            ops.dm_loss(x, real, fake),
+                            ops.fake_loss(fake, x, sigma, sigma_data=0.5),
+                            ops.adamw_ema_(param, param, *moments, step.zero_(), rate),
+                        ]
+                    )
+                    for _ in range(1030)
+                ]
+            )
         assert torch.equal(results, results[:1].expand_as(results)) and results[0, 2] == 50, name

@@ -16,9 +16,13 @@ from fastdmd import _native, ops
 
 CSRC = Path(__file__).parents[2] / "csrc"
 TYPES = {  # in a schema, by that in C++
-    "Tensor": "Tensor", "std::optional<Tensor>": "Optional[Tensor]", "double": "float", "int64_t": "int",
-    "bool": "bool", "ScalarType": "ScalarType",
-}  # fmt: skip
+    "Tensor": "Tensor",
+    "std::optional<Tensor>": "Optional[Tensor]",
+    "double": "float",
+    "int64_t": "int",
+    "bool": "bool",
+    "ScalarType": "ScalarType",
+}
 
 
 def schemas_of(text):
@@ -47,10 +51,11 @@ def described(argument):
 def differences(one, other):
     pairs = (one.arguments, other.arguments), (one.returns, other.returns)
     return [
-        (a, b) for of_one, of_other in pairs
+        (a, b)
+        for of_one, of_other in pairs
         for a, b in [*zip(map(described, of_one), map(described, of_other), strict=False), (len(of_one), len(of_other))]
         if a != b
-    ]  # fmt: skip
+    ]
 
 
 def test_cpp_states_the_schemas_of_python():
@@ -70,11 +75,21 @@ RIGHT = "op(Tensor x, Tensor(a!)? state, float eps=1.0, *, bool silu=True) -> (T
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("Tensor x", "Tensor y"), ("Tensor x", "Tensor? x"), ("Tensor(a!)?", "Tensor?"), ("(a!)", "(b!)"),
-        ("(a!)", "(a)"), ("(a!)?", "(a!)"), ("float eps", "int eps"), ("=1.0", ""), ("=1.0", "=2.0"), ("*, ", ""),
-        (", *, bool silu=True", ""), ("(Tensor, Tensor)", "Tensor"), ("(Tensor, Tensor)", "(Tensor, float)"),
+        ("Tensor x", "Tensor y"),
+        ("Tensor x", "Tensor? x"),
+        ("Tensor(a!)?", "Tensor?"),
+        ("(a!)", "(b!)"),
+        ("(a!)", "(a)"),
+        ("(a!)?", "(a!)"),
+        ("float eps", "int eps"),
+        ("=1.0", ""),
+        ("=1.0", "=2.0"),
+        ("*, ", ""),
+        (", *, bool silu=True", ""),
+        ("(Tensor, Tensor)", "Tensor"),
+        ("(Tensor, Tensor)", "(Tensor, float)"),
     ],
-)  # fmt: skip
+)
 def test_a_difference_is_found(right, wrong):
     schema, other = torch._C.parse_schema(RIGHT), torch._C.parse_schema(RIGHT.replace(right, wrong, 1))
     assert str(schema) != str(other) and differences(schema, schema) == []

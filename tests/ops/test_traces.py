@@ -21,8 +21,13 @@ def test_opcheck(case):
     else:
         arguments = CASES[case](Inputs((3, 4, 5, 6), layout=torch.channels_last))
     differentiable = name in (
-        "add_noise", "add_noise_drawn", "denoising_loss", "fake_loss", "fake_loss_raw", "group_norm_silu"
-    )  # fmt: skip
+        "add_noise",
+        "add_noise_drawn",
+        "denoising_loss",
+        "fake_loss",
+        "fake_loss_raw",
+        "group_norm_silu",
+    )
     if differentiable:
         arguments = (arguments[0].requires_grad_(), *arguments[1:])
     op = getattr(torch.ops.fastdmd, name).default
@@ -40,10 +45,13 @@ def one_of_each(x, sigma, D_real, D_fake, noise, weight, table, state):
     scale, shift = table.chunk(2, dim=1)
     y = ops.group_norm_silu(x_t + x_s, weight, weight, num_groups=2, scale=scale, shift=shift)
     return (
-        ops.dm_loss(y, D_real, D_fake) + ops.dm_loss_raw(y, x_t, sigma, D_real, D_fake)
-        + ops.denoising_loss(y, D_real, sigma) + ops.fake_loss(y, D_real, sigma) + ops.fake_loss_raw(y, x, x_t, sigma)
+        ops.dm_loss(y, D_real, D_fake)
+        + ops.dm_loss_raw(y, x_t, sigma, D_real, D_fake)
+        + ops.denoising_loss(y, D_real, sigma)
+        + ops.fake_loss(y, D_real, sigma)
+        + ops.fake_loss_raw(y, x, x_t, sigma)
         + ops.dm_gradient(x, D_real, D_fake).mean()
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -82,10 +90,11 @@ def test_layouts_are_kept_and_what_is_not_dense_is_copied():
         ops.dm_loss(x, a, b).backward()
         assert_close(x.grad, ops.dm_gradient(*dense) / x.numel())
     for result in (
-        ops.add_noise(mixed[0], sigma, noise=a), ops.dm_gradient(mixed[0], a, b),
+        ops.add_noise(mixed[0], sigma, noise=a),
+        ops.dm_gradient(mixed[0], a, b),
         ops.group_norm_silu(mixed[0], weight, weight, num_groups=2),
         ops.add_noise(mixed[0].detach(), sigma, rng_state=state, dtype=torch.bfloat16),
-    ):  # fmt: skip
+    ):
         assert result.is_contiguous(memory_format=torch.channels_last) and not result.is_contiguous()
 
 
@@ -110,7 +119,7 @@ EXPORTS = {
     "group_norm_silu": lambda x, a, b, sigma: ops.group_norm_silu(x, WEIGHT, WEIGHT, num_groups=4),
     "group_norm": lambda x, a, b, sigma: ops.group_norm(x, num_groups=4),
     "conv3x3": lambda x, a, b, sigma: ops.conv3x3(x, KERNEL, WEIGHT),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EXPORTS)

@@ -146,9 +146,14 @@ def test_groups_clip_as_one_does(compute_dtype, max_grad_norm):
     states = []
     for groups in (None, {"bias": {"learning_rate_factor": 1.0}, "1": {"weight_decay": 0.01}}):
         optimizer = AdamWEMA(
-            network(), learning_rate=0.1, eps=1e-14, compute_dtype=compute_dtype, max_grad_norm=max_grad_norm,
-            groups=groups, ema_decay=0.9,
-        )  # fmt: skip
+            network(),
+            learning_rate=0.1,
+            eps=1e-14,
+            compute_dtype=compute_dtype,
+            max_grad_norm=max_grad_norm,
+            groups=groups,
+            ema_decay=0.9,
+        )
         for _ in range(2):
             optimizer.backward(100 * loss_of(optimizer.network))
             optimizer.step()

@@ -54,9 +54,12 @@ def test_what_moves_parameters_raises_at_the_next_step(move, compute_dtype):
     message = r"fastdmd.AdamWEMA: expected \d\.(weight|bias)( of ema_network)? where the optimizer put it, got it moved"
     loss = torch.ones((), requires_grad=True)
     for step in (
-        optimizer.step, optimizer.advance, optimizer.zero_grad, lambda: optimizer.backward(loss),
+        optimizer.step,
+        optimizer.advance,
+        optimizer.zero_grad,
+        lambda: optimizer.backward(loss),
         lambda: copy.deepcopy(optimizer),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             step()
     assert optimizer.num_updates == 1

@@ -86,12 +86,18 @@ BAD_NETWORKS = {
     "no parameters": (nn.SiLU, ValueError, "with parameters that require a gradient, got a SiLU without"),
     "all fixed": (lambda: network().requires_grad_(False), ValueError, "require a gradient, got a Sequential without"),
     "bfloat16": (lambda: network().bfloat16(), TypeError, r"float32 or float64 \(.*, got 0.weight in torch.bfloat16"),
-    "mixed": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()), TypeError,
-              "expected parameters of one dtype, torch.float32 as 0.weight, got 1.weight in torch.float64"),
-    "two devices": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), ValueError,
-                    "expected parameters on one device, cpu as 0.weight, got 1.weight on meta"),
+    "mixed": (
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()),
+        TypeError,
+        "expected parameters of one dtype, torch.float32 as 0.weight, got 1.weight in torch.float64",
+    ),
+    "two devices": (
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")),
+        ValueError,
+        "expected parameters on one device, cpu as 0.weight, got 1.weight on meta",
+    ),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(2)), ValueError, "got 0.weight, which waits for a first forward"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD_NETWORKS)

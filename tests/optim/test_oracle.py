@@ -70,9 +70,14 @@ def take_gradient(route, optimizer, network, loss):
 
 
 ROUTES = [
-    "backward", "accumulate", "zero_grad", "module's zero_grad, then accumulate", "zeros", "create_graph",
+    "backward",
+    "accumulate",
+    "zero_grad",
+    "module's zero_grad, then accumulate",
+    "zeros",
+    "create_graph",
     "nothing to clear",
-]  # fmt: skip
+]
 CONFIGURATIONS = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(list(TOLERANCES)),
@@ -108,12 +113,17 @@ def test_any_configuration_is_torch_adamw(configuration):
     trained = [(name, p) for name, p in theirs.named_parameters() if p.requires_grad]
     changes = (options["groups"] or {}).get("0", {})
     factors = [changes.get("learning_rate_factor", 1.0) if "0" in name else 1.0 for name, _ in trained]
-    decays = [changes.get("weight_decay", options["weight_decay"]) if "0" in name else options["weight_decay"]
-              for name, _ in trained]  # fmt: skip
+    decays = [
+        changes.get("weight_decay", options["weight_decay"]) if "0" in name else options["weight_decay"]
+        for name, _ in trained
+    ]
     adamw = torch.optim.AdamW(
         [{"params": [p], "weight_decay": decay} for (_, p), decay in zip(trained, decays, strict=True)],
-        lr=options["learning_rate"], betas=options["betas"], eps=options["eps"], foreach=False,
-    )  # fmt: skip
+        lr=options["learning_rate"],
+        betas=options["betas"],
+        eps=options["eps"],
+        foreach=False,
+    )
     average = [p.detach().clone() for _, p in trained]
     for step in range(5):
         take_gradient(route, ours, network, lambda scale, step=step: network.loss(step, scale))
@@ -139,10 +149,19 @@ def test_any_configuration_is_torch_adamw(configuration):
 
 # The textbook loop, with one part of ours at a time.
 
-TINY = UNetConfig(image_size=8, num_classes=3, model_channels=8, channel_multipliers=(1,), num_blocks=1,
-                  attention_resolutions=())  # fmt: skip
-OPTIONS = dict(generator_lr=1e-3, fake_score_lr=2e-3, weight_decay=0.02, max_grad_norm=0.5, warmup_steps=3,
-               guidance_warmup_steps=7, ema_decay=0.9, dfake_gen_update_ratio=3)  # fmt: skip
+TINY = UNetConfig(
+    image_size=8, num_classes=3, model_channels=8, channel_multipliers=(1,), num_blocks=1, attention_resolutions=()
+)
+OPTIONS = dict(
+    generator_lr=1e-3,
+    fake_score_lr=2e-3,
+    weight_decay=0.02,
+    max_grad_norm=0.5,
+    warmup_steps=3,
+    guidance_warmup_steps=7,
+    ema_decay=0.9,
+    dfake_gen_update_ratio=3,
+)
 RATES = OPTIONS["generator_lr"], OPTIONS["guidance_lr"]
 NETWORK_OPS = {"group_norm_silu": GroupNormSiLU, "group_norm": GroupNorm, "conv3x3": Conv3x3}
 
@@ -203,8 +222,10 @@ def whole(model):
     """AdamWEMA does all of it: warm-up, clipping, averaging."""
     model = drop_in(model, max_grad_norm=OPTIONS["max_grad_norm"], ema_decay=OPTIONS["ema_decay"])
     model.max_grad_norm, model.warmup_steps = float("inf"), (0, 0)
-    for optimizer, name in ((model.generator_optimizer, "warmup_steps"),
-                            (model.guidance_optimizer, "guidance_warmup_steps")):  # fmt: skip
+    for optimizer, name in (
+        (model.generator_optimizer, "warmup_steps"),
+        (model.guidance_optimizer, "guidance_warmup_steps"),
+    ):
         optimizer.warmup_steps = OPTIONS[name]
     return model
 

@@ -101,7 +101,7 @@ BAD_STATES = {
     "a rate of nan": (group(lr=math.nan), "expected lr >= 0 and finite, got nan"),
     "betas of 1": (group(betas=(0.9, 1.0)), "expected betas in "),
     "a negative decay": (group(weight_decay=-1.0), "expected weight_decay >= 0 and finite, got -1.0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD_STATES)
@@ -121,10 +121,15 @@ def test_states_that_cannot_have_been_saved_change_nothing(kind):
 
 
 BAD_OPTIONS = [
-    ("lr", math.nan, ValueError), ("lr", -0.1, ValueError), ("lr", "x", TypeError),
-    ("lr", torch.tensor(0.1), TypeError), ("learning_rate_factor", -1, ValueError), ("weight_decay", None, TypeError),
-    ("betas", (0.9,), TypeError), ("eps", math.inf, ValueError),
-]  # fmt: skip
+    ("lr", math.nan, ValueError),
+    ("lr", -0.1, ValueError),
+    ("lr", "x", TypeError),
+    ("lr", torch.tensor(0.1), TypeError),
+    ("learning_rate_factor", -1, ValueError),
+    ("weight_decay", None, TypeError),
+    ("betas", (0.9,), TypeError),
+    ("eps", math.inf, ValueError),
+]
 
 
 @pytest.mark.parametrize(("name", "value", "error"), BAD_OPTIONS)

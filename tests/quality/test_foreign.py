@@ -75,9 +75,7 @@ def test_a_reference_of_other_features_is_not_read(tmp_path):
         archive.writestr("mu.npy", member((2**14,)))
         archive.writestr("sigma.npy", member((2**14, 2**14)))
     with pytest.raises(ValueError, match=f"expected a reference of 784 features, got 16384 in {tmp_path}/a.npz"):
-        quality.Evaluation(
-            SHAPE, 10, num_samples=10, feature_network=nn.Flatten(), reference=str(tmp_path / "a.npz")
-        )  # fmt: skip
+        quality.Evaluation(SHAPE, 10, num_samples=10, feature_network=nn.Flatten(), reference=str(tmp_path / "a.npz"))
 
 
 def test_more_features_than_memory_are_refused(monkeypatch):
@@ -138,9 +136,15 @@ def test_files_that_are_no_torchscript(tmp_path, recwarn):
     (tmp_path / "text.ts").write_text("inception")
     (tmp_path / "folder.pt").mkdir()
     os.mkfifo(tmp_path / "pipe.pt")
-    for name, got in {"weights.pt": "what torch.save wrote", "module.pt": "what torch.save wrote",
-                      "truncated.pt": "another format", "empty.pt": "another format", "text.ts": "another format",
-                      "folder.pt": ".*no regular file", "pipe.pt": ".*no regular file"}.items():  # fmt: skip
+    for name, got in {
+        "weights.pt": "what torch.save wrote",
+        "module.pt": "what torch.save wrote",
+        "truncated.pt": "another format",
+        "empty.pt": "another format",
+        "text.ts": "another format",
+        "folder.pt": ".*no regular file",
+        "pipe.pt": ".*no regular file",
+    }.items():
         with pytest.raises(ValueError, match=f"expected a TorchScript file.*, got {got}") as error:
             load_feature_network(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -174,7 +178,7 @@ MU, SIGMA = member((2,), content=bytes(16)), member((2, 2), content=np.eye(2).to
         (MU, SIGMA, member((), "<f8", np.float64(9.5).tobytes()), r"expected num_images int \(\), got float64"),
         (MU, SIGMA, member((10**9,), "<i8"), r"expected num_images int \(\), got int64 \(1000000000,\)"),
     ],
-)  # fmt: skip
+)
 def test_what_a_reference_declares_is_checked_first(tmp_path, mu, sigma, num_images, message):
     arrays = {"mu": mu, "sigma": sigma, "num_images": num_images}
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -201,8 +205,12 @@ def test_files_that_are_not_files_or_are_damaged(tmp_path):
     (tmp_path / "flipped.npz").write_bytes(content)
     (tmp_path / "folder.npz").mkdir()
     os.mkfifo(tmp_path / "pipe.npz")
-    for name, got in {"truncated": "another format", "flipped": "BadZipFile .*CRC", "folder": ".*no regular file",
-                      "pipe": ".*no regular file"}.items():  # fmt: skip
+    for name, got in {
+        "truncated": "another format",
+        "flipped": "BadZipFile .*CRC",
+        "folder": ".*no regular file",
+        "pipe": ".*no regular file",
+    }.items():
         with pytest.raises(ValueError, match=f"expected .* .npz file, got {got}"):
             FeatureStatistics.from_npz(tmp_path / f"{name}.npz")
 
@@ -221,14 +229,19 @@ def foreign(kind, num):
     images, labels = digits.images[:num].numpy(), digits.labels[:num].numpy()
     noise = np.random.default_rng(0).integers(0, 256, (num, *SHAPE), np.uint8)
     return {
-        "digits": (images, labels), "digits without labels": (images, None),
+        "digits": (images, labels),
+        "digits without labels": (images, None),
         "sixes": (digits.images[digits.labels == 6][:num].numpy(), None),
         "binary digits": ((images > 127).astype(np.uint8) * 255, labels),
-        "stripes": (stripes(num), np.arange(num) % 10), "stripes without labels": (stripes(num), None),
-        "inverted": (255 - images, labels), "inverted without labels": (255 - images, None),
-        "noise without labels": (noise, None), "mirrored": (images[..., ::-1].copy(), labels),
-        "letters": (images, 30 + labels), "parity": (images, labels % 2),
-    }[kind]  # fmt: skip
+        "stripes": (stripes(num), np.arange(num) % 10),
+        "stripes without labels": (stripes(num), None),
+        "inverted": (255 - images, labels),
+        "inverted without labels": (255 - images, None),
+        "noise without labels": (noise, None),
+        "mirrored": (images[..., ::-1].copy(), labels),
+        "letters": (images, 30 + labels),
+        "parity": (images, labels % 2),
+    }[kind]
 
 
 def evaluation(images, labels, num_samples=100, **options):

@@ -14,11 +14,12 @@ from fastdmd.runs import config
 from fastdmd.runs.pretraining import PretrainConfig
 
 COMMANDS = {
-    "train": config.TrainConfig(), "pretrain": PretrainConfig(),
+    "train": config.TrainConfig(),
+    "pretrain": PretrainConfig(),
     "evaluate": config.EvaluateConfig(weights="a.safetensors"),
     "sample": config.SampleConfig(weights="a.safetensors"),
     "export": export.ExportConfig(weights=Path("a.safetensors"), out=Path("a.pt2")),
-}  # fmt: skip
+}
 FLAGS = {"fake_score_lr": "guidance_lr"}  # that are not called as their settings
 
 
@@ -36,17 +37,24 @@ class Settings:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"count": 0}, "--count >= 1, got 0"), ({"count": 10**9 + 1}, r"--count <= 10\^9, got 1000000001"),
+        ({"count": 0}, "--count >= 1, got 0"),
+        ({"count": 10**9 + 1}, r"--count <= 10\^9, got 1000000001"),
         ({"count": 10**400}, r"--count <= 10\^9, got 1000"),
-        ({"decay": -0.5}, "--decay >= 0, got -0.5"), ({"decay": math.nan}, "--decay >= 0 and finite, got nan"),
-        ({"decay": math.inf}, "--decay >= 0 and finite, got inf"), ({"decay": 2.6}, "--decay <= 2.5, got 2.6"),
-        ({"rate": 0.0}, "--rate > 0 and finite, got 0.0"), ({"rate": 1e31}, r"--rate <= 1e\+30, got 1e\+31"),
-        ({"share": 1.0}, r"--share in \[0, 1\), got 1.0"), ({"share": math.nan}, r"--share in \[0, 1\), got nan"),
-        ({"sizes": (4, 1)}, r"--sizes >= 2, got \(4, 1\)"), ({"sizes": (65537,)}, r"--sizes <= 2\^16, got \(65537,\)"),
-        ({"free": math.inf}, "--free to be finite, got inf"), ({"free": math.nan}, "--free to be finite, got nan"),
+        ({"decay": -0.5}, "--decay >= 0, got -0.5"),
+        ({"decay": math.nan}, "--decay >= 0 and finite, got nan"),
+        ({"decay": math.inf}, "--decay >= 0 and finite, got inf"),
+        ({"decay": 2.6}, "--decay <= 2.5, got 2.6"),
+        ({"rate": 0.0}, "--rate > 0 and finite, got 0.0"),
+        ({"rate": 1e31}, r"--rate <= 1e\+30, got 1e\+31"),
+        ({"share": 1.0}, r"--share in \[0, 1\), got 1.0"),
+        ({"share": math.nan}, r"--share in \[0, 1\), got nan"),
+        ({"sizes": (4, 1)}, r"--sizes >= 2, got \(4, 1\)"),
+        ({"sizes": (65537,)}, r"--sizes <= 2\^16, got \(65537,\)"),
+        ({"free": math.inf}, "--free to be finite, got inf"),
+        ({"free": math.nan}, "--free to be finite, got nan"),
         ({"name": ""}, "--name not to be empty, got ''"),
     ],
-)  # fmt: skip
+)
 def test_what_is_said_of_a_value_out_of_bounds(values, message):
     with pytest.raises(ValueError, match=f"^expected {message}"):
         settings.check(Settings(**values))
@@ -102,10 +110,21 @@ def test_optional_numbers_have_bounds_too(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("beta_end", 0.0), ("beta_start", 0.0), ("beta_end", math.nan), ("time_scale", math.inf), ("time_scale", 0.0),
-     ("sigma_data", 0.0), ("num_train_timesteps", 10**12), ("num_train_timesteps", 1), ("num_classes", -1),
-     ("num_classes", 10**12), ("image_shape", (3, 10**6, 10**6)), ("image_shape", (0, 8, 8))],
-)  # fmt: skip
+    [
+        ("beta_end", 0.0),
+        ("beta_start", 0.0),
+        ("beta_end", math.nan),
+        ("time_scale", math.inf),
+        ("time_scale", 0.0),
+        ("sigma_data", 0.0),
+        ("num_train_timesteps", 10**12),
+        ("num_train_timesteps", 1),
+        ("num_classes", -1),
+        ("num_classes", 10**12),
+        ("image_shape", (3, 10**6, 10**6)),
+        ("image_shape", (0, 8, 8)),
+    ],
+)
 def test_options_of_a_teacher_are_checked_under_their_flags(name, value):
     settings = config.SampleConfig(weights="a:b", adapter=TeacherOptions(**{name: value}))
     with pytest.raises(ValueError, match=f"expected {flag(name)} "):

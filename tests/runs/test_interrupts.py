@@ -88,9 +88,12 @@ def test_commands_say_which_signal_ended_them(tmp_path):
     (tmp_path / "slow.py").write_text("import time, pathlib\npathlib.Path('there').touch()\ntime.sleep(60)\n")
     process = subprocess.Popen(
         [sys.executable, "-m", "fastdmd.train", "--teacher", "slow:Net", "--parameterization", "x0", "--out", "run"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(files.__file__).rpartition("fastdmd")[0]])},
-    )  # fmt: skip
+    )
     while not (tmp_path / "there").exists():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)

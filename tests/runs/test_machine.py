@@ -12,9 +12,16 @@ from fastdmd.runs import machine
 
 @pytest.mark.parametrize(
     "available, batch_size, quota, expected",
-    [(2, 48, "max 100000", 2), (64, 48, "max 100000", 48), (64, 128, "200000 100000", 2), (64, 128, "150000 100000", 2),
-     (8, 1, None, 1), (8, 128, "nonsense", 8), (8, 128, "1000 100000", 1)],
-)  # fmt: skip
+    [
+        (2, 48, "max 100000", 2),
+        (64, 48, "max 100000", 48),
+        (64, 128, "200000 100000", 2),
+        (64, 128, "150000 100000", 2),
+        (8, 1, None, 1),
+        (8, 128, "nonsense", 8),
+        (8, 128, "1000 100000", 1),
+    ],
+)
 def test_threads_suit_batch_and_container(available, batch_size, quota, expected, tmp_path):
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota + "\n")

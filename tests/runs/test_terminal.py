@@ -36,9 +36,15 @@ main()
 def run(redirection, *words, **environment):
     """Exit code and stderr of a command whose output goes where a shell puts it."""
     command = f'"$@" {" ".join(words)} {redirection}; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", command, "bash", sys.executable, "-c", MAIN], capture_output=True, text=True,
-                          errors="replace", cwd=Path(__file__).parents[2], timeout=60,
-                          env={**os.environ, **environment})  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", command, "bash", sys.executable, "-c", MAIN],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        cwd=Path(__file__).parents[2],
+        timeout=60,
+        env={**os.environ, **environment},
+    )
     return done.returncode, done.stderr, done.stdout
 
 
@@ -95,9 +101,13 @@ def test_a_bug_keeps_its_traceback():
 
 @pytest.mark.parametrize(
     ("encoding", "expected"),
-    [("ascii", "Frechet distance x 2 ? 1?2 ?"), ("latin-1", None), ("utf-8", "Fréchet distance × 2 → ½ ?"),
-     ("cp1252:strict", None)],
-)  # fmt: skip
+    [
+        ("ascii", "Frechet distance x 2 ? 1?2 ?"),
+        ("latin-1", None),
+        ("utf-8", "Fréchet distance × 2 → ½ ?"),
+        ("cp1252:strict", None),
+    ],
+)
 def test_any_encoding_can_be_written(encoding, expected):
     code, error, output = run("| iconv -f latin1 -t utf8" if expected is None else "", PYTHONIOENCODING=encoding)
     assert code == 0 and "Traceback" not in error
@@ -137,13 +147,18 @@ def test_tracebacks_come_when_asked_for(asked, monkeypatch, capsys):
 
 
 OUT_OF_MEMORY = [
-    MemoryError(), np._core._exceptions._ArrayMemoryError((10**12,), np.dtype(float)), torch.OutOfMemoryError("CUDA"),
+    MemoryError(),
+    np._core._exceptions._ArrayMemoryError((10**12,), np.dtype(float)),
+    torch.OutOfMemoryError("CUDA"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
     RuntimeError('torch_call_dispatcher( "aten::empty_like", "", stack.data(), ( ((0ULL + 2)'),
-    RuntimeError('torch_call_dispatcher( "aten::new_empty", "", stack'), RuntimeError("std::bad_alloc"),
-    RuntimeError("CUDA error: out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    RuntimeError("could not create a memory object"), OSError(errno.ENOMEM, "Cannot allocate memory"),
-]  # fmt: skip
+    RuntimeError('torch_call_dispatcher( "aten::new_empty", "", stack'),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("could not create a memory object"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
@@ -163,7 +178,7 @@ def test_out_of_memory_says_so(error, context, capsys):
         (ValueError("fastdmd.data: expected x,\n got y"), "fastdmd.data: expected x, got y (while testing)"),
         (TypeError("fastdmd.x: expected y"), "fastdmd.x: expected y (while testing)"),
     ],
-)  # fmt: skip
+)
 def test_a_run_that_fails_for_a_reason_of_the_users(error, line, capsys):
     with pytest.raises(SystemExit) as stop, cli.run_errors("fastdmd.test", "testing"):
         raise error
@@ -210,8 +225,18 @@ for name, attempt in attempts.items():
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its limit")
 def test_real_limits_are_told():
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=100)
-    assert done.stdout.split() == ["torch", "True", "numpy", "True", "native", "True", "list", "True", "convolution",
-                                   "True"], done.stdout + done.stderr  # fmt: skip
+    assert done.stdout.split() == [
+        "torch",
+        "True",
+        "numpy",
+        "True",
+        "native",
+        "True",
+        "list",
+        "True",
+        "convolution",
+        "True",
+    ], done.stdout + done.stderr
 
 
 def test_more_than_there_is_is_refused_before_it_is_taken(tmp_path, capsys, monkeypatch):

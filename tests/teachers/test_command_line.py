@@ -36,10 +36,15 @@ def test_a_foreign_teacher_from_the_command_line_and_back(name, options, tmp_pat
     """Distilled, its generator loads by the name of its code alone, samples, and is measured."""
     file = distill(tmp_path / "run", "--teacher", f"{FOREIGN}:{name}", *options)
     generator, metadata = load_network(file, network=f"{FOREIGN}:{name}")
-    teacher = teachers.load(f"{FOREIGN}:{name}", **{
-        key.strip("-").replace("-", "_").replace("schedule_timesteps", "num_train_timesteps"):
-            int(value) if value.isdecimal() else value for key, value in zip(options[::2], options[1::2], strict=True)
-    })  # fmt: skip
+    teacher = teachers.load(
+        f"{FOREIGN}:{name}",
+        **{
+            key.strip("-").replace("-", "_").replace("schedule_timesteps", "num_train_timesteps"): int(value)
+            if value.isdecimal()
+            else value
+            for key, value in zip(options[::2], options[1::2], strict=True)
+        },
+    )
     assert generator.interface == teacher.interface and metadata["network"]["source"] == f"{FOREIGN}:{name}"
     moved = [(a - b).abs().max() for a, b in zip(generator.parameters(), teacher.parameters(), strict=True)]
     assert max(moved) > 0 and generator.network.steps == 7
@@ -132,17 +137,22 @@ def test_code_in_the_working_directory_is_found(tmp_path):
     ("arguments", "message"),
     [
         (["no.such.module:thing", "--parameterization", "v"], "expected no.such.module:thing to be importable, got"),
-        ([f"{FOREIGN}:nothing", "--parameterization", "v"],
-         f"expected {FOREIGN}:nothing to be importable, got .*'nothing'"),
-        ([f"{FOREIGN}:three", "--parameterization", "v"],
-         f"expected {FOREIGN}:three to be a Module, got <class 'int'>"),
+        (
+            [f"{FOREIGN}:nothing", "--parameterization", "v"],
+            f"expected {FOREIGN}:nothing to be importable, got .*'nothing'",
+        ),
+        (
+            [f"{FOREIGN}:three", "--parameterization", "v"],
+            f"expected {FOREIGN}:three to be a Module, got <class 'int'>",
+        ),
         ([f"{FOREIGN}:needs", "--parameterization", "v"], "missing 1 required positional argument: 'width'"),
         ([BUILD], "expected --parameterization out of x0, edm, epsilon, v, flow, got None"),
         ([BUILD, "--parameterization", "edm"], "--teacher-sigma-data for a network without .* sigma_data"),
-        ([BUILD, "--parameterization", "v", "--image-shape", "3", "8", "8"],
-         r"expected Network to denoise \(3, 3, 8, 8\) of torch.float32, .* got RuntimeError: .* channels"),
-        ([BUILD, "--parameterization", "v", "--teacher-labels", "one_hot"],
-         "expected Network to denoise .* got"),
+        (
+            [BUILD, "--parameterization", "v", "--image-shape", "3", "8", "8"],
+            r"expected Network to denoise \(3, 3, 8, 8\) of torch.float32, .* got RuntimeError: .* channels",
+        ),
+        ([BUILD, "--parameterization", "v", "--teacher-labels", "one_hot"], "expected Network to denoise .* got"),
         ([BUILD, "--parameterization", "v", "--network", BUILD], "--network with a .safetensors"),
         (["mnist", "--parameterization", "v"], "expected no --parameterization with mnist, which brings its own"),
         (["mnist", "--teacher-weights", "w.pt"], "expected --teacher-weights with package.module:name only, got mnist"),
@@ -152,7 +162,7 @@ def test_code_in_the_working_directory_is_found(tmp_path):
         (["nowhere.npz"], "expected mnist, .* got nowhere.npz"),
         ([BUILD, "--parameterization", "v", "--teacher-weights", "nowhere.pt"], "nowhere.pt, which does not"),
     ],
-)  # fmt: skip
+)
 def test_teachers_that_cannot_be_taken_get_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     (tmp_path / "run").mkdir()
     for name in ("config.json", "generator.safetensors"):
@@ -165,9 +175,15 @@ def test_teachers_that_cannot_be_taken_get_one_line(arguments, message, tmp_path
 
 def test_pickles_of_edm_are_distilled_as_ours(tmp_path, capsys):
     config = {
-        "model_type": "SongUNet", "img_resolution": 8, "img_channels": 3, "label_dim": 2, "model_channels": 8,
-        "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [],
-    }  # fmt: skip
+        "model_type": "SongUNet",
+        "img_resolution": 8,
+        "img_channels": 3,
+        "label_dim": 2,
+        "model_channels": 8,
+        "channel_mult": [1],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+    }
     state = random_state(config)
     path = tmp_path / "network.pkl"
     path.write_bytes(edm_pickles.dumps(edm_pickles.published(config, state)))
@@ -191,8 +207,12 @@ def test_weights_key_names_an_entry_on_the_command_line(tmp_path, capsys):
     torch.save(states, path)
     options = [BUILD, "--parameterization", "v", "--teacher-weights", path]
     refuses(sample, options, "expected --weights-key out of model.net, ema.net for .*w.pt, got none", capsys)
-    refuses(sample, [BUILD, "--parameterization", "v", "--weights-key", "ema"],
-            f"expected --weights-key with --teacher-weights only, got {BUILD}", capsys)  # fmt: skip
+    refuses(
+        sample,
+        [BUILD, "--parameterization", "v", "--weights-key", "ema"],
+        f"expected --weights-key with --teacher-weights only, got {BUILD}",
+        capsys,
+    )
     out = tmp_path / "s.npz"
     images = []
     for key in ("model", "ema"):

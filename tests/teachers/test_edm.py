@@ -111,8 +111,14 @@ def test_published_sizes(name):
         network = UNet(config_from_edm(config))
         label_dim = config["label_dim"]
         shape = (1, 3, config["img_resolution"], config["img_resolution"])
-        denoise(complete, expected, torch.empty(shape), torch.empty(1), torch.empty(1, label_dim),
-                torch.empty(1, config.get("augment_dim", 0)))  # fmt: skip
+        denoise(
+            complete,
+            expected,
+            torch.empty(shape),
+            torch.empty(1),
+            torch.empty(1, label_dim),
+            torch.empty(1, config.get("augment_dim", 0)),
+        )
     got = {name: tuple(part.of(network.state_dict()).shape) for name, part in edm_parts(network)}
     assert got == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
@@ -142,8 +148,8 @@ CORNERS = {
     "adm, wider at its finest level": small("imagenet-64x64-cond-adm") | {"channel_mult": [2, 3]},
     "adm, one level": small("imagenet-64x64-cond-adm") | {"channel_mult": [3]},
     "one level": small("cifar10-32x32-cond-vp") | {"channel_mult": [2]},
-    "one level, residual, a filter that nothing uses": small("cifar10-32x32-cond-ve") | {
-        "channel_mult": [1], "resample_filter": [1, 2, 1]},
+    "one level, residual, a filter that nothing uses": small("cifar10-32x32-cond-ve")
+    | {"channel_mult": [1], "resample_filter": [1, 2, 1]},
     "attention nowhere but in the middle": small("cifar10-32x32-cond-vp") | {"attn_resolutions": []},
     "attention everywhere": small("ffhq-64x64-uncond-ve") | {"attn_resolutions": [16, 8, 4, 2]},
     "augmentation labels, no class labels": small("cifar10-32x32-uncond-vp") | {"augment_dim": 3},
@@ -153,7 +159,7 @@ CORNERS = {
     "widths of embeddings": small("cifar10-32x32-cond-vp") | {"channel_mult_emb": 1, "channel_mult_noise": 3},
     "dropout": small("cifar10-32x32-cond-vp") | {"dropout": 0.9, "label_dropout": 0.9, "use_fp16": True},
     "one class": small("cifar10-32x32-cond-vp") | {"label_dim": 1},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("config", CORNERS.values(), ids=CORNERS)

@@ -20,9 +20,16 @@ from tests.helpers.hostile_pickles import CALLS, REFUSED
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 TINY = {
-    "model_type": "SongUNet", "img_resolution": 4, "img_channels": 1, "label_dim": 2, "model_channels": 8,
-    "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "embedding_type": "fourier",
-}  # fmt: skip
+    "model_type": "SongUNet",
+    "img_resolution": 4,
+    "img_channels": 1,
+    "label_dim": 2,
+    "model_channels": 8,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+    "embedding_type": "fourier",
+}
 STATE = random_state(TINY)
 PREFIX = "fastdmd.teachers: expected an EDM network in "
 
@@ -108,10 +115,15 @@ def test_globals_that_are_refused(tmp_path, global_name, monkeypatch):
     expected = f"the global {module_name}.{member}, which is refused"
     tensor = Call("torch._utils", "_rebuild_parameter", call, False, {})
     for content in (
-        call, {"ema": call}, [call, call], {"ema": module("EDMPrecond", {"weight": tensor})},
-        {"ema": module("EDMPrecond", _init_kwargs={"dropout": call})}, published(TINY, STATE, loss_fn=call),
-        {"ema": module("EDMPrecond", _forward_hooks={"a": call})}, Call("torch.storage", "_load_from_bytes", call),
-    ):  # fmt: skip
+        call,
+        {"ema": call},
+        [call, call],
+        {"ema": module("EDMPrecond", {"weight": tensor})},
+        {"ema": module("EDMPrecond", _init_kwargs={"dropout": call})},
+        published(TINY, STATE, loss_fn=call),
+        {"ema": module("EDMPrecond", _forward_hooks={"a": call})},
+        Call("torch.storage", "_load_from_bytes", call),
+    ):
         assert refusal(path, dumps(content)) == expected
     protocol_2 = pickle.GLOBAL + f"{module_name}\n{member}\n".encode() + pickle.EMPTY_TUPLE + pickle.REDUCE
     assert refusal(path, assemble(protocol_2)) == expected

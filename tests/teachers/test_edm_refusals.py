@@ -11,9 +11,13 @@ from tests.helpers.edm_variants import small
 
 
 @pytest.mark.parametrize(
-    ("changes", "channels"), [({"model_channels": 18}, 18), ({"model_channels": 48, "channel_mult": [3]}, 144),
-                              ({"model_channels": 4, "channel_mult": [16, 19]}, 152)],
-)  # fmt: skip
+    ("changes", "channels"),
+    [
+        ({"model_channels": 18}, 18),
+        ({"model_channels": 48, "channel_mult": [3]}, 144),
+        ({"model_channels": 4, "channel_mult": [16, 19]}, 152),
+    ],
+)
 def test_widths_that_edm_cannot_normalise_are_refused(changes, channels):
     """They make a network there, which fails at its first image: nobody has trained one."""
     config = small("cifar10-32x32-cond-vp") | changes

@@ -23,10 +23,20 @@ KEPT_SECONDS = 24 * 60 * 60  # what has not been used for so long is of other so
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
 # Products and sums are fused as nvcc does it; shared memory that is declared elsewhere has no initialiser to call.
 FLAGS = [
-    "-std=c++20", "-fPIC", "-w", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-extern-tls-init",
-    "-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    "-Dfastdmd_native=fastdmd_emulated", f"-I{HERE / 'include'}", f"-isystem{TORCH / 'include'}",
-]  # fmt: skip
+    "-std=c++20",
+    "-fPIC",
+    "-w",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-extern-tls-init",
+    "-fvisibility=hidden",
+    "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-Dfastdmd_native=fastdmd_emulated",
+    f"-I{HERE / 'include'}",
+    f"-isystem{TORCH / 'include'}",
+]
 
 
 def missing() -> str | None:
