@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DDPM_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # first and last
-DDPM_SCHEDULES = (*DDPM_BETAS, "cosine", "squaredcos_cap_v2")
+NoiseSchedule = Literal["linear", "scaled_linear", "cosine", "squaredcos_cap_v2"]  # of a DDPM
 
 
 class Denoiser(Protocol):
@@ -114,11 +114,16 @@ def ddpm_alphas_cumprod(
     `linear`: beta from 1e-4 to 0.02 (Ho et al. 2020); `scaled_linear`: the square of a line, from 0.00085 to 0.012
     (Rombach et al. 2022); `cosine`, also called `squaredcos_cap_v2`: `abar_t = cos^2((t / T + 0.008) / 1.008 * pi / 2)`
     with beta at most 0.999 (Nichol & Dhariwal 2021). Raises ValueError for other schedules, for fewer than two steps,
-    and for beta that does not rise within (0, 1).
+    for beta that does not rise within (0, 1), and for one with `cosine`.
     """
     if num_steps < 2:
         raise ValueError(f"fastdmd.ddpm_alphas_cumprod: expected num_steps >= 2, got {num_steps}")
     if schedule in ("cosine", "squaredcos_cap_v2"):
+        if beta_start is not None or beta_end is not None:
+            raise ValueError(
+                f"fastdmd.ddpm_alphas_cumprod: expected no beta_start or beta_end with {schedule}, got {beta_start} "
+                f"and {beta_end}"
+            )
         time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
         abar = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
@@ -133,9 +138,8 @@ def ddpm_alphas_cumprod(
         power = 2 if schedule == "scaled_linear" else 1
         betas = torch.linspace(start ** (1 / power), end ** (1 / power), num_steps, dtype=torch.float64) ** power
     else:
-        raise ValueError(
-            f"fastdmd.ddpm_alphas_cumprod: expected schedule out of {', '.join(DDPM_SCHEDULES)}, got {schedule}"
-        )
+        choices = ", ".join(get_args(NoiseSchedule))
+        raise ValueError(f"fastdmd.ddpm_alphas_cumprod: expected schedule out of {choices}, got {schedule}")
     return (1 - betas).cumprod(0)
 
 

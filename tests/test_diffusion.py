@@ -119,6 +119,7 @@ def test_schedules_match_their_papers():
     assert torch.equal(cosine, diffusion.ddpm_alphas_cumprod("squaredcos_cap_v2"))
     assert diffusion.ddpm_alphas_cumprod("linear", 10, beta_end=0.5)[-1] < 0.1
     for arguments, options, message in (
+        (("cosine",), {"beta_end": 0.5}, "expected no beta_start or beta_end with cosine, got None and 0.5"),
         (("sqrt",), {}, "expected schedule out of linear, scaled_linear, cosine, squaredcos_cap_v2, got sqrt"),
         (("linear", 1), {}, "expected num_steps >= 2, got 1"),
         (("linear",), {"beta_start": 0.5}, "expected 0 < beta_start < beta_end < 1, got 0.5 and 0.02"),

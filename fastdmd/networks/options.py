@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, get_args
 from torch import nn
 
 from fastdmd import diffusion
+from fastdmd.diffusion import NoiseSchedule
 from fastdmd.settings import Suppress, above, arg, at_least
 
 Parameterization = Literal["x0", "edm", "epsilon", "v", "flow"]
 Labels = Literal["int", "one_hot", "none"]
-NoiseSchedule = Literal["linear", "scaled_linear", "cosine", "squaredcos_cap_v2"]
 Timesteps = Literal["fractional", "integer"]
 Velocity = Literal["noise-image", "image-noise"]
 TimeDirection = Literal["to-noise", "to-image"]

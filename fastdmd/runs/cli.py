@@ -140,16 +140,16 @@ def resolve_device(name: str) -> torch.device:
     the environment asks for."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = "expected --device auto, cpu or a CUDA device that is there"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-            raise NotImplementedError("not one that the ops know")
+            raise ValueError(f"{expected}, got {name}: not one that the ops know")
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if ran_out_of_memory(error):  # of a GPU that another process fills
             raise
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"expected --device auto, cpu or a CUDA device that is there, got {name}: {reason}") from error
+        raise ValueError(f"{expected}, got {name}: {str(error).splitlines()[0]}") from error
     ops.require_environment(device)
     return device
 

@@ -126,7 +126,7 @@ class Loop:
 
     def __init__(self, ratio=2, never=False, iterate=lambda step: None, device="cpu"):
         self.ratio, self.step, self.draws, self.model, self.device = ratio, 0, None, self, torch.device(device)
-        self.execution, self.config = "captured", argparse.Namespace(batch_size=4)
+        self.executor, self.config = argparse.Namespace(name="captured"), argparse.Namespace(batch_size=4)
         self._never, self._then, self._num_calls = never, iterate, Counter()
 
     @property

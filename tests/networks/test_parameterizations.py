@@ -1,5 +1,7 @@
 """Networks of every parameterization that are exact: the same denoiser, at the timesteps of their schedules."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -70,7 +72,7 @@ def test_optimal_networks_of_all_kinds_are_the_same_denoiser(network, options):
     assert denoiser.dynamics == ("flow" if options["parameterization"] == "flow" else "edm")
 
 
-@pytest.mark.parametrize("schedule", diffusion.DDPM_SCHEDULES)
+@pytest.mark.parametrize("schedule", get_args(diffusion.NoiseSchedule))
 def test_timesteps_follow_the_schedule(schedule):
     """Each level's own timestep at its sigma, the geometric mean half way, the ends beyond them; ascending."""
     denoiser = Adapted(Optimal("v"), parameterization="v", noise_schedule=schedule, num_train_timesteps=50, **SHAPE)

@@ -154,7 +154,7 @@ TINY = UNetConfig(
 )
 OPTIONS = dict(
     generator_lr=1e-3,
-    fake_score_lr=2e-3,
+    guidance_lr=2e-3,
     weight_decay=0.02,
     max_grad_norm=0.5,
     warmup_steps=3,
