@@ -1,7 +1,7 @@
 """Builds what is native, all of it optional, with CMake; everything else about the package is in pyproject.toml.
 
 FASTDMD_NATIVE=auto (default): build what torch, a C++ compiler and CMake allow, else install without. FASTDMD_NATIVE=1:
-fail if they cannot be built. FASTDMD_NATIVE=0: do not try.
+fail if they cannot be built. FASTDMD_NATIVE=0: do not try, and take away what was built in this folder before.
 The kernels and the ops are libraries that any Python can load. The module `fastdmd._runtime` is for this Python alone,
 which is why a wheel is tagged for it. Without pybind11 there is no module, and all else is built.
 The CUDA library is built if torch has CUDA and nvcc is there, of the same major version. It has code for every GPU from
@@ -192,6 +192,9 @@ class CMakeBuild(build_ext):
 
 if MODE not in ("auto", "0", "1"):
     sys.exit(f"fastdmd: error: expected FASTDMD_NATIVE out of auto, 0, 1, got {MODE!r}")
+if MODE == "0" and {"--inplace", "-i", "develop", "editable_wheel"} & set(sys.argv):
+    for built in (ROOT / "fastdmd").glob("*.so"):  # which would be loaded, as if nothing had been switched off
+        built.unlink()
 # `optional`: where nothing was built, setuptools goes on without the file.
 REQUIRED = ("fastdmd_kernels", "fastdmd_cpu") if MODE == "1" else ()
 extensions = [Extension(f"fastdmd.{name}", sources=[], optional=name not in REQUIRED) for name in PARTS]

@@ -130,6 +130,11 @@ def test_what_needs_something_that_is_not_there_is_left_out(build):
     assert "fastdmd: no module fastdmd._runtime: it is away" in errors and "CUDA" not in errors
 
 
+def test_what_was_built_before_it_was_switched_off_goes(build):
+    assert build("13.0", "13.0")[2] == ALL
+    assert build("13.0", "13.0", FASTDMD_NATIVE="0")[::2] == (0, set())
+
+
 def test_nothing_is_built_where_it_is_switched_off(build):
     assert build("13.0", "13.0", FASTDMD_NATIVE="0")[::2] == (0, set())
 
