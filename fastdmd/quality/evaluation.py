@@ -42,12 +42,13 @@ class Evaluation:
 
     Without `dataset`, the reference is the 60,000 MNIST training digits and the floor the 10,000 test digits.
     With one, the reference is all of its images, and the floor is a random part of them (at most half) against the
-    rest.
-    `reference` (a path of EDM statistics) replaces the reference. Precision, recall and kernel distance compare with
-    at most 10,000 of the digits or of the dataset's images, drawn at random; for the floor, one part of those with
-    another. Where the images are not what the embedded
-    digit classifier sees and no `feature_network` is given, only speed is measured. `notices` say so, and what else a
-    reader of the figures should know, a line each.
+    rest. `reference` (a path of EDM statistics) replaces the reference.
+
+    Precision, recall and kernel distance compare as many images as there are of both sides, at most 10,000, with test
+    digits or images of the dataset, drawn at random; the floor's compare a half of those at most with another.
+
+    Where the images are not what the embedded digit classifier sees and no `feature_network` is given, only speed is
+    measured. `notices` say so, and what else a reader of the figures should know, a line each.
 
     Raises ValueError or OSError for a feature network, a reference or images that do not fit each other; the network
     is tried before any image of the dataset is looked at.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_feature_network(
 
     TorchScript whose `forward` has an argument `return_features`, as the published Inception detector's has, is given
     uint8 images [B, 3, H, W] in 0..255, ``(x * 127.5 + 128).clip(0, 255)``, one channel repeated to three, and
-    `return_features=True`; if it refuses those when it first runs, it takes floats as others do.
+    `return_features=True`. If it refuses those when it first runs, it is given floats as others are, with a warning.
 
     Args:
         source: None for the embedded digit classifier; the path of a TorchScript file (.pt, .ts);
@@ -78,7 +79,7 @@ def load_feature_network(
         module = make_network(str(source), "features")
     with user_code("features", f"{name} to run on {device}"):
         module = module.eval().to(device)
-    call = _detector(module) if _has_return_features(module) else module
+    call = _detector(module, name) if _has_return_features(module) else module
 
     @torch.no_grad()
     def feature_network(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -125,7 +126,7 @@ def _has_return_features(module: torch.nn.Module) -> bool:
     return schema is not None and any(argument.name == "return_features" for argument in schema.arguments)
 
 
-def _detector(module: torch.nn.Module) -> Callable[[torch.Tensor], Any]:
+def _detector(module: torch.nn.Module, name: str) -> Callable[[torch.Tensor], Any]:
     """The network as a function of float images, once it has been asked whether it takes uint8 ones."""
     takes_levels: bool | None = None
 
@@ -133,6 +134,8 @@ def _detector(module: torch.nn.Module) -> Callable[[torch.Tensor], Any]:
         nonlocal takes_levels
         if takes_levels is None:
             takes_levels = _takes_levels(module, images)
+            if not takes_levels:
+                warnings.warn(f"{name} refuses uint8 images, and is given floats in [-1, 1]", stacklevel=2)
         return module(to_levels(images), return_features=True) if takes_levels else module(images)
 
     return call

@@ -59,7 +59,8 @@ def evaluate(
 ) -> Measurement:
     """Fréchet distance of images to `reference`, how often the classifier sees the label asked for, and the rest.
 
-    Images pass through `feature_network` as real images do: rounded to the 256 levels of uint8.
+    Images pass through `feature_network` as real images do: rounded to the 256 levels of uint8. Distance and
+    accuracy are of all of them, figures that need single features or logits of the first 10,000.
 
     Args:
         batches: pairs of images [B, C, H, W], float in [-1, 1], and labels [B], int64, or None.

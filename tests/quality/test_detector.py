@@ -114,7 +114,12 @@ def test_a_network_of_floats_is_asked_and_given_floats(channels, tmp_path):
     network = Floats(channels)
     found = load_feature_network(saved(network, tmp_path / "inception.pt"))
     images = torch.rand(5, channels, 8, 8) * 2 - 1
-    torch.testing.assert_close(found(images)[0], network(images).detach())
+    with pytest.warns(
+        UserWarning, match=r"inception.pt refuses uint8 images, and is given floats in \[-1, 1\]"
+    ) as seen:
+        torch.testing.assert_close(found(images)[0], network(images).detach())
+        found(images)
+    assert len([warning for warning in seen if "uint8" in str(warning.message)]) == 1
 
 
 def test_what_it_cannot_take_is_one_line(tmp_path):
