@@ -35,7 +35,7 @@ DETAILS = (
     ("    of covariances", "frechet_covariances", 1, ".3f"),
     ("precision", "precision", 1, ".2%"),
     ("recall", "recall", 1, ".2%"),
-    ("kernel distance × 1000", "kernel_distance", 1000, ".3f"),
+    ("kernel distance × 1000", "kernel_distance", 1000, ".4g"),
     ("    real images of these three", "num_compared", 1, "d"),
     ("classifier score", "classifier_score", 1, ".3f"),
     ("variance within classes", "class_variance", 1, ".3f"),

@@ -163,7 +163,7 @@ def test_the_table_shows_what_is_known():
     short = quality.table({"generator": Measurement(0.25, None, 100.4, 1)})
     assert [line.split() for line in short.splitlines()[1:]] == [["generator", "1", "0.250", "-", "100"]]
     lines = quality.table(
-        {"generator": full, "floor: real images": Measurement(None, None, precision=1.0)}
+        {"generator": full, "floor: real images": Measurement(None, None, precision=1.0, kernel_distance=2857760.08)}
     ).splitlines()
     assert lines[1].split() == ["generator", "1", "0.250", "50.00%", "100"] and lines[3] == ""
     assert lines[4].split() == ["generator", "floor:", "real", "images"]
@@ -172,7 +172,7 @@ def test_the_table_shows_what_is_known():
         "of covariances": ["0.150", "-"],
         "precision": ["75.00%", "100.00%"],
         "recall": ["50.00%", "-"],
-        "kernel distance × 1000": ["-1.230", "-"],
+        "kernel distance × 1000": ["-1.23", "2.858e+09"],
         "real images of these three": ["150", "-"],
         "classifier score": ["9.500", "-"],
     }
