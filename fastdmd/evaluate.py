@@ -12,7 +12,8 @@ import json
 
 from fastdmd import teachers
 from fastdmd.files import write_atomically
-from fastdmd.quality.evaluation import BATCH_SIZE, table
+from fastdmd.quality import table
+from fastdmd.quality.evaluation import BATCH_SIZE
 from fastdmd.runs import cli, machine, outputs, terminal
 from fastdmd.runs.config import EvaluateConfig
 from fastdmd.runs.machine import versions

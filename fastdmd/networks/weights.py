@@ -35,6 +35,14 @@ RECORDED = {
     "evaluations": (int,),
     "num_images": (int,),
     "recorded": (bool,),
+    "frechet_means": (float, int),
+    "frechet_covariances": (float, int),
+    "precision": (float, int),
+    "recall": (float, int),
+    "kernel_distance": (float, int),
+    "num_compared": (int,),
+    "classifier_score": (float, int),
+    "class_variance": (float, int),
 }
 ASSETS = Path(__file__).parents[1] / "assets"
 

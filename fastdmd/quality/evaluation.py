@@ -1,11 +1,11 @@
-"""Samplers measured against real images: Fréchet distance, class accuracy, speed, and the floor beside them."""
+"""Samplers measured against real images: the quality of what they make, speed, and the floor beside them."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -18,23 +18,13 @@ from fastdmd.memory import require_memory
 from fastdmd.networks.user_code import user_code
 from fastdmd.quality import features, metrics
 from fastdmd.quality.frechet import COVARIANCES
+from fastdmd.quality.measurement import Measurement
 from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels
 
 BATCH_SIZE = 250  # images per forward pass
+COPIES = 4  # of the features kept: of both sides, and while they are compared
 SLOW_FEATURES = 4096  # of which an eigendecomposition, cubic in them, takes half a minute on two cores
 SPEED_IMAGES = 250  # enough to time a sampler whose quality is on record
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """One row of the table; fields that could not be measured are None."""
-
-    frechet_distance: float | None
-    class_accuracy: float | None
-    images_per_second: float | None = None
-    evaluations: int | None = None  # of the network, per image
-    num_images: int = 0
-    recorded: bool = False  # distance and accuracy come from the weight file, the speed was measured now
 
 
 @torch.no_grad()
@@ -52,10 +42,13 @@ class Evaluation:
 
     Without `dataset`, the reference is the 60,000 MNIST training digits and the floor the 10,000 test digits.
     With one, the reference is all of its images, and the floor is a random part of them (at most half) against the
-    rest.
-    `reference` (a path of EDM statistics) replaces the reference. Where the images are not what the embedded
-    digit classifier sees and no `feature_network` is given, only speed is measured. `notices` say so, and what else a
-    reader of the figures should know, a line each.
+    rest. `reference` (a path of EDM statistics) replaces the reference.
+
+    Precision, recall and kernel distance compare as many images as there are of both sides, at most 10,000, with test
+    digits or images of the dataset, drawn at random; the floor's compare a half of those at most with another.
+
+    Where the images are not what the embedded digit classifier sees and no `feature_network` is given, only speed is
+    measured. `notices` say so, and what else a reader of the figures should know, a line each.
 
     Raises ValueError or OSError for a feature network, a reference or images that do not fit each other; the network
     is tried before any image of the dataset is looked at.
@@ -82,6 +75,8 @@ class Evaluation:
         self.floor = Measurement(None, None)
         self._feature_network: features.FeatureNetwork | None = None
         self._reference: metrics.FeatureStatistics | None = None
+        self._real: Tensor | None = None  # [N, D], features of real images, in random order
+        self._real_images: str | None = None  # which ones
         is_digits = feature_network is None
         if is_digits and tuple(image_shape) != (1, 28, 28):
             shape = "×".join(map(str, image_shape))
@@ -95,7 +90,7 @@ class Evaluation:
         network = self._feature_network = metrics.load_feature_network(feature_network, device)
         num_features = features.verify(network, image_shape, feature_network or "the digit classifier")
         require_memory(
-            8 * COVARIANCES * num_features**2,
+            8 * COVARIANCES * num_features**2 + 4 * COPIES * metrics.MAX_KEPT * num_features,
             torch.device("cpu"),
             f"covariances of {num_features} features",
             "a --feature-network of fewer features needs less",
@@ -111,12 +106,12 @@ class Evaluation:
         has_own_reference = reference is not None or (is_digits and is_embedded)
         if self._reference is None and has_own_reference:
             self._reference = metrics.reference_statistics()
-        if self._reference is None or (is_digits and not is_embedded):
-            found = metrics.survey(metrics.dataset_batches(dataset), network)
-            self._reference = self._reference or found.statistics
-            if is_digits:
-                self.notices += metrics.foreign_digits(found, dataset.name)
-        self.floor = self._measure_floor(dataset, network, has_own_reference)
+        order = torch.randperm(len(dataset), generator=random_generator(seed, 0, stream=SAMPLING_STREAM))
+        whole = self._survey_all(dataset, network, order[: metrics.MAX_KEPT])
+        self._reference = self._reference or whole.statistics
+        if is_digits and not is_embedded:
+            self.notices += metrics.foreign_digits(whole, dataset.name)
+        self.floor = self._measure_floor(dataset, network, whole if has_own_reference else None, order)
         num_images = min(self.num_samples, self.floor.num_images)
         if num_images <= num_features:
             self.notices.append(
@@ -124,17 +119,36 @@ class Evaluation:
                 "covariance needs more images than features"
             )
 
+    def _survey_all(self, dataset: data.Dataset, network: features.FeatureNetwork, drawn: Tensor) -> metrics.Survey:
+        """All images, of which those `drawn` are to be compared with."""
+        chosen = torch.zeros(len(dataset), dtype=torch.bool).index_fill_(0, drawn, True)
+        whole = metrics.survey(metrics.dataset_batches(dataset), network, chosen=chosen)
+        self._real = whole.kept.features[drawn.argsort().argsort()]  # kept in the order of the dataset
+        checksum = 0
+        for part in drawn.split(500):
+            images = dataset.images.index_select(0, part.to(dataset.images.device))
+            checksum = zlib.crc32(images.cpu().numpy().tobytes(), checksum)
+        self._real_images = f"{len(drawn)} images, crc32 {checksum:08x}"
+        return whole
+
     def _measure_floor(
-        self, dataset: data.Dataset, network: features.FeatureNetwork, has_own_reference: bool
+        self,
+        dataset: data.Dataset,
+        network: features.FeatureNetwork,
+        whole: metrics.Survey | None,
+        order: Tensor,
     ) -> Measurement:
-        floor_reference, batches = self._reference, metrics.dataset_batches(dataset)
-        if not has_own_reference:
-            order = torch.randperm(len(dataset), generator=random_generator(self.seed, 0, stream=SAMPLING_STREAM))
+        """Of all images where the reference is of others, else of a part of them against the rest."""
+        assert self._real is not None
+        if whole is not None:
+            floor = metrics.measure(whole, self._reference)
+        else:
             sample, rest = order.split([num := min(self.num_samples, len(dataset) // 2), len(dataset) - num])
-            floor_reference = metrics.feature_statistics(map(dataset.batch, rest.split(500)), network)
-            batches = map(dataset.batch, sample.split(500))
-        floor = metrics.evaluate(batches, network, floor_reference)
-        return Measurement(floor.frechet_distance, floor.class_accuracy, num_images=floor.num_images)
+            reference = metrics.feature_statistics(map(dataset.batch, rest.split(500)), network)
+            floor = metrics.evaluate(map(dataset.batch, sample.split(500)), network, reference)
+        num_compared = min(self.num_samples, len(self._real) // 2)
+        part, other = self._real[:num_compared], self._real[num_compared : 2 * num_compared]
+        return dataclasses.replace(floor, **metrics.compare(part, other, self.seed))
 
     def record(self, row: Measurement) -> dict:
         """What a weight file keeps of a measurement, so that the next run need not repeat it."""
@@ -151,6 +165,7 @@ class Evaluation:
             "seed": self.seed,
             "evaluations": evaluations,
             "reference": reference,
+            "real_images": self._real_images,
         }
 
     def measure(
@@ -166,24 +181,20 @@ class Evaluation:
         If `record` is of a measurement like this one, only the speed is measured again. `before_batch` may raise.
         """
         evaluations = sampler.num_evaluations
-        if record is not None and record["settings"] == self._settings(evaluations):
+        settings = self._settings(evaluations)
+        # A record that names no real images is from before figures were compared with them: it has none of those.
+        if record is not None and {"real_images": self._real_images, **record["settings"]} == settings:
             num_images = min(SPEED_IMAGES, self.num_samples)
             *_, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
             known = Measurement(**record["quality"])
             return dataclasses.replace(known, images_per_second=num_images / sampling_seconds, recorded=True)
         num_images = self.num_samples if self._feature_network is not None else min(SPEED_IMAGES, self.num_samples)
         quality, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
-        return Measurement(
-            quality.frechet_distance,
-            quality.class_accuracy,
-            images_per_second=num_images / sampling_seconds,
-            evaluations=evaluations,
-            num_images=quality.num_images,
-        )
+        return dataclasses.replace(quality, images_per_second=num_images / sampling_seconds, evaluations=evaluations)
 
     def _sample(
         self, sampler: Sampler, num_images: int, name: str, before_batch: Callable[[], None]
-    ) -> tuple[metrics.Quality, float]:
+    ) -> tuple[Measurement, float]:
         """The quality of `num_images` samples, and the seconds that sampling took."""
         seconds = 0.0
         labels = balanced_labels(num_images, self.num_classes, self.device)
@@ -210,20 +221,6 @@ class Evaluation:
         if self._feature_network is None:
             for _ in batches():
                 pass
-            return metrics.Quality(None, None, num_images), seconds
-        return metrics.evaluate(batches(), self._feature_network, self._reference), seconds
-
-
-def table(rows: dict[str, Measurement]) -> str:
-    """The rows as aligned text, one line each."""
-
-    def show(value: float | None, pattern: str) -> str:
-        return "-" if value is None or math.isnan(value) else format(value, pattern)
-
-    lines = [f"{'':<24}{'evaluations':>12}{'Fréchet distance':>18}{'class accuracy':>16}{'images/s':>12}"]
-    for name, row in rows.items():
-        lines.append(
-            f"{name:<24}{show(row.evaluations, 'd'):>12}{show(row.frechet_distance, '.3f'):>18}"
-            f"{show(row.class_accuracy, '.2%'):>16}{show(row.images_per_second, '.0f'):>12}"
-        )
-    return "\n".join(lines)
+            return Measurement(None, None, num_images=num_images), seconds
+        quality = metrics.evaluate(batches(), self._feature_network, self._reference, real=self._real, seed=self.seed)
+        return quality, seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,10 @@ def load_feature_network(
     or the tuple (features, logits); every call checks their shapes. A TorchScript file or an import runs the
     code it holds: name only what you trust.
 
+    TorchScript whose `forward` has an argument `return_features`, as the published Inception detector's has, is given
+    uint8 images [B, 3, H, W] in 0..255, ``(x * 127.5 + 128).clip(0, 255)``, one channel repeated to three, and
+    `return_features=True`. If it refuses those when it first runs, it is given floats as others are, with a warning.
+
     Args:
         source: None for the embedded digit classifier; the path of a TorchScript file (.pt, .ts);
             "package.module:name" of a module, or of a class or function that makes one without arguments;
@@ -74,11 +79,12 @@ def load_feature_network(
         module = make_network(str(source), "features")
     with user_code("features", f"{name} to run on {device}"):
         module = module.eval().to(device)
+    call = _detector(module, name) if _has_return_features(module) else module
 
     @torch.no_grad()
     def feature_network(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         with user_code("features", f"{name} to take images of shape {tuple(images.shape)}"):
-            output = module(images.to(device))
+            output = call(images.to(device))
         features, logits = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
         _expect_matrix("features", features, len(images))
         if logits is not None:
@@ -105,6 +111,47 @@ def verify(feature_network: FeatureNetwork, image_shape: tuple[int, int, int], n
     if torch.equal(*features):
         raise _error(f"features of {name} that tell two images apart", "the same of both")
     return num_features
+
+
+def to_levels(images: torch.Tensor) -> torch.Tensor:
+    """Images [B, C, H, W], float in [-1, 1], C 1 or 3, to uint8 [B, 3, H, W]."""
+    C = images.shape[1]
+    if C not in (1, 3):
+        raise _error("1 or 3 channels for a network of uint8 images", C)
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8).repeat(1, 3 // C, 1, 1)
+
+
+def _has_return_features(module: torch.nn.Module) -> bool:
+    schema = getattr(getattr(module, "forward", None), "schema", None)  # TorchScript has one
+    return schema is not None and any(argument.name == "return_features" for argument in schema.arguments)
+
+
+def _detector(module: torch.nn.Module, name: str) -> Callable[[torch.Tensor], Any]:
+    """The network as a function of float images, once it has been asked whether it takes uint8 ones."""
+    takes_levels: bool | None = None
+
+    def call(images: torch.Tensor) -> Any:
+        nonlocal takes_levels
+        if takes_levels is None:
+            takes_levels = _takes_levels(module, images)
+            if not takes_levels:
+                warnings.warn(f"{name} refuses uint8 images, and is given floats in [-1, 1]", stacklevel=2)
+        return module(to_levels(images), return_features=True) if takes_levels else module(images)
+
+    return call
+
+
+def _takes_levels(module: torch.nn.Module, images: torch.Tensor) -> bool:
+    """Whether it runs on uint8 images, or on no others either: its error is then the one to show."""
+    try:
+        module(to_levels(images), return_features=True)
+    except Exception:  # TorchScript raises RuntimeError, and an exception of its own for `raise` and `assert`
+        try:
+            module(images)
+        except Exception:
+            return True
+        return False
+    return True
 
 
 def _expect_matrix(kind: str, found: Any, num_images: int) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,14 @@ import torch
 MAX_FEATURES = 2**14  # a covariance of 2 GB
 COVARIANCES = 10  # that a distance holds at once: of both sides and the floor, roots, products, workspace
 GREATEST_VALUE = 1e100  # of statistics in a file: products of two stay in float64
+
+
+class FrechetDistance(NamedTuple):
+    """A squared distance and the two parts that it is the sum of, to rounding."""
+
+    distance: float
+    means: float  # |mu_a - mu_b|^2
+    covariances: float  # tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -25,14 +33,21 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     Raises ValueError if the statistics differ in D or hold fewer than two images.
     Dowson and Landau 1982; as a measure of generated images: Heusel et al. 2017, equation (6).
     """
+    return frechet_parts(a, b).distance
+
+
+def frechet_parts(a: FeatureStatistics, b: FeatureStatistics) -> FrechetDistance:
+    """`frechet_distance` and what it is made of; errors as there."""
     if len(a.mean) != len(b.mean):
         raise _error("frechet_distance", "the same number of features", f"{len(a.mean)} and {len(b.mean)}")
     covariance_a, covariance_b = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(covariance_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # S_a^(1/2) [D, D]
     trace_root = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + (covariance_a + covariance_b).trace() - 2 * trace_root
-    return max(0.0, distance.item())
+    means = (a.mean - b.mean).square().sum()
+    trace = (covariance_a + covariance_b).trace()
+    distance = means + trace - 2 * trace_root
+    return FrechetDistance(max(0.0, distance.item()), means.item(), max(0.0, (trace - 2 * trace_root).item()))
 
 
 class FeatureStatistics:

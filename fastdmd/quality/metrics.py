@@ -1,15 +1,25 @@
-"""Measures of sample quality: Fréchet distance and class accuracy of images in the features of a network."""
+"""Measures of sample quality in the features of a network, all of them in one pass over the images."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastdmd.data import Dataset, to_uint8
+from fastdmd.diffusion import random_generator
+from fastdmd.quality.class_figures import class_variance, classifier_score
 from fastdmd.quality.features import ASSETS, DigitClassifier, FeatureNetwork, load_feature_network
-from fastdmd.quality.frechet import FeatureStatistics, frechet_distance
+from fastdmd.quality.frechet import FeatureStatistics, frechet_distance, frechet_parts
+from fastdmd.quality.kernel_distance import kernel_distance
+from fastdmd.quality.measurement import Measurement
+from fastdmd.quality.precision_recall import NUM_NEIGHBOURS, precision_recall
+from fastdmd.sampling import SAMPLING_STREAM
 
 __all__ = [
     "ASSETS",
@@ -17,56 +27,101 @@ __all__ = [
     "DigitClassifier",
     "FeatureNetwork",
     "FeatureStatistics",
-    "Quality",
+    "Kept",
+    "MAX_KEPT",
     "Survey",
+    "compare",
     "dataset_batches",
     "evaluate",
     "feature_statistics",
     "foreign_digits",
     "frechet_distance",
     "load_feature_network",
+    "measure",
     "reference_statistics",
     "survey",
 ]
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor | None]]  # images [B, C, H, W] in [-1, 1], labels [B]
+Batches = Iterable[tuple[Tensor, Tensor | None]]  # images [B, C, H, W] in [-1, 1], labels [B]
+MAX_KEPT = 10_000  # images a side: 1e8 distances, three times over
 # Of the digit classifier on real digits, see `foreign_digits`.
 LEAST_ACCURACY = 0.8
 LEAST_CONFIDENCE = 0.95
 FARTHEST = 1.5
 
 
-@dataclass(frozen=True)
-class Quality:
-    """What `evaluate` found; `dataclasses.asdict` of it can be written as JSON."""
+def evaluate(
+    batches: Batches,
+    feature_network: FeatureNetwork,
+    reference: FeatureStatistics | None,
+    *,
+    real: Tensor | None = None,
+    seed: int = 0,
+) -> Measurement:
+    """Fréchet distance of images to `reference`, how often the classifier sees the label asked for, and the rest.
 
-    frechet_distance: float | None  # None without reference statistics
-    class_accuracy: float | None  # share of images whose largest logit is their label, in [0, 1]
-    num_images: int
-
-
-def evaluate(batches: Batches, feature_network: FeatureNetwork, reference: FeatureStatistics | None) -> Quality:
-    """Fréchet distance of images to `reference`, and how often the classifier sees the label asked for.
-
-    Images pass through `feature_network` as real images do: rounded to the 256 levels of uint8.
+    Images pass through `feature_network` as real images do: rounded to the 256 levels of uint8. Distance and
+    accuracy are of all of them, figures that need single features or logits of the first 10,000.
 
     Args:
         batches: pairs of images [B, C, H, W], float in [-1, 1], and labels [B], int64, or None.
         feature_network: images to (features [B, D], logits [B, K] or None), from `load_feature_network`.
         reference: statistics of real images in the same features; None leaves out the distance.
+        real: features [N, D] of real images in random order, which precision, recall and kernel distance compare with.
+        seed: of the subsets that the kernel distance draws.
 
-    Returns a Quality; `class_accuracy` is None if any batch lacks labels or logits, or a label its logit.
-    Raises ValueError if an image is not finite, features do not fit `reference`, or images are too few.
+    Returns a Measurement without speed; `class_accuracy` is None if any batch lacks labels or logits, or a label its
+    logit. Raises ValueError if an image is not finite, features do not fit `reference`, or images are too few.
     """
     found = survey(batches, feature_network, None if reference is None else len(reference.mean))
     if found.num_images == 0:
         raise _error("evaluate", "at least one image", "none")
-    distance = None if reference is None else frechet_distance(found.statistics, reference)
-    return Quality(distance, found.class_accuracy, found.num_images)
+    return measure(found, reference, real=real, seed=seed)
+
+
+def measure(
+    found: Survey, reference: FeatureStatistics | None, *, real: Tensor | None = None, seed: int = 0
+) -> Measurement:
+    """What `evaluate` makes of the images that were surveyed."""
+    parts = None if reference is None else frechet_parts(found.statistics, reference)
+    features, labels, logits = found.kept
+    row = Measurement(
+        None if parts is None else parts.distance,
+        found.class_accuracy,
+        num_images=found.num_images,
+        frechet_means=None if parts is None else parts.means,
+        frechet_covariances=None if parts is None else parts.covariances,
+        classifier_score=None if logits is None else _known(classifier_score(logits)),
+        class_variance=None if labels is None else _known(class_variance(features, labels)),
+    )
+    return row if real is None else dataclasses.replace(row, **compare(features, real, seed))
+
+
+def compare(features: Tensor, real: Tensor, seed: int) -> dict[str, Any]:
+    """Precision, recall and kernel distance of as many images of one side as of the other, by a Measurement's names.
+
+    Nothing where these are too few for neighbours.
+    """
+    num_compared = min(len(features), len(real))
+    if num_compared <= NUM_NEIGHBOURS:
+        return {}
+    features, real = features[:num_compared], real[:num_compared]
+    precision, recall = precision_recall(real, features)
+    random = random_generator(seed, 0, stream=SAMPLING_STREAM)
+    distance = _known(kernel_distance(features, real, random=random))
+    return {"precision": precision, "recall": recall, "kernel_distance": distance, "num_compared": num_compared}
 
 
 def feature_statistics(batches: Batches, feature_network: FeatureNetwork) -> FeatureStatistics:
     """Statistics of images in the features of a network; arguments and errors as in `evaluate`."""
     return survey(batches, feature_network).statistics
+
+
+class Kept(NamedTuple):
+    """What is kept of single images, of MAX_KEPT at most: on the CPU, features at least in float32."""
+
+    features: Tensor  # [n, D]
+    labels: Tensor | None  # [n]
+    logits: Tensor | None  # [n, K]
 
 
 @dataclass(frozen=True)
@@ -75,14 +130,21 @@ class Survey:
 
     statistics: FeatureStatistics
     num_images: int
-    class_accuracy: float | None  # as in Quality
+    class_accuracy: float | None  # as in Measurement
     confidence: float | None  # the mean over images of the greatest class probability; None without logits
+    kept: Kept
 
 
-def survey(batches: Batches, feature_network: FeatureNetwork, num_features: int | None = None) -> Survey:
+def survey(
+    batches: Batches,
+    feature_network: FeatureNetwork,
+    num_features: int | None = None,
+    chosen: Tensor | None = None,
+) -> Survey:
     """Statistics, accuracy and confidence at once; arguments and errors as in `evaluate`, for a reference that has
-    `num_features` of them."""
+    `num_features` of them. Features are kept of the images that are `chosen`, bool for each, or of the first."""
     statistics = FeatureStatistics()
+    kept: list[Kept] = []
     num_images = num_correct = 0
     confidence = 0.0
     has_logits = has_accuracy = True
@@ -90,6 +152,8 @@ def survey(batches: Batches, feature_network: FeatureNetwork, num_features: int 
         if num_features not in (None, features.shape[1]):
             raise _error("evaluate", f"a reference of {features.shape[1]} features", num_features)
         statistics.update(features)
+        places = torch.arange(num_images, num_images + len(features))
+        kept.append(_keep(places < MAX_KEPT if chosen is None else chosen[places], features, labels, logits))
         num_images += len(features)
         has_logits = has_logits and logits is not None
         has_accuracy = has_accuracy and has_logits and labels is not None
@@ -104,6 +168,7 @@ def survey(batches: Batches, feature_network: FeatureNetwork, num_features: int 
         num_images,
         class_accuracy=num_correct / total if has_accuracy else None,
         confidence=confidence / total if has_logits else None,
+        kept=_joined(kept),
     )
 
 
@@ -156,6 +221,37 @@ def dataset_batches(
 
 def _error(function: str, expected: str, got: object) -> ValueError:
     return ValueError(f"fastdmd.metrics.{function}: expected {expected}, got {got}")
+
+
+def _keep(chosen: Tensor, features: Tensor, labels: Tensor | None, logits: Tensor | None) -> Kept:
+    """Those of a batch that are chosen."""
+    where = chosen.nonzero().flatten()
+
+    def part(values: Tensor) -> Tensor:
+        return values[where.to(values.device)].cpu()
+
+    features = part(features)
+    return Kept(
+        features.to(torch.promote_types(features.dtype, torch.float32)),
+        None if labels is None else part(labels),
+        None if logits is None else part(logits),
+    )
+
+
+def _joined(batches: list[Kept]) -> Kept:
+    """Of all batches; labels and logits where every batch has them."""
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    logits = [batch.logits for batch in batches if batch.logits is not None]
+    return Kept(
+        torch.cat([batch.features for batch in batches]) if batches else torch.empty(0, 0),
+        torch.cat(labels) if labels and len(labels) == len(batches) else None,
+        torch.cat(logits) if logits and len(logits) == len(batches) else None,
+    )
+
+
+def _known(value: float | None) -> float | None:
+    """None for what is beyond float64, which JSON cannot hold."""
+    return None if value is None or not math.isfinite(value) else value
 
 
 def _feature_batches(batches: Batches, feature_network: FeatureNetwork) -> Iterator[tuple]:

@@ -17,7 +17,7 @@ class EvaluationSettings(Settings):
     num_samples: Annotated[int, at_least(0, 10**7)] = 10_000
     """Images sampled for each figure; 0 measures nothing."""
     feature_network: str | None = None
-    """TorchScript file or package.module:name for the metrics. Default: the embedded digit classifier."""
+    """TorchScript (Inception's too) or package.module:name for the metrics. Default: the embedded digit classifier."""
     reference: str | None = None
     """EDM reference statistics (.npz with mu, sigma). Default: those of the data."""
     teacher_steps: HeunSteps = 18

@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from fastdmd import data
-from fastdmd.quality import metrics
+from fastdmd.quality import Measurement, metrics
 from fastdmd.quality.metrics import FeatureStatistics
 
 MAX_ASSET_BYTES = 500_000
@@ -92,7 +93,16 @@ def test_class_accuracy_and_statistics_are_exact():
     labels = torch.tensor([0, 0, 0, 1])  # the network says 0, 0, 1, 1
     batches = [(images[:1], labels[:1]), (images[1:], labels[1:])]
     quality = metrics.evaluate(batches, network, None)
-    assert quality == metrics.Quality(frechet_distance=None, class_accuracy=0.75, num_images=4)
+    # Of the class 0, sums -4, 4, 4 and first pixels -1, 1, 1 vary by 64/3 and 4/3; class 1 has one image alone.
+    posterior = np.exp([1.0, -1.0]) / np.exp([1.0, -1.0]).sum()  # two images are surely of one class, two of the other
+    score = np.exp((posterior * np.log(posterior / 0.5)).sum())
+    assert quality == Measurement(
+        frechet_distance=None,
+        class_accuracy=0.75,
+        num_images=4,
+        class_variance=pytest.approx(68 / 3),
+        classifier_score=pytest.approx(score),
+    )
     statistics = metrics.feature_statistics(batches, network)
     assert statistics.mean.tolist() == [0.0, 0.0]
     assert statistics.covariance[0, 0].item() == pytest.approx(64 / 3)  # four sums of -4, -4, 4, 4

@@ -6,6 +6,7 @@ import scipy.linalg
 import torch
 
 from fastdmd.quality import metrics
+from fastdmd.quality.frechet import frechet_parts
 from fastdmd.quality.metrics import FeatureStatistics
 
 
@@ -73,6 +74,22 @@ def test_frechet_distance_of_diagonal_covariances_has_a_closed_form(tmp_path):
 def test_frechet_distance_of_identical_statistics_is_zero(num_images):
     statistics = gather(random_features(7, num_images, 32))
     assert 0 <= metrics.frechet_distance(statistics, statistics) < 1e-5
+
+
+@pytest.mark.parametrize("num_features", [2, 17, 64])
+def test_a_distance_is_the_sum_of_means_and_covariances(num_features):
+    a, b = random_features(10, 400, num_features), random_features(11, 300, num_features)
+    parts = frechet_parts(gather(a), gather(b))
+    step = a.mean(0) - b.mean(0)
+    assert parts.means == pytest.approx(step @ step, rel=1e-12)
+    assert parts.covariances == pytest.approx(scipy_distance(a - a.mean(0), b - b.mean(0)), rel=1e-9)
+    assert parts.means + parts.covariances == pytest.approx(parts.distance, rel=1e-12)
+    assert parts.distance == metrics.frechet_distance(gather(a), gather(b))
+
+    moved, spread = frechet_parts(gather(a), gather(a + 3)), frechet_parts(gather(a), gather(2 * a - a.mean(0)))
+    variance = np.cov(a, rowvar=False).trace()
+    assert moved.means == pytest.approx(9 * num_features) and 0 <= moved.covariances < 1e-9 * variance
+    assert spread.covariances == pytest.approx(variance) and 0 <= spread.means < 1e-20 * variance
 
 
 def test_frechet_distance_refuses_different_features():

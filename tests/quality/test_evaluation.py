@@ -1,0 +1,179 @@
+"""What a measurement says of a sampler and of real images, what a record of it is worth, and how it is shown."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from fastdmd import data, quality
+from fastdmd.quality import Measurement, metrics
+from fastdmd.quality.class_figures import class_variance, classifier_score
+from fastdmd.quality.kernel_distance import kernel_distance
+from fastdmd.quality.precision_recall import precision_recall
+
+SHAPE = (1, 28, 28)
+COMPARED = ("precision", "recall", "kernel_distance", "num_compared")
+
+
+class Given:
+    """A sampler of real digits of the labels asked for, in their order."""
+
+    num_evaluations = 1
+
+    class network:
+        foreign_name = None
+
+    def __init__(self, dataset: data.Dataset):
+        self.of_class = [dataset.batch((dataset.labels == label).nonzero().flatten())[0] for label in range(10)]
+        self.made: list[torch.Tensor] = []
+
+    def __call__(self, noise, class_labels):
+        start = sum(map(len, self.made))  # images of balanced classes, ten of them
+        images = [self.of_class[label][(start + i) // 10] for i, label in enumerate(class_labels)]
+        self.made.append(torch.stack(images))
+        return self.made[-1]
+
+
+def digits(start: int, stop: int) -> data.Dataset:
+    whole = data.load()
+    return data.Dataset(whole.images[start:stop], whole.labels[start:stop], "these.npz")
+
+
+def evaluation(dataset: data.Dataset, num_samples: int = 300, **options) -> quality.Evaluation:
+    return quality.Evaluation(SHAPE, 10, num_samples=num_samples, dataset=dataset, **options)
+
+
+def test_figures_are_those_of_the_features():
+    """Of every image of a dataset; a generator of 300, the floor of one half against the other."""
+    dataset = digits(0, 400)
+    measured = evaluation(dataset)
+    sampler = Given(digits(400, 1000))
+    row = measured.measure(sampler, name="generator")
+    network = metrics.load_feature_network()
+    made, logits = network(((torch.cat(sampler.made) + 1) * 127.5).round() / 127.5 - 1)
+    assert row.classifier_score == pytest.approx(classifier_score(logits), rel=1e-5)
+    assert row.class_variance == pytest.approx(class_variance(made, torch.arange(300) % 10), rel=1e-5)
+    assert row.frechet_means + row.frechet_covariances == pytest.approx(row.frechet_distance)
+
+    order = torch.randperm(400, generator=metrics.random_generator(0, 0, stream=metrics.SAMPLING_STREAM))
+    real, _ = network(dataset.batch(order)[0])
+    for found, a, b in ((row, made, real[:300]), (measured.floor, real[:200], real[200:])):
+        assert found.num_compared == len(a) == len(b)
+        assert (found.precision, found.recall) == pytest.approx(precision_recall(b, a), abs=1.01 / len(a))
+        random = metrics.random_generator(0, 0, stream=metrics.SAMPLING_STREAM)
+        assert found.kernel_distance == pytest.approx(kernel_distance(a, b, random=random), rel=1e-4)
+    assert 0 < measured.floor.precision < 1 and 0 < row.recall < 1
+
+
+def test_few_of_many_real_images_are_drawn_at_random(monkeypatch):
+    """Of a dataset that is sorted by class, too; the same ones for a seed, and others for another."""
+    monkeypatch.setattr(metrics, "MAX_KEPT", 100)
+    whole = digits(0, 1000)
+    order = whole.labels.argsort()
+    dataset = data.Dataset(whole.images[order], whole.labels[order], "sorted.npz")
+    names, drawn = {}, []
+    for seed in (0, 0, 1):
+        measured = evaluation(dataset, seed=seed)
+        row = measured.measure(Given(whole), name="generator")
+        assert row.num_compared == 100 and measured.floor.num_compared == 50
+        assert row.precision > 0.5 and row.recall > 0.5  # all classes are among them
+        names.setdefault(seed, set()).add(measured.record(row)["settings"]["real_images"])
+        drawn.append(dataclasses.replace(row, images_per_second=None))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(names[0]) == 1 and names[0] != names[1]
+
+
+def test_a_collapsed_generator_shows():
+    dataset = digits(0, 600)
+    good = Given(digits(600, 1200))
+    collapsed = Given(digits(600, 1200))
+    collapsed.of_class = [images[:1].expand(30, *SHAPE) for images in collapsed.of_class]
+    rows = [evaluation(dataset).measure(sampler, name="generator") for sampler in (good, collapsed)]
+    assert rows[1].class_variance == pytest.approx(0, abs=1e-6) and rows[0].class_variance > 1
+    assert rows[1].recall < 0.1 < 0.5 < rows[0].recall
+    assert rows[1].kernel_distance > 2 * rows[0].kernel_distance
+    assert min(row.classifier_score for row in rows) > 9
+
+
+def test_too_few_images_have_no_neighbours():
+    measured = evaluation(digits(0, 6), num_samples=3)
+    row = measured.measure(Given(digits(0, 600)), name="generator")
+    for found in (row, measured.floor):
+        assert all(getattr(found, name) is None for name in COMPARED) and found.frechet_distance is not None
+
+
+def test_what_is_beyond_float64_is_not_known():
+    found = metrics.evaluate(
+        [(torch.rand(8, *SHAPE), None)],
+        metrics.load_feature_network(Made()),
+        None,
+        real=torch.rand(9, 28, dtype=torch.float64),
+    )
+    assert found.kernel_distance is None and found.classifier_score is None and found.precision == 0
+
+
+class Made(nn.Module):
+    def forward(self, images):
+        return images[:, 0, 0].double() * 1e90, torch.full((len(images), 3), torch.nan)
+
+
+def test_a_record_is_of_the_real_images_that_it_was_compared_with(tmp_path):
+    reference = str(tmp_path / "reference.npz")
+    metrics.reference_statistics().save_npz(reference)
+    these, others, source = digits(0, 300), digits(300, 600), digits(0, 600)
+    measured = evaluation(these, reference=reference)
+    row = measured.measure(Given(source), name="teacher")
+    record = measured.record(row)
+    known = measured.measure(Given(source), name="teacher", record=record)
+    assert known == dataclasses.replace(row, recorded=True, images_per_second=known.images_per_second)
+    again = evaluation(others, reference=reference).measure(Given(source), name="teacher", record=record)
+    assert not again.recorded and again.frechet_distance == row.frechet_distance
+    assert again.kernel_distance != row.kernel_distance
+
+    # From before there were such figures: what it holds is taken, the rest is not known.
+    old = {
+        "settings": {name: value for name, value in record["settings"].items() if name != "real_images"},
+        "quality": {name: record["quality"][name] for name in ("frechet_distance", "class_accuracy", "num_images")},
+    }
+    for found in (measured, evaluation(others, reference=reference)):
+        known = found.measure(Given(source), name="teacher", record=old)
+        assert known.recorded and known.frechet_distance == row.frechet_distance
+        assert all(getattr(known, name) is None for name in (*COMPARED, "frechet_means", "class_variance"))
+    assert not measured.measure(
+        Given(source), name="teacher", record=old | {"settings": old["settings"] | {"seed": 1}}
+    ).recorded
+
+
+def test_the_table_shows_what_is_known():
+    full = Measurement(
+        0.25,
+        0.5,
+        100.0,
+        1,
+        300,
+        frechet_means=0.1,
+        frechet_covariances=0.15,
+        precision=0.75,
+        recall=0.5,
+        kernel_distance=-0.00123,
+        num_compared=150,
+        classifier_score=9.5,
+    )
+    short = quality.table({"generator": Measurement(0.25, None, 100.4, 1)})
+    assert [line.split() for line in short.splitlines()[1:]] == [["generator", "1", "0.250", "-", "100"]]
+    lines = quality.table(
+        {"generator": full, "floor: real images": Measurement(None, None, precision=1.0, kernel_distance=2857760.08)}
+    ).splitlines()
+    assert lines[1].split() == ["generator", "1", "0.250", "50.00%", "100"] and lines[3] == ""
+    assert lines[4].split() == ["generator", "floor:", "real", "images"]
+    assert {line[:32].strip(): line[32:].split() for line in lines[5:]} == {
+        "Fréchet distance: of means": ["0.100", "-"],
+        "of covariances": ["0.150", "-"],
+        "precision": ["75.00%", "100.00%"],
+        "recall": ["50.00%", "-"],
+        "kernel distance × 1000": ["-1.23", "2.858e+09"],
+        "real images of these three": ["150", "-"],
+        "classifier score": ["9.500", "-"],
+    }
+    assert len({len(line) for line in lines[4:]}) == 1
