@@ -49,7 +49,8 @@ class Settings:
     def replace(self, **changes: Any) -> Self:
         """With other values, by the names of their flags, in whatever room: `config.replace(data="d", beta1=0.5)`.
 
-        Raises TypeError for a name that no flag has.
+        A room whole, by the name of its field: `config.replace(data=DataSettings(path="d"), beta1=0.5)`. Raises
+        TypeError for a name that is neither.
         """
         left = dict(changes)
         replaced = _replaced(self, left)
@@ -131,7 +132,10 @@ def _replaced(settings: Any, changes: dict[str, Any]) -> Any:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
+            if dataclasses.is_dataclass(changes.get(field.name)):
+                value = changes.pop(field.name)
             values[field.name] = _replaced(value, changes)
+            continue
         for flag in _flags(settings, field.name):
             if flag in changes:
                 values[field.name] = changes.pop(flag)
