@@ -46,6 +46,15 @@ class Settings:
         """Raises ValueError for a value that cannot be, naming the flag, what was expected and what came."""
         check(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a pickle with other fields: those that it lacks would be defaults, unnoticed."""
+        if others := state.keys() ^ {field.name for field in dataclasses.fields(self)}:
+            raise ValueError(
+                f"fastdmd.{type(self).__name__}: expected settings of this version, got a pickle that differs in "
+                f"{', '.join(sorted(others))}"
+            )
+        vars(self).update(state)
+
     def replace(self, **changes: Any) -> Self:
         """With other values, by the names of their flags, in whatever room: `config.replace(data="d", beta1=0.5)`.
 
