@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_busy [--seconds 8] [--rounds 3] [--competitors N] [--json FILE]
 
-In alternation, each in a process of its own: threads as a command chooses them (`fastdmd.startup`), one thread, and
-threads that OpenMP is left alone with. Medians of images/s, quiet and busy; ratios are medians of the rounds'
+In alternation, each in a process of its own: threads as a command chooses them (`fastdmd.runs.startup`), one thread,
+and threads that OpenMP is left alone with. Medians of images/s, quiet and busy; ratios are medians of the rounds'
 ratios. `--policy NAME=VALUE,...` times another choice of environment variables as well.
 """
 

@@ -5,8 +5,8 @@
 One network, one batch, one run: fastdmd, the textbook loop, with --compiled the fair compiled loop, and the
 convolutions and matrix products of fastdmd's cycle alone (the floor). Medians; ratios are medians of the rounds'
 ratios. Weights and data are random, so that it runs anywhere. Each has a process of its own, so that what one asks of
-threads, memory and arithmetic (`fastdmd.machine`) is no other's. On a CPU they alternate; on a GPU, whose memory may
-not hold them all, each is made, timed and closed before the next.
+threads, memory and arithmetic (`fastdmd.runs.machine`) is no other's. On a CPU they alternate; on a GPU, whose memory
+may not hold them all, each is made, timed and closed before the next.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.inspect_step --preset mnist|cifar10-cond|imagenet64 [--batch-size N] [--json out.json]
 
-Whole turns of `fastdmd.step` run on fake CUDA tensors: Inductor compiles the networks for sm_90, the wrappers that it
+Whole turns of `distill.DMD2` run on fake CUDA tensors: Inductor compiles the networks for sm_90, the wrappers that it
 generates are executed, and every call that they make is recorded with the shapes and strides that it is given. Nothing
 is computed or timed. Launches are at least those counted: a library may launch several for a call. Bytes are those of
 inputs and outputs, once each, as Inductor states them for its own kernels, and the time is what bytes and FLOPs take at
@@ -56,6 +56,7 @@ SOURCES = (
     "fastdmd/optim/groups.py",
     "fastdmd/distill/draws.py",
     "fastdmd/distill/losses.py",
+    "fastdmd/distill/methods.py",
     "fastdmd/distill/turns.py",
     "fastdmd/distill/execution.py",
     "fastdmd/runs/presets.py",

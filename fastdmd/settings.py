@@ -46,10 +46,20 @@ class Settings:
         """Raises ValueError for a value that cannot be, naming the flag, what was expected and what came."""
         check(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a pickle with other fields: those that it lacks would be defaults, unnoticed."""
+        if others := state.keys() ^ {field.name for field in dataclasses.fields(self)}:
+            raise ValueError(
+                f"fastdmd.{type(self).__name__}: expected settings of this version, got a pickle that differs in "
+                f"{', '.join(sorted(others))}"
+            )
+        vars(self).update(state)
+
     def replace(self, **changes: Any) -> Self:
         """With other values, by the names of their flags, in whatever room: `config.replace(data="d", beta1=0.5)`.
 
-        Raises TypeError for a name that no flag has.
+        A room whole, by the name of its field: `config.replace(data=DataSettings(path="d"), beta1=0.5)`. Raises
+        TypeError for a name that is neither.
         """
         left = dict(changes)
         replaced = _replaced(self, left)
@@ -131,7 +141,10 @@ def _replaced(settings: Any, changes: dict[str, Any]) -> Any:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
+            if dataclasses.is_dataclass(changes.get(field.name)):
+                value = changes.pop(field.name)
             values[field.name] = _replaced(value, changes)
+            continue
         for flag in _flags(settings, field.name):
             if flag in changes:
                 values[field.name] = changes.pop(flag)

@@ -142,17 +142,17 @@ class DMD2:
     def load(self, draws: Draws) -> Buffers:
         """Copies the random inputs of an iteration to where the turns read them; makes room at the first.
 
-        Draws of another shape, or another ratio, make other buffers, and turns over them other graphs. Raises
-        ValueError for a batch that `accumulation_steps` does not divide.
+        Draws of another shape, another ratio or number of parts make other buffers, and turns over them other graphs.
+        Raises ValueError for a batch that `accumulation_steps` does not divide.
         """
-        if self.buffers is None or not self.buffers.fit(draws, self.dfake_gen_update_ratio):
-            if len(draws.noise) % self.accumulation_steps:
+        num_parts, ratio = self.accumulation_steps, self.dfake_gen_update_ratio
+        if self.buffers is None or not self.buffers.fit(draws, num_parts, ratio):
+            if len(draws.noise) % num_parts:
                 raise ValueError(
-                    f"fastdmd.DMD2: expected a batch that {self.accumulation_steps} accumulation steps divide, got "
-                    f"{len(draws.noise)}"
+                    f"fastdmd.DMD2: expected a batch that {num_parts} accumulation steps divide, got {len(draws.noise)}"
                 )
             self.executor.renew(("generator", "guidance"), ("generation",))
-            self.buffers = Buffers(draws, self.accumulation_steps, self.dfake_gen_update_ratio)
+            self.buffers = Buffers(draws, num_parts, ratio)
         self.buffers.load(draws)
         return self.buffers
 
@@ -222,7 +222,7 @@ class Buffers:
     """What the turns read and write: the random inputs of an iteration and its images, whole and in parts."""
 
     def __init__(self, draws: Draws, num_parts: int, ratio: int):
-        self._form = draws.noise.shape, ratio
+        self._form = _form(draws, num_parts, ratio)
         self.inputs = _map(torch.empty_like, draws)
         self.x_gen = torch.empty_like(draws.noise)  # [B, C, H, W]
         size = len(draws.noise) // num_parts
@@ -230,13 +230,17 @@ class Buffers:
         self.parts = [Part(_map(itemgetter(rows), self.inputs), self.x_gen[rows]) for rows in parts]
         self.ahead = Ahead(draws, ratio)
 
-    def fit(self, draws: Draws, ratio: int) -> bool:
-        return self._form == (draws.noise.shape, ratio)
+    def fit(self, draws: Draws, num_parts: int, ratio: int) -> bool:
+        return self._form == _form(draws, num_parts, ratio)
 
     def load(self, draws: Draws) -> None:
         for field in dataclasses.fields(Draws):
             if (buffer := getattr(self.inputs, field.name)) is not None:
                 buffer.copy_(getattr(draws, field.name))
+
+
+def _form(draws: Draws, num_parts: int, ratio: int) -> tuple[Any, ...]:
+    return draws.noise.shape, draws.class_labels is None, num_parts, ratio
 
 
 def _map(function: Callable[[Tensor], Tensor], draws: Draws) -> Draws:

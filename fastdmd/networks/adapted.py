@@ -60,6 +60,16 @@ class Adapted(DenoisingNetwork):
         self.sigma_max = ln_sigmas[-1].exp().item() if len(ln_sigmas) else math.inf
         self.register_buffer("ln_sigmas", ln_sigmas.to(next(network.parameters()).device), persistent=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes what was pickled whole when options were kept in place of the interface, too."""
+        super().__setstate__(state)
+        if (options := vars(self).pop("options", None)) is not None:
+            self.interface = options.resolve(self.network)
+            self.is_scaled = self.parameterization != "x0" or len(self.interface.alphas_cumprod) > 0
+            self.foreign_name = type(self.network).__name__
+            if self.ln_sigmas is None:
+                self.ln_sigmas = torch.empty(0, device=next(self.network.parameters()).device)
+
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         c_skip, c_out, c_in, level = self.coefficients(sigma)
         output = self.raw(per_sample(c_in) * x if self.is_scaled else x, level, class_labels)

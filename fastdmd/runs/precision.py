@@ -50,6 +50,10 @@ class Compute(ComputeSettings):
     precision: Precision = dataclasses.field()
     execution: Execution = dataclasses.field()
 
+    def for_device(self, device: torch.device) -> Compute:
+        """Itself: `compile` has had its say, and meta tensors, on which memory is counted, are no device of a run."""
+        return self
+
     @property
     def dtype(self) -> torch.dtype | None:
         """What the networks compute in; None leaves them as they are. Weights, moments and averages are float32."""

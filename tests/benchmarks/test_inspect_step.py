@@ -65,6 +65,7 @@ def test_what_is_hashed_is_there_and_matters(tmp_path, monkeypatch):
     hashes = inspect_step.source_hashes()
     assert {
         "fastdmd/networks/unet.py",
+        "fastdmd/distill/methods.py",
         "fastdmd/kernels/dm_loss.py",
         "benchmarks/fake_cuda/fake_cuda.cpp",
     } <= hashes.keys()

@@ -11,6 +11,7 @@ from fastdmd.distill import budget
 from fastdmd.networks.unet import UNet
 from fastdmd.runs import distillation
 from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.precision import Compute
 from fastdmd.runs.presets import PRESETS
 from tests.helpers.networks import make_network
 
@@ -51,6 +52,23 @@ def test_dry_run_of_presets(preset, parameters, flops, capsys):
     assert cost["iteration_flops"] == pytest.approx(8 * cost["forward_flops"] * (4 + 4 / 5), rel=0.02)
     assert cost["state_bytes"] > 40 * cost["num_parameters"]  # 4 of weights, 2 of gradients, 4 of moments, 4 bytes each
     assert cost["peak_bytes"] > cost["state_bytes"]
+
+
+@pytest.mark.parametrize("arguments", [["--compile"], ["--execution", "compiled"]])
+def test_what_is_to_be_compiled_is_counted_eagerly(arguments, capsys):
+    resolved, eager = dry_run(capsys, *arguments), dry_run(capsys)
+    assert (resolved["compute"]["execution"], eager["compute"]["execution"]) == ("compiled", "eager")
+    assert resolved["budget"]["peak_bytes"] == eager["budget"]["peak_bytes"] > 0
+
+
+def test_what_a_gpu_is_asked_for_is_counted_without_one(teacher):
+    """Settings that are resolved stay so, on meta tensors too, which have no TF32."""
+    config = TrainConfig().for_teacher(teacher, CPU)
+    peaks = [
+        train.budget_of(dataclasses.replace(config, compute=Compute(precision=name, execution="captured")), teacher, CPU)
+        for name in ("fp32", "tf32")
+    ]
+    assert peaks[0].peak_bytes == peaks[1].peak_bytes > 0
 
 
 def test_imagenet_preset_is_the_published_one():

@@ -107,6 +107,23 @@ def test_change_of_shape_and_ratio(teacher):
     assert "loss_dm" in metrics and model.buffers.x_gen.shape[0] == 6 and model.images_ahead == 1
 
 
+def test_change_of_parts_and_labels(teacher):
+    """Another number of parts leaves the gradient that of the whole batch; labels that are gone are missed."""
+
+    def halve(step, model):
+        if step == 3:
+            model.accumulation_steps = 2
+
+    halved, _ = run(teacher, change=halve)
+    whole, _ = run(teacher)
+    assert len(halved.buffers.parts) == 2
+    torch.testing.assert_close(halved.guidance_tally.latest, whole.guidance_tally.latest, rtol=1e-3, atol=0)
+    torch.testing.assert_close(halved.generator_tally.latest, whole.generator_tally.latest, rtol=1e-3, atol=0)
+    draws = distillation.make_draws(CONFIG, teacher, CPU)
+    with pytest.raises(ValueError, match="fastdmd.UNet: expected class_labels"):
+        whole.iterate(6, lambda step: dataclasses.replace(draws(step), class_labels=None))
+
+
 def test_learning_rate_follows_the_host(teacher):
     def stop(step, model):
         if step == 3:

@@ -252,3 +252,21 @@ def test_what_is_fixed_stays_fixed_and_slices_become_tensors():
     generator = ours.generator_optimizer.ema_network.network
     assert generator.frequencies.eq(1).all() and not generator.level.weight.eq(network.level.weight).any()
     assert generator.label.bias is generator.level.bias
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_what_was_pickled_with_options_in_place_of_the_interface(parameterization):
+    """As earlier versions wrote networks whole: options resolved, and None where there is no noise schedule."""
+    today = tiny(parameterization)
+    state = {k: v for k, v in vars(today).items() if k not in ("interface", "is_scaled", "foreign_name")}
+    state["options"] = AdapterOptions(**today.interface.stated)
+    if parameterization not in ("epsilon", "v"):
+        state["_buffers"] = {"ln_sigmas": None}
+    former = Adapted.__new__(Adapted)
+    former.__setstate__(copy.deepcopy(state))
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 20.0])
+    labels = torch.tensor([0, 1, 2])
+    assert torch.equal(former(x, sigma, labels), today(x, sigma, labels))
+    assert former.describe() == today.describe() and not hasattr(former, "options")
+    assert (former.foreign_name, former.is_scaled) == (today.foreign_name, today.is_scaled)
+    assert copy.deepcopy(former).interface == today.interface

@@ -1,13 +1,17 @@
 """Settings out of their bounds: every number of every command, and what is said."""
 
+import copy
 import dataclasses
 import math
+import pickle
 from pathlib import Path
 from typing import Annotated
 
 import pytest
 
 from fastdmd import diffusion, export, settings
+from fastdmd.data.settings import DataSettings
+from fastdmd.distill.draws import NoiseSettings
 from fastdmd.distill.optimization import warm_up_notice
 from fastdmd.networks.options import TeacherOptions, flag
 from fastdmd.runs import config
@@ -157,3 +161,25 @@ def test_settings_are_replaced_in_whatever_room_they_are():
     assert changed.replace() == changed and changed.replace(beta1=0.9).optimizer.beta1 == 0.9
     with pytest.raises(TypeError, match="fastdmd.TrainConfig: expected names of its settings, got optimiser, path"):
         config.TrainConfig().replace(optimiser=1, path="d", seed=3)
+
+
+def test_a_room_is_replaced_whole():
+    """What else is asked of it goes into the new one; what is no room is refused."""
+    changed = config.TrainConfig().replace(
+        data=DataSettings(path="d", resize=8), noise=NoiseSettings(rho=5.0), sigma_max=50.0
+    )
+    assert changed.data == DataSettings(path="d", resize=8)
+    assert changed.noise == NoiseSettings(rho=5.0, sigma_max=50.0)
+    assert config.TrainConfig(data=changed.data).replace(data=None).data == DataSettings(resize=8)
+    with pytest.raises(TypeError, match="expected names of its settings, got noise"):
+        config.TrainConfig().replace(noise=None)
+
+
+def test_settings_of_another_version_are_no_defaults():
+    """A pickle with other fields, as that of a configuration before its rooms, is refused; one of today is the same."""
+    settings = config.TrainConfig().replace(generator_lr=1e-5)
+    assert pickle.loads(pickle.dumps(settings)) == copy.deepcopy(settings) == settings
+    former = config.TrainConfig.__new__(config.TrainConfig)
+    vars(former).update({"generator_lr": 1e-5} | {k: v for k, v in vars(settings).items() if k != "optimizer"})
+    with pytest.raises(ValueError, match="a pickle that differs in generator_lr, optimizer$"):
+        pickle.loads(pickle.dumps(former))

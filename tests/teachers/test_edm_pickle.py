@@ -203,7 +203,7 @@ def test_memory_is_bounded(tmp_path):
     for index, content in enumerate([*cases, tiny_pickle()]):
         (tmp_path / f"{index:03}.pkl").write_bytes(content)
     command = [sys.executable, "-c", LOAD_ALL, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(edm.__file__).parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     lines = result.stdout.splitlines()
     assert len(lines) == len(cases) + 1
     assert all(line.startswith("fastdmd.teachers: expected ") for line in lines[:-1])
