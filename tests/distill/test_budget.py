@@ -64,10 +64,8 @@ def test_what_is_to_be_compiled_is_counted_eagerly(arguments, capsys):
 def test_what_a_gpu_is_asked_for_is_counted_without_one(teacher):
     """Settings that are resolved stay so, on meta tensors too, which have no TF32."""
     config = TrainConfig().for_teacher(teacher, CPU)
-    peaks = [
-        train.budget_of(dataclasses.replace(config, compute=Compute(precision=name, execution="captured")), teacher, CPU)
-        for name in ("fp32", "tf32")
-    ]
+    computes = (Compute(precision=name, execution="captured") for name in ("fp32", "tf32"))
+    peaks = [train.budget_of(dataclasses.replace(config, compute=compute), teacher, CPU) for compute in computes]
     assert peaks[0].peak_bytes == peaks[1].peak_bytes > 0
 
 
