@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = chosen.for_teacher(teacher, device)
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
         dataset = config.data.load_named(teacher)
+        real = distillation.real_images(config, teacher, dataset)
         budget = budget_of(config, teacher, device)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():
-            loop = Loop(distillation.Distillation(config, teacher, folder, teacher_record), config, folder)
+            loop = Loop(distillation.Distillation(config, teacher, folder, teacher_record, real), config, folder)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if summary["teacher"]["recorded"]:
