@@ -77,19 +77,21 @@ class GANSettings(Settings):
         Raises ValueError for a teacher without features, and for levels at which nothing could be judged.
         """
         levels = noise.levels(torch.device("cpu"))
-        least, greatest = levels[0].item(), levels[-1].item()
-        if self.is_on:
-            teacher.require_features()
-            if self.gan_max_sigma is not None and self.gan_max_sigma < least:
-                fail(self, "gan_max_sigma", f">= {least:g}, the least noise level")
-            highest = levels[noise.step_range[1]].item()
-            if self.divergence != "reverse-kl" and self.gan_max_sigma is not None and self.gan_max_sigma < highest:
-                fail(self, "gan_max_sigma", f">= {highest:g} with --divergence {self.divergence}, as matching draws it")
         found = {
-            "gan_max_sigma": greatest if self.gan_max_sigma is None else self.gan_max_sigma,
+            "gan_max_sigma": levels[-1].item() if self.gan_max_sigma is None else self.gan_max_sigma,
             "gan_lr": fake_score_lr if self.gan_lr is None else self.gan_lr,
         }
-        return GAN(**(vars(self) | found))
+        gan = GAN(**(vars(self) | found))
+        if gan.is_on:
+            teacher.require_features()
+            num_levels, last = gan.num_levels(levels), noise.step_range[1]
+            if num_levels == 0:
+                fail(self, "gan_max_sigma", f">= {levels[0]:.9g}, the least noise level")
+            if self.divergence != "reverse-kl" and num_levels <= last:
+                fail(
+                    self, "gan_max_sigma", f">= {levels[last]:.9g}, which is matched by --divergence {self.divergence}"
+                )
+        return gan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,8 +108,12 @@ class GAN(GANSettings):
 
         Both kinds of images are noised to levels that are uniform among `levels`, ascending, up to `gan_max_sigma`.
         """
-        num_levels = int((levels <= self.gan_max_sigma).sum())  # on the host, once
-        return lambda step: _with_real_images(draws(step), *real(step), levels[:num_levels], seed=seed, step=step)
+        judged = levels[: self.num_levels(levels)]
+        return lambda step: _with_real_images(draws(step), *real(step), judged, seed=seed, step=step)
+
+    def num_levels(self, levels: Tensor) -> int:
+        """Of these, ascending, up to `gan_max_sigma`; waits for the device."""
+        return int((levels <= self.gan_max_sigma).sum())
 
 
 def _with_real_images(
