@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
         dataset = config.data.load_named(teacher)
         real = distillation.real_images(config, teacher, dataset)
+        if config.gan.is_on:
+            teachers.verify_features(teacher)
         budget = budget_of(config, teacher, device)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())

@@ -86,11 +86,31 @@ def test_real_images_need_the_labels_that_the_teacher_takes(teacher_file, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_foreign_network_without_features(labelled, tmp_path, capsys):
-    arguments = ["--teacher", "tests.helpers.foreign:build", "--parameterization", "x0", "--out", str(tmp_path / "run")]
-    refuses(
-        train,
-        [*arguments, *QUICK, *ON, "--teacher-sigma-data", "0.5", "--data", labelled],
-        r"expected Network to have feature_shape, .* and features\(x, level, labels\), which gives them, got none",
-        capsys,
-    )
+@pytest.fixture
+def foreign(tmp_path):
+    """Arguments of a run with 8x8 images of three classes, but for its teacher."""
+    np.savez(tmp_path / "data.npz", images=digits()[0][:, :, :8, :8], labels=digits()[1])
+    arguments = ["--parameterization", "x0", "--teacher-sigma-data", "0.5", "--data", str(tmp_path / "data.npz")]
+    return [*QUICK, *ON, *arguments, "--out", str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("whose", ["fake", "teacher"])
+def test_a_foreign_network_with_features(foreign, whose, tmp_path):
+    train.main([*foreign, "--teacher", "tests.helpers.foreign:with_features", "--gan-features", whose])
+    assert all(0 < line["loss_gan_guidance"] < 10 and line["head_grad_norm"] > 0 for line in lines(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("build", r"Network to have feature_shape, .* and features\(x, level, labels\), which gives them, got none"),
+        ("with_detached_features", "expected a gradient of NetworkWithFeatures's features in the images, got none"),
+        ("with_small_features", r"expected features .* of shape \(2, 8, 8, 8\), got \(2, 4, 8, 8\) of"),
+        ("with_infinite_features", "expected finite features of NetworkWithFeatures, got NaN or infinity"),
+        ("with_broken_features", "expected features of NetworkWithFeatures for .*, got AttributeError: .* line [0-9]+"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Network")  # which nobody has trained
+def test_features_that_cannot_be_judged(foreign, kind, message, tmp_path, capsys):
+    refuses(train, [*foreign, "--teacher", f"tests.helpers.foreign:{kind}"], message, capsys)
+    assert not (tmp_path / "run").exists()
