@@ -25,6 +25,7 @@ from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
 
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
+BYTES_PER_JUDGED = 3 * 4  # more with an adversarial term: real images, noise for them and for generated ones
 
 
 @terminal.command("fastdmd.train")
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return
         num_values = config.batch_size * math.prod(teacher.image_shape)
-        require_memory(BYTES_PER_DRAW * num_values, device, f"--batch-size {config.batch_size}")
+        bytes_per_value = BYTES_PER_DRAW + BYTES_PER_JUDGED * config.gan.is_on
+        require_memory(bytes_per_value * num_values, device, f"--batch-size {config.batch_size}")
         if budget is not None and (advice := budget.advice()) is not None:
             if budget.is_hopeless:
                 raise ValueError(advice)
