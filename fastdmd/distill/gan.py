@@ -63,13 +63,9 @@ class GANSettings(Settings):
 
     def check(self) -> None:
         super().check()
-        if self.is_on:
-            return
-        for name in ("gan_generator_weight", "gan_r1_weight"):
-            if getattr(self, name) > 0:
-                fail(self, name, "0 without --gan-guidance-weight, which trains the discriminator")
-        if self.divergence != "reverse-kl":
-            fail(self, "divergence", "reverse-kl without --gan-guidance-weight, which trains the discriminator")
+        for field in dataclasses.fields(self):
+            if not self.is_on and getattr(self, field.name) != field.default:
+                fail(self, field.name, "together with --gan-guidance-weight, which trains the discriminator")
 
     def for_teacher(self, teacher: DenoisingNetwork, noise: Noise, fake_score_lr: float) -> GAN:
         """With the defaults that depend on others filled in.

@@ -37,8 +37,8 @@ class Terms:
         return Terms(self.total.detach(), {name: value.detach() for name, value in self.scalars.items()}, self.left_out)
 
 
-class Denoise(Protocol):
-    """Of a `Denoiser`, what a turn's losses call."""
+class TurnDenoiser(Protocol):
+    """Of a `Denoiser`, what the losses of a generator turn call."""
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
 
@@ -63,11 +63,11 @@ class Method(Protocol):
     @property
     def guidance_scalars(self) -> tuple[str, ...]: ...
 
-    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoise) -> Terms:
+    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         """Differentiable in `x_gen` alone."""
         ...
 
-    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoiser) -> Terms:
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
         """Differentiable in the fake score's weights, `head` in those of the head; `x_gen` counts as constant."""
         ...
 
@@ -82,13 +82,13 @@ class DistributionMatching:
     generator_scalars = ("loss_dm",)
     guidance_scalars = ("loss_fake",)
 
-    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoise) -> Terms:
+    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         loss, left_out = generator_loss(
             x_gen, teacher, fake_score, draws.class_labels, sigma=draws.dm_sigma, noise=draws.dm_noise
         )
         return Terms(loss, {"loss_dm": loss}, left_out)
 
-    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoiser) -> Terms:
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
         loss = denoising_loss(
             x_gen,
             fake_score,
@@ -121,7 +121,7 @@ class Adversarial:
     def guidance_scalars(self) -> tuple[str, ...]:
         return ("loss_fake", "loss_gan_guidance", *(("gan_r1",) if self.gan.gan_r1_weight else ()))
 
-    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoise) -> Terms:
+    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         gan, labels = self.gan, draws.class_labels
         encoder = teacher if gan.gan_features == "teacher" else fake_score
 
@@ -144,7 +144,7 @@ class Adversarial:
             total = total + gan.gan_generator_weight * scalars["loss_gan_generator"]
         return Terms(total, scalars, left_out)
 
-    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoiser) -> Terms:
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
         x_gen, num_images = x_gen.detach(), len(x_gen)
         x_t = ops.add_noise(x_gen, draws.fake_sigma, noise=draws.fake_noise)
         judged = self._noised(x_gen, _adversarial(draws))

@@ -59,10 +59,16 @@ def test_the_embedded_teacher_has_its_digits(tmp_path):
         (["--gan-guidance-weight", "1e-2"], "expected --data with real images for --gan-guidance-weight, got none"),
         (
             ["--gan-generator-weight", "1"],
-            "expected --gan-generator-weight 0 without --gan-guidance-weight, .* got 1.0",
+            "expected --gan-generator-weight together with --gan-guidance-weight, .* 1.0",
         ),
-        (["--gan-r1-weight", "1"], "expected --gan-r1-weight 0 without --gan-guidance-weight, .* got 1.0"),
-        (["--divergence", "forward-kl"], "expected --divergence reverse-kl without --gan-guidance-.* got forward-kl"),
+        (["--gan-r1-weight", "1"], "expected --gan-r1-weight together with --gan-guidance-weight, .* got 1.0"),
+        (["--gan-lr", "1"], "expected --gan-lr together with --gan-guidance-weight, .* got 1.0"),
+        (["--gan-max-sigma", "1"], "expected --gan-max-sigma together with --gan-guidance-weight, .* got 1.0"),
+        (["--gan-features", "teacher"], "expected --gan-features together with --gan-guidance-weight, .* got teacher"),
+        (
+            ["--divergence", "forward-kl"],
+            "expected --divergence together with --gan-guidance-weight, .* got forward-kl",
+        ),
         (["--gan-guidance-weight", "-1"], "expected --gan-guidance-weight >= 0, got -1.0"),
         (
             [*ON, "--gan-max-sigma", "1e-3"],

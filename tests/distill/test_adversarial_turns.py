@@ -166,6 +166,15 @@ def test_without_weights_there_is_no_term(teacher):
         assert torch.equal(value, getattr(both, name))
 
 
+@pytest.mark.parametrize("dynamics", ["edm", "flow"])
+def test_the_other_loss_is_what_it_was(dynamics):
+    """Of the first iteration, where every network is still its teacher, from one pass of the encoder."""
+    teacher = make_network(dataclasses.replace(TINY, dynamics=dynamics))
+    off, on = (run(teacher, 1, **changes)[1][0] for changes in (OFF, {}))
+    assert on["loss_fake"] == pytest.approx(off["loss_fake"], rel=1e-5) and off["loss_fake"] > 0.1
+    assert 0 < on["loss_gan_guidance"] < 10
+
+
 def test_draws_are_a_function_of_seed_and_step(teacher):
     draws, again, other = (make(teacher, seed=seed)[1] for seed in (0, 0, 1))
     images, labels = real_images().random_batch(6, seed=0, step=5)
