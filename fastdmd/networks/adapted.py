@@ -123,7 +123,7 @@ class Adapted(DenoisingNetwork):
         _, _, c_in, level = self.coefficients(sigma)
         scaled = per_sample(c_in) * x if self.is_scaled else x
         features = self._call(self.network.features, scaled, level, class_labels)  # type: ignore[arg-type]
-        return D_x, _require(features, (len(x), *shape), "features of the network")
+        return D_x, _require(features, (len(x), *shape), "features(x, level, labels)")
 
     def _call(self, function: Callable[..., Any], x: Tensor, level: Tensor, class_labels: Tensor | None) -> Any:
         arguments = (x, level) if self.interface.labels == "none" else (x, level, self._labels(class_labels, x.dtype))

@@ -111,7 +111,10 @@ def test_a_foreign_network_with_features(foreign, whose, tmp_path):
     [
         ("build", r"Network to have feature_shape, .* and features\(x, level, labels\), which gives them, got none"),
         ("with_detached_features", "expected a gradient of NetworkWithFeatures's features in the images, got none"),
-        ("with_small_features", r"expected features .* of shape \(2, 8, 8, 8\), got \(2, 4, 8, 8\) of"),
+        (
+            "with_small_features",
+            r"expected features.x, level, labels. to give .* of shape \(2, 8, 8, 8\), got \(2, 4, 8, 8\) of",
+        ),
         ("with_infinite_features", "expected finite features of NetworkWithFeatures, got NaN or infinity"),
         ("with_broken_features", "expected features of NetworkWithFeatures for .*, got AttributeError: .* line [0-9]+"),
     ],

@@ -122,7 +122,10 @@ def test_features_of_another_shape_than_said():
     class Wrong(TinyWithFeatures):
         feature_shape = (8, 4, 4)
 
-    with pytest.raises(ValueError, match=r"expected features of .* of shape \(2, 8, 4, 4\), got \(2, 8, 8, 8\) of"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected features.x, level, labels. to give .* of shape \(2, 8, 4, 4\), got \(2, 8, 8, 8\) of",
+    ):
         foreign(Wrong()).with_features(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.zeros(2).long(), num_denoised=1)
 
 
