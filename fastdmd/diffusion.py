@@ -36,6 +36,12 @@ class Denoiser(Protocol):
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
 
+    def with_features(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
+    ) -> tuple[Tensor, Tensor]:
+        """`D_x` of the first `num_denoised` rows, and its encoder's features of all, `[B, *feature_shape]`."""
+        ...
+
 
 class DenoisingNetwork(nn.Module):
     """A `Denoiser` that is a module, `D(x, sigma, class_labels) -> D_x`, and says what others need to know of it.
@@ -51,6 +57,27 @@ class DenoisingNetwork(nn.Module):
     sigma_max: float = math.inf  # the greatest level that it was trained for
     is_one_graph: bool = True  # torch.compile can take it whole
     foreign_name: str = ""  # of the class of somebody else's whose code runs in it; empty: none
+    feature_shape: tuple[int, int, int] | None = None  # C, h, w of what `with_features` gives; None: it cannot
+
+    def with_features(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
+    ) -> tuple[Tensor, Tensor]:
+        """`D_x` of the first `num_denoised` rows, and its encoder's features of all, `[B, *feature_shape]`.
+
+        Rows do not see each other: the numbers are those of passes apart.
+        """
+        self.require_features()
+        raise NotImplementedError
+
+    def require_features(self) -> tuple[int, int, int]:
+        """Its `feature_shape`. Raises ValueError if it has none, saying how somebody's module offers features."""
+        if self.feature_shape is None:
+            name = self.foreign_name or type(self).__name__
+            raise ValueError(
+                f"fastdmd.with_features: expected {name} to have feature_shape, the "
+                "(C, h, w) of its encoder's features, and features(x, level, labels), which gives them, got none"
+            )
+        return self.feature_shape
 
     @property
     def inner(self) -> nn.Module:
@@ -70,7 +97,8 @@ def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *
     """A generator on `device` whose draws are a function of (seed, step, stream), each in [0, 2^32).
 
     Streams keep apart what must not share numbers: 0 is training, 1 the choice of real images, 2 evaluation,
-    3 the noise behind samples.png. Raises ValueError for others than those.
+    3 the noise behind samples.png, 4 the adversarial term, 5 the weights of its head. Raises ValueError for others than
+    those.
     """
     if not all(0 <= value < 2**32 for value in (seed, step, stream)):  # wider ones would collide in SeedSequence
         raise ValueError(f"fastdmd.random_generator: expected values in [0, 2^32), got {(seed, step, stream)}")

@@ -25,6 +25,7 @@ from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
 
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
+BYTES_PER_JUDGED = 3 * 4  # more with an adversarial term: real images, noise for them and for generated ones
 
 
 @terminal.command("fastdmd.train")
@@ -41,12 +42,16 @@ def main(arguments: list[str] | None = None) -> None:
         config = chosen.for_teacher(teacher, device)
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
         dataset = config.data.load_named(teacher)
+        real = distillation.real_images(config, teacher, dataset)
+        if config.gan.is_on:
+            teachers.verify_features(teacher)
         budget = budget_of(config, teacher, device)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return
         num_values = config.batch_size * math.prod(teacher.image_shape)
-        require_memory(BYTES_PER_DRAW * num_values, device, f"--batch-size {config.batch_size}")
+        bytes_per_value = BYTES_PER_DRAW + BYTES_PER_JUDGED * config.gan.is_on
+        require_memory(bytes_per_value * num_values, device, f"--batch-size {config.batch_size}")
         if budget is not None and (advice := budget.advice()) is not None:
             if budget.is_hopeless:
                 raise ValueError(advice)
@@ -56,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():
-            loop = Loop(distillation.Distillation(config, teacher, folder, teacher_record), config, folder)
+            loop = Loop(distillation.Distillation(config, teacher, folder, teacher_record, real), config, folder)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if summary["teacher"]["recorded"]:

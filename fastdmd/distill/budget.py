@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Draws
+from fastdmd.distill.gan import AdversarialDraws
 from fastdmd.distill.turns import DMD2
 from fastdmd.memory import available_bytes
 
@@ -119,7 +120,7 @@ def _dry_run(
     """Memory, the model, and the FLOPs of each kind of turn."""
     with Allocations() as memory:
         model = build(meta)
-        model.load(_draws(meta, batch_size))
+        model.load(_draws(meta, batch_size, with_head=model.method.head is not None))
         before = memory.most = memory.live()
         turns = {
             "generator": model.generator_turn,
@@ -131,11 +132,12 @@ def _dry_run(
     return _Cost(state_bytes, state_bytes + memory.most - before), model, flops
 
 
-def _draws(network: DenoisingNetwork, batch_size: int) -> Draws:
+def _draws(network: DenoisingNetwork, batch_size: int, *, with_head: bool) -> Draws:
     images = torch.empty(batch_size, *network.image_shape, device="meta")
     levels = images.new_empty(batch_size)
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta") if network.num_classes else None
-    return Draws(images, labels, levels, images, levels, images)
+    values = images, labels, levels, images, levels, images
+    return AdversarialDraws(*values, levels, images, images, labels, levels, images) if with_head else Draws(*values)
 
 
 def _flops(run: Callable[[], object]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdmd.diffusion import Denoiser
 
@@ -103,17 +103,25 @@ class Compiler:
 
     def __init__(self, mode: str | None):
         self._mode = mode
-        self._forwards: dict[tuple[torch.Size, bool], Callable[..., Tensor]] = {}
+        self._forwards: dict[tuple[torch.Size, bool, int | None], Callable[..., Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which compile for themselves."""
         return {"_mode": self._mode, "_forwards": {}}
 
-    def __call__(self, network: Denoiser, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
-        key = x.shape, network.is_one_graph
+    def __call__(
+        self,
+        network: Denoiser,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None,
+        num_denoised: int | None = None,
+    ) -> Any:
+        """`D_x`; with `num_denoised` what `with_features` gives."""
+        key = x.shape, network.is_one_graph, num_denoised
         if key not in self._forwards:
             self._forwards[key] = torch.compile(
-                _own_forward(), fullgraph=network.is_one_graph, dynamic=False, mode=self._mode
+                _own_forward(num_denoised), fullgraph=network.is_one_graph, dynamic=False, mode=self._mode
             )
         # Else dynamo takes two networks for alike of which one has hooks.
         with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
@@ -132,10 +140,21 @@ class CompiledNetwork:
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         return self._compiler(self._network, x, sigma, class_labels)
 
+    def with_features(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
+    ) -> tuple[Tensor, Tensor]:
+        return self._compiler(self._network, x, sigma, class_labels, num_denoised)
 
-def _own_forward() -> Callable[..., Tensor]:
-    def forward(network: nn.Module, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
-        return network(x, sigma, class_labels)
+
+def _own_forward(num_denoised: int | None) -> Callable[..., Any]:
+    if num_denoised is None:
+
+        def forward(network: Denoiser, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Any:
+            return network(x, sigma, class_labels)
+    else:
+
+        def forward(network: Denoiser, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Any:
+            return network.with_features(x, sigma, class_labels, num_denoised=num_denoised)
 
     # Functions of one definition share their code object. Another name makes this one unequal to theirs, too.
     forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")

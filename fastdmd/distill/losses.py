@@ -40,7 +40,12 @@ def denoising_loss(
     """
     images = images.detach()
     D_x = denoiser(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
-    if denoiser.dynamics == "flow":
+    return denoised_loss(D_x, images, sigma, dynamics=denoiser.dynamics, sigma_data=sigma_data)
+
+
+def denoised_loss(D_x: Tensor, images: Tensor, sigma: Tensor, *, dynamics: str, sigma_data: float) -> Tensor:
+    """`denoising_loss` of what was denoised, `[B, C, H, W]`, differentiable in that."""
+    if dynamics == "flow":
         *_, t = velocity_preconditioning(sigma)
         return ops.denoising_loss(D_x, images, t**-2)
     return ops.fake_loss(D_x, images, sigma, sigma_data=sigma_data)

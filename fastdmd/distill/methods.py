@@ -5,11 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fastdmd.diffusion import Denoiser
+from fastdmd import ops
+from fastdmd.diffusion import Denoiser, per_sample
+from fastdmd.distill.adversarial import (
+    approximate_r1,
+    discriminator_loss,
+    divergence_weight,
+    fooling_loss,
+    weigh_gradient,
+)
 from fastdmd.distill.draws import Draws
-from fastdmd.distill.losses import Denoise, denoising_loss, generator_loss
+from fastdmd.distill.gan import GAN, AdversarialDraws
+from fastdmd.distill.losses import denoised_loss, denoising_loss, generator_loss
+
+R1_DEVIATION = 0.05  # of the noise that approximate R1 adds, as a share of that of the image which it is added to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +31,31 @@ class Terms:
     total: Tensor
     scalars: dict[str, Tensor]  # in the order of the method's names
     left_out: Tensor | None = None  # the share of samples that it leaves out
+    head: Tensor | None = None  # what the method's head is differentiated by
 
     def detach(self) -> Terms:
         return Terms(self.total.detach(), {name: value.detach() for name, value in self.scalars.items()}, self.left_out)
 
 
+class TurnDenoiser(Protocol):
+    """Of a `Denoiser`, what the losses of a generator turn call."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
+
+    def with_features(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class Method(Protocol):
     """The losses of both turns, from images of the generator, and the names of the scalars that they tell.
 
-    A generator turn calls the teacher before the fake score, so that one may run beside the other.
+    A generator turn denoises by the teacher before the fake score, so that one may run beside the other.
     """
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What guidance turns train beside the fake score."""
 
     @property
     def generator_scalars(self) -> tuple[str, ...]: ...
@@ -36,12 +63,12 @@ class Method(Protocol):
     @property
     def guidance_scalars(self) -> tuple[str, ...]: ...
 
-    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoise) -> Terms:
+    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         """Differentiable in `x_gen` alone."""
         ...
 
-    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoiser) -> Terms:
-        """Differentiable in the fake score's weights; `x_gen` counts as constant."""
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
+        """Differentiable in the fake score's weights, `head` in those of the head; `x_gen` counts as constant."""
         ...
 
 
@@ -51,16 +78,17 @@ class DistributionMatching:
 
     sigma_data: float  # in the weight of `L_fake`
 
+    head = None
     generator_scalars = ("loss_dm",)
     guidance_scalars = ("loss_fake",)
 
-    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoise) -> Terms:
+    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         loss, left_out = generator_loss(
             x_gen, teacher, fake_score, draws.class_labels, sigma=draws.dm_sigma, noise=draws.dm_noise
         )
         return Terms(loss, {"loss_dm": loss}, left_out)
 
-    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoiser) -> Terms:
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
         loss = denoising_loss(
             x_gen,
             fake_score,
@@ -70,3 +98,105 @@ class DistributionMatching:
             sigma_data=self.sigma_data,
         )
         return Terms(loss, {"loss_fake": loss})
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversarial:
+    """DMD2 with its GAN loss (Yin et al. 2024, section 4.3): a head on an encoder tells real from generated images.
+
+    Both are judged noised (Wang et al. 2023, Diffusion-GAN). The generator fools the head, and matches distributions in
+    the sense of the divergence that was chosen; head and fake score learn by the discriminator's loss. One pass of the
+    fake score's encoder serves all images of a guidance turn.
+    """
+
+    gan: GAN
+    head: nn.Module  # features to logits [B]
+    sigma_data: float  # in the weight of `L_fake`, and of images
+
+    @property
+    def generator_scalars(self) -> tuple[str, ...]:
+        return ("loss_dm", *(("loss_gan_generator",) if self.gan.gan_generator_weight else ()))
+
+    @property
+    def guidance_scalars(self) -> tuple[str, ...]:
+        return ("loss_fake", "loss_gan_guidance", *(("gan_r1",) if self.gan.gan_r1_weight else ()))
+
+    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
+        gan, labels = self.gan, draws.class_labels
+        encoder = teacher if gan.gan_features == "teacher" else fake_score
+
+        def judge(sigma: Tensor, noise: Tensor) -> Tensor:
+            x_t = ops.add_noise(x_gen, sigma, noise=noise)
+            return self.head(encoder.with_features(x_t, sigma, labels, num_denoised=0)[1])
+
+        matched = x_gen
+        if gan.divergence != "reverse-kl":
+            with torch.no_grad():
+                weight = divergence_weight(judge(draws.dm_sigma, draws.dm_noise), gan.divergence)
+            matched = weigh_gradient(x_gen, weight)
+        total, left_out = generator_loss(
+            matched, teacher, fake_score, labels, sigma=draws.dm_sigma, noise=draws.dm_noise
+        )
+        scalars = {"loss_dm": total}
+        if gan.gan_generator_weight:
+            drawn = _adversarial(draws)
+            scalars["loss_gan_generator"] = fooling_loss(judge(drawn.gan_sigma, drawn.gan_noise))
+            total = total + gan.gan_generator_weight * scalars["loss_gan_generator"]
+        return Terms(total, scalars, left_out)
+
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
+        x_gen, num_images = x_gen.detach(), len(x_gen)
+        x_t = ops.add_noise(x_gen, draws.fake_sigma, noise=draws.fake_noise)
+        judged = self._noised(x_gen, _adversarial(draws))
+        if self.gan.gan_features == "teacher":
+            D_fake = fake_score(x_t, draws.fake_sigma, draws.class_labels)
+            with torch.no_grad():
+                features = teacher.with_features(*_together(judged), num_denoised=0)[1]
+        else:
+            batch = _together([(x_t, draws.fake_sigma, draws.class_labels), *judged])
+            D_fake, features = fake_score.with_features(*batch, num_denoised=num_images)
+            features = features[num_images:]
+        loss = denoised_loss(D_fake, x_gen, draws.fake_sigma, dynamics=fake_score.dynamics, sigma_data=self.sigma_data)
+        # Each optimizer differentiates a loss of its own: neither walks through the graph of the other.
+        head, scalars = self._discriminate(features.detach(), num_images)
+        total = loss
+        if self.gan.gan_features == "fake":
+            total = loss + self._discriminate(features, num_images)[0]
+        return Terms(total, {"loss_fake": loss, **scalars}, head=head)
+
+    def _noised(self, x_gen: Tensor, draws: AdversarialDraws) -> list[Batch]:
+        """What the head judges: generated images, real ones, and for approximate R1 these with a little more noise."""
+        sigma = draws.real_sigma
+        real = ops.add_noise(draws.real_images, sigma, noise=draws.real_noise)
+        batches: list[Batch] = [
+            (ops.add_noise(x_gen, draws.gan_sigma, noise=draws.gan_noise), draws.gan_sigma, draws.class_labels),
+            (real, sigma, draws.real_labels),
+        ]
+        if self.gan.gan_r1_weight:  # that noise is independent of the real images' own
+            deviation = R1_DEVIATION * (sigma**2 + self.sigma_data**2).sqrt()
+            batches.append((real + per_sample(deviation) * draws.gan_noise, sigma, draws.real_labels))
+        return batches
+
+    def _discriminate(self, features: Tensor, num_images: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of the discriminator, and its parts."""
+        logit_gen, logit_real, *near = self.head(features).split(num_images)
+        loss = total = discriminator_loss(logit_gen, logit_real)
+        scalars = {"loss_gan_guidance": loss}
+        if near:
+            scalars["gan_r1"] = approximate_r1(logit_real, near[0])
+            total = loss + self.gan.gan_r1_weight * scalars["gan_r1"]
+        return self.gan.gan_guidance_weight * total, scalars
+
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # x_t, sigma, class_labels
+
+
+def _together(batches: list[Batch]) -> Batch:
+    x_t, sigma, labels = zip(*batches, strict=True)
+    return torch.cat(x_t), torch.cat(sigma), None if labels[0] is None else torch.cat(labels)
+
+
+def _adversarial(draws: Draws) -> AdversarialDraws:
+    if not isinstance(draws, AdversarialDraws):
+        raise ValueError("fastdmd.Adversarial: expected draws with real images, got some without")
+    return draws

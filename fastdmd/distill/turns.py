@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastdmd.diffusion import DenoisingNetwork
+from fastdmd.diffusion import Denoiser, DenoisingNetwork
 from fastdmd.distill.ahead import Ahead, Source
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.execution import Executor
+from fastdmd.distill.losses import Denoise
 from fastdmd.distill.methods import DistributionMatching, Method, Terms
 from fastdmd.distill.tally import Tally
 from fastdmd.optim import AdamWEMA
@@ -32,7 +33,8 @@ class DMD2:
     whole turn, from noising to the average of the weights, one CUDA graph. All three give the same numbers to rounding.
     `compute_dtype` is what the networks compute in, see `AdamWEMA`. `accumulation_steps` processes a batch in that many
     parts, with the gradient of the whole: less memory, more time. `method` says which losses the turns add up; by
-    default those of DMD2, with `sigma_data` in the weight of the fake score's.
+    default those of DMD2, with `sigma_data` in the weight of the fake score's. What it has for a head is trained in
+    guidance turns by an `AdamWEMA` of its own, with `head_options`.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class DMD2:
         compute_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         method: Method | None = None,
+        head_options: Mapping[str, Any] | None = None,
     ):
         self.device = next(teacher.parameters()).device
         self.executor = Executor(execution, self.device)
@@ -64,8 +67,13 @@ class DMD2:
         self.generator_optimizer = AdamWEMA(self.generator, compute_dtype=compute_dtype, **generator_options)
         self.fake_score = copy.deepcopy(teacher).requires_grad_(True)
         self.guidance_optimizer = AdamWEMA(self.fake_score, compute_dtype=compute_dtype, **guidance_options)
+        self.head_optimizer: AdamWEMA | None = None
+        guidance_norms: tuple[str, ...] = ("fake_grad_norm",)
+        if self.method.head is not None:
+            self.head_optimizer = AdamWEMA(self.method.head, compute_dtype=compute_dtype, **(head_options or {}))
+            guidance_norms += ("head_grad_norm",)
         self.generator_tally = Tally((*self.method.generator_scalars, "generator_grad_norm"), self.device)
-        self.guidance_tally = Tally((*self.method.guidance_scalars, "fake_grad_norm"), self.device)
+        self.guidance_tally = Tally((*self.method.guidance_scalars, *guidance_norms), self.device)
         self._teacher = self.executor.denoiser(self.teacher)
         self._fake_score = self.executor.denoiser(self.fake_score)
         self._generate = Generator(self.executor.denoiser(self.generator), (conditioning_sigma,))
@@ -84,7 +92,8 @@ class DMD2:
         comparison waits for the device, so pass the same function every time.
 
         Returns the scalars of its turns by name, 0-dim tensors on the device that are valid until the next iteration:
-        `loss_fake` and `fake_grad_norm`, and in an iteration with a generator turn `loss_dm` and `generator_grad_norm`.
+        `loss_fake` and `fake_grad_norm`, and in an iteration with a generator turn `loss_dm` and `generator_grad_norm`;
+        with a head `head_grad_norm`, and whatever else the method tells.
         """
         buffers = self.load(draws(step) if self.buffers is None else self.buffers.ahead.draws(step, draws))
         ahead, moves = buffers.ahead, step % self.dfake_gen_update_ratio == 0
@@ -99,6 +108,8 @@ class DMD2:
         if ahead.starts(step + 1):
             self._generate_ahead(step + 1, draws)  # beside the guidance turn, where there are streams
         self.guidance_optimizer.advance()
+        if self.head_optimizer is not None:
+            self.head_optimizer.advance()
         self.guidance_turn()
         self.executor.join()  # before anybody changes the weights, or frees a model whose buffers are written beside
         return self.guidance_tally.scalars() | (self.generator_tally.scalars() if moves else {})
@@ -166,9 +177,13 @@ class DMD2:
         for part in buffers.parts:
             x_gen = self._generate(part.draws.noise, part.draws.class_labels)
             found = self.method.generator_terms(
-                x_gen, part.draws, teacher=self._denoise_beside, fake_score=self._denoise_and_join
+                x_gen,
+                part.draws,
+                teacher=Scheduled(self._teacher, self._denoise_beside),
+                fake_score=Scheduled(self._fake_score, self._denoise_and_join),
             )
-            terms.append(self._backward(found, self.generator_optimizer, accumulate=bool(terms)))
+            self._backward(found.total, self.generator_optimizer, accumulate=bool(terms))
+            terms.append(found.detach())
             part.x_gen.copy_(x_gen.detach())
         self._tell(self.generator_tally, terms, self.generator_optimizer.update())
 
@@ -178,19 +193,24 @@ class DMD2:
             found = self.method.guidance_terms(
                 part.x_gen, part.draws, teacher=self._teacher, fake_score=self._fake_score
             )
-            terms.append(self._backward(found, self.guidance_optimizer, accumulate=bool(terms)))
-        self._tell(self.guidance_tally, terms, self.guidance_optimizer.update())
+            self._backward(found.total, self.guidance_optimizer, accumulate=bool(terms))
+            if self.head_optimizer is not None and found.head is not None:
+                self._backward(found.head, self.head_optimizer, accumulate=bool(terms))
+            terms.append(found.detach())
+        norms = [self.guidance_optimizer.update()]
+        if self.head_optimizer is not None:
+            norms.append(self.head_optimizer.update())
+        self._tell(self.guidance_tally, terms, *norms)
 
     def _generate_ahead(self, start: int, draws: Source) -> None:
         self._loaded("generation").ahead.fill(start, draws)
         with self.executor.beside():
             self.generation()
 
-    def _backward(self, terms: Terms, optimizer: AdamWEMA, *, accumulate: bool) -> Terms:
-        """Adds the gradient of a part's share of the batch, and keeps no graph."""
+    def _backward(self, loss: Tensor, optimizer: AdamWEMA, *, accumulate: bool) -> None:
+        """Adds the gradient of a part's share of the batch."""
         steps = self.accumulation_steps
-        optimizer.backward(terms.total / steps if steps > 1 else terms.total, accumulate=accumulate)
-        return terms.detach()
+        optimizer.backward(loss / steps if steps > 1 else loss, accumulate=accumulate)
 
     def _denoise_beside(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         """The teacher, on the side stream if there is one; `_denoise_and_join` waits for it."""
@@ -203,11 +223,27 @@ class DMD2:
         return D_fake
 
     @staticmethod
-    def _tell(tally: Tally, terms: list[Terms], grad_norm: Tensor) -> None:
+    def _tell(tally: Tally, terms: list[Terms], *grad_norms: Tensor) -> None:
         """The means over the parts."""
-        scalars = [_mean([part.scalars[name] for part in terms]) for name in tally.names[:-1]]
+        scalars = [_mean([part.scalars[name] for part in terms]) for name in tally.names[: -len(grad_norms)]]
         shares = [part.left_out for part in terms if part.left_out is not None]
-        tally.add(*scalars, grad_norm, left_out=_mean(shares) if shares else None)
+        tally.add(*scalars, *grad_norms, left_out=_mean(shares) if shares else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """A denoiser that denoises by way of `denoise`, beside others; its features come when they are asked for."""
+
+    denoiser: Denoiser
+    denoise: Denoise
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self.denoise(x, sigma, class_labels)
+
+    def with_features(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
+    ) -> tuple[Tensor, Tensor]:
+        return self.denoiser.with_features(x, sigma, class_labels, num_denoised=num_denoised)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,19 +270,20 @@ class Buffers:
         return self._form == _form(draws, num_parts, ratio)
 
     def load(self, draws: Draws) -> None:
-        for field in dataclasses.fields(Draws):
-            if (buffer := getattr(self.inputs, field.name)) is not None:
-                buffer.copy_(getattr(draws, field.name))
+        for name, buffer in vars(self.inputs).items():
+            if buffer is not None:
+                buffer.copy_(getattr(draws, name))
 
 
 def _form(draws: Draws, num_parts: int, ratio: int) -> tuple[Any, ...]:
-    return draws.noise.shape, draws.class_labels is None, num_parts, ratio
+    """What buffers are made for."""
+    return type(draws), draws.noise.shape, draws.class_labels is None, num_parts, ratio
 
 
 def _map(function: Callable[[Tensor], Tensor], draws: Draws) -> Draws:
     """The function of each tensor that there is."""
     values: dict[str, Any] = {name: None if value is None else function(value) for name, value in vars(draws).items()}
-    return Draws(**values)
+    return type(draws)(**values)
 
 
 def _mean(values: list[Tensor]) -> Tensor:

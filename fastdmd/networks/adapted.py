@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ class Adapted(DenoisingNetwork):
     that it trains (`requires_grad=False`) become buffers, which no optimizer moves. Buffers of a trained copy are
     the teacher's: all copies are in eval mode, in which running statistics stay as they are. `sigma_max` is the
     greatest level of its noise schedule, above which nobody has trained it.
+
+    `with_features` needs a module with `feature_shape`, (C, h, w), and `features(x, level, labels)`, which takes what
+    it is called with itself and gives its encoder's features, `[B, C, h, w]`.
 
     `origin` says how a weight file's reader can make the network again: `{"source": "package.module:name"}`, or
     `{"diffusers": config}`.
@@ -55,6 +58,7 @@ class Adapted(DenoisingNetwork):
             if parameter.stride() != torch.empty_like(parameter).stride():
                 parameter.data = parameter.data.clone()
         self.network = network
+        self.feature_shape = _feature_shape(network)
         self.foreign_name = type(network).__name__
         ln_sigmas = _ln_sigmas(self.interface.alphas_cumprod)
         self.sigma_max = ln_sigmas[-1].exp().item() if len(ln_sigmas) else math.inf
@@ -115,19 +119,29 @@ class Adapted(DenoisingNetwork):
 
     def raw(self, x: Tensor, level: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """What the network gives for its own inputs. Raises ValueError if that is not a tensor like x."""
+        output = self._call(self.network, x, level, class_labels)
+        output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
+        return _require(output, tuple(x.shape), "the network")
+
+    def with_features(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `DenoisingNetwork.with_features`; the encoder runs once more for what is denoised."""
+        shape, rows = self.require_features(), slice(num_denoised)
+        labels = None if class_labels is None else class_labels[rows]
+        D_x = self(x[rows], sigma[rows], labels) if num_denoised else x.new_empty((0, *x.shape[1:]))
+        _, _, c_in, level = self.coefficients(sigma)
+        scaled = per_sample(c_in) * x if self.is_scaled else x
+        features = self._call(self.network.features, scaled, level, class_labels)  # type: ignore[arg-type]
+        return D_x, _require(features, (len(x), *shape), "features(x, level, labels)")
+
+    def _call(self, function: Callable[..., Any], x: Tensor, level: Tensor, class_labels: Tensor | None) -> Any:
         arguments = (x, level) if self.interface.labels == "none" else (x, level, self._labels(class_labels, x.dtype))
         dtype = next(self.network.parameters()).dtype
         if dtype.itemsize < x.dtype.itemsize:
             with torch.autocast(x.device.type, dtype=dtype, cache_enabled=False):
-                output = self.network(*arguments)
-        else:
-            output = self.network(*arguments)
-        output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
-        if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
-            is_tensor = isinstance(output, Tensor)
-            got = f"{tuple(output.shape)} of {output.dtype}" if is_tensor else f"a {type(output).__name__}"
-            raise _error(f"the network to give a floating point tensor of shape {tuple(x.shape)}", got)
-        return output
+                return function(*arguments)
+        return function(*arguments)
 
     @property
     def inner(self) -> nn.Module:
@@ -161,6 +175,23 @@ def _keep_fixed_what_is_fixed(network: nn.Module) -> None:
             if not parameter.requires_grad:
                 delattr(module, name)
                 module.register_buffer(name, parameter.data)
+
+
+def _feature_shape(network: nn.Module) -> tuple[int, int, int] | None:
+    """That of a module that says it and has `features`; other modules use either name for other things."""
+    shape = getattr(network, "feature_shape", None)
+    if not isinstance(shape, (tuple, list)) or not callable(getattr(network, "features", None)):
+        return None
+    is_shape = len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape)
+    return (shape[0], shape[1], shape[2]) if is_shape else None
+
+
+def _require(output: Any, shape: tuple[int, ...], what: str) -> Tensor:
+    if not isinstance(output, Tensor) or output.shape != shape or not output.is_floating_point():
+        is_tensor = isinstance(output, Tensor)
+        got = f"{tuple(output.shape)} of {output.dtype}" if is_tensor else f"a {type(output).__name__}"
+        raise _error(f"{what} to give a floating point tensor of shape {shape}", got)
+    return output
 
 
 def _error(expected: str, got: object) -> ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 __all__ = ["GroupNormSiLU", "UNet", "UNetConfig"]
 
 NUM_TIMESTEPS = 1000  # that the time of flow matching, in [0, 1], is scaled to before its embedding
+
+
+class Encoded(NamedTuple):
+    """What the decoder takes of a batch."""
+
+    features: Tensor  # [B, C, h, w], of the middle
+    skips: list[Tensor]  # of the encoder, the finest first
+    embeddings: list[Tensor]  # of the decoder's blocks
+
+    def first(self, num_rows: int) -> Encoded:
+        skips, embeddings = ([x[:num_rows] for x in tensors] for tensors in (self.skips, self.embeddings))
+        return Encoded(self.features[:num_rows], skips, embeddings)
 
 
 class UNet(DenoisingNetwork):
@@ -40,6 +52,7 @@ class UNet(DenoisingNetwork):
         self.num_classes = config.num_classes
         self.sigma_data = config.sigma_data
         self.dynamics = self.parameterization = config.dynamics
+        self.feature_shape = config.model_channels * config.channel_multipliers[-1], config.sizes[-1], config.sizes[-1]
         embedding_channels = config.model_channels * config.embedding_multiplier
         noise_channels = config.model_channels * config.noise_multiplier
         self.map_label = None
@@ -120,16 +133,33 @@ class UNet(DenoisingNetwork):
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        if self.dynamics == "flow":
-            c_skip, c_out, c_in, t = diffusion.velocity_preconditioning(sigma)
-            c_noise = NUM_TIMESTEPS * t
-        else:
-            c_skip, c_out, c_in, c_noise = diffusion.preconditioning(sigma, self.sigma_data)
+        c_skip, c_out, c_in, c_noise = self._coefficients(sigma)
         F_x = self.raw(diffusion.per_sample(c_in) * x, c_noise, class_labels)
         return diffusion.per_sample(c_skip) * x + diffusion.per_sample(c_out) * F_x
 
     def raw(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The network before preconditioning, `F_x`: `[B, C, H, W]`, `[B]`, labels -> `[B, C, H, W]`."""
+        return self._decode(self._encode(x, c_noise, class_labels))
+
+    def with_features(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `DenoisingNetwork.with_features`; the features are those of the middle blocks."""
+        c_skip, c_out, c_in, c_noise = (diffusion.per_sample(c) for c in self._coefficients(sigma))
+        encoded = self._encode(c_in * x, c_noise.flatten(), class_labels)
+        if num_denoised == 0:
+            return x.new_empty((0, *x.shape[1:])), encoded.features
+        rows = slice(num_denoised)
+        return c_skip[rows] * x[rows] + c_out[rows] * self._decode(encoded.first(num_denoised)), encoded.features
+
+    def _coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`c_skip, c_out, c_in, c_noise`, each `[B]`."""
+        if self.dynamics == "flow":
+            c_skip, c_out, c_in, t = diffusion.velocity_preconditioning(sigma)
+            return c_skip, c_out, c_in, NUM_TIMESTEPS * t
+        return diffusion.preconditioning(sigma, self.sigma_data)
+
+    def _encode(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None) -> Encoded:
         embeddings = iter(self._embed(c_noise, class_labels).split(self.block_embeddings, dim=1))
         x = x.to(self.conv_in.weight.dtype)  # the weights decide the precision of the network
         residual = F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=self._memory_format)
@@ -142,10 +172,14 @@ class UNet(DenoisingNetwork):
             skips.append(x)
         for block in self.middle:
             x = block(x, next(embeddings))
-        for block in self.decoder:
+        return Encoded(x, skips, list(embeddings))
+
+    def _decode(self, encoded: Encoded) -> Tensor:
+        x, skips = encoded.features, list(encoded.skips)
+        for block, embedding in zip(self.decoder, encoded.embeddings, strict=True):
             if block.resample is None:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, next(embeddings))
+            x = block(x, embedding)
         x = self.conv_out(self.norm_out(x))
         return F.pixel_shuffle(x, self.config.patch_size)
 

@@ -12,6 +12,7 @@ import torch
 from fastdmd.data.settings import DataSettings
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Noise, NoiseSettings
+from fastdmd.distill.gan import GAN, GANSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps
 from fastdmd.runs.precision import Compute, ComputeSettings
@@ -77,6 +78,7 @@ class TrainConfig(CommandConfig):
     """Guidance turns per generator turn."""
     optimizer: Annotated[OptimizerSettings, OmitArgPrefixes] = OptimizerSettings()
     noise: Annotated[NoiseSettings, OmitArgPrefixes] = NoiseSettings()
+    gan: Annotated[GANSettings, OmitArgPrefixes] = GANSettings()
     compute: Annotated[ComputeSettings, OmitArgPrefixes] = ComputeSettings()
     log_every: Iterations = 50
     """Iterations between lines of metrics.jsonl."""
@@ -99,11 +101,17 @@ class TrainConfig(CommandConfig):
     def for_teacher(self, teacher: DenoisingNetwork, device: torch.device | None = None) -> ResolvedTrainConfig:
         """With the defaults that depend on the teacher and the device, by default its own, filled in.
 
-        Raises ValueError for other dynamics than its own, and for what the device cannot do.
+        Raises ValueError for other dynamics than its own, for what the device cannot do, and for an adversarial term
+        without features of the teacher.
         """
         if device is None:
             device = next(teacher.parameters()).device
-        resolved = {"noise": self.noise.for_teacher(teacher), "compute": self.compute.for_device(device)}
+        noise = self.noise.for_teacher(teacher)
+        resolved = {
+            "noise": noise,
+            "gan": self.gan.for_teacher(teacher, noise, self.optimizer.fake_score_lr),
+            "compute": self.compute.for_device(device),
+        }
         return ResolvedTrainConfig(**(vars(self.placed()) | resolved))
 
 
@@ -113,6 +121,7 @@ class ResolvedTrainConfig(TrainConfig):
 
     out: Path = dataclasses.field()
     noise: Noise = dataclasses.field()
+    gan: GAN = dataclasses.field()
     compute: Compute = dataclasses.field()
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdmd.data import Dataset
 from fastdmd.diffusion import Denoiser, DenoisingNetwork, random_generator
 from fastdmd.distill import DMD2, Draws
+from fastdmd.distill.gan import HEAD_STREAM
+from fastdmd.distill.methods import Adversarial, DistributionMatching, Method
+from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.weights import save_network
 from fastdmd.quality import sample
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
@@ -24,6 +29,10 @@ NUM_SAMPLE_COLUMNS = 11  # the first repeats its noise through the run
 def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
     """The networks and optimizers of one distillation."""
     config = config.for_teacher(teacher)
+    guidance_options = config.optimizer.of_fake_score(config.iterations)
+    method: Method = DistributionMatching(config.noise.sigma_data)
+    if config.gan.is_on:
+        method = Adversarial(config.gan, _head(config, teacher), config.noise.sigma_data)
     return DMD2(
         teacher,
         conditioning_sigma=config.noise.conditioning_sigma,
@@ -33,13 +42,48 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
         compute_dtype=config.compute.dtype,
         accumulation_steps=config.compute.accumulation_steps,
         generator_options=config.optimizer.of_generator(config.iterations, config.dfake_gen_update_ratio),
-        guidance_options=config.optimizer.of_fake_score(config.iterations),
+        guidance_options=guidance_options,
+        method=method,
+        head_options={**guidance_options, "learning_rate": config.gan.gan_lr},
     )
 
 
-def make_draws(config: TrainConfig, network: DenoisingNetwork, device: torch.device) -> Callable[[int], Draws]:
-    """The random inputs of every iteration, as a function of its number."""
-    return config.noise.for_teacher(network).draws(network, config.batch_size, config.seed, device)
+def _head(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Discriminator:
+    """Where the teacher is, its weights a function of the seed."""
+    random = random_generator(config.seed, 0, stream=HEAD_STREAM)
+    head = Discriminator(teacher.require_features(), random=random)
+    return head.to(next(teacher.parameters()).device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def make_draws(
+    config: TrainConfig, network: DenoisingNetwork, device: torch.device, real: Dataset | None = None
+) -> Callable[[int], Draws]:
+    """The random inputs of every iteration, as a function of its number; `real` for an adversarial term.
+
+    Raises ValueError for an adversarial term without.
+    """
+    config = config.for_teacher(network, device)
+    draws = config.noise.draws(network, config.batch_size, config.seed, device)
+    if not config.gan.is_on:
+        return draws
+    if real is None:
+        raise ValueError("fastdmd.make_draws: expected real images for the adversarial term, got none")
+    batch = functools.partial(real.random_batch, config.batch_size, seed=config.seed, device=device)
+    levels = config.noise.levels(device)
+    return config.gan.draws(draws, lambda step: batch(step=step), levels, config.seed)
+
+
+def real_images(config: TrainConfig, network: DenoisingNetwork, named: Dataset | None) -> Dataset | None:
+    """What an adversarial term takes for real, None without one: the user's images, or the embedded teacher's digits.
+
+    Raises ValueError where there are none, or not as the network takes them, with labels if it has classes.
+    """
+    if not config.gan.is_on:
+        return None
+    if named is None and config.teacher != "mnist":
+        raise ValueError("expected --data with real images for --gan-guidance-weight, got none")
+    dataset = config.data.load() if named is None else named
+    return dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
 
 
 class Distillation:
@@ -51,6 +95,7 @@ class Distillation:
         teacher: DenoisingNetwork,
         folder: RunFolder,
         teacher_record: dict[str, Any] | None = None,
+        real: Dataset | None = None,
     ):
         self.config = config
         self.model = build(config, teacher)
@@ -59,7 +104,7 @@ class Distillation:
         device = next(teacher.parameters()).device
         self._teacher, self._teacher_record = teacher, teacher_record
         self._path = folder.path / "generator.safetensors"
-        self._draws = make_draws(config, teacher, device)
+        self._draws = make_draws(config, teacher, device, real)
         self._sampler = Generator(self.network, (config.noise.conditioning_sigma,))
         self._sample_inputs = sample_inputs(teacher, config.seed, device)
 

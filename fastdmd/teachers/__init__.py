@@ -3,7 +3,7 @@
 from fastdmd.networks.options import NO_OPTIONS, TeacherOptions
 from fastdmd.teachers.edm import from_edm
 from fastdmd.teachers.sources import load, load_generator, read, sampler_of
-from fastdmd.teachers.trial import verify, verify_training
+from fastdmd.teachers.trial import verify, verify_features, verify_training
 
 __all__ = [
     "NO_OPTIONS",
@@ -14,5 +14,6 @@ __all__ = [
     "read",
     "sampler_of",
     "verify",
+    "verify_features",
     "verify_training",
 ]

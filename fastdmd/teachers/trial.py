@@ -92,6 +92,27 @@ def verify_training(network: DenoisingNetwork) -> None:
         torch.cuda.empty_cache()  # for those who ask how much is free
 
 
+def verify_features(network: DenoisingNetwork) -> None:
+    """Takes the features of somebody's encoder, and their gradient in the images, as an adversarial term does.
+
+    Raises ValueError if either fails, if the features are not of its `feature_shape`, not finite or without gradient.
+    """
+    if not network.foreign_name:
+        return
+    name, device = network.foreign_name, next(network.parameters()).device
+    _, inputs = _trial(network, VERIFIED_SIGMAS[1:])
+    x, *others = (tensor.to(device) for tensor in inputs)
+    x.requires_grad_(True)
+    with torch.enable_grad(), user_code("teachers", f"features of {name} for {_shapes(inputs)}"):
+        features = network.with_features(x, *others, num_denoised=0)[1]
+        if features.requires_grad:
+            features.square().mean().backward(inputs=[x])
+    if not features.isfinite().all():
+        raise ValueError(f"fastdmd.teachers: expected finite features of {name}, got NaN or infinity")
+    if x.grad is None or not x.grad.any():
+        raise ValueError(f"fastdmd.teachers: expected a gradient of {name}'s features in the images, got none")
+
+
 def _trial(denoiser: DenoisingNetwork, sigmas: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
     """Smooth images `[B, C, H, W]`, and the inputs of the denoiser for them, one of each level."""
     C, H, W = denoiser.image_shape

@@ -8,6 +8,7 @@ import torch
 
 from fastdmd import memory, train
 from fastdmd.distill import budget
+from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.unet import UNet
 from fastdmd.runs import distillation
 from fastdmd.runs.config import TrainConfig
@@ -158,3 +159,14 @@ def test_meta_networks_are_published_ones():
         if preset.network is not None:
             with torch.device("meta"):
                 assert UNet(preset.network).image_shape[0] == 3
+
+
+def test_a_head_is_counted(teacher):
+    """Its weights, moments and gradients, and the encoder's work on images of its own."""
+    plain = estimate(teacher, batch_size=8)
+    judged = estimate(teacher, batch_size=8, gan_guidance_weight=1e-2, gan_generator_weight=3e-3, gan_r1_weight=1.0)
+    head = sum(p.numel() for p in Discriminator(teacher.feature_shape).parameters())
+    images = 4 * 8 * 28 * 28
+    assert 16 * head < judged.state_bytes - plain.state_bytes < 16 * head + 5 * images
+    assert judged.iteration_flops > 1.5 * plain.iteration_flops and judged.peak_bytes > plain.peak_bytes
+    assert judged.num_parameters == plain.num_parameters

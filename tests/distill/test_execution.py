@@ -43,6 +43,7 @@ class Small(torch.nn.Module):
     """Somebody else's denoiser; a look at a value breaks its graph where it is asked to."""
 
     image_shape, num_classes, sigma_data, dynamics = (1, 8, 8), 0, 0.5, "flow"
+    is_one_graph, foreign_name = False, "Small"
 
     def __init__(self, breaks=False, dtype=torch.float32):
         super().__init__()

@@ -18,7 +18,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from tests.helpers.networks import make_network
 from fastdmd.distill.draws import Draws
+from fastdmd.distill.gan import GAN, AdversarialDraws
+from fastdmd.distill.methods import Adversarial
 from fastdmd.distill.turns import DMD2
+from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.unet import UNetConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,22 +42,34 @@ def execute(name, run):
         run()
     assert len(mode.names) > 50 and (name == "generation" or any("backward" in op for op in mode.names)), name
 
-def draws(step):
+def draws(step, with_real_images=False):
     image, level = lambda: torch.empty(4, 1, 28, 28, device="cuda"), lambda: torch.empty(4, device="cuda")
     labels = torch.empty(4, device="cuda", dtype=torch.int64)
-    return Draws(noise=image(), class_labels=labels, dm_sigma=level(), dm_noise=image(), fake_sigma=level(),
-                 fake_noise=image())
+    own = dict(noise=image(), class_labels=labels, dm_sigma=level(), dm_noise=image(), fake_sigma=level(),
+               fake_noise=image())
+    if not with_real_images:
+        return Draws(**own)
+    return AdversarialDraws(**own, gan_sigma=level(), gan_noise=image(), real_images=image(), real_labels=labels,
+                            real_sigma=level(), real_noise=image())
 
 network = make_network()
+head = Discriminator(network.feature_shape)
 with FakeTensorMode():
-    for options in ({{}}, {{"compute_dtype": torch.bfloat16, "accumulation_steps": 2}}):
+    gan = GAN(gan_generator_weight=1e-2, gan_guidance_weight=1e-2, gan_r1_weight=1.0, divergence="forward-kl",
+              gan_max_sigma=80.0, gan_lr=1e-3)
+    low = {{"compute_dtype": torch.bfloat16, "accumulation_steps": 2}}
+    for options in ({{}}, low, low | {{"method": Adversarial(gan, fake_cuda.fake(head), 0.5)}}):
+        source = draws
+        if "method" in options:
+            options["head_options"] = dict(learning_rate=1e-3, max_grad_norm=1.0)
+            source = lambda step: draws(step, with_real_images=True)
         groups = {{"norm": {{"weight_decay": 0.0}}}} if options else None
         model = DMD2(fake_cuda.fake(network), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=3,
                      generator_options=dict(learning_rate=1e-3, ema_decay=0.9, max_grad_norm=1.0, groups=groups),
                      guidance_options=dict(learning_rate=1e-3, max_grad_norm=1.0), **options)
         model.executor.run = execute
         for step in range(5):
-            metrics = model.iterate(step, draws)
+            metrics = model.iterate(step, source)
         for wrong in (lambda x: x.copy_(torch.ones(3)), lambda x: torch.ones(3).to(x.device), lambda x: x.cpu()):
             try:
                 execute("wrong", lambda: wrong(torch.ones(3, device="cuda")))
@@ -62,6 +77,7 @@ with FakeTensorMode():
                 assert "'cpu'" in str(error), error
             else:
                 raise AssertionError("a copy went unnoticed")
+        assert "method" not in options or model.head_optimizer.num_updates == 5 and "gan_r1" in metrics
         assert metrics["loss_fake"].device.type == "cuda" and model.generator.conv_in.weight.grad.device.type == "cuda"
         for sync in (lambda: metrics["loss_fake"].item(), lambda: bool(metrics["fake_grad_norm"] > 1)):
             try:

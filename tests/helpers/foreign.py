@@ -24,6 +24,39 @@ class Network(nn.Module):
         return self.conv_out(F.silu(self.middle(F.silu(h))))
 
 
+class NetworkWithFeatures(Network):
+    """Says what a discriminator may look at."""
+
+    feature_shape = (8, 8, 8)
+    spoil = staticmethod(lambda features: features)
+
+    def features(self, x, level, labels=None):
+        return self.spoil(self.middle(self.conv_in(x)))
+
+
+def with_features(spoil=NetworkWithFeatures.spoil):
+    torch.manual_seed(0)
+    network = NetworkWithFeatures()
+    network.spoil = spoil
+    return network
+
+
+def with_detached_features():
+    return with_features(torch.detach)
+
+
+def with_small_features():
+    return with_features(lambda features: features[:, :4])
+
+
+def with_infinite_features():
+    return with_features(lambda features: features / 0)
+
+
+def with_broken_features():
+    return with_features(lambda features: features.no_such_thing)
+
+
 def build():
     torch.manual_seed(0)
     return Network()

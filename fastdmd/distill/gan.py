@@ -1,0 +1,134 @@
+"""The adversarial term of a run: its weights, the noise levels at which images are judged, and its draws."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from fastdmd.diffusion import DenoisingNetwork, random_generator
+from fastdmd.distill.adversarial import Divergence
+from fastdmd.distill.draws import Draws, Noise, NoiseLevel
+from fastdmd.distill.optimization import Rate
+from fastdmd.settings import Settings, at_least, fail
+
+GAN_STREAM = 4  # of random_generator: the noise at which images are judged
+HEAD_STREAM = 5  # the first weights of the head
+
+Weight = Annotated[float, at_least(0, 1e6)]
+
+RealImages = Callable[[int], tuple[Tensor, Tensor | None]]  # images and labels of an iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialDraws(Draws):
+    """With what the adversarial term needs."""
+
+    gan_sigma: Tensor  # [B], noise levels at which generated images are judged
+    gan_noise: Tensor  # [B, C, H, W]
+    real_images: Tensor  # [B, C, H, W]
+    real_labels: Tensor | None  # int64 [B]
+    real_sigma: Tensor  # [B], noise levels at which they are judged
+    real_noise: Tensor  # [B, C, H, W]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GANSettings(Settings):
+    """The adversarial term of DMD2; without weights there is none, and no real images are needed."""
+
+    gan_generator_weight: Weight = 0.0
+    """Weight of the generator's adversarial loss; DMD2's is 3e-3."""
+    gan_guidance_weight: Weight = 0.0
+    """Weight of the discriminator's loss, which trains its head and the fake score's encoder; DMD2's is 1e-2. It needs
+    real images: --data, or the digits beside the embedded teacher."""
+    gan_r1_weight: Weight = 0.0
+    """Weight, within the discriminator's loss, of its change under a little noise on real images (approximate R1)."""
+    gan_max_sigma: NoiseLevel | None = None
+    """Images are judged at noise levels of the schedule up to this one. Default: at all of them."""
+    gan_features: Literal["fake", "teacher"] = "fake"
+    """Whose encoder the discriminator sees images through: the fake score's, which learns with it, or the teacher's."""
+    gan_lr: Rate | None = None
+    """Learning rate of the discriminator's head. Default: the fake score's."""
+    divergence: Divergence = "reverse-kl"
+    """What distribution matching minimizes; others than reverse-kl weigh each image by the discriminator's ratio of
+    densities, whose mean is taken over the images of one accumulation step."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a discriminator."""
+        return self.gan_guidance_weight > 0
+
+    def check(self) -> None:
+        super().check()
+        for field in dataclasses.fields(self):
+            if not self.is_on and getattr(self, field.name) != field.default:
+                fail(self, field.name, "together with --gan-guidance-weight, which trains the discriminator")
+
+    def for_teacher(self, teacher: DenoisingNetwork, noise: Noise, fake_score_lr: float) -> GAN:
+        """With the defaults that depend on others filled in.
+
+        Raises ValueError for a teacher without features, and for levels at which nothing could be judged.
+        """
+        levels = noise.levels(torch.device("cpu"))
+        found = {
+            "gan_max_sigma": levels[-1].item() if self.gan_max_sigma is None else self.gan_max_sigma,
+            "gan_lr": fake_score_lr if self.gan_lr is None else self.gan_lr,
+        }
+        gan = GAN(**(vars(self) | found))
+        if gan.is_on:
+            teacher.require_features()
+            num_levels, last = gan.num_levels(levels), noise.step_range[1]
+            if num_levels == 0:
+                fail(self, "gan_max_sigma", f">= {levels[0]:.9g}, the least noise level")
+            if self.divergence != "reverse-kl" and num_levels <= last:
+                fail(
+                    self, "gan_max_sigma", f">= {levels[last]:.9g}, which is matched by --divergence {self.divergence}"
+                )
+        return gan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GAN(GANSettings):
+    """`GANSettings` with nothing left open."""
+
+    gan_max_sigma: float = dataclasses.field()
+    gan_lr: float = dataclasses.field()
+
+    def draws(
+        self, draws: Callable[[int], Draws], real: RealImages, levels: Tensor, seed: int
+    ) -> Callable[[int], AdversarialDraws]:
+        """Those of every iteration with what the adversarial term needs; noise is a function of (seed, iteration).
+
+        Both kinds of images are noised to levels that are uniform among `levels`, ascending, up to `gan_max_sigma`.
+        """
+        judged = levels[: self.num_levels(levels)]
+        return lambda step: _with_real_images(draws(step), *real(step), judged, seed=seed, step=step)
+
+    def num_levels(self, levels: Tensor) -> int:
+        """Of these, ascending, up to `gan_max_sigma`; waits for the device."""
+        return int((levels <= self.gan_max_sigma).sum())
+
+
+def _with_real_images(
+    draws: Draws, images: Tensor, class_labels: Tensor | None, sigmas: Tensor, *, seed: int, step: int
+) -> AdversarialDraws:
+    generator = random_generator(seed, step, sigmas.device, stream=GAN_STREAM)
+
+    def level() -> Tensor:
+        return sigmas[torch.randint(len(sigmas), draws.dm_sigma.shape, device=sigmas.device, generator=generator)]
+
+    def normal() -> Tensor:
+        return torch.randn(draws.noise.shape, device=sigmas.device, generator=generator)
+
+    return AdversarialDraws(
+        **vars(draws),
+        gan_sigma=level(),
+        gan_noise=normal(),
+        real_images=images,
+        real_labels=class_labels,
+        real_sigma=level(),
+        real_noise=normal(),
+    )

@@ -1,0 +1,40 @@
+"""The head that tells real images from generated ones by an encoder's features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastdmd.networks.unet_blocks import GroupNormSiLU, num_groups
+
+
+class Discriminator(nn.Module):
+    """`features [B, C, h, w] -> logit [B]`, which learns `ln(p_real / p_fake)` (Yin et al. 2024, DMD2, section 4.3).
+
+    A convolution 4x4 of stride 2, one of stride 4, GroupNorm and SiLU after either, then 1x1 to a logit, whose mean is
+    taken where the map is larger than 8x8. Padding lets every pixel of any map count, down to a single one. `random`
+    draws the weights (Glorot & Bengio 2010). The weights decide the precision; the logit is float32 at least.
+    """
+
+    def __init__(self, feature_shape: tuple[int, int, int], *, random: torch.Generator | None = None):
+        super().__init__()
+        channels, *sizes = feature_shape
+        first = [2 if size == 1 else 1 for size in sizes]  # of odd sizes, too, no pixel is left over
+        halved = [(size + 2 * padding - 2) // 2 for size, padding in zip(sizes, first, strict=True)]
+        second = [(-size % 4 + 1) // 2 for size in halved]
+        self.conv0 = nn.Conv2d(channels, channels, 4, stride=2, padding=(first[0], first[1]))
+        self.norm0 = GroupNormSiLU(num_groups(channels), channels)
+        self.conv1 = nn.Conv2d(channels, channels, 4, stride=4, padding=(second[0], second[1]))
+        self.norm1 = GroupNormSiLU(num_groups(channels), channels)
+        self.conv_out = nn.Conv2d(channels, 1, 1)
+        for layer in (self.conv0, self.conv1, self.conv_out):
+            nn.init.xavier_uniform_(layer.weight, generator=random)
+            assert layer.bias is not None  # as torch makes it
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = features.to(self.conv0.weight.dtype)
+        x = self.norm0(self.conv0(x))
+        x = self.norm1(self.conv1(x))
+        logit = self.conv_out(x)  # [B, 1, h / 8, w / 8]
+        return logit.mean(dim=(1, 2, 3), dtype=torch.promote_types(logit.dtype, torch.float32))

@@ -1,0 +1,30 @@
+"""Small distillations with an adversarial term."""
+
+import torch
+
+from fastdmd.data import Dataset
+from fastdmd.networks.unet import UNetConfig
+from fastdmd.runs.config import TrainConfig
+
+TINY = UNetConfig(
+    image_size=8, num_classes=3, model_channels=8, channel_multipliers=(1, 1), num_blocks=1, attention_resolutions=()
+)
+CONFIG = TrainConfig().replace(
+    batch_size=6,
+    dfake_gen_update_ratio=2,
+    warmup_iterations=0,
+    iterations=20,
+    generator_lr=1e-3,
+    fake_score_lr=2e-3,
+    ema_decay=0.9,
+    gan_generator_weight=3e-2,
+    gan_guidance_weight=0.1,
+    gan_r1_weight=0.5,
+    divergence="jensen-shannon",
+)
+
+
+def real_images(shape=(1, 8, 8), num_classes=3):
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randint(0, 256, (20, *shape), generator=generator, dtype=torch.uint8)
+    return Dataset(images, torch.arange(20) % num_classes if num_classes else None, "random images")

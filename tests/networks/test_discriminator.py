@@ -1,0 +1,48 @@
+"""The head of the adversarial term: plain PyTorch of its layers, maps of any size, precisions."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from fastdmd.networks.discriminator import Discriminator
+
+
+def head(feature_shape, seed=0):
+    return Discriminator(feature_shape, random=torch.Generator().manual_seed(seed))
+
+
+def test_the_published_layers():
+    """8x8: convolution 4x4 stride 2, GroupNorm, SiLU, convolution 4x4 stride 4, GroupNorm, SiLU, 1x1 to one logit."""
+    network = head((24, 8, 8)).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(3, 24, 8, 8, dtype=torch.float64)
+    own = dict(network.named_parameters())
+    expected = F.conv2d(x, own["conv0.weight"], own["conv0.bias"], stride=2, padding=1)
+    expected = F.silu(F.group_norm(expected, 6, own["norm0.weight"], own["norm0.bias"]))
+    expected = F.conv2d(expected, own["conv1.weight"], own["conv1.bias"], stride=4)
+    assert expected.shape == (3, 24, 1, 1)
+    expected = F.silu(F.group_norm(expected, 6, own["norm1.weight"], own["norm1.bias"]))
+    assert_close(network(x), F.conv2d(expected, own["conv_out.weight"], own["conv_out.bias"]).flatten())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (7, 7), (8, 8), (9, 14), (17, 1), (32, 32)])
+def test_every_pixel_of_any_map_counts(size):
+    network = head((8, *size)).double()
+    x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
+    logit = network(x)
+    assert logit.shape == (2,)
+    (gradient,) = torch.autograd.grad(logit[0], x)
+    assert (gradient[0].abs().sum(dim=0) > 0).all() and (gradient[1] == 0).all()
+
+
+def test_weights_are_a_function_of_the_seed_and_decide_the_precision():
+    a, b, other = head((8, 4, 4)), head((8, 4, 4)), head((8, 4, 4), seed=1)
+    x = torch.randn(4, 8, 4, 4)
+    assert torch.equal(a(x), b(x)) and not torch.equal(a(x), other(x))
+    assert a.conv0.weight.std().item() == pytest.approx((1 / (8 * 16)) ** 0.5, rel=0.05)
+    low = b.bfloat16()(x)
+    assert low.dtype == torch.float32 and b.double()(x).dtype == torch.float64
+    assert_close(low, a(x), rtol=0.1, atol=0.1)
