@@ -52,6 +52,12 @@ class DMD2:
         method: Method | None = None,
         head_options: Mapping[str, Any] | None = None,
     ):
+        for name, count in (
+            ("dfake_gen_update_ratio", dfake_gen_update_ratio),
+            ("accumulation_steps", accumulation_steps),
+        ):
+            if count < 1:
+                raise ValueError(f"fastdmd.DMD2: expected {name} >= 1, got {count}")
         self.device = next(teacher.parameters()).device
         self.executor = Executor(execution, self.device)
         self.method: Method = DistributionMatching(sigma_data) if method is None else method

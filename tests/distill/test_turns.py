@@ -263,13 +263,18 @@ def test_defaults_per_device(monkeypatch):
         resolve_execution("captured", CPU)
     with pytest.raises(ValueError, match="expected --precision fp32 or bf16 on cpu, got tf32"):
         resolve_precision("tf32", CPU)
-    with pytest.raises(ValueError, match="expected a CUDA device for captured execution, got cpu"):
-        DMD2(
-            make_network(),
-            conditioning_sigma=80.0,
-            sigma_data=0.5,
-            dfake_gen_update_ratio=1,
-            generator_options={},
-            guidance_options={},
-            execution="captured",
-        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"execution": "captured"}, "expected a CUDA device for captured execution, got cpu"),
+        ({"execution": "fast"}, "expected execution out of eager, compiled, captured, got fast"),
+        ({"dfake_gen_update_ratio": 0}, "expected dfake_gen_update_ratio >= 1, got 0"),
+        ({"accumulation_steps": 0}, "expected accumulation_steps >= 1, got 0"),
+    ],
+)
+def test_turns_that_cannot_be(options, message):
+    usual = {"conditioning_sigma": 80.0, "sigma_data": 0.5, "dfake_gen_update_ratio": 1}
+    with pytest.raises(ValueError, match=f"fastdmd.DMD2: {message}"):
+        DMD2(make_network(TINY), **(usual | options), generator_options={}, guidance_options={})
