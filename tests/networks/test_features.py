@@ -1,5 +1,7 @@
 """Encoder features: those of passes apart, values and gradients, from our networks and from anybody's."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -80,8 +82,9 @@ def test_features_of_a_foreign_network_are_of_its_own_inputs():
     assert_close(network.with_features(x, sigma, labels, num_denoised=1)[1], expected)
 
 
-def test_compiled_features():
-    """A compiled denoiser gives them, too."""
+def test_compiled_features(monkeypatch):
+    """A compiled denoiser gives them, too; traced, without the seconds that kernels take."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     network = make_network(VARIANTS["unconditional, one level"]).double()
     x, sigma, labels = inputs(network)
     compiled = Executor("compiled", torch.device("cpu")).denoiser(network)
