@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastdmd import teachers
+from fastdmd.data import Dataset
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.budget import Budget, estimate
 from fastdmd.distill.optimization import warm_up_notice
@@ -64,10 +65,22 @@ def main(arguments: list[str] | None = None) -> None:
             loop = Loop(distillation.Distillation(config, teacher, folder, teacher_record, real), config, folder)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
+    if real is not None and evaluation is not None:
+        print(overlap(dataset))
     if summary["teacher"]["recorded"]:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
     print(f"{folder.path}: generator.safetensors, samples.png, summary.json")
     cli.leave("fastdmd.train", summary, config.iterations)
+
+
+def overlap(named: Dataset | None) -> str:
+    """What the reader of the figures should know where an adversarial term has seen real images."""
+    if named is None:
+        return (
+            "The adversarial term trained on the test digits: precision, recall and kernel distance compare with them, "
+            "the Fréchet distance does not."
+        )
+    return f"The adversarial term trained on {named.name}, with which these figures compare; keep a part for evaluate."
 
 
 def load_teacher(config: TrainConfig, device: torch.device) -> tuple[DenoisingNetwork, dict[str, Any]]:

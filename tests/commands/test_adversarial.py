@@ -53,6 +53,14 @@ def test_the_embedded_teacher_has_its_digits(tmp_path):
     assert not any("gan" in name or "head" in name for name in lines(tmp_path / "without")[0])
 
 
+def test_what_the_term_has_seen_of_the_figures_is_told(teacher_file, labelled, tmp_path, capsys):
+    run_train(teacher_file, tmp_path / "run", *ON, "--num-samples", "20", "--data", labelled)
+    assert f"The adversarial term trained on {labelled}, with which these figures compare" in capsys.readouterr().out
+    run_train(teacher_file, tmp_path / "plain", "--num-samples", "20", "--data", labelled)
+    assert "adversarial" not in capsys.readouterr().out
+    assert "precision, recall and kernel distance compare with them" in train.overlap(None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
