@@ -37,12 +37,12 @@ class Executor:
             raise ValueError(f"fastdmd.DMD2: expected a CUDA device for captured execution, got {device}")
         self.name, self.device = name, device
         self._compiler = Compiler(COMPILE_MODE if device.type == "cuda" else None)
-        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None  # of the turns, and beside them
+        self.streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None  # of the turns, and beside them
         self._turns: dict[str, CapturedTurn] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which have streams and graphs of their own."""
-        return vars(self) | {"_streams": None, "_turns": {}}
+        return vars(self) | {"streams": None, "_turns": {}}
 
     def denoiser(self, network: Denoiser) -> Denoiser:
         """The network, as the turns call it."""
@@ -53,10 +53,10 @@ class Executor:
         if self.name != "captured":
             return
         torch.cuda.synchronize(self.device)  # what runs still reads the buffers and graphs that go now
-        if self._streams is None:
-            self._streams = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        if self.streams is None:
+            self.streams = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._turns = {}
-        for stream, names in zip(self._streams, (turns, turns_beside), strict=True):
+        for stream, names in zip(self.streams, (turns, turns_beside), strict=True):
             pool = torch.cuda.graph_pool_handle()
             self._turns |= {name: CapturedTurn(stream, pool) for name in names}
 
@@ -79,17 +79,17 @@ class Executor:
 
         What each stream makes is freed when both have met again, and its memory goes to later work of that stream.
         """
-        if self._streams is None:
+        if self.streams is None:
             yield
             return
-        self._streams[1].wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._streams[1]):
+        self.streams[1].wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.streams[1]):
             yield
 
     def join(self) -> None:
         """Lets what comes next wait for what runs beside."""
-        if self._streams is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._streams[1])
+        if self.streams is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.streams[1])
 
 
 class Compiler:

@@ -179,9 +179,9 @@ def test_a_model_is_freed_when_nobody_holds_it(traced, execution):
 def test_a_copy_goes_on_as_the_model_does(traced, execution, copied):
     """Both from the midst of images made ahead, and each with its own weights and buffers."""
     model, _ = iterate(execution, steps=range(2))
-    model.executor._streams = (n for n in ())  # which no copy takes, as it takes no stream
+    model.executor.streams = (n for n in ())  # which no copy takes, as it takes no stream
     other = copied(model)
-    model.executor._streams = None
+    model.executor.streams = None
     draws = distillation.make_draws(CONFIG, model.teacher, torch.device("cpu"))
     losses = [[one.iterate(step, draws)["loss_fake"].item() for step in range(2, 6)] for one in (model, other)]
     assert losses[0] == losses[1]
