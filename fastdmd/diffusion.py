@@ -184,9 +184,10 @@ def velocity_preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """Training noise levels `exp(mean + std * normal)`, one for each `normal` (Karras et al. 2022, table 1).
+    """Training noise levels `exp(mean + std * normal)`, `[B]`, of as many standard normal numbers.
 
-    They make the `t = sigma / (1 + sigma)` of flow matching logit-normal (Esser et al. 2024).
+    Karras et al. 2022, table 1. They make the `t = sigma / (1 + sigma)` of flow matching logit-normal (Esser et al.
+    2024).
     """
     return (mean + std * normal).exp()
 

@@ -54,6 +54,7 @@ class Generator:
     def __call__(
         self, noise: Tensor, class_labels: Tensor | None = None, *, random: torch.Generator | None = None
     ) -> Tensor:
+        """Images `[B, C, H, W]` of standard normal `noise` of that shape and `class_labels`, int64 `[B]` or None."""
         x = _denoise(self.network, noise * self.sigmas[0], self.sigmas[0], class_labels)
         for sigma in self.sigmas[1:]:
             fresh_noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=random)
@@ -65,11 +66,14 @@ class Generator:
 class HeunSampler:
     """Heun's second-order method (Karras et al. 2022, algorithm 1) over `num_steps` levels of `karras_sigmas`.
 
-    Starts at the network's own highest level, and at 80 at most. Raises ValueError for less than one step.
+    Starts at the network's own highest level, and at 80 at most. Raises ValueError for less than one step,
+    and as `karras_sigmas` does for other levels.
     """
 
     network: Denoiser
     num_steps: int = 18
+    sigma_min: float = 0.002
+    rho: float = 7.0
 
     @property
     def num_evaluations(self) -> int:
@@ -85,11 +89,12 @@ class HeunSampler:
             raise ValueError(f"fastdmd.HeunSampler: expected num_steps >= 1, got {self.num_steps}")
         if self.num_steps == 1:
             return [self.sigma_max, 0.0]
-        sigmas = karras_sigmas(self.num_steps, sigma_max=self.sigma_max)
+        sigmas = karras_sigmas(self.num_steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         return [*sigmas.flip(0).tolist(), 0.0]
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Images `[B, C, H, W]` of standard normal `noise` of that shape and `class_labels`, int64 `[B]` or None."""
         levels = self.levels()
         x = noise * levels[0]
         for level, next_level in zip(levels[:-1], levels[1:], strict=True):

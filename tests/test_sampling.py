@@ -51,6 +51,13 @@ def test_heun_starts_at_the_highest_level_of_the_network():
         HeunSampler(denoise, 0)(torch.randn(2, 1, 4, 4))
 
 
+def test_levels_of_heun_are_those_that_are_asked_for():
+    levels = HeunSampler(gaussian_denoiser(0.25)[0], 3, sigma_min=0.5, rho=1.0).levels()
+    assert levels == pytest.approx([80.0, 40.25, 0.5, 0.0], rel=1e-5)
+    with pytest.raises(ValueError, match="expected rho > 0 and finite, got 0"):
+        HeunSampler(gaussian_denoiser(0.25)[0], 3, rho=0.0).levels()
+
+
 def test_a_generator_makes_images_in_one_step_or_several():
     """The exact denoiser of N(mean, v): each level shrinks what it is given to mean + v / (v + sigma^2) (x - mean)."""
     noise = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

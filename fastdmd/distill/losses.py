@@ -18,8 +18,10 @@ def generator_loss(
 ) -> tuple[Tensor, Tensor]:
     """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone, and the share of samples it left out.
 
-    Noises `x_gen`, lets both networks denoise it, and compares (see `ops.dm_loss`, which takes a sample for which
-    one of them gives NaN or infinity as one that is right). Both are 0-dim, on the device.
+    Noises `x_gen` `[B, C, H, W]` by `noise`, of its shape, at the levels `sigma` `[B]`, lets both networks denoise it,
+    and compares (see `ops.dm_loss`, which takes a sample for which one of them gives NaN or infinity as one that is
+    right); Yin et al. 2024, eq. 3. `class_labels` are int64 `[B]` or None. Both results are 0-dim, on the device.
+    Raises ValueError or TypeError for shapes, dtypes and devices that do not fit each other.
     """
     with torch.no_grad():
         x_t = ops.add_noise(x_gen, sigma, noise=noise)
@@ -36,7 +38,9 @@ def denoising_loss(
 
     It trains teachers and, on generated images, the fake score (`L_fake`). The weight is EDM's, `sigma^-2 + sd^-2`
     (Karras et al. 2022, eq. 8), or for a velocity network `t^-2` with `t = sigma / (1 + sigma)`, which makes it the
-    loss of flow matching, `mean((v - (noise - images))^2)`. The images count as constants.
+    loss of flow matching, `mean((v - (noise - images))^2)`. The images count as constants. `images` and `noise` are
+    `[B, C, H, W]`, `sigma` `[B]`, `class_labels` int64 `[B]` or None; the result is 0-dim. Raises ValueError or
+    TypeError for shapes, dtypes and devices that do not fit each other.
     """
     images = images.detach()
     D_x = denoiser(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
@@ -44,7 +48,10 @@ def denoising_loss(
 
 
 def denoised_loss(D_x: Tensor, images: Tensor, sigma: Tensor, *, dynamics: str, sigma_data: float) -> Tensor:
-    """`denoising_loss` of what was denoised, `[B, C, H, W]`, differentiable in that."""
+    """`denoising_loss` of what was denoised, `D_x` and `images` `[B, C, H, W]`, `sigma` `[B]`; 0-dim.
+
+    Differentiable in `D_x`. `dynamics` is "edm" or "flow", the denoiser's. Raises as `denoising_loss` does.
+    """
     if dynamics == "flow":
         *_, t = velocity_preconditioning(sigma)
         return ops.denoising_loss(D_x, images, t**-2)

@@ -133,6 +133,7 @@ class UNet(DenoisingNetwork):
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """`D_x` `[B, C, H, W]` of images with noise of that shape, levels `[B]`, and labels, int64 `[B]` or one-hot."""
         c_skip, c_out, c_in, c_noise = self._coefficients(sigma)
         F_x = self.raw(diffusion.per_sample(c_in) * x, c_noise, class_labels)
         return diffusion.per_sample(c_skip) * x + diffusion.per_sample(c_out) * F_x

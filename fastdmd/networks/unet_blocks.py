@@ -55,7 +55,7 @@ class Resample(nn.Module):
         kernel = separable_filter(taps) * (4 if direction == "up" else 1)
         self.register_buffer("kernel", None if is_average else kernel, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H / 2, W / 2] or [B, C, 2 H, 2 W]
         if self.kernel is None:
             return F.avg_pool2d(x, 2) if self.direction == "down" else Repeat.apply(x)
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, *self.kernel.shape)
@@ -88,7 +88,7 @@ class ResidualInput(nn.Module):
         self.conv = conv(in_channels, out_channels)
         self.register_buffer("kernel", separable_filter(taps), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, C_in, H, W] -> [B, C_out, H / 2, W / 2]
         padding = 1 + (len(self.kernel) - 1) // 2
         x = F.conv2d(x, self.conv.weight, padding=padding)
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, *self.kernel.shape)
@@ -100,6 +100,7 @@ class GroupNormSiLU(nn.GroupNorm):
     """Normalises, scales and shifts per sample if asked to, and applies SiLU, in one pass."""
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Of `x` `[B, C, H, W]`, with `scale` and `shift` `[B, C]` or neither; see `ops.group_norm_silu`."""
         return ops.group_norm_silu(
             x, self.weight, self.bias, num_groups=self.num_groups, scale=scale, shift=shift, eps=self.eps
         )
