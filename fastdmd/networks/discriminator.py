@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from fastdmd.networks.unet_blocks import GroupNormSiLU, num_groups
 
+LEAST_WIDTH = 4  # channels: GroupNorm of fewer, on a map of one pixel, leaves little or nothing of what it is given
+
 
 class Discriminator(nn.Module):
     """`features [B, C, h, w] -> logit [B]`, which learns `ln(p_real / p_fake)` (Yin et al. 2024, DMD2, section 4.3).
@@ -27,11 +29,12 @@ class Discriminator(nn.Module):
         # padding alone as the memory was, NaN at times.
         self.padding0 = [first[1], first[1], first[0], first[0]]  # left, right, top, bottom
         self.padding1 = [second[1], second[1], second[0], second[0]]
-        self.conv0 = nn.Conv2d(channels, channels, 4, stride=2)
-        self.norm0 = GroupNormSiLU(num_groups(channels), channels)
-        self.conv1 = nn.Conv2d(channels, channels, 4, stride=4)
-        self.norm1 = GroupNormSiLU(num_groups(channels), channels)
-        self.conv_out = nn.Conv2d(channels, 1, 1)
+        width = max(channels, LEAST_WIDTH)
+        self.conv0 = nn.Conv2d(channels, width, 4, stride=2)
+        self.norm0 = GroupNormSiLU(num_groups(width), width)
+        self.conv1 = nn.Conv2d(width, width, 4, stride=4)
+        self.norm1 = GroupNormSiLU(num_groups(width), width)
+        self.conv_out = nn.Conv2d(width, 1, 1)
         for layer in (self.conv0, self.conv1, self.conv_out):
             nn.init.xavier_uniform_(layer.weight, generator=random)
             assert layer.bias is not None  # as torch makes it

@@ -38,6 +38,17 @@ def test_every_pixel_of_any_map_counts(size):
     assert (gradient[0].abs().sum(dim=0) > 0).all() and (gradient[1] == 0).all()
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_features_of_few_channels_are_told_apart(channels):
+    """GroupNorm would take a single value of a single channel to zero, whatever it is."""
+    network = head((channels, 8, 8)).double()
+    x = torch.randn(32, channels, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x.requires_grad_()
+    logit = network(x)
+    (gradient,) = torch.autograd.grad(logit.sum(), x)
+    assert logit.std() > 0.1 and gradient.flatten(1).norm(dim=1).median() > 0.1
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_weights_that_see_padding_alone_have_no_gradient_in_bfloat16(size):
     """Whatever the memory that it lies in held before; gradients of the others are those of float64."""
