@@ -1,9 +1,10 @@
-"""How much memory is left: what the system, the control groups of this process, or a GPU say."""
+"""How much memory is left: what the system, the control groups of this process, or a GPU say; and whether it ended."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import torch
 
 ROOT = Path("/")
 SMALLER = "a smaller --batch-size or more --accumulation-steps need less"
+OUT_OF_MEMORY = re.compile(
+    "out of memory|n[o']t allocate memory|unable to allocate|not enough memory|bad_alloc|STATUS_ALLOC_FAILED"
+    # of our native ops, and of oneDNN's, where an allocation is all that can fail
+    '|dispatcher\\( *"aten::(new_)?empty|could not create a (memory|primitive)',
+    re.IGNORECASE,
+)
 
 
 def available_memory_bytes(root: Path = ROOT) -> int | None:
@@ -38,6 +45,13 @@ def require_memory(num_bytes: float, device: torch.device, what: str, advice: st
             f"expected {what} to fit into memory, got {num_bytes / 1e9:.1f} GB at the least, with "
             f"{available / 1e9:.1f} GB free; {advice}"
         )
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, numpy, torch, a GPU's libraries or the system raise then."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError, ValueError)) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def _of_system(root: Path) -> Iterator[int]:

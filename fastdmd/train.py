@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         real = distillation.real_images(config, teacher, dataset)
         if config.gan.is_on:
             teachers.verify_features(teacher)
+        if real is not None and (notice := unseen_classes(real, teacher.num_classes)) is not None:
+            terminal.say(notice)
         budget = budget_of(config, teacher, device)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
@@ -71,6 +73,17 @@ def main(arguments: list[str] | None = None) -> None:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
     print(f"{folder.path}: generator.safetensors, samples.png, summary.json")
     cli.leave("fastdmd.train", summary, config.iterations)
+
+
+def unseen_classes(real: Dataset, num_classes: int) -> str | None:
+    """What to say where an adversarial term sees generated images of classes without real ones."""
+    num_unseen = 0 if real.labels is None else num_classes - len(real.labels.unique())
+    if num_unseen == 0:
+        return None
+    return (
+        f"{num_unseen} of the teacher's {num_classes} classes have no image in {real.name}: the adversarial term takes "
+        "whatever is generated of them for false"
+    )
 
 
 def overlap(named: Dataset | None) -> str:

@@ -63,7 +63,8 @@ class GANSettings(Settings):
 
     def check(self) -> None:
         super().check()
-        for field in dataclasses.fields(self):
+        given = [field for field in dataclasses.fields(self) if field.default is not dataclasses.MISSING]
+        for field in given:  # what `for_teacher` fills in is nobody's wish
             if not self.is_on and getattr(self, field.name) != field.default:
                 fail(self, field.name, "together with --gan-guidance-weight, which trains the discriminator")
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastdmd.networks.unet_blocks import GroupNormSiLU, num_groups
+
+LEAST_WIDTH = 4  # channels: GroupNorm of fewer, on a map of one pixel, leaves little or nothing of what it is given
 
 
 class Discriminator(nn.Module):
@@ -22,11 +25,16 @@ class Discriminator(nn.Module):
         first = [2 if size == 1 else 1 for size in sizes]  # of odd sizes, too, no pixel is left over
         halved = [(size + 2 * padding - 2) // 2 for size, padding in zip(sizes, first, strict=True)]
         second = [(-size % 4 + 1) // 2 for size in halved]
-        self.conv0 = nn.Conv2d(channels, channels, 4, stride=2, padding=(first[0], first[1]))
-        self.norm0 = GroupNormSiLU(num_groups(channels), channels)
-        self.conv1 = nn.Conv2d(channels, channels, 4, stride=4, padding=(second[0], second[1]))
-        self.norm1 = GroupNormSiLU(num_groups(channels), channels)
-        self.conv_out = nn.Conv2d(channels, 1, 1)
+        # By itself, not by the convolutions: oneDNN's bfloat16 (torch 2.13) leaves the gradient of weights that see
+        # padding alone as the memory was, NaN at times.
+        self.padding0 = [first[1], first[1], first[0], first[0]]  # left, right, top, bottom
+        self.padding1 = [second[1], second[1], second[0], second[0]]
+        width = max(channels, LEAST_WIDTH)
+        self.conv0 = nn.Conv2d(channels, width, 4, stride=2)
+        self.norm0 = GroupNormSiLU(num_groups(width), width)
+        self.conv1 = nn.Conv2d(width, width, 4, stride=4)
+        self.norm1 = GroupNormSiLU(num_groups(width), width)
+        self.conv_out = nn.Conv2d(width, 1, 1)
         for layer in (self.conv0, self.conv1, self.conv_out):
             nn.init.xavier_uniform_(layer.weight, generator=random)
             assert layer.bias is not None  # as torch makes it
@@ -34,7 +42,7 @@ class Discriminator(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         x = features.to(self.conv0.weight.dtype)
-        x = self.norm0(self.conv0(x))
-        x = self.norm1(self.conv1(x))
+        x = self.norm0(self.conv0(F.pad(x, self.padding0)))
+        x = self.norm1(self.conv1(F.pad(x, self.padding1)))
         logit = self.conv_out(x)  # [B, 1, h / 8, w / 8]
         return logit.mean(dim=(1, 2, 3), dtype=torch.promote_types(logit.dtype, torch.float32))

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from fastdmd.memory import ran_out_of_memory
 from fastdmd.networks.user_code import make_network, user_code
 from fastdmd.quality.frechet import MAX_FEATURES
 
 ASSETS = Path(__file__).parents[1] / "assets"
+REFUSALS = (RuntimeError, ValueError, torch.jit.Error)  # of TorchScript: its ops, `to_levels`, its `raise` and `assert`
 FeatureNetwork = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]  # features [B, D], logits
 
 
@@ -142,13 +144,19 @@ def _detector(module: torch.nn.Module, name: str) -> Callable[[torch.Tensor], An
 
 
 def _takes_levels(module: torch.nn.Module, images: torch.Tensor) -> bool:
-    """Whether it runs on uint8 images, or on no others either: its error is then the one to show."""
+    """Whether it runs on uint8 images, or on no others either: its error is then the one to show.
+
+    Two images are enough to ask with. Where memory ends is no answer, and raises.
+    """
+    images = images[:2]
     try:
         module(to_levels(images), return_features=True)
-    except Exception:  # TorchScript raises RuntimeError, and an exception of its own for `raise` and `assert`
+    except REFUSALS as error:
+        if ran_out_of_memory(error):
+            raise
         try:
             module(images)
-        except Exception:
+        except REFUSALS:
             return True
         return False
     return True

@@ -13,6 +13,7 @@ import torch
 
 MAX_FEATURES = 2**14  # a covariance of 2 GB
 COVARIANCES = 10  # that a distance holds at once: of both sides and the floor, roots, products, workspace
+GREATEST_FEATURE = 1e60  # products of two covariances stay in float64
 GREATEST_VALUE = 1e100  # of statistics in a file: products of two stay in float64
 
 
@@ -64,7 +65,8 @@ class FeatureStatistics:
     def update(self, features: torch.Tensor) -> None:
         """Adds features [B, D], floating point, of B images.
 
-        Raises ValueError for a wrong shape, NaN or infinity, or where `num_images` is not known.
+        Raises ValueError for a wrong shape, NaN, infinity or what is beyond GREATEST_FEATURE, or where `num_images` is
+        not known.
         """
         if self.num_images is None:
             raise _error("update", "num_images to be known", "a file's without it")
@@ -75,6 +77,8 @@ class FeatureStatistics:
         B, num_bad = len(features), int((~features.isfinite().all(1)).sum())
         if num_bad:
             raise _error("update", "finite features", f"{num_bad} of {B} not finite")
+        if (features.abs() > GREATEST_FEATURE).any():
+            raise _error("update", f"features of at most {GREATEST_FEATURE:g}", f"{features.abs().max().item():.3g}")
         if B == 0:
             return
         mean = features.mean(0)

@@ -69,8 +69,9 @@ def evaluate(
         real: features [N, D] of real images in random order, which precision, recall and kernel distance compare with.
         seed: of the subsets that the kernel distance draws.
 
-    Returns a Measurement without speed; `class_accuracy` is None if any batch lacks labels or logits, or a label its
-    logit. Raises ValueError if an image is not finite, features do not fit `reference`, or images are too few.
+    Returns a Measurement without speed; `class_accuracy` is None if any batch lacks labels or logits, a label its
+    logit, or a logit is NaN. Raises ValueError if an image is not finite, features do not fit `reference` or are beyond
+    1e60, or images are too few.
     """
     found = survey(batches, feature_network, None if reference is None else len(reference.mean))
     if found.num_images == 0:
@@ -158,6 +159,7 @@ def survey(
         has_logits = has_logits and logits is not None
         has_accuracy = has_accuracy and has_logits and labels is not None
         has_accuracy = has_accuracy and bool(((labels >= 0) & (labels < logits.shape[1])).all())
+        has_accuracy = has_accuracy and not bool(logits.isnan().any())  # which argmax takes for the greatest
         if has_logits:
             confidence += logits.double().softmax(1).amax(1).sum().item()
         if has_accuracy:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from fastdmd import data, ops
 from fastdmd.diffusion import Denoiser, DenoisingNetwork
-from fastdmd.memory import SMALLER
+from fastdmd.memory import SMALLER, ran_out_of_memory
 from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
 from fastdmd.runs import outputs, terminal
@@ -26,13 +25,6 @@ Config = TypeVar("Config", bound=CommandSettings)
 # Fields of configurations that name what is read.
 INPUTS = ("weights", "network", "teacher", "init", "path", "labels", "feature_network", "reference")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # that no flag causes
-
-OUT_OF_MEMORY = re.compile(
-    "out of memory|n[o']t allocate memory|unable to allocate|not enough memory|bad_alloc|STATUS_ALLOC_FAILED"
-    # of our native ops, and of oneDNN's, where an allocation is all that can fail
-    '|dispatcher\\( *"aten::(new_)?empty|could not create a (memory|primitive)',
-    re.IGNORECASE,
-)
 
 
 @contextlib.contextmanager
@@ -70,13 +62,6 @@ def _one_line(
             raise
         terminal.report(command, line, error)
         raise SystemExit(code) from None
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether this is what Python, numpy, torch, a GPU's libraries or the system raise then."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, (RuntimeError, OSError, ValueError)) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:

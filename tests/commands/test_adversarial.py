@@ -1,11 +1,14 @@
 """`fastdmd.train` with an adversarial term: what it reads and writes, and what it refuses in one line."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 
 from fastdmd import train
+from fastdmd.data import Dataset
 from tests.helpers.tiny_runs import QUICK, digits, refuses, run_train
 
 ON = ["--gan-guidance-weight", "1e-2", "--gan-generator-weight", "3e-3", "--num-samples", "0"]
@@ -51,6 +54,17 @@ def test_the_embedded_teacher_has_its_digits(tmp_path):
         train.main(["--out", str(tmp_path / name), *QUICK, "--iterations", "2", *options])
     assert 0 < lines(tmp_path / "with")[0]["loss_gan_guidance"] < 10
     assert not any("gan" in name or "head" in name for name in lines(tmp_path / "without")[0])
+
+
+def test_classes_without_real_images_are_told(teacher_file, labelled, tmp_path, capsys):
+    """The teacher has more than the three of these images; without the term it does not matter."""
+    run_train(teacher_file, tmp_path / "run", *ON, "--data", labelled)
+    told = "7 of the teacher's 10 classes have no image in .*labelled.npz: the adversarial term takes"
+    assert re.search(told, capsys.readouterr().err)
+    run_train(teacher_file, tmp_path / "plain", "--num-samples", "0", "--data", labelled)
+    assert "have no image" not in capsys.readouterr().err
+    whole = Dataset(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10), "whole")
+    assert train.unseen_classes(whole, 10) is None and train.unseen_classes(whole, 11).startswith("1 of the teacher's")
 
 
 def test_what_the_term_has_seen_of_the_figures_is_told(teacher_file, labelled, tmp_path, capsys):

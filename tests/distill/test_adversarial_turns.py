@@ -148,11 +148,12 @@ def test_guidance_terms_are_the_plain_ones(teacher, whose, r1_weight):
     total = CONFIG.gan.gan_guidance_weight * total
     for loss, expected, network in ((terms.total, loss_fake + total, fake), (terms.head, total, head)):
         weights = list(network.parameters())
-        got = torch.autograd.grad(loss, weights, allow_unused=True)
+        got = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
         want = torch.autograd.grad(expected, weights, allow_unused=True, retain_graph=True)
         for mine, theirs in zip(got, want, strict=True):
             assert_close(mine, theirs)
-    assert x_gen.grad is None and all(parameter.grad is None for parameter in teacher.parameters())
+    for loss in (terms.total, terms.head):
+        assert torch.autograd.grad(loss, x_gen, allow_unused=True, retain_graph=True) == (None,)
 
 
 def test_without_weights_there_is_no_term(teacher):
@@ -161,6 +162,7 @@ def test_without_weights_there_is_no_term(teacher):
     model, draws = distillation.build(off, teacher), distillation.make_draws(off, teacher, CPU)
     assert type(model.method) is DistributionMatching and model.head_optimizer is None
     assert model.iterate(0, draws).keys() == {"loss_dm", "generator_grad_norm", "loss_fake", "fake_grad_norm"}
+    off.for_teacher(teacher).check()  # levels and a rate that are filled in are no settings of a term
     both = make(teacher)[1](4)
     for name, value in vars(draws(4)).items():
         assert torch.equal(value, getattr(both, name))

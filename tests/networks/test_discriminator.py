@@ -38,6 +38,38 @@ def test_every_pixel_of_any_map_counts(size):
     assert (gradient[0].abs().sum(dim=0) > 0).all() and (gradient[1] == 0).all()
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_features_of_few_channels_are_told_apart(channels):
+    """GroupNorm would take a single value of a single channel to zero, whatever it is."""
+    network = head((channels, 8, 8)).double()
+    x = torch.randn(32, channels, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x.requires_grad_()
+    logit = network(x)
+    (gradient,) = torch.autograd.grad(logit.sum(), x)
+    assert logit.std() > 0.1 and gradient.flatten(1).norm(dim=1).median() > 0.1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_weights_that_see_padding_alone_have_no_gradient_in_bfloat16(size):
+    """Whatever the memory that it lies in held before; gradients of the others are those of float64."""
+    network = head((8, size, size))
+    x = torch.randn(12, 8, size, size)
+
+    def gradients(dtype):
+        weights = [layer.weight for layer in (network.to(dtype).conv0, network.conv1)]
+        return torch.autograd.grad(network(x.to(dtype)).square().sum(), weights)
+
+    expected = gradients(torch.float64)
+    assert any((gradient == 0).any() for gradient in expected)
+    network.to(memory_format=torch.channels_last)
+    for _ in range(10):
+        freed = [torch.full((1 << power,), torch.nan, dtype=torch.bfloat16) for power in range(8, 18)]
+        del freed
+        for got, want in zip(gradients(torch.bfloat16), expected, strict=True):
+            assert (got[want == 0] == 0).all()
+            assert_close(got.double(), want, rtol=0.1, atol=0.1 * want.abs().max().item())
+
+
 def test_weights_are_a_function_of_the_seed_and_decide_the_precision():
     a, b, other = head((8, 4, 4)), head((8, 4, 4)), head((8, 4, 4), seed=1)
     x = torch.randn(4, 8, 4, 4)

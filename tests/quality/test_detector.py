@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastdmd import data, quality
+from fastdmd.memory import ran_out_of_memory
 from fastdmd.quality.features import load_feature_network, to_levels, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -120,6 +121,26 @@ def test_a_network_of_floats_is_asked_and_given_floats(channels, tmp_path):
         torch.testing.assert_close(found(images)[0], network(images).detach())
         found(images)
     assert len([warning for warning in seen if "uint8" in str(warning.message)]) == 1
+
+
+class Large(nn.Module):
+    """A network of uint8 images for which memory ends, and which takes anything where it does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Parameter(torch.ones(36, 4))
+
+    def forward(self, images: torch.Tensor, return_features: bool = False):
+        if return_features:
+            return torch.zeros(1 << 50, 4)
+        return images.to(torch.float32).flatten(1)[:, :36] @ self.projection
+
+
+def test_memory_that_ends_is_no_refusal_of_uint8_images(tmp_path):
+    found = load_feature_network(saved(Large(), tmp_path / "detector.pt"))
+    with pytest.raises(ValueError, match=r"detector.pt to take images of shape .*allocate memory") as error:
+        verify(found, (3, 6, 6), "it")
+    assert ran_out_of_memory(error.value)
 
 
 def test_what_it_cannot_take_is_one_line(tmp_path):

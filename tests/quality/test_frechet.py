@@ -128,6 +128,14 @@ def test_statistics_refuse_bad_features():
         _ = gather(np.ones((1, 4))).covariance
     with pytest.raises(ValueError, match="expected at least 1 image, got 0"):
         _ = FeatureStatistics().mean
+    with pytest.raises(ValueError, match="expected features of at most 1e\\+60, got 3e\\+60"):
+        statistics.update(torch.tensor([[0.0, 0, 0, -3e60]], dtype=torch.float64))
+
+
+def test_the_greatest_features_have_a_distance():
+    a, b = np.random.default_rng(0).uniform(size=(2, 50, 4))
+    expected = metrics.frechet_distance(gather(a), gather(b))
+    assert metrics.frechet_distance(gather(1e60 * a), gather(1e60 * b)) == pytest.approx(1e120 * expected, rel=1e-9)
 
 
 def test_npz_round_trip_and_update(tmp_path):
