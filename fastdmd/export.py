@@ -32,7 +32,7 @@ from fastdmd.networks.weights import METADATA_KEY, load_network, save_network
 from fastdmd.runs import cli, outputs, terminal
 from fastdmd.runs.config import CommandSettings
 from fastdmd.sampling import Generator, balanced_labels
-from fastdmd.settings import Positional, above
+from fastdmd.settings import Input, Positional, above
 
 Exported = Callable[[Tensor, "Tensor | None"], Tensor]  # noise, labels -> images, computed by what was written
 PROGRAM_METADATA = METADATA_KEY + ".json"  # the extra file of a .pt2 that holds what ONNX has in metadata_props
@@ -45,7 +45,7 @@ ONNX_BYTES = 1_500_000_000  # protobuf ends at 2 GiB; beyond this PyTorch writes
 class ExportConfig(CommandSettings):
     """Export a one-step generator, sampling included, and check what was written against it."""
 
-    weights: Annotated[Path, Positional]
+    weights: Annotated[Path, Positional, Input]
     """Weight file of a generator (.safetensors)."""
     out: Path
     """A torch.export program (.pt2), an ONNX file (.onnx), or weights and configuration alone (.safetensors)."""

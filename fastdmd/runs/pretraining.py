@@ -26,7 +26,7 @@ from fastdmd.runs.distillation import NUM_SAMPLE_COLUMNS, sample_inputs
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.machine import versions
 from fastdmd.sampling import HeunSampler, Sampler
-from fastdmd.settings import OmitArgPrefixes, Settings, Switch, above, at_least, fail, within
+from fastdmd.settings import Input, OmitArgPrefixes, Settings, Switch, above, at_least, fail, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class PretrainConfig(CommandConfig):
 
     out: Path = Path("runs/teacher")
     """Run folder; must not hold a run yet."""
-    init: str | None = None
+    init: Annotated[str | None, Input] = None
     """Weight file of a teacher to go on from, or `mnist`: the embedded one. Its architecture overrules these flags."""
     iterations: Iterations = 11_500
     """Number of optimizer updates."""
