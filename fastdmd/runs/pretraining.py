@@ -20,11 +20,10 @@ from fastdmd.distill.tally import Tally
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 from fastdmd.optim import AdamWEMA
-from fastdmd.quality import sample
 from fastdmd.runs.config import BatchSize, CommandConfig, Iterations, Snapshots
-from fastdmd.runs.distillation import NUM_SAMPLE_COLUMNS, sample_inputs
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.machine import versions
+from fastdmd.runs.pictures import SampleSheet
 from fastdmd.sampling import HeunSampler, Sampler
 from fastdmd.settings import Input, OmitArgPrefixes, Settings, Switch, above, at_least, fail, within
 
@@ -144,7 +143,7 @@ class Pretraining:
         self.network = cast(UNet, self._optimizer.ema_network)
         self.tallies = (Tally(("loss", "grad_norm"), self._device),)
         self._sampler = HeunSampler(self.network, config.evaluation.teacher_steps)
-        self._sample_inputs = sample_inputs(network, config.seed, self._device)
+        self._sheet = SampleSheet(network, config.seed, self._device)
         self._weights_dtype = getattr(torch, config.weights_dtype)
         self._started = time.perf_counter()
 
@@ -175,7 +174,7 @@ class Pretraining:
             parameter.copy_(parameter.to(self._weights_dtype))
 
     def samples(self) -> Tensor:
-        return sample(self._sampler, *self._sample_inputs).unflatten(0, (-1, NUM_SAMPLE_COLUMNS))
+        return self._sheet.of(self._sampler)
 
     def save(self, iteration: int, **information: Any) -> None:
         save_network(
