@@ -28,7 +28,8 @@ class Mine(torch.nn.Conv2d):
 
 @pytest.fixture
 def code(tmp_path, monkeypatch):
-    """Writes a module of that source, for `NAME:Mine`."""
+    """Writes a module of that source, for `NAME:Mine`, whose weights are the same each time."""
+    torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     written = []
