@@ -14,7 +14,7 @@ from fastdmd.data import Dataset
 from fastdmd.diffusion import DenoisingNetwork, random_generator
 from fastdmd.distill import DMD2, Draws
 from fastdmd.distill.gan import HEAD_STREAM
-from fastdmd.distill.methods import Adversarial, DistributionMatching, Method
+from fastdmd.distill.methods import Adversarial, Method
 from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.weights import save_network
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
@@ -27,7 +27,7 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
     """The networks and optimizers of one distillation."""
     config = config.for_teacher(teacher)
     guidance_options = config.optimizer.of_fake_score(config.iterations)
-    method: Method = DistributionMatching(config.noise.sigma_data)
+    method: Method | None = None
     if config.gan.is_on:
         method = Adversarial(config.gan, _head(config, teacher), config.noise.sigma_data)
     return DMD2(
