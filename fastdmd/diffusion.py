@@ -15,6 +15,7 @@ from fastdmd.ops._math import preconditioning as preconditioning
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Dynamics = Literal["edm", "flow"]  # how a network is trained: Karras et al.'s way, or flow matching's
 DDPM_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # first and last
 NoiseSchedule = Literal["linear", "scaled_linear", "cosine", "squaredcos_cap_v2"]  # of a DDPM
 
@@ -30,7 +31,7 @@ class Denoiser(Protocol):
     image_shape: tuple[int, int, int]  # C, H, W
     num_classes: int  # 0: unconditional
     sigma_data: float  # standard deviation of the data
-    dynamics: str  # how it is trained: "edm" or "flow", see distill.denoising_loss
+    dynamics: Dynamics  # see distill.denoising_loss
     is_one_graph: bool  # torch.compile can take it whole
     foreign_name: str  # of the class of somebody else's whose code runs in it; empty: none
 
@@ -52,7 +53,7 @@ class DenoisingNetwork(nn.Module):
     image_shape: tuple[int, int, int]  # C, H, W
     num_classes: int  # 0: unconditional
     sigma_data: float  # standard deviation of the data
-    dynamics: str  # how it is trained: "edm" or "flow"
+    dynamics: Dynamics
     parameterization: str  # what its raw output is: "edm", "flow", "x0", "epsilon" or "v"
     sigma_max: float = math.inf  # the greatest level that it was trained for
     is_one_graph: bool = True  # torch.compile can take it whole

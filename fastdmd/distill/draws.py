@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from fastdmd.diffusion import Denoiser, karras_sigmas, lognormal_sigmas, random_generator
+from fastdmd.diffusion import Denoiser, Dynamics, karras_sigmas, lognormal_sigmas, random_generator
 from fastdmd.settings import Settings, above, at_least, fail, within
 
-Dynamics = Literal["edm", "flow"]
 NoiseLevel = Annotated[float, above(0, 1e9)]
 LogMean = Annotated[float, within(-10, 10)]  # of ln(sigma): the squares of sigma have to stay in float32
 LogDeviation = Annotated[float, above(0, 5)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdmd import ops
-from fastdmd.diffusion import Denoiser, velocity_preconditioning
+from fastdmd.diffusion import Denoiser, Dynamics, velocity_preconditioning
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, class_labels)
 
@@ -43,7 +43,7 @@ def denoising_loss(
     return denoised_loss(D_x, images, sigma, dynamics=denoiser.dynamics, sigma_data=sigma_data)
 
 
-def denoised_loss(D_x: Tensor, images: Tensor, sigma: Tensor, *, dynamics: str, sigma_data: float) -> Tensor:
+def denoised_loss(D_x: Tensor, images: Tensor, sigma: Tensor, *, dynamics: Dynamics, sigma_data: float) -> Tensor:
     """`denoising_loss` of what was denoised, `[B, C, H, W]`, differentiable in that."""
     if dynamics == "flow":
         *_, t = velocity_preconditioning(sigma)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastdmd.data import Dataset
-from fastdmd.diffusion import lognormal_sigma, random_generator
-from fastdmd.distill.draws import DataDeviation, Dynamics, LogDeviation, LogMean
+from fastdmd.diffusion import Dynamics, lognormal_sigma, random_generator
+from fastdmd.distill.draws import DataDeviation, LogDeviation, LogMean
 from fastdmd.distill.losses import denoising_loss
 from fastdmd.distill.optimization import Decay, Rate, WarmUp, WeightDecay
 from fastdmd.distill.tally import Tally
