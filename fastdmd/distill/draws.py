@@ -118,8 +118,9 @@ def draw(
 ) -> Draws:
     """The random inputs of iteration `step`.
 
-    The generator turn takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the
-    guidance turn from all of `sigmas`; labels are uniform over `num_classes` (None if 0).
+    `shape` is (B, C, H, W), `sigmas` are the noise levels `[N]`, on whose device the draws will be. The generator turn
+    takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the guidance turn from all of
+    `sigmas`; labels are uniform over `num_classes` (None if 0).
     """
     device = sigmas.device
     generator = random_generator(seed, step, device)

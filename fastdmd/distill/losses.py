@@ -18,8 +18,9 @@ def generator_loss(
 ) -> tuple[Tensor, Tensor]:
     """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone, and the share of samples it left out.
 
-    Noises `x_gen`, lets both networks denoise it, and compares (see `ops.dm_loss`, which takes a sample for which
-    one of them gives NaN or infinity as one that is right). Both are 0-dim, on the device.
+    Noises `x_gen` `[B, C, H, W]` by `noise`, like it, to the levels `sigma` `[B]`, lets both networks denoise it for
+    `class_labels`, int64 `[B]` or None, and compares (see `ops.dm_loss`, which takes a sample for which one of them
+    gives NaN or infinity as one that is right). Both are 0-dim, on the device.
     """
     with torch.no_grad():
         x_t = ops.add_noise(x_gen, sigma, noise=noise)
@@ -36,7 +37,8 @@ def denoising_loss(
 
     It trains teachers and, on generated images, the fake score (`L_fake`). The weight is EDM's, `sigma^-2 + sd^-2`
     (Karras et al. 2022, eq. 8), or for a velocity network `t^-2` with `t = sigma / (1 + sigma)`, which makes it the
-    loss of flow matching, `mean((v - (noise - images))^2)`. The images count as constants.
+    loss of flow matching, `mean((v - (noise - images))^2)`. `images` and `noise` are `[B, C, H, W]`, `sigma` is `[B]`,
+    `class_labels` int64 `[B]` or None; the images count as constants. Returns a 0-dim tensor.
     """
     images = images.detach()
     D_x = denoiser(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
@@ -44,7 +46,7 @@ def denoising_loss(
 
 
 def denoised_loss(D_x: Tensor, images: Tensor, sigma: Tensor, *, dynamics: Dynamics, sigma_data: float) -> Tensor:
-    """`denoising_loss` of what was denoised, `[B, C, H, W]`, differentiable in that."""
+    """`denoising_loss` of what was denoised, `D_x` `[B, C, H, W]`, differentiable in that; 0-dim."""
     if dynamics == "flow":
         *_, t = velocity_preconditioning(sigma)
         return ops.denoising_loss(D_x, images, t**-2)
