@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -44,7 +45,7 @@ class Denoiser(Protocol):
         ...
 
 
-class DenoisingNetwork(nn.Module):
+class DenoisingNetwork(nn.Module, abc.ABC):
     """A `Denoiser` that is a module, `D(x, sigma, class_labels) -> D_x`, and says what others need to know of it.
 
     What a run trains, copies and keeps: a `UNet`, or `Adapted`, anybody's.
@@ -60,15 +61,14 @@ class DenoisingNetwork(nn.Module):
     foreign_name: str = ""  # of the class of somebody else's whose code runs in it; empty: none
     feature_shape: tuple[int, int, int] | None = None  # C, h, w of what `with_features` gives; None: it cannot
 
+    @abc.abstractmethod
     def with_features(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
     ) -> tuple[Tensor, Tensor]:
         """`D_x` of the first `num_denoised` rows, and its encoder's features of all, `[B, *feature_shape]`.
 
-        Rows do not see each other: the numbers are those of passes apart.
+        Rows do not see each other: the numbers are those of passes apart. Raises ValueError without a `feature_shape`.
         """
-        self.require_features()
-        raise NotImplementedError
 
     def require_features(self) -> tuple[int, int, int]:
         """Its `feature_shape`. Raises ValueError if it has none, saying how somebody's module offers features."""
@@ -85,9 +85,9 @@ class DenoisingNetwork(nn.Module):
         """The module whose tensors a weight file holds, under its own names."""
         return self
 
+    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """How to make this network again, as JSON can hold it; a weight file's `network`."""
-        raise NotImplementedError
 
     def in_best_layout(self) -> Self:
         """Itself, its weights in the memory format in which it is fastest."""

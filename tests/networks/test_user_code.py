@@ -185,6 +185,14 @@ def test_a_generator_with_other_code_is_refused_before_it_samples(new, message, 
     assert exit_.value.code == 2 and re.search(message, error), error
 
 
+def test_a_denoising_network_of_half_its_methods_is_refused(code):
+    """It could be distilled, and nobody could read what its weight file holds."""
+    source = NETWORK.replace("import torch", "import torch\nfrom fastdmd.diffusion import DenoisingNetwork")
+    source = source.replace("torch.nn.Conv2d", "DenoisingNetwork").replace("(1, 1, 1)", "()")
+    with pytest.raises(ValueError, match="make a Module without arguments, got TypeError: .*abstract.*describe"):
+        teachers.load(code(source))
+
+
 @pytest.mark.parametrize(
     "change",
     [
