@@ -129,6 +129,7 @@ def network_of(generator: Generator) -> DenoisingNetwork:
 
 
 def make_inputs(network: Denoiser, batch_size: int) -> tuple[Tensor, Tensor | None]:
+    """Noise `[B, C, H, W]` and int64 labels `[B]`, None without classes: the same for a batch size each time."""
     noise = torch.randn(batch_size, *network.image_shape, generator=random_generator(0, batch_size))
     return noise, balanced_labels(batch_size, network.num_classes)
 
@@ -185,6 +186,7 @@ def trace(generator: Generator) -> ExportedProgram:
 
 
 def dynamic_shapes(network: Denoiser) -> dict[str, dict[int, Dim]]:
+    """The first axis of each input is a batch of any size."""
     names = ("noise", "class_labels") if network.num_classes else ("noise",)
     return dict.fromkeys(names, {0: Dim("batch")})
 

@@ -167,6 +167,7 @@ def make_evaluation(
 
 
 def to_json(config: Any) -> dict[str, Any]:
+    """Every setting, room by room, as JSON can hold it: paths are texts, tuples lists."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
