@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -15,6 +16,7 @@ from fastdmd.ops._math import preconditioning as preconditioning
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Dynamics = Literal["edm", "flow"]  # how a network is trained: Karras et al.'s way, or flow matching's
 DDPM_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # first and last
 NoiseSchedule = Literal["linear", "scaled_linear", "cosine", "squaredcos_cap_v2"]  # of a DDPM
 
@@ -30,7 +32,7 @@ class Denoiser(Protocol):
     image_shape: tuple[int, int, int]  # C, H, W
     num_classes: int  # 0: unconditional
     sigma_data: float  # standard deviation of the data
-    dynamics: str  # how it is trained: "edm" or "flow", see distill.denoising_loss
+    dynamics: Dynamics  # see distill.denoising_loss
     is_one_graph: bool  # torch.compile can take it whole
     foreign_name: str  # of the class of somebody else's whose code runs in it; empty: none
 
@@ -43,7 +45,7 @@ class Denoiser(Protocol):
         ...
 
 
-class DenoisingNetwork(nn.Module):
+class DenoisingNetwork(nn.Module, abc.ABC):
     """A `Denoiser` that is a module, `D(x, sigma, class_labels) -> D_x`, and says what others need to know of it.
 
     What a run trains, copies and keeps: a `UNet`, or `Adapted`, anybody's.
@@ -52,22 +54,21 @@ class DenoisingNetwork(nn.Module):
     image_shape: tuple[int, int, int]  # C, H, W
     num_classes: int  # 0: unconditional
     sigma_data: float  # standard deviation of the data
-    dynamics: str  # how it is trained: "edm" or "flow"
+    dynamics: Dynamics
     parameterization: str  # what its raw output is: "edm", "flow", "x0", "epsilon" or "v"
     sigma_max: float = math.inf  # the greatest level that it was trained for
     is_one_graph: bool = True  # torch.compile can take it whole
     foreign_name: str = ""  # of the class of somebody else's whose code runs in it; empty: none
     feature_shape: tuple[int, int, int] | None = None  # C, h, w of what `with_features` gives; None: it cannot
 
+    @abc.abstractmethod
     def with_features(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
     ) -> tuple[Tensor, Tensor]:
         """`D_x` of the first `num_denoised` rows, and its encoder's features of all, `[B, *feature_shape]`.
 
-        Rows do not see each other: the numbers are those of passes apart.
+        Rows do not see each other: the numbers are those of passes apart. Raises ValueError without a `feature_shape`.
         """
-        self.require_features()
-        raise NotImplementedError
 
     def require_features(self) -> tuple[int, int, int]:
         """Its `feature_shape`. Raises ValueError if it has none, saying how somebody's module offers features."""
@@ -84,9 +85,9 @@ class DenoisingNetwork(nn.Module):
         """The module whose tensors a weight file holds, under its own names."""
         return self
 
+    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """How to make this network again, as JSON can hold it; a weight file's `network`."""
-        raise NotImplementedError
 
     def in_best_layout(self) -> Self:
         """Itself, its weights in the memory format in which it is fastest."""

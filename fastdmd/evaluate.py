@@ -1,4 +1,4 @@
-"""`python -m fastdmd.evaluate`: Fréchet distance and class accuracy of a weight file's samples."""
+"""`python -m fastdmd.evaluate`: measures the samples of a generator or a teacher against real images."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from fastdmd.networks.weights import METADATA_KEY, load_network, save_network
 from fastdmd.runs import cli, outputs, terminal
 from fastdmd.runs.config import CommandSettings
 from fastdmd.sampling import Generator, balanced_labels
-from fastdmd.settings import Positional, above
+from fastdmd.settings import Input, Positional, above
 
 Exported = Callable[[Tensor, "Tensor | None"], Tensor]  # noise, labels -> images, computed by what was written
 PROGRAM_METADATA = METADATA_KEY + ".json"  # the extra file of a .pt2 that holds what ONNX has in metadata_props
@@ -45,7 +45,7 @@ ONNX_BYTES = 1_500_000_000  # protobuf ends at 2 GiB; beyond this PyTorch writes
 class ExportConfig(CommandSettings):
     """Export a one-step generator, sampling included, and check what was written against it."""
 
-    weights: Annotated[Path, Positional]
+    weights: Annotated[Path, Positional, Input]
     """Weight file of a generator (.safetensors)."""
     out: Path
     """A torch.export program (.pt2), an ONNX file (.onnx), or weights and configuration alone (.safetensors)."""
@@ -64,8 +64,6 @@ def main(arguments: list[str] | None = None) -> None:
         network, metadata = load_network(config.weights)
         if metadata["kind"] != "generator":
             raise ValueError(f"expected a one-step generator, got {config.weights}, a {metadata['kind']}")
-        if "conditioning_sigma" not in metadata:
-            raise ValueError(f"expected a generator with its conditioning_sigma, got {config.weights} without")
         difference = export_generator(
             Generator(network, (metadata["conditioning_sigma"],)),
             config.out,
@@ -131,6 +129,7 @@ def network_of(generator: Generator) -> DenoisingNetwork:
 
 
 def make_inputs(network: Denoiser, batch_size: int) -> tuple[Tensor, Tensor | None]:
+    """Noise `[B, C, H, W]` and int64 labels `[B]`, None without classes: the same for a batch size each time."""
     noise = torch.randn(batch_size, *network.image_shape, generator=random_generator(0, batch_size))
     return noise, balanced_labels(batch_size, network.num_classes)
 
@@ -187,6 +186,7 @@ def trace(generator: Generator) -> ExportedProgram:
 
 
 def dynamic_shapes(network: Denoiser) -> dict[str, dict[int, Dim]]:
+    """The first axis of each input is a batch of any size."""
     names = ("noise", "class_labels") if network.num_classes else ("noise",)
     return dict.fromkeys(names, {0: Dim("batch")})
 

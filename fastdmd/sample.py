@@ -71,6 +71,7 @@ def sample(sampler: Sampler, labels: torch.Tensor | None, config: SampleConfig, 
 
 
 def write_images(config: SampleConfig, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+    """Images `[num, C, H, W]` in [-1, 1], and int64 labels `[num]` if there are any, in the format of `--out`."""
     if config.out.suffix == ".png":
         picture = image_grid(images, math.ceil(math.sqrt(config.num)))
         write_atomically(config.out, lambda file: picture.save(file, format="PNG"))

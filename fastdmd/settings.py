@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ except ModuleNotFoundError:  # commands alone need it; what they configure is al
 
 __all__ = [
     "Bounds",
+    "Input",
     "OmitArgPrefixes",
     "Positional",
     "Settings",
@@ -32,10 +34,15 @@ __all__ = [
     "at_least",
     "check",
     "fail",
+    "inputs",
     "within",
 ]
 
 Switch = Annotated[bool, FlagCreatePairsOff]  # a flag without a value, and without a --no-flag beside it
+
+
+class Input:
+    """Marks a field that names what is read: `Annotated[str, Input]`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,17 @@ class Settings:
         if left:
             raise TypeError(f"fastdmd.{type(self).__name__}: expected names of its settings, got {', '.join(left)}")
         return replaced
+
+
+def inputs(settings: Any) -> Iterator[str | Path]:
+    """The values of all fields marked as `Input`, in every room, where there are any."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from inputs(value)
+        elif value is not None and Input in _metadata(hints[field.name]):
+            yield value
 
 
 def fail(settings: Any, name: str, expected: str) -> NoReturn:

@@ -20,6 +20,7 @@ from fastdmd.data.framing import Framing
 from fastdmd.diffusion import random_generator
 from fastdmd.memory import available_memory_bytes
 
+RANDOM_BATCH_STREAM = 1  # of random_generator: the choice of real images
 EMBEDDED = Path(__file__).parents[1] / "assets" / "mnist"
 
 
@@ -134,7 +135,7 @@ class Dataset:
         self, batch_size: int, *, seed: int, step: int, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`batch` of indices drawn with replacement: a function of (seed, step), the same on every device."""
-        generator = random_generator(seed, step, stream=1)
+        generator = random_generator(seed, step, stream=RANDOM_BATCH_STREAM)
         return self.batch(torch.randint(len(self), (batch_size,), generator=generator), device)
 
     def require(

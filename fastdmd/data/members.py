@@ -107,6 +107,8 @@ class Members:
 
 
 def of_zip(path: Path, archive: zipfile.ZipFile) -> Members:
+    """Everything in an archive; ValueError for names that leave it, or that two files have."""
+
     def raw_size(name: str) -> int:
         info = archive.getinfo(name)  # its sizes are not to be trusted, but nothing more is ever read
         most = info.compress_size * (MAX_DEFLATE if info.compress_type == zipfile.ZIP_DEFLATED else 1)

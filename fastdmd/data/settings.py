@@ -11,7 +11,7 @@ from fastdmd.data.dataset import Dataset, load
 from fastdmd.data.framing import Framing
 from fastdmd.data.labels import require_choice
 from fastdmd.diffusion import Denoiser
-from fastdmd.settings import Settings, arg, at_least, fail
+from fastdmd.settings import Input, Settings, arg, at_least, fail
 
 Pixels = Annotated[int | None, at_least(1, 2**14)]
 
@@ -20,9 +20,9 @@ Pixels = Annotated[int | None, at_least(1, 2**14)]
 class DataSettings(Settings):
     """Real images."""
 
-    path: Annotated[str | None, arg(name="data")] = None
+    path: Annotated[str | None, Input, arg(name="data")] = None
     """Folder of IDX files, .npz, folder of images, or EDM dataset zip. Default: the embedded MNIST digits."""
-    labels: str | None = None
+    labels: Annotated[str | None, Input] = None
     """Classes of --data: `prefix` (of file names, up to the first underscore), FILE.csv (lines of name,class), or
     `none`. Default: what the data says, in a dataset.json, by subfolders or in arrays."""
     resize: Pixels = None

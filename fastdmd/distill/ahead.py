@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Ahead:
     @torch.no_grad()
     def generate(self, generator: Callable[[Tensor, Tensor | None], Tensor], num_parts: int) -> None:
         """Makes the images, in as many parts as a batch is processed in."""
-        for rows in _parts(len(self.noise), num_parts):
+        for rows in parts(len(self.noise), num_parts):
             labels = None if self.class_labels is None else self.class_labels[rows]
             self.x_gen[rows] = generator(self.noise[rows], labels)
 
@@ -84,9 +84,10 @@ class Ahead:
         return (step % self._ratio - 1) % self.chunk
 
 
-def _parts(length: int, num_parts: int) -> Iterable[slice]:
+def parts(length: int, num_parts: int) -> list[slice]:
+    """So many equal parts of so many rows, which they divide."""
     size = length // num_parts
-    return (slice(start, start + size) for start in range(0, length, size))
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 def _same_start(a: Draws, b: Draws) -> bool:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from fastdmd.diffusion import Denoiser, karras_sigmas, lognormal_sigmas, random_generator
+from fastdmd.diffusion import Denoiser, Dynamics, karras_sigmas, lognormal_sigmas, random_generator
 from fastdmd.settings import Settings, above, at_least, fail, within
 
-Dynamics = Literal["edm", "flow"]
 NoiseLevel = Annotated[float, above(0, 1e9)]
 LogMean = Annotated[float, within(-10, 10)]  # of ln(sigma): the squares of sigma have to stay in float32
 LogDeviation = Annotated[float, above(0, 5)]
@@ -119,8 +118,9 @@ def draw(
 ) -> Draws:
     """The random inputs of iteration `step`.
 
-    The generator turn takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the
-    guidance turn from all of `sigmas`; labels are uniform over `num_classes` (None if 0).
+    `shape` is (B, C, H, W), `sigmas` are the noise levels `[N]`, on whose device the draws will be. The generator turn
+    takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the guidance turn from all of
+    `sigmas`; labels are uniform over `num_classes` (None if 0).
     """
     device = sigmas.device
     generator = random_generator(seed, step, device)

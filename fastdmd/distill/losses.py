@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdmd import ops
-from fastdmd.diffusion import Denoiser, velocity_preconditioning
+from fastdmd.diffusion import Denoiser, Dynamics, velocity_preconditioning
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, class_labels)
 
@@ -47,7 +47,7 @@ def denoising_loss(
     return denoised_loss(D_x, images, sigma, dynamics=denoiser.dynamics, sigma_data=sigma_data)
 
 
-def denoised_loss(D_x: Tensor, images: Tensor, sigma: Tensor, *, dynamics: str, sigma_data: float) -> Tensor:
+def denoised_loss(D_x: Tensor, images: Tensor, sigma: Tensor, *, dynamics: Dynamics, sigma_data: float) -> Tensor:
     """`denoising_loss` of what was denoised, `D_x` and `images` `[B, C, H, W]`, `sigma` `[B]`; 0-dim.
 
     Differentiable in `D_x`. `dynamics` is "edm" or "flow", the denoiser's. Raises as `denoising_loss` does.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdmd.diffusion import Denoiser, DenoisingNetwork
-from fastdmd.distill.ahead import Ahead, Source
+from fastdmd.distill.ahead import Ahead, Source, parts
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.execution import Executor
 from fastdmd.distill.losses import Denoise
@@ -267,9 +267,9 @@ class Buffers:
         self._form = _form(draws, num_parts, ratio)
         self.inputs = _map(torch.empty_like, draws)
         self.x_gen = torch.empty_like(draws.noise)  # [B, C, H, W]
-        size = len(draws.noise) // num_parts
-        parts = (slice(start, start + size) for start in range(0, len(draws.noise), size))
-        self.parts = [Part(_map(itemgetter(rows), self.inputs), self.x_gen[rows]) for rows in parts]
+        self.parts = [
+            Part(_map(itemgetter(rows), self.inputs), self.x_gen[rows]) for rows in parts(len(draws.noise), num_parts)
+        ]
         self.ahead = Ahead(draws, ratio)
 
     def fit(self, draws: Draws, num_parts: int, ratio: int) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastdmd import diffusion
 from fastdmd.diffusion import NoiseSchedule
-from fastdmd.settings import Suppress, above, arg, at_least
+from fastdmd.settings import Input, Suppress, above, arg, at_least
 
 Parameterization = Literal["x0", "edm", "epsilon", "v", "flow"]
 Labels = Literal["int", "one_hot", "none"]
@@ -114,12 +114,12 @@ class AdapterOptions:
 class TeacherOptions(AdapterOptions):
     """How a teacher that is not fastdmd's is taken. README, 'Your own teacher', has the table."""
 
-    weights: Annotated[Path | None, arg(name=FLAGS["weights"])] = None
+    weights: Annotated[Path | None, Input, arg(name=FLAGS["weights"])] = None
     """State of a teacher given as package.module:name: .safetensors, or .pt without code. Default: as the code made
     it."""
     weights_key: str | None = None
     """The entry of --teacher-weights that holds the state, where several could: ema, state_dict.model."""
-    network: str | None = None
+    network: Annotated[str | None, Input] = None
     """package.module:name of the network in a weight file of fastdmd, where that is not fastdmd's own."""
 
 

@@ -202,4 +202,5 @@ def listed(names: Iterable[str]) -> str:
 
 
 def refusal(expected: str, got: object) -> ValueError:
+    """The error to raise for a weight file, on one line."""
     return ValueError(f"fastdmd.weights: expected {expected}, got {' '.join(str(got).split())}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import get_args
+
+from fastdmd.diffusion import Dynamics
 
 EMBEDDINGS = ("positional", "ddpmpp", "fourier")
 ENCODERS = ("standard", "residual")
-DYNAMICS = ("edm", "flow")
 # Far above any network in use, and so small that neither a product of them overflows nor a loop over them takes long.
 MAX_NUMBER, MAX_BLOCKS, MAX_CLASSES, MAX_LENGTH = 1 << 14, 1 << 10, 1 << 20, 16
 MAX_WIDTH, MAX_VALUES, MAX_SIGMA_DATA = 1 << 16, 1 << 26, 1e6
@@ -45,7 +47,7 @@ class UNetConfig:
     augment_dim: int = 0  # of the augmentation labels that EDM trained the network with; nothing here gives it any
     dropout: float = 0.0
     sigma_data: float = 0.5
-    dynamics: str = "edm"  # what F_x is: EDM's preconditioned output, or a velocity of flow matching
+    dynamics: Dynamics = "edm"  # what F_x is: EDM's preconditioned output, or a velocity of flow matching
 
     def __post_init__(self):
         for name in ("channel_multipliers", "attention_resolutions", "resample_filter"):
@@ -72,7 +74,7 @@ class UNetConfig:
             self._expect_whole(name, 1, MAX_NUMBER)
         for name in ("adaptive_scale", "adm"):
             self._expect(isinstance(getattr(self, name), bool), f"{name} true or false", getattr(self, name))
-        for name, choices in (("embedding", EMBEDDINGS), ("encoder", ENCODERS), ("dynamics", DYNAMICS)):
+        for name, choices in (("embedding", EMBEDDINGS), ("encoder", ENCODERS), ("dynamics", get_args(Dynamics))):
             self._expect(getattr(self, name) in choices, f"{name} out of {', '.join(choices)}", getattr(self, name))
         self._expect(
             len(self.resample_filter) % 2 == 0 and sum(self.resample_filter) > 0,

@@ -59,7 +59,8 @@ def save_network(
 
     `kind` is "teacher" or "generator"; `dtype` is that of the weights in the file; `information` is anything JSON can
     hold and is read back by `load_network`. The file can be read by any safetensors reader; the tensors of an adapted
-    network have the names that the network itself gives them. Raises ValueError for one that `dtype` cannot hold.
+    network have the names that the network itself gives them. Raises TypeError for what is no `DenoisingNetwork`,
+    ValueError for weights that `dtype` cannot hold.
     """
     if not isinstance(network, DenoisingNetwork):
         raise TypeError(f"fastdmd.save_network: expected a UNet or an Adapted network, got a {type(network).__name__}")
@@ -111,6 +112,8 @@ def _metadata(weights: TensorFile) -> dict[str, Any]:
         )
     if metadata["kind"] not in KINDS:
         raise ValueError(f"fastdmd.load_network: expected a {' or '.join(KINDS)} in {weights.path}, got another kind")
+    if metadata["kind"] == "generator" and "conditioning_sigma" not in metadata:
+        raise ValueError(f"fastdmd.load_network: expected a generator's conditioning_sigma, got {weights.path} without")
     sigma = metadata.get("conditioning_sigma", 1.0)
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not MIN_SIGMA <= sigma <= MAX_SIGMA:
         raise ValueError(

@@ -17,7 +17,7 @@ from fastdmd.optim.buffers import Buffers
 from fastdmd.optim.flat import Mirror, Watch, check_network, flatten, padded_size, views
 from fastdmd.optim.gradients import Gradients
 from fastdmd.optim.groups import Group, check_count, members, named, schedule
-from fastdmd.optim.states import FlatOptimizer, check_groups, check_state
+from fastdmd.optim.states import FlatOptimizer, check_groups, check_state, without_parameters
 
 LINKS = ("_masters", "_gradients", "_watches", "_averages", "_mirror", "_captured_options", "_versions", "_seen")
 EMA_WARMUP = 10.0  # the n-th update averages with at most n / (n + 10), so that a short run does not remember its start
@@ -252,7 +252,7 @@ class AdamWEMA(FlatOptimizer):
         return {
             "num_updates": self.num_updates,
             "steps": [group.step.clone() for group in self._groups],
-            "param_groups": list(map(_without_params, self.param_groups)),
+            "param_groups": list(map(without_parameters, self.param_groups)),
             **{kind: {name: view.clone() for name, view in own.items()} for kind, own in kinds.items()},
         }
 
@@ -271,7 +271,7 @@ class AdamWEMA(FlatOptimizer):
                 view.copy_(state[kind][name])
         for group, step, changes, saved in zip(self._groups, state["steps"], self.param_groups, options, strict=True):
             group.step.copy_(step)
-            changes.update(_without_params(saved))
+            changes.update(without_parameters(saved))
         self.num_updates = state["num_updates"]
         if self._buffers.shadow is not None:
             self._buffers.shadow.copy_(self._buffers.param)
@@ -295,7 +295,3 @@ class AdamWEMA(FlatOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._link()
-
-
-def _without_params(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "params"}

@@ -45,6 +45,7 @@ def views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def padded_size(tensor: Tensor) -> int:
+    """Elements of the buffer that it takes."""
     return -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
 
 

@@ -23,7 +23,7 @@ class Group:
 
 
 def members(network: nn.Module, groups: Mapping[str, Mapping[str, float]]) -> list[tuple[list[str], Mapping]]:
-    """The names of the trained parameters of each group, and what differs there. Raises ValueError."""
+    """The names of the trained parameters of each group, and what differs there. TypeError or ValueError."""
     for pattern, changes in groups.items():
         if unknown := changes.keys() - {"weight_decay", "learning_rate_factor"}:
             raise ValueError(

@@ -80,6 +80,11 @@ def _options(group: Mapping[str, Any]) -> tuple:
     return tuple(group.get(name) for name in OPTIONS)
 
 
+def without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group, as a state holds them."""
+    return {name: value for name, value in group.items() if name != "params"}
+
+
 def check_state(
     state: Mapping[str, Any], own: Mapping[str, Mapping[str, Tensor]], param_groups: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from fastdmd.settings import Settings, at_least, fail
+from fastdmd.settings import Input, Settings, at_least, fail
 
 HeunSteps = Annotated[int, at_least(1, 10**4)]
 
@@ -16,9 +16,9 @@ class EvaluationSettings(Settings):
 
     num_samples: Annotated[int, at_least(0, 10**7)] = 10_000
     """Images sampled for each figure; 0 measures nothing."""
-    feature_network: str | None = None
+    feature_network: Annotated[str | None, Input] = None
     """TorchScript (Inception's too) or package.module:name for the metrics. Default: the embedded digit classifier."""
-    reference: str | None = None
+    reference: Annotated[str | None, Input] = None
     """EDM reference statistics (.npz with mu, sigma). Default: those of the data."""
     teacher_steps: HeunSteps = 18
     """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator takes one step."""

@@ -8,7 +8,6 @@ import errno
 import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +19,9 @@ from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
 from fastdmd.runs import outputs, terminal
 from fastdmd.runs.config import CommandConfig, CommandSettings
+from fastdmd.settings import inputs
 
 Config = TypeVar("Config", bound=CommandSettings)
-# Fields of configurations that name what is read.
-INPUTS = ("weights", "network", "teacher", "init", "path", "labels", "feature_network", "reference")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # that no flag causes
 
 
@@ -106,18 +104,8 @@ def parse(
         config.check()
         config = config.placed()
         if (out := getattr(config, "out", None)) is not None:
-            outputs.require_apart(out, inputs(config))
+            outputs.require_apart(out, (named for named in inputs(config) if named != "mnist"))  # part of the package
         return config
-
-
-def inputs(config: Any) -> Iterator[str | Path]:
-    """What a configuration names to be read, but for `mnist`, which is part of the package."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from inputs(value)
-        elif field.name in INPUTS and value not in (None, "mnist"):
-            yield value
 
 
 def resolve_device(name: str) -> torch.device:
@@ -164,6 +152,7 @@ def make_evaluation(
 
 
 def to_json(config: Any) -> dict[str, Any]:
+    """Every setting, room by room, as JSON can hold it: paths are texts, tuples lists."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 

@@ -16,7 +16,7 @@ from fastdmd.distill.gan import GAN, GANSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps
 from fastdmd.runs.precision import Compute, ComputeSettings
-from fastdmd.settings import OmitArgPrefixes, Positional, Settings, Switch, at_least, fail, within
+from fastdmd.settings import Input, OmitArgPrefixes, Positional, Settings, Switch, at_least, fail, within
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class TrainConfig(CommandConfig):
     ] = "mnist"
     """Origin of the defaults. `mnist` ends within ten minutes on two cores; `mnist-reference` has the settings of the
     published re-implementation; the others are for EDM's published teachers."""
-    teacher: str | None = "mnist"
+    teacher: Annotated[str | None, Input] = "mnist"
     """Weight file (.safetensors, or .pkl of EDM), folder of diffusers, package.module:name, or `mnist`: the embedded
     one."""
     adapter: Adapter = NO_OPTIONS
@@ -129,7 +129,7 @@ class ResolvedTrainConfig(TrainConfig):
 class EvaluateConfig(CommandConfig):
     """Measure the samples of a generator (one step) or a teacher (Heun) against real images."""
 
-    weights: Annotated[str, Positional]
+    weights: Annotated[str, Positional, Input]
     """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
     adapter: Adapter = NO_OPTIONS
     out: Path | None = None
@@ -145,7 +145,7 @@ class EvaluateConfig(CommandConfig):
 class SampleConfig(CommandSettings):
     """Sample images from a generator (one step) or a teacher (Heun)."""
 
-    weights: Annotated[str, Positional]
+    weights: Annotated[str, Positional, Input]
     """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
     adapter: Adapter = NO_OPTIONS
     out: Path = Path("samples.png")

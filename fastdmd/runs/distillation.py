@@ -11,26 +11,23 @@ import torch
 from torch import Tensor
 
 from fastdmd.data import Dataset
-from fastdmd.diffusion import Denoiser, DenoisingNetwork, random_generator
+from fastdmd.diffusion import DenoisingNetwork, random_generator
 from fastdmd.distill import DMD2, Draws
 from fastdmd.distill.gan import HEAD_STREAM
-from fastdmd.distill.methods import Adversarial, DistributionMatching, Method
+from fastdmd.distill.methods import Adversarial, Method
 from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.weights import save_network
-from fastdmd.quality import sample
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import RunFolder
-from fastdmd.sampling import SAMPLING_STREAM, Generator, HeunSampler, Sampler
-
-NUM_SAMPLE_ROWS = 10  # of samples.png, at most: one row per class
-NUM_SAMPLE_COLUMNS = 11  # the first repeats its noise through the run
+from fastdmd.runs.pictures import SampleSheet
+from fastdmd.sampling import Generator, HeunSampler, Sampler
 
 
 def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
     """The networks and optimizers of one distillation."""
     config = config.for_teacher(teacher)
     guidance_options = config.optimizer.of_fake_score(config.iterations)
-    method: Method = DistributionMatching(config.noise.sigma_data)
+    method: Method | None = None
     if config.gan.is_on:
         method = Adversarial(config.gan, _head(config, teacher), config.noise.sigma_data)
     return DMD2(
@@ -106,7 +103,7 @@ class Distillation:
         self._path = folder.path / "generator.safetensors"
         self._draws = make_draws(config, teacher, device, real)
         self._sampler = Generator(self.network, (config.noise.conditioning_sigma,))
-        self._sample_inputs = sample_inputs(teacher, config.seed, device)
+        self._sheet = SampleSheet(teacher, config.seed, device)
 
     def iterate(self, iteration: int) -> None:
         self.model.iterate(iteration, self._draws)
@@ -115,7 +112,7 @@ class Distillation:
         pass
 
     def samples(self) -> Tensor:
-        return sample(self._sampler, *self._sample_inputs).unflatten(0, (-1, NUM_SAMPLE_COLUMNS))
+        return self._sheet.of(self._sampler)
 
     def save(self, iteration: int, **information: Any) -> None:
         save_network(
@@ -131,13 +128,3 @@ class Distillation:
     def measurements(self) -> Iterator[tuple[str, Sampler, dict | None]]:
         yield "generator", self._sampler, None
         yield "teacher", HeunSampler(self._teacher, self.config.evaluation.teacher_steps), self._teacher_record
-
-
-def sample_inputs(network: Denoiser, seed: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Noise and labels of samples.png: rows of NUM_SAMPLE_COLUMNS images, a class each."""
-    num_rows = min(NUM_SAMPLE_ROWS, network.num_classes or NUM_SAMPLE_ROWS)
-    generator = random_generator(seed, 0, device, stream=SAMPLING_STREAM + 1)
-    noise = torch.randn(num_rows * NUM_SAMPLE_COLUMNS, *network.image_shape, device=device, generator=generator)
-    if not network.num_classes:
-        return noise, None
-    return noise, torch.arange(num_rows, device=device).repeat_interleave(NUM_SAMPLE_COLUMNS)

@@ -24,7 +24,7 @@ from fastdmd.sampling import Sampler
 BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
 
 
-class Settings(Protocol):
+class LoopSettings(Protocol):
     """What the loop reads of a configuration."""
 
     @property
@@ -85,7 +85,7 @@ class Loop:
     Raises ValueError where the network gives NaN or infinity before it has learned anything.
     """
 
-    def __init__(self, training: Training, settings: Settings, folder: RunFolder):
+    def __init__(self, training: Training, settings: LoopSettings, folder: RunFolder):
         self._training, self._settings, self._folder = training, settings, folder
         self._history = SampleHistory(folder.path / "samples.png")
         self._started = time.perf_counter()

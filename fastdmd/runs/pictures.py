@@ -10,7 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 from fastdmd.data import to_uint8
+from fastdmd.diffusion import Denoiser, random_generator
 from fastdmd.files import write_atomically
+from fastdmd.quality import sample
+from fastdmd.sampling import Sampler
+
+PICTURES_STREAM = 3  # of random_generator: the noise behind samples.png
+NUM_ROWS = 10  # of samples.png, at most: one row per class
+NUM_COLUMNS = 11  # the first repeats its noise through the run
 
 
 def image_grid(images: Tensor, num_columns: int) -> Image.Image:
@@ -29,6 +36,22 @@ def image_grid(images: Tensor, num_columns: int) -> Image.Image:
         top, left = index // num_columns * (height + 1), index % num_columns * (width + 1)
         grid[top : top + height, left : left + width] = image
     return Image.fromarray(grid.squeeze(2) if channels == 1 else grid)
+
+
+class SampleSheet:
+    """Noise and labels of samples.png, the same throughout a run: rows of NUM_COLUMNS images, a class each."""
+
+    def __init__(self, network: Denoiser, seed: int, device: torch.device):
+        num_rows = min(NUM_ROWS, network.num_classes or NUM_ROWS)
+        generator = random_generator(seed, 0, device, stream=PICTURES_STREAM)
+        self.noise = torch.randn(num_rows * NUM_COLUMNS, *network.image_shape, device=device, generator=generator)
+        self.class_labels: Tensor | None = None
+        if network.num_classes:
+            self.class_labels = torch.arange(num_rows, device=device).repeat_interleave(NUM_COLUMNS)
+
+    def of(self, sampler: Sampler) -> Tensor:
+        """The images that a sampler makes of them, `[rows, columns, C, H, W]`, for `SampleHistory`."""
+        return sample(sampler, self.noise, self.class_labels).unflatten(0, (-1, NUM_COLUMNS))
 
 
 class SampleHistory:

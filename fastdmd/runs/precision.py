@@ -19,9 +19,9 @@ Precision = Literal["fp32", "tf32", "bf16"]
 class ComputeSettings(Settings):
     """What networks compute in, and how turns run."""
 
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    precision: Literal["auto", Precision] = "auto"
     """What the networks compute in; weights are kept in float32. auto: bf16 on a GPU, fp32 on a CPU."""
-    execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
+    execution: Literal["auto", Execution] = "auto"
     """How turns run. auto: captured (compiled networks, a CUDA graph per turn) on a GPU, eager on a CPU."""
     compile: Switch = False
     """Short for --execution compiled."""
@@ -60,7 +60,7 @@ class Compute(ComputeSettings):
         return torch.bfloat16 if self.precision == "bf16" else None
 
 
-def resolve_precision(name: Literal["auto", "fp32", "tf32", "bf16"], device: torch.device) -> Precision:
+def resolve_precision(name: Literal["auto", Precision], device: torch.device) -> Precision:
     """`auto` is bf16 on a GPU and fp32 on a CPU. Raises ValueError for TF32 where there are no such units.
 
     Warns of bf16 on a CPU without its instructions. There oneDNN emulates it: convolutions of 16 to 96 channels, 14x14,
@@ -83,8 +83,8 @@ def has_bfloat16_arithmetic() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def resolve_execution(name: Literal["auto", "eager", "compiled", "captured"], device: torch.device) -> Execution:
-    """`auto` is captured on a GPU; on a CPU, where compiling takes minutes, eager."""
+def resolve_execution(name: Literal["auto", Execution], device: torch.device) -> Execution:
+    """`auto` is captured on a GPU; on a CPU, where compiling takes minutes, eager; ValueError for captured there."""
     if name == "auto":
         return "captured" if device.type == "cuda" else "eager"
     if name == "captured" and device.type != "cuda":

@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 
 from fastdmd.data import Dataset
-from fastdmd.diffusion import lognormal_sigma, random_generator
-from fastdmd.distill.draws import DataDeviation, Dynamics, LogDeviation, LogMean
+from fastdmd.diffusion import Dynamics, lognormal_sigma, random_generator
+from fastdmd.distill.draws import DataDeviation, LogDeviation, LogMean
 from fastdmd.distill.losses import denoising_loss
 from fastdmd.distill.optimization import Decay, Rate, WarmUp, WeightDecay
 from fastdmd.distill.tally import Tally
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 from fastdmd.optim import AdamWEMA
-from fastdmd.quality import sample
 from fastdmd.runs.config import BatchSize, CommandConfig, Iterations, Snapshots
-from fastdmd.runs.distillation import NUM_SAMPLE_COLUMNS, sample_inputs
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.machine import versions
+from fastdmd.runs.pictures import SampleSheet
 from fastdmd.sampling import HeunSampler, Sampler
-from fastdmd.settings import OmitArgPrefixes, Settings, Switch, above, at_least, fail, within
+from fastdmd.settings import Input, OmitArgPrefixes, Settings, Switch, above, at_least, fail, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ class PretrainConfig(CommandConfig):
 
     out: Path = Path("runs/teacher")
     """Run folder; must not hold a run yet."""
-    init: str | None = None
+    init: Annotated[str | None, Input] = None
     """Weight file of a teacher to go on from, or `mnist`: the embedded one. Its architecture overrules these flags."""
     iterations: Iterations = 11_500
     """Number of optimizer updates."""
@@ -144,7 +143,7 @@ class Pretraining:
         self.network = cast(UNet, self._optimizer.ema_network)
         self.tallies = (Tally(("loss", "grad_norm"), self._device),)
         self._sampler = HeunSampler(self.network, config.evaluation.teacher_steps)
-        self._sample_inputs = sample_inputs(network, config.seed, self._device)
+        self._sheet = SampleSheet(network, config.seed, self._device)
         self._weights_dtype = getattr(torch, config.weights_dtype)
         self._started = time.perf_counter()
 
@@ -175,7 +174,7 @@ class Pretraining:
             parameter.copy_(parameter.to(self._weights_dtype))
 
     def samples(self) -> Tensor:
-        return sample(self._sampler, *self._sample_inputs).unflatten(0, (-1, NUM_SAMPLE_COLUMNS))
+        return self._sheet.of(self._sampler)
 
     def save(self, iteration: int, **information: Any) -> None:
         save_network(

@@ -103,11 +103,8 @@ def _from_file(
 ) -> tuple[DenoisingNetwork, dict[str, Any]]:
     path = ASSETS / "teacher.safetensors" if source == "mnist" else source
     network, metadata = load_network(path, device=device, network=code)
-    sigma = metadata.get("conditioning_sigma")
-    if metadata["kind"] == "generator" and sigma is None:
-        raise ValueError(f"fastdmd.teachers: expected a generator's conditioning_sigma, got {source} without")
     if network.foreign_name:
-        verify(network, None if metadata["kind"] == "teacher" else sigma)
+        verify(network, metadata["conditioning_sigma"] if metadata["kind"] == "generator" else None)
     return network, metadata
 
 

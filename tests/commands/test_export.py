@@ -277,7 +277,8 @@ def test_only_generators_are_exported(teacher_file, tmp_path, capsys):
     error = fails([teacher_file, "--out", tmp_path / "a.pt2"], capsys)
     assert f"expected a one-step generator, got {teacher_file}, a teacher" in error
     save_network(teacher_file, make_network(SMALLEST), kind="generator")
-    assert "without" in fails([teacher_file, "--out", tmp_path / "a.pt2"], capsys)
+    error = fails([teacher_file, "--out", tmp_path / "a.pt2"], capsys)
+    assert f"expected a generator's conditioning_sigma, got {teacher_file} without" in error
     assert "does not exist" in fails(["nowhere.safetensors", "--out", tmp_path / "a.pt2"], capsys)
     assert os.listdir(tmp_path) == [teacher_file.name]
 

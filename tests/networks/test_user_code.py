@@ -28,7 +28,8 @@ class Mine(torch.nn.Conv2d):
 
 @pytest.fixture
 def code(tmp_path, monkeypatch):
-    """Writes a module of that source, for `NAME:Mine`."""
+    """Writes a module of that source, for `NAME:Mine`, whose weights are the same each time."""
+    torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     written = []
@@ -182,6 +183,14 @@ def test_a_generator_with_other_code_is_refused_before_it_samples(new, message, 
         command.main([str(tmp_path / "g.safetensors"), "--network", other, "--device", "cpu"])
     error = capsys.readouterr().err.splitlines()[-1]
     assert exit_.value.code == 2 and re.search(message, error), error
+
+
+def test_a_denoising_network_of_half_its_methods_is_refused(code):
+    """It could be distilled, and nobody could read what its weight file holds."""
+    source = NETWORK.replace("import torch", "import torch\nfrom fastdmd.diffusion import DenoisingNetwork")
+    source = source.replace("torch.nn.Conv2d", "DenoisingNetwork").replace("(1, 1, 1)", "()")
+    with pytest.raises(ValueError, match="make a Module without arguments, got TypeError: .*abstract.*describe"):
+        teachers.load(code(source))
 
 
 @pytest.mark.parametrize(

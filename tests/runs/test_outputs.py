@@ -14,7 +14,7 @@ from fastdmd import evaluate, export, files, pretrain, quality, sample, teachers
 from fastdmd.data.settings import DataSettings
 from fastdmd.networks.weights import save_network
 from fastdmd.quality.settings import EvaluationSettings
-from fastdmd.runs import cli, outputs
+from fastdmd.runs import outputs
 from fastdmd.runs.config import EvaluateConfig, SampleConfig, TrainConfig
 from fastdmd.runs.pretraining import PretrainConfig
 from fastdmd.teachers import TeacherOptions
@@ -200,8 +200,19 @@ def test_every_setting_that_could_be_a_path_is_known():
         EvaluationSettings,
     ]
     fields = [field for config in configs for field in dataclasses.fields(config)]
-    texts = {field.name for field in fields if re.search(r"\b(str|Path)\b", str(field.type))}
-    assert texts - set(cli.INPUTS) == {"out", "device", "weights_key"} and set(cli.INPUTS) <= texts
+    texts = [field for field in fields if re.search(r"\b(str|Path)\b", str(field.type))]
+    read = {field.name for field in texts if re.search(r"\bInput\b", str(field.type))}
+    assert read == {"weights", "network", "teacher", "init", "path", "labels", "feature_network", "reference"}
+    others = [field.name for field in texts if not re.search(r"\bInput\b", str(field.type))]
+    assert set(others) == {"out", "device", "weights_key", "labels"} and others.count("labels") == 1
+
+
+def test_numbers_of_classes_are_no_files(folder, capsys):
+    """`--labels 3` of `sample` are classes: the folder of that name is none of what it reads."""
+    (folder / "3").mkdir()
+    quick = ["--num", "1", "--teacher-steps", "1", "--device", "cpu"]
+    sample.main(["mnist", "--labels", "3", *quick, "--out", "3/samples.png"])
+    assert capsys.readouterr().out == "3/samples.png: 1 images\n" and os.listdir("3") == ["samples.png"]
 
 
 def test_whatever_lies_beside_a_result_stays(folder):

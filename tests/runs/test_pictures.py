@@ -4,7 +4,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastdmd.diffusion import random_generator
 from fastdmd.runs import pictures
+from fastdmd.sampling import Generator
+from tests.helpers.networks import make_network
 
 
 def test_pictures_of_any_number_of_channels(tmp_path):
@@ -18,3 +21,14 @@ def test_pictures_of_any_number_of_channels(tmp_path):
     history = pictures.SampleHistory(tmp_path / "samples.png")
     history.add(torch.zeros(2, 3, 5, 4, 4))
     assert Image.open(tmp_path / "samples.png").mode == "L"
+
+
+def test_a_sheet_has_the_same_noise_throughout_a_run():
+    """A row for each class, of a stream of random numbers that nothing else draws from."""
+    network = make_network()
+    sheet = pictures.SampleSheet(network, 7, torch.device("cpu"))
+    noise = torch.randn(10, 11, *network.image_shape, generator=random_generator(7, 0, stream=3))
+    images = sheet.of(Generator(network, (80.0,)))
+    for label in range(10):
+        one_class = network(80 * noise[label], torch.full((11,), 80.0), torch.full((11,), label))
+        torch.testing.assert_close(images[label], one_class, rtol=1e-4, atol=1e-5)
