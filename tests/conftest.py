@@ -1,6 +1,7 @@
 """What tests share: a small teacher, and where the golden values lie."""
 
 import os
+import signal
 from pathlib import Path
 
 # One process of pytest-xdist a core, each with one thread: threads of several would wait for each other.
@@ -13,6 +14,9 @@ import torch
 from fastdmd.networks.unet import UNet
 from fastdmd.runs import machine
 from tests.helpers.networks import make_network
+
+# A shell's background jobs ignore Ctrl-C, and what they start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
