@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -82,6 +83,22 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
+def level_metadata(sigmas: tuple[float, ...]) -> dict[str, Any]:
+    """What a file says of the levels that a generator makes images from, the highest first.
+
+    Of one, `conditioning_sigma`. Of several, `generator_sigmas` alone: who knows of one only, as former versions, must
+    not take the first for all of them.
+    """
+    return {"conditioning_sigma": sigmas[0]} if len(sigmas) == 1 else {"generator_sigmas": list(sigmas)}
+
+
+def levels_of(metadata: Mapping[str, Any]) -> tuple[float, ...]:
+    """The levels of a generator, from the metadata that `load_network` returns."""
+    if "generator_sigmas" in metadata:
+        return tuple(metadata["generator_sigmas"])
+    return (metadata["conditioning_sigma"],)
+
+
 def load_network(
     path: str | Path, *, device: str | torch.device = "cpu", network: Code | None = None
 ) -> tuple[DenoisingNetwork, dict[str, Any]]:
@@ -112,20 +129,39 @@ def _metadata(weights: TensorFile) -> dict[str, Any]:
         )
     if metadata["kind"] not in KINDS:
         raise ValueError(f"fastdmd.load_network: expected a {' or '.join(KINDS)} in {weights.path}, got another kind")
-    if metadata["kind"] == "generator" and "conditioning_sigma" not in metadata:
-        raise ValueError(f"fastdmd.load_network: expected a generator's conditioning_sigma, got {weights.path} without")
-    sigma = metadata.get("conditioning_sigma", 1.0)
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not MIN_SIGMA <= sigma <= MAX_SIGMA:
-        raise ValueError(
-            f"fastdmd.load_network: expected conditioning_sigma from {MIN_SIGMA:.3g} to {MAX_SIGMA:g} in "
-            f"{weights.path}, got {sigma!s:.80}"
-        )
+    _check_levels(metadata, weights.path)
     record = metadata.get("record") if metadata["kind"] == "teacher" else None  # of a generator, nobody reads it
     if record is not None and not _is_record(record):
         raise ValueError(
             f"fastdmd.load_network: expected a record of settings and figures in {weights.path}, got {record!r:.80}"
         )
     return metadata
+
+
+def _check_levels(metadata: Mapping[str, Any], path: Path) -> None:
+    """Of a generator, one level or several, the highest first."""
+    given = [name for name in ("conditioning_sigma", "generator_sigmas") if name in metadata]
+    if metadata["kind"] == "generator" and not given:
+        raise ValueError(f"fastdmd.load_network: expected a generator's conditioning_sigma, got {path} without")
+    if len(given) > 1:
+        raise ValueError(f"fastdmd.load_network: expected {' or '.join(given)} in {path}, got both")
+    for name in given:
+        value = metadata[name]
+        sigmas = value if name == "generator_sigmas" and isinstance(value, list) and len(value) > 1 else [value]
+        if not all(_is_level(sigma) for sigma in sigmas):
+            raise ValueError(
+                f"fastdmd.load_network: expected {name} from {MIN_SIGMA:.3g} to {MAX_SIGMA:g} in {path}, got "
+                f"{value!s:.80}"
+            )
+        if name == "generator_sigmas" and (len(sigmas) < 2 or any(a <= b for a, b in itertools.pairwise(sigmas))):
+            raise ValueError(
+                f"fastdmd.load_network: expected generator_sigmas, the highest of several first, in {path}, got "
+                f"{value!s:.80}"
+            )
+
+
+def _is_level(sigma: Any) -> bool:
+    return type(sigma) in (int, float) and MIN_SIGMA <= sigma <= MAX_SIGMA
 
 
 def _is_record(record: Any) -> bool:

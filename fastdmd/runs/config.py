@@ -57,7 +57,7 @@ class CommandConfig(CommandSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(CommandConfig):
-    """Distil a teacher into a one-step generator with DMD2."""
+    """Distil a teacher into a generator of one step, or a few, with DMD2."""
 
     preset: Literal[
         "mnist", "mnist-reference", "cifar10-cond", "cifar10-uncond", "imagenet64", "afhqv2-64", "ffhq-64"
@@ -127,7 +127,7 @@ class ResolvedTrainConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CommandConfig):
-    """Measure the samples of a generator (one step) or a teacher (Heun) against real images."""
+    """Measure the samples of a generator or a teacher (Heun) against real images."""
 
     weights: Annotated[str, Positional, Input]
     """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
@@ -143,7 +143,7 @@ class EvaluateConfig(CommandConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig(CommandSettings):
-    """Sample images from a generator (one step) or a teacher (Heun)."""
+    """Sample images from a generator or a teacher (Heun)."""
 
     weights: Annotated[str, Positional, Input]
     """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
@@ -159,7 +159,7 @@ class SampleConfig(CommandSettings):
     batch_size: BatchSize = 250
     """Images per forward pass; changes no image beyond rounding."""
     teacher_steps: HeunSteps = 18
-    """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator takes one step."""
+    """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator has its own."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 

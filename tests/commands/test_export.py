@@ -93,10 +93,10 @@ def trace_once():
         traced, trace = {}, export.trace
 
         def cached(generator):
-            config = generator.network.config
-            if config not in traced:
-                traced[config] = trace(generator)
-            return traced[config]
+            key = generator.network.config, generator.sigmas
+            if key not in traced:
+                traced[key] = trace(generator)
+            return traced[key]
 
         patch.setattr(export, "trace", cached)
         yield
@@ -232,7 +232,7 @@ def write_wrongly(defect):
 
     def write(generator, path, weights_dtype):
         path.write_text("wrong")
-        return lambda *inputs: generator(*inputs) + defect
+        return lambda **inputs: generator(**inputs) + defect
 
     return write
 
@@ -275,7 +275,7 @@ def test_mistakes_get_one_line(options, message, tmp_path, capsys, monkeypatch):
 
 def test_only_generators_are_exported(teacher_file, tmp_path, capsys):
     error = fails([teacher_file, "--out", tmp_path / "a.pt2"], capsys)
-    assert f"expected a one-step generator, got {teacher_file}, a teacher" in error
+    assert f"expected a generator, got {teacher_file}, a teacher" in error
     save_network(teacher_file, make_network(SMALLEST), kind="generator")
     error = fails([teacher_file, "--out", tmp_path / "a.pt2"], capsys)
     assert f"expected a generator's conditioning_sigma, got {teacher_file} without" in error
