@@ -94,7 +94,7 @@ class Generator:
         """
         self.sigma(index)
         if index > 0 or step_noise is not None:
-            expected, got = (len(noise), self.num_step_noises, *noise.shape[1:]), None
+            expected, got = (noise.shape[0], self.num_step_noises, *noise.shape[1:]), None
             if step_noise is None or (got := tuple(step_noise.shape)) != expected:
                 raise ValueError(f"fastdmd.Generator: expected step_noise of shape {expected}, got {got}")
         x = noise * self.sigmas[0]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastdmd import diffusion
-from fastdmd.sampling import Generator, HeunSampler
+from fastdmd.sampling import Generator, HeunSampler, draw_step_noise, with_fewer_steps
+from tests.helpers.networks import make_network
 
 
 def gaussian_denoiser(variance, mean=0.5):
@@ -71,6 +72,48 @@ def test_a_generator_makes_images_in_one_step_or_several():
     images = several(noise, random=torch.Generator().manual_seed(7))
     assert calls == [80.0, 2.0] and (one.num_evaluations, several.num_evaluations) == (1, 2)
     torch.testing.assert_close(images, 0.5 + 0.25 / (0.25 + 4) * (expected + 2 * fresh - 0.5))
+
+
+def test_what_sampling_arrives_at():
+    """Level by level of a network of ours, as anyone would write it; those of fewer steps begin alike."""
+    network, labels = make_network().double(), torch.tensor([3, 7])
+    sigmas = (80.0, 6.0, 0.5)
+    generator = Generator(network, sigmas)
+    random = torch.Generator().manual_seed(1)
+    noise = torch.randn(2, 1, 28, 28, dtype=torch.float64, generator=random)
+    step_noise = draw_step_noise(2, noise, random)
+    assert step_noise.shape == (2, 2, 1, 28, 28) and step_noise.dtype == torch.float64
+    again = torch.Generator().manual_seed(1)
+    torch.randn(noise.shape, dtype=torch.float64, generator=again)
+    assert torch.equal(draw_step_noise(1, noise, again), step_noise[:, :1]) and draw_step_noise(0, noise, None) is None
+    x = sigmas[0] * noise
+    for index, sigma in enumerate(sigmas):
+        torch.testing.assert_close(generator.simulate(index, noise, labels, step_noise), x)
+        x_0 = network(x, torch.full((2,), sigma, dtype=torch.float64), labels)
+        fewer = Generator(network, sigmas[: index + 1])
+        torch.testing.assert_close(fewer(noise, labels, step_noise=step_noise[:, :index] if index else None), x_0)
+        if index < 2:
+            x = x_0 + sigmas[index + 1] * step_noise[:, index]
+    assert [one.sigmas for one in generator.shorter] == [sigmas[:2], sigmas[:1]] and generator.num_step_noises == 2
+    names = {name: one.num_evaluations for name, one in with_fewer_steps("it", generator).items()}
+    assert names == {"it": 3, "it, 2 steps": 2, "it, 1 step": 1}
+    assert with_fewer_steps("it", one := HeunSampler(network)) == {"it": one}
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (3, (2, 2, 1, 4, 4), r"a step in \[0, 3\), got 3"),
+        (-1, (2, 2, 1, 4, 4), r"a step in \[0, 3\), got -1"),
+        (1, None, r"step_noise of shape \(2, 2, 1, 4, 4\), got None"),
+        (2, (2, 1, 1, 4, 4), r"step_noise of shape \(2, 2, 1, 4, 4\), got \(2, 1, 1, 4, 4\)"),
+        (0, (2, 2, 4, 4), r"step_noise of shape \(2, 2, 1, 4, 4\), got \(2, 2, 4, 4\)"),
+    ],
+)
+def test_steps_that_are_none_and_noise_of_others_are_refused(index, shape, message):
+    generator = Generator(gaussian_denoiser(0.25)[0], (80.0, 5.0, 0.5))
+    with pytest.raises(ValueError, match=f"^fastdmd.Generator: expected {message}$"):
+        generator.simulate(index, torch.zeros(2, 1, 4, 4), None, None if shape is None else torch.zeros(shape))
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ class Ahead:
         lengths = [length for length in range(1, ratio) if (ratio - 1) % length == 0]
         limit = MAX_IMAGES_AHEAD if draws.is_of_one_step else batch_size
         chunk = self.chunk = max((n for n in lengths if n * batch_size <= limit), default=1)  # iterations
-        self.start = map_tensors(lambda x: x.new_empty(chunk * batch_size, *x.shape[1:]), start_of(draws))
-        self.x_gen = torch.empty_like(self.start.noise)  # [chunk * B, C, H, W]
+        self.inputs = map_tensors(lambda x: x.new_empty(chunk * batch_size, *x.shape[1:]), start_of(draws))
+        self.x_gen = torch.empty_like(self.inputs.noise)  # [chunk * B, C, H, W]
         self._start: int | None = None  # of the chunk whose images are here
         self._source: Source | None = None
         self._drawn: dict[int, Draws] = {}
@@ -65,15 +65,15 @@ class Ahead:
         """Puts what the iterations `[start, start + chunk)` make images from where `generate` reads it."""
         self._drawn = {step: source(step) for step in range(start, start + self.chunk)}
         for rows, drawn in zip(parts(len(self.x_gen), self.chunk), self._drawn.values(), strict=True):
-            copy_tensors(drawn, map_tensors(itemgetter(rows), self.start))
-        self.start = dataclasses.replace(self.start, step_index=self._drawn[start].step_index)
+            copy_tensors(drawn, map_tensors(itemgetter(rows), self.inputs))
+        self.inputs = dataclasses.replace(self.inputs, step_index=self._drawn[start].step_index)
         self._start, self._source = start, source
 
     @torch.no_grad()
     def generate(self, generator: Generator, num_parts: int) -> None:
         """Makes the images, in as many parts as a batch is processed in."""
         for rows in parts(len(self.x_gen), num_parts):
-            self.x_gen[rows] = make_images(generator, map_tensors(itemgetter(rows), self.start))
+            self.x_gen[rows] = make_images(generator, map_tensors(itemgetter(rows), self.inputs))
 
     def images(self, step: int) -> Tensor:
         """Those of an iteration, `[B, C, H, W]`."""

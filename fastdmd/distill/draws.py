@@ -185,7 +185,8 @@ def draw(
     `shape` is (B, C, H, W), `sigmas` are the noise levels `[N]`, on whose device the draws will be. The generator turn
     takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the guidance turn from all of
     `sigmas`; labels are uniform over `num_classes` (None if 0). A generator of several steps takes one of them, uniform
-    over `num_steps`, on the host. What is noised `real` images has their labels; at the first step, it is none.
+    over `num_steps`, on the host. With `real` it starts from these images and noise, and has their labels, but at its
+    first step, which starts from noise.
     """
     device = sigmas.device
     generator = random_generator(seed, step, device)

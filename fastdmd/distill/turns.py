@@ -138,7 +138,7 @@ class DMD2:
     def generation(self) -> None:
         """Makes the images of the next chunk of iterations."""
         ahead = self._loaded("generation").ahead
-        name = _of_step("generation", ahead.start.step_index)
+        name = _of_step("generation", ahead.inputs.step_index)
         self.executor.run(name, lambda: ahead.generate(self._sampler, self.accumulation_steps))
 
     @property
@@ -169,13 +169,19 @@ class DMD2:
         """Copies the random inputs of an iteration to where the turns read them; makes room at the first.
 
         Draws of another shape, another ratio or number of parts make other buffers, and turns over them other graphs.
-        Raises ValueError for a batch that `accumulation_steps` does not divide.
+        Raises ValueError for a batch that `accumulation_steps` does not divide, and for draws of one step where there
+        are several, or the other way round.
         """
         num_parts, ratio = self.accumulation_steps, self.dfake_gen_update_ratio
         if self.buffers is None or not self.buffers.fit(draws, num_parts, ratio):
             if len(draws.noise) % num_parts:
                 raise ValueError(
                     f"fastdmd.DMD2: expected a batch that {num_parts} accumulation steps divide, got {len(draws.noise)}"
+                )
+            if draws.is_of_one_step != (self.num_steps == 1):
+                got = "one step" if draws.is_of_one_step else "several"
+                raise ValueError(
+                    f"fastdmd.DMD2: expected draws for generator_sigmas {self._sampler.sigmas}, got some for {got}"
                 )
             generator, generation = (
                 tuple(_of_step(turn, index) for index in range(self.num_steps)) for turn in ("generator", "generation")

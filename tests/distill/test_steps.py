@@ -245,15 +245,18 @@ def test_draws_of_other_steps_are_refused(teacher):
     longer = make_draws(teacher, CONFIG.replace(generator_sigmas=(80.0, 5.0, 0.5, 0.1)))
     at = steps_of_each_index(draws)
     for source, message in (
-        (lambda step: dataclasses.replace(single(step), step_index=1), r"shape \(6, 2, 1, 8, 8\), got None"),
         (lambda step: dataclasses.replace(longer(step), step_index=1), r"shape \(6, 2, .*, got \(6, 3, 1, 8, 8\)"),
         (lambda step: dataclasses.replace(draws(step), step_index=3), r"a step in \[0, 3\), got 3"),
     ):
         with pytest.raises(ValueError, match=f"^fastdmd.Generator: expected .*{message}"):
             model.iterate(0, source)
     one = distillation.build(CONFIG.replace(generator_sigmas=None), copy.deepcopy(teacher))
-    with pytest.raises(ValueError, match=r"expected step_noise of shape \(6, 0, 1, 8, 8\), got \(6, 2, 1, 8, 8\)"):
-        one.iterate(at[0], draws)
+    noised = make_draws(teacher, CONFIG.replace(generator_inputs="noised-data"))
+    for source in (draws, noised):
+        with pytest.raises(ValueError, match=r"draws for generator_sigmas \(80.0,\), got some for several"):
+            one.iterate(at[0], source)
+    with pytest.raises(ValueError, match=r"draws for generator_sigmas \(80.0, 5.0, 0.5\), got some for one"):
+        model.iterate(at[0], single)
 
 
 def test_the_budget_counts_what_is_simulated(teacher):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from fastdmd import teachers
 from fastdmd.networks.adapted import Adapted
-from fastdmd.networks.weights import RECORDED, load_network, save_network
+from fastdmd.networks.weights import RECORDED, level_metadata, levels_of, load_network, save_network
 from fastdmd.quality import Measurement
 from tests.helpers import foreign
 from tests.helpers.networks import SMALL, make_network
@@ -87,6 +87,25 @@ def rewritten(path, **changes):
             "expected conditioning_sigma from .* in .*, got 10",
         ),
         ({"kind": "generator", "conditioning_sigma": math.nan}, "expected conditioning_sigma .*, got nan"),
+        *(
+            ({"kind": "generator", "generator_sigmas": sigmas}, f"expected generator_sigmas{message} in .*, got ")
+            for sigmas, message in (
+                ([80.0, math.nan], " from .*"),
+                ([80.0, "2"], " from .*"),
+                ([80.0, -1.0], " from .*"),
+                ([80.0, True], " from .*"),
+                ("80,2", " from .*"),
+                (None, " from .*"),
+                ([], " from .*"),
+                ([2.0, 80.0], ", the highest of several first,"),
+                ([80.0, 80.0], ", the highest of several first,"),
+                (80.0, ", the highest of several first,"),
+            )
+        ),
+        (
+            {"kind": "generator", "conditioning_sigma": 80.0, "generator_sigmas": [80.0, 2.0]},
+            "expected conditioning_sigma or generator_sigmas in .*w.safetensors, got both",
+        ),
         ({"kind": "generator"}, "expected a generator's conditioning_sigma, got .*w.safetensors without"),
     ],
 )
@@ -101,6 +120,17 @@ def test_a_record_is_taken_as_it_was_measured(tmp_path):
     assert RECORDED.keys() == {field.name for field in dataclasses.fields(Measurement)}
     for record in (RECORD, RECORD | {"quality": {"frechet_distance": 1, "class_accuracy": None}}, None):
         assert teachers.read(rewritten(tmp_path / "w.safetensors", record=record))[1]["record"] == record
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "written"),
+    [((80.0,), {"conditioning_sigma": 80.0}), ((80.0, 6, 0.5), {"generator_sigmas": [80.0, 6, 0.5]})],
+)
+def test_levels_of_a_generator(sigmas, written, tmp_path):
+    """Of one level as ever; of several such that no former version takes the first for all of them."""
+    assert level_metadata(sigmas) == written
+    path = rewritten(tmp_path / "w.safetensors", kind="generator", **written)
+    assert teachers.load_generator(path).sigmas == levels_of(load_network(path)[1]) == sigmas
 
 
 def test_metadata_that_is_no_description(tmp_path):
