@@ -165,7 +165,7 @@ class PlainGroupNormSiLU(nn.GroupNorm):
 PLAIN = {GroupNormSiLU: PlainGroupNormSiLU, GroupNorm: nn.GroupNorm, Conv3x3: nn.Conv2d}
 
 
-class Plain(nn.Module):
+class PlainGenerator(nn.Module):
     """A generator as a module of plain PyTorch, on a copy of its network."""
 
     def __init__(self, generator: Generator):
@@ -180,7 +180,7 @@ class Plain(nn.Module):
         return Generator(self.network, self.sigmas)(noise, class_labels, step_noise=step_noise)
 
 
-class PlainUnconditional(Plain):
+class PlainUnconditional(PlainGenerator):
     """Without `class_labels`, so that what there is can be given by position."""
 
     def forward(self, noise: Tensor, step_noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -189,7 +189,7 @@ class PlainUnconditional(Plain):
 
 def trace(generator: Generator) -> ExportedProgram:
     """The program `noise, class_labels, step_noise -> images`, of those that there are, for any batch size."""
-    kind = Plain if generator.network.num_classes else PlainUnconditional
+    kind = PlainGenerator if generator.network.num_classes else PlainUnconditional
     inputs = make_inputs(generator, TRACED_BATCH)
     program = torch.export.export(
         kind(generator).eval(), tuple(inputs.values()), dynamic_shapes=dynamic_shapes(generator)

@@ -47,8 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
         real = distillation.real_images(config, teacher, dataset)
         if config.gan.is_on:
             teachers.verify_features(teacher)
-        if real is not None and (notice := unseen_classes(real, teacher.num_classes, consequence(config))) is not None:
-            terminal.say(notice)
+        if real is not None:
+            notice = unseen_classes(real, teacher.num_classes, are_judged=config.gan.is_on)
+            if notice is not None:
+                terminal.say(notice)
         budget = budget_of(config, teacher, device)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
@@ -77,18 +79,14 @@ def main(arguments: list[str] | None = None) -> None:
     cli.leave("fastdmd.train", summary, config.iterations)
 
 
-def consequence(config: ResolvedTrainConfig) -> str:
-    """Of classes without real images."""
-    if config.gan.is_on:
-        return "the adversarial term takes whatever is generated of them for false"
-    return "beyond its first step the generator learns nothing of them"
-
-
-def unseen_classes(real: Dataset, num_classes: int, consequence: str) -> str | None:
-    """What to say where training needs real images and some classes have none."""
+def unseen_classes(real: Dataset, num_classes: int, *, are_judged: bool) -> str | None:
+    """What to say where some classes have no real image, for an adversarial term or for a generator to start from."""
     num_unseen = 0 if real.labels is None else num_classes - len(real.labels.unique())
     if num_unseen == 0:
         return None
+    consequence = "beyond its first step the generator learns nothing of them"
+    if are_judged:
+        consequence = "the adversarial term takes whatever is generated of them for false"
     return f"{num_unseen} of the teacher's {num_classes} classes have no image in {real.name}: {consequence}"
 
 

@@ -16,7 +16,7 @@ from fastdmd.sampling import Generator
 class Start:
     """What a generator makes the images of an iteration from; of several steps, at the one that the iteration drew."""
 
-    noise: Tensor  # [B, C, H, W]
+    noise: Tensor  # [B, C, H, W], standard normal
     class_labels: Tensor | None  # int64 [B]
     _: dataclasses.KW_ONLY
     step_index: int = 0

@@ -140,24 +140,22 @@ def _metadata(weights: TensorFile) -> dict[str, Any]:
 
 def _check_levels(metadata: Mapping[str, Any], path: Path) -> None:
     """Of a generator, one level or several, the highest first."""
-    given = [name for name in ("conditioning_sigma", "generator_sigmas") if name in metadata]
+    given = {"conditioning_sigma", "generator_sigmas"} & metadata.keys()
     if metadata["kind"] == "generator" and not given:
         raise ValueError(f"fastdmd.load_network: expected a generator's conditioning_sigma, got {path} without")
     if len(given) > 1:
-        raise ValueError(f"fastdmd.load_network: expected {' or '.join(given)} in {path}, got both")
-    for name in given:
-        value = metadata[name]
-        sigmas = value if name == "generator_sigmas" and isinstance(value, list) and len(value) > 1 else [value]
-        if not all(_is_level(sigma) for sigma in sigmas):
-            raise ValueError(
-                f"fastdmd.load_network: expected {name} from {MIN_SIGMA:.3g} to {MAX_SIGMA:g} in {path}, got "
-                f"{value!s:.80}"
-            )
-        if name == "generator_sigmas" and (len(sigmas) < 2 or any(a <= b for a, b in itertools.pairwise(sigmas))):
-            raise ValueError(
-                f"fastdmd.load_network: expected generator_sigmas, the highest of several first, in {path}, got "
-                f"{value!s:.80}"
-            )
+        raise ValueError(f"fastdmd.load_network: expected conditioning_sigma or generator_sigmas in {path}, got both")
+    bounds = f"from {MIN_SIGMA:.3g} to {MAX_SIGMA:g}"
+    sigma = metadata.get("conditioning_sigma", 1.0)
+    if not _is_level(sigma):
+        raise ValueError(f"fastdmd.load_network: expected conditioning_sigma {bounds} in {path}, got {sigma!s:.80}")
+    sigmas = metadata.get("generator_sigmas", [1.0])
+    are_levels = isinstance(sigmas, list) and len(sigmas) > 0 and all(map(_is_level, sigmas))
+    if not are_levels or any(a <= b for a, b in itertools.pairwise(sigmas)):
+        raise ValueError(
+            f"fastdmd.load_network: expected generator_sigmas, a list {bounds}, the highest first, in {path}, got "
+            f"{sigmas!s:.80}"
+        )
 
 
 def _is_level(sigma: Any) -> bool:

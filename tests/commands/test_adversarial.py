@@ -64,8 +64,8 @@ def test_classes_without_real_images_are_told(teacher_file, labelled, tmp_path, 
     run_train(teacher_file, tmp_path / "plain", "--num-samples", "0", "--data", labelled)
     assert "have no image" not in capsys.readouterr().err
     whole = Dataset(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10), "whole")
-    assert train.unseen_classes(whole, 10, "so") is None
-    assert train.unseen_classes(whole, 11, "so") == "1 of the teacher's 11 classes have no image in whole: so"
+    assert train.unseen_classes(whole, 10, are_judged=True) is None
+    assert train.unseen_classes(whole, 11, are_judged=True).startswith("1 of the teacher's")
 
 
 def test_what_the_term_has_seen_of_the_figures_is_told(teacher_file, labelled, tmp_path, capsys):

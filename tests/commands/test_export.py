@@ -48,7 +48,7 @@ VARIANTS = {
         channels_per_head=4,
     ),
 }
-SEVERAL = (40.0, 3.0, 0.5)
+SEVERAL = (40.0, 3.0)
 SMALLEST = UNetConfig(**TINY, image_size=8, num_classes=3, channel_multipliers=(1,))
 
 # Each reads lines `program inputs outputs`; an import of fastdmd fails.
