@@ -28,7 +28,7 @@ from fastdmd import __version__
 from fastdmd.diffusion import DenoisingNetwork, random_generator
 from fastdmd.files import replacing, write_atomically
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
-from fastdmd.networks.weights import METADATA_KEY, level_metadata, levels_of, load_network, save_network
+from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, save_network
 from fastdmd.runs import cli, outputs, terminal
 from fastdmd.runs.config import CommandSettings
 from fastdmd.sampling import Generator, balanced_labels, draw_step_noise
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         if metadata["kind"] != "generator":
             raise ValueError(f"expected a generator, got {config.weights}, a {metadata['kind']}")
         difference = export_generator(
-            Generator(network, levels_of(metadata)),
+            generator_of(network, metadata),
             config.out,
             weights_dtype=getattr(torch, config.weights_dtype),
             tolerance=config.tolerance,
@@ -145,7 +145,7 @@ def program_metadata(generator: Generator) -> dict[str, str]:
     network = generator.network
     return {
         "fastdmd_version": __version__,
-        **{name: json.dumps(value) for name, value in level_metadata(generator.sigmas).items()},
+        **{name: json.dumps(value) for name, value in generator_metadata(generator).items()},
         "image_shape": json.dumps(network.image_shape),  # [C, H, W]
         "num_classes": json.dumps(network.num_classes),
     }
@@ -172,12 +172,13 @@ class PlainGenerator(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(network_of(generator))
         self.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as torch documents it
-        self.sigmas = generator.sigmas
+        self.sigmas, self.clamped = generator.sigmas, generator.clamped
         for module in self.network.modules():
             module.__class__ = PLAIN.get(module.__class__, module.__class__)
 
     def forward(self, noise: Tensor, class_labels: Tensor | None = None, step_noise: Tensor | None = None) -> Tensor:
-        return Generator(self.network, self.sigmas)(noise, class_labels, step_noise=step_noise)
+        generator = Generator(self.network, self.sigmas, clamped=self.clamped)
+        return generator(noise, class_labels, step_noise=step_noise)
 
 
 class PlainUnconditional(PlainGenerator):
@@ -206,10 +207,10 @@ def dynamic_shapes(generator: Generator) -> dict[str, dict[int, Dim]]:
 
 def write_weights(generator: Generator, path: Path, weights_dtype: torch.dtype) -> Exported:
     """Weights and configuration alone: what training noted about itself stays behind."""
-    levels = level_metadata(generator.sigmas)
-    save_network(path, network_of(generator), kind="generator", dtype=weights_dtype, **levels)
+    own = generator_metadata(generator)
+    save_network(path, network_of(generator), kind="generator", dtype=weights_dtype, **own)
     loaded, metadata = load_network(path)
-    return Generator(loaded, levels_of(metadata))
+    return generator_of(loaded, metadata)
 
 
 def write_program(generator: Generator, path: Path, _: torch.dtype) -> Exported:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,12 +40,13 @@ class Generator:
     """A network and the noise levels that it makes images from, the highest first; differentiable.
 
     `x = D(sigma_0 * noise, sigma_0)`, and from each further level `x = D(x + sigma_k * fresh_noise, sigma_k)` (Yin et
-    al. 2024, DMD2, section 4.4). Raises ValueError for levels that are none, not finite and positive, or not in this
-    order.
+    al. 2024, DMD2, section 4.4). `clamped`: of `clamp_images(D)` in place of D. Raises ValueError for levels that are
+    none, not finite and positive, or not in this order.
     """
 
     network: Denoiser
     sigmas: tuple[float, ...]
+    clamped: bool = False
 
     def __post_init__(self) -> None:
         levels = self.sigmas if isinstance(self.sigmas, tuple) else ()
@@ -106,7 +107,8 @@ class Generator:
 
     def denoise(self, index: int, x: Tensor, class_labels: Tensor | None) -> Tensor:
         """`D(x, sigmas[index])`, `[B, C, H, W]`. Raises ValueError for an index of no level."""
-        return _denoise(self.network, x, self.sigma(index), class_labels)
+        images = _denoise(self.network, x, self.sigma(index), class_labels)
+        return clamp_images(images) if self.clamped else images
 
     def sigma(self, index: int) -> float:
         """`sigmas[index]`. Raises ValueError if there is none."""
@@ -194,6 +196,30 @@ def draw_step_noise(num_step_noises: int, noise: Tensor, random: torch.Generator
         return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=random)
 
     return torch.stack([normal() for _ in range(num_step_noises)], dim=1)
+
+
+def clamp_images(images: Tensor) -> Tensor:
+    """`images` of any shape clamped to [-1, 1], the range of pictures, with the gradient projected on it.
+
+    What of a gradient would lead further out by descent is zero; what leads back is kept, where `torch.clamp` has zero
+    for both. So a value that is out for the moment is not lost to learning.
+    """
+    if torch.is_grad_enabled() and images.requires_grad:
+        return _Clamp.apply(images)
+    return images.clamp(-1, 1)
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        ctx.save_for_backward(images)
+        return images.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,), (images,) = grads, ctx.saved_tensors
+        leads_out = ((images < -1) & (grad > 0)) | ((images > 1) & (grad < 0))
+        return grad.masked_fill(leads_out, 0)
 
 
 def _denoise(network: Denoiser, x: Tensor, sigma: float, class_labels: Tensor | None) -> Tensor:

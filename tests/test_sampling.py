@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from fastdmd import diffusion
-from fastdmd.sampling import Generator, HeunSampler, draw_step_noise, with_fewer_steps
+from fastdmd.sampling import Generator, HeunSampler, clamp_images, draw_step_noise, with_fewer_steps
 from tests.helpers.networks import make_network
 
 
@@ -129,3 +130,24 @@ def test_a_generator_is_differentiable():
     noise = torch.randn(3, 1, 2, 2)
     Generator(lambda x, sigma, labels: scale * x, (5.0,))(noise).sum().backward()
     torch.testing.assert_close(scale.grad, 5 * noise.sum())
+
+
+def test_clamped_images_and_their_gradient():
+    """Of descent, what leads further out is left away and what leads back is kept."""
+    images = torch.tensor([-1.5, -1.5, -1.0, 0.2, 1.0, 1.5, 1.5, math.nan], requires_grad=True)
+    grad = torch.tensor([2.0, -2.0, 2.0, 3.0, -4.0, -5.0, 5.0, 6.0])
+    clamped = clamp_images(images)
+    assert_close(clamped.detach(), torch.tensor([-1.0, -1.0, -1.0, 0.2, 1.0, 1.0, 1.0, math.nan]), equal_nan=True)
+    clamped.backward(grad)
+    assert images.grad.tolist() == [0.0, -2.0, 2.0, 3.0, -4.0, 0.0, 5.0, 6.0]
+    with torch.no_grad():
+        assert_close(clamp_images(images), clamped, equal_nan=True)
+
+
+def test_a_clamped_generator_clamps_at_every_step():
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    fresh = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    generator = Generator(lambda x, sigma, labels: x / 2, (5.0, 3.0), clamped=True)
+    expected = (((2.5 * noise).clamp(-1, 1) + 3 * fresh[:, 0]) / 2).clamp(-1, 1)
+    assert_close(generator(noise, step_noise=fresh), expected)
+    assert (expected.abs() == 1).any() and (expected.abs() < 1).any()

@@ -28,8 +28,9 @@ class DMD2:
 
     Generator and fake score start as copies of the teacher, all in eval mode: dropout would be noise that the other
     networks do not see. The generator makes images at `generator_sigmas`, the highest first; of several, the draws of
-    an iteration say which. `generator_options` and `guidance_options` go to `AdamWEMA`. The teacher never requires
-    gradients, and no flag is toggled between turns: each turn differentiates only through the network that it trains.
+    an iteration say which. With `clamp_images` they stay in [-1, 1], see `sampling.clamp_images`. `generator_options`
+    and `guidance_options` go to `AdamWEMA`. The teacher never requires gradients, and no flag is toggled between turns:
+    each turn differentiates only through the network that it trains.
 
     `execution`: "eager"; "compiled", every network by `torch.compile`; "captured" (CUDA), compiled networks and each
     whole turn, from noising to the average of the weights, one CUDA graph. All three give the same numbers to rounding.
@@ -46,6 +47,7 @@ class DMD2:
         generator_sigmas: tuple[float, ...],
         sigma_data: float,
         dfake_gen_update_ratio: int,
+        clamp_images: bool = False,
         generator_options: Mapping[str, Any],
         guidance_options: Mapping[str, Any],
         execution: str = "eager",
@@ -84,7 +86,7 @@ class DMD2:
         self.guidance_tally = Tally((*self.method.guidance_scalars, *guidance_norms), self.device)
         self._teacher = self.executor.denoiser(self.teacher)
         self._fake_score = self.executor.denoiser(self.fake_score)
-        self._sampler = Generator(self.executor.denoiser(self.generator), generator_sigmas)
+        self._sampler = Generator(self.executor.denoiser(self.generator), generator_sigmas, clamp_images)
         self.buffers: Buffers | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -76,6 +76,9 @@ class TrainConfig(CommandConfig):
     """Images per iteration."""
     dfake_gen_update_ratio: Annotated[int, at_least(1, 10**6)] = 2
     """Guidance turns per generator turn."""
+    clamp_images: bool | None = None
+    """Whether the generator's images are clamped to [-1, 1], in training and ever after. Default: those of 1 or 3
+    channels are, but for a teacher's of your own code or of diffusers, which may have another range."""
     optimizer: Annotated[OptimizerSettings, OmitArgPrefixes] = OptimizerSettings()
     noise: Annotated[NoiseSettings, OmitArgPrefixes] = NoiseSettings()
     gan: Annotated[GANSettings, OmitArgPrefixes] = GANSettings()
@@ -111,6 +114,7 @@ class TrainConfig(CommandConfig):
             "noise": noise,
             "gan": self.gan.for_teacher(teacher, noise, self.optimizer.fake_score_lr),
             "compute": self.compute.for_device(device),
+            "clamp_images": _makes_pictures(teacher) if self.clamp_images is None else self.clamp_images,
         }
         return ResolvedTrainConfig(**(vars(self.placed()) | resolved))
 
@@ -123,6 +127,12 @@ class ResolvedTrainConfig(TrainConfig):
     noise: Noise = dataclasses.field()
     gan: GAN = dataclasses.field()
     compute: Compute = dataclasses.field()
+    clamp_images: bool = dataclasses.field()
+
+
+def _makes_pictures(teacher: DenoisingNetwork) -> bool:
+    """Whether its images are known to lie in [-1, 1]."""
+    return not teacher.foreign_name and teacher.image_shape[0] in (1, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.methods import Adversarial, Method
 from fastdmd.networks.discriminator import Discriminator
-from fastdmd.networks.weights import level_metadata, save_network
+from fastdmd.networks.weights import generator_metadata, save_network
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.pictures import SampleSheet
@@ -34,6 +34,7 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
     return DMD2(
         teacher,
         generator_sigmas=config.noise.generator_sigmas,
+        clamp_images=config.clamp_images,
         sigma_data=config.noise.sigma_data,
         dfake_gen_update_ratio=config.dfake_gen_update_ratio,
         execution=config.compute.execution,
@@ -116,7 +117,7 @@ class Distillation:
         self._teacher, self._teacher_record = teacher, teacher_record
         self._path = folder.path / "generator.safetensors"
         self._draws = make_draws(config, teacher, device, real)
-        self._sampler = Generator(self.network, config.noise.generator_sigmas)
+        self._sampler = Generator(self.network, config.noise.generator_sigmas, config.clamp_images)
         self._sheet = SampleSheet(teacher, config.seed, device)
 
     def iterate(self, iteration: int) -> None:
@@ -133,7 +134,7 @@ class Distillation:
             self._path,
             self.network,
             kind="generator",
-            **level_metadata(self.config.noise.generator_sigmas),
+            **generator_metadata(self._sampler),
             iterations=iteration,
             config=dataclasses.asdict(self.config),
             **information,

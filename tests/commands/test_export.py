@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from fastdmd import export, files, load_generator
 from fastdmd.networks.unet import UNetConfig
-from fastdmd.networks.weights import level_metadata, load_network, save_network
+from fastdmd.networks.weights import generator_metadata, load_network, save_network
 from fastdmd.sampling import Generator
 from tests.helpers.networks import make_network
 
@@ -77,17 +77,20 @@ for line in sys.stdin:
 """
 
 
-def write_generator(folder: Path, config: UNetConfig = SMALLEST, sigmas: tuple[float, ...] = (SIGMA,)) -> Path:
+def write_generator(
+    folder: Path, config: UNetConfig = SMALLEST, sigmas: tuple[float, ...] = (SIGMA,), clamped: bool = False
+) -> Path:
     path = folder / "generator.safetensors"
-    levels = level_metadata(sigmas)
-    save_network(path, make_network(config), kind="generator", **levels, iterations=7, record=[1, 2])
+    network = make_network(config)
+    own = generator_metadata(Generator(network, sigmas, clamped))
+    save_network(path, network, kind="generator", **own, iterations=7, record=[1, 2])
     return path
 
 
 @pytest.fixture(scope="module")
 def generator_files(tmp_path_factory) -> list[Path]:
     generators = [(config, (SIGMA,)) for config in VARIANTS.values()]
-    generators += [(dataclasses.replace(SMALLEST, num_classes=n), SEVERAL) for n in (0, 3)]
+    generators += [(dataclasses.replace(SMALLEST, num_classes=n), SEVERAL, True) for n in (0, 3)]
     return [write_generator(tmp_path_factory.mktemp("variant"), *generator) for generator in generators]
 
 
@@ -98,7 +101,7 @@ def trace_once():
         traced, trace = {}, export.trace
 
         def cached(generator):
-            key = generator.network.config, generator.sigmas
+            key = generator.network.config, generator.sigmas, generator.clamped
             if key not in traced:
                 traced[key] = trace(generator)
             return traced[key]
@@ -143,7 +146,7 @@ def check_result(generator, result, images):
         if name != "fastdmd_version"
     }
     assert metadata == {
-        **level_metadata(generator.sigmas),
+        **generator_metadata(generator),
         "image_shape": list(generator.network.image_shape),
         "num_classes": generator.network.num_classes,
     }
@@ -214,7 +217,7 @@ def test_weights_of_several_steps_come_with_their_levels(tmp_path):
     exported = tmp_path / "small.safetensors"
     export.main([str(write_generator(tmp_path, sigmas=SEVERAL)), "--out", str(exported)])
     assert load_generator(exported).sigmas == SEVERAL
-    assert load_network(exported)[1].keys() == {"kind", "network", "version", "generator_sigmas"}
+    assert load_network(exported)[1].keys() == {"kind", "network", "version", "generator_sigmas", "clamped"}
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
@@ -226,7 +229,7 @@ def test_weights_come_alone(name, tmp_path):
     dtype = getattr(torch, name)
     for key, value in generator.state_dict().items():
         assert_close(loaded.state_dict()[key], value.to(dtype).float(), atol=0, rtol=0)
-    assert metadata.keys() == {"kind", "network", "version", "conditioning_sigma"}
+    assert metadata.keys() == {"kind", "network", "version", "conditioning_sigma", "clamped"}
     assert metadata["kind"] == "generator" and metadata["conditioning_sigma"] == SIGMA
     assert loaded.config == generator.config
     num_weights = sum(value.numel() for value in generator.state_dict().values())

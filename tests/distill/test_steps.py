@@ -20,7 +20,7 @@ from tests.helpers.networks import make_network
 SIGMAS = (80.0, 5.0, 0.5)
 CPU = torch.device("cpu")
 OFF = {"gan_generator_weight": 0, "gan_guidance_weight": 0, "gan_r1_weight": 0, "divergence": "reverse-kl"}
-CONFIG = ADVERSARIAL.replace(**OFF, generator_sigmas=SIGMAS)
+CONFIG = ADVERSARIAL.replace(**OFF, generator_sigmas=SIGMAS, clamp_images=False)
 INPUTS = ["simulated", "noised-data"]
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from fastdmd import teachers
 from fastdmd.networks.adapted import Adapted
-from fastdmd.networks.weights import RECORDED, level_metadata, levels_of, load_network, save_network
+from fastdmd.networks.weights import RECORDED, generator_metadata, load_network, save_network
 from fastdmd.quality import Measurement
+from fastdmd.sampling import Generator
 from tests.helpers import foreign
 from tests.helpers.networks import SMALL, make_network
 
@@ -129,11 +130,14 @@ def test_a_record_is_taken_as_it_was_measured(tmp_path):
     ("sigmas", "written"),
     [((80.0,), {"conditioning_sigma": 80.0}), ((80.0, 6, 0.5), {"generator_sigmas": [80.0, 6, 0.5]})],
 )
-def test_levels_of_a_generator(sigmas, written, tmp_path):
-    """Of one level as ever; of several such that no former version takes the first for all of them."""
-    assert level_metadata(sigmas) == written
-    path = rewritten(tmp_path / "w.safetensors", kind="generator", **written)
-    assert teachers.load_generator(path).sigmas == levels_of(load_network(path)[1]) == sigmas
+@pytest.mark.parametrize("clamped", [False, True])
+def test_what_a_file_says_of_a_generator(sigmas, written, clamped, tmp_path):
+    """Levels, of one as ever, of several such that no former version takes the first for all of them; and clamping."""
+    assert generator_metadata(Generator(make_network(), sigmas, clamped)) == {**written, "clamped": clamped}
+    for extra in [{"clamped": clamped}] + [{}] * (not clamped):  # former files say nothing of it
+        path = rewritten(tmp_path / "w.safetensors", kind="generator", **written, **extra)
+        found = teachers.load_generator(path)
+        assert (found.sigmas, found.clamped) == (sigmas, clamped)
 
 
 def test_metadata_that_is_no_description(tmp_path):
