@@ -103,7 +103,7 @@ def record_turns(config, batch_size: int) -> dict[str, list]:
         options = dict(learning_rate=1e-4, max_grad_norm=10.0)
         model = DMD2(
             fake_cuda.fake(teacher),
-            conditioning_sigma=80.0,
+            generator_sigmas=(80.0,),
             sigma_data=config.sigma_data,
             dfake_gen_update_ratio=1,
             generator_options=dict(ema_decay=0.999, **options),

@@ -1,4 +1,4 @@
-"""`python -m fastdmd.export`: a one-step generator as a file that runs without fastdmd, or as bare weights."""
+"""`python -m fastdmd.export`: a generator as a file that runs without fastdmd, or as bare weights."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from fastdmd import __version__
-from fastdmd.diffusion import Denoiser, DenoisingNetwork, random_generator
+from fastdmd.diffusion import DenoisingNetwork, random_generator
 from fastdmd.files import replacing, write_atomically
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
-from fastdmd.networks.weights import METADATA_KEY, load_network, save_network
+from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, save_network
 from fastdmd.runs import cli, outputs, terminal
 from fastdmd.runs.config import CommandSettings
-from fastdmd.sampling import Generator, balanced_labels
+from fastdmd.sampling import Generator, balanced_labels, draw_step_noise
 from fastdmd.settings import Input, Positional, above
 
-Exported = Callable[[Tensor, "Tensor | None"], Tensor]  # noise, labels -> images, computed by what was written
+Inputs = dict[str, Tensor]  # noise, class_labels and step_noise, those that there are, in this order
+Exported = Callable[..., Tensor]  # of `Inputs` by their names: images, computed by what was written
 PROGRAM_METADATA = METADATA_KEY + ".json"  # the extra file of a .pt2 that holds what ONNX has in metadata_props
 TRACED_BATCH, CHECKED_BATCHES = 2, (1, 5)
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -43,7 +44,7 @@ ONNX_BYTES = 1_500_000_000  # protobuf ends at 2 GiB; beyond this PyTorch writes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig(CommandSettings):
-    """Export a one-step generator, sampling included, and check what was written against it."""
+    """Export a generator, sampling included, and check what was written against it."""
 
     weights: Annotated[Path, Positional, Input]
     """Weight file of a generator (.safetensors)."""
@@ -63,9 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
         outputs.require_file(config.out)
         network, metadata = load_network(config.weights)
         if metadata["kind"] != "generator":
-            raise ValueError(f"expected a one-step generator, got {config.weights}, a {metadata['kind']}")
+            raise ValueError(f"expected a generator, got {config.weights}, a {metadata['kind']}")
         difference = export_generator(
-            Generator(network, (metadata["conditioning_sigma"],)),
+            generator_of(network, metadata),
             config.out,
             weights_dtype=getattr(torch, config.weights_dtype),
             tolerance=config.tolerance,
@@ -80,8 +81,8 @@ def export_generator(
     """Writes the generator in the format of the suffix, atomically, once what was written has been checked.
 
     Programs (`.pt2`, `.onnx`) take standard normal `noise` `[B, C, H, W]` in float32 and, if the network knows
-    classes, `class_labels` (int64 `[B]`), for any B, and return images in [-1, 1], as the generator does. They hold
-    plain PyTorch and ONNX operations alone.
+    classes, `class_labels` (int64 `[B]`), of several steps `step_noise` `[B, num_steps - 1, C, H, W]` like `noise`, for
+    any B, and return images in [-1, 1], as the generator does. They hold plain PyTorch and ONNX operations alone.
 
     Returns the greatest absolute difference between images of the file and of the generator. Raises OSError if the file
     cannot be written, ValueError for a format that cannot be, without the packages of ONNX, or if images differ by more
@@ -95,8 +96,6 @@ def export_generator(
         )
     if path.is_dir() or not path.parent.is_dir():
         raise FileNotFoundError(f"fastdmd.export_generator: expected a file in an existing folder, got {path}")
-    if len(generator.sigmas) > 1:
-        raise ValueError(f"fastdmd.export_generator: expected a one-step generator, got levels {generator.sigmas}")
     network = copy.deepcopy(network_of(generator)).cpu().eval().requires_grad_(False)
     generator = dataclasses.replace(generator, network=network)
     with replacing(path) as written:
@@ -116,8 +115,9 @@ def greatest_difference(exported: Exported, generator: Generator) -> float:
     """Between the images of both, at two batch sizes, neither of them the traced one."""
     differences = []
     for batch_size in CHECKED_BATCHES:
-        inputs = make_inputs(generator.network, batch_size)
-        differences.append((exported(*inputs) - generator(*inputs)).abs().max())
+        inputs = make_inputs(generator, batch_size)
+        images = generator(inputs["noise"], inputs.get("class_labels"), step_noise=inputs.get("step_noise"))
+        differences.append((exported(**inputs) - images).abs().max())
     return torch.stack(differences).max().item()
 
 
@@ -128,10 +128,16 @@ def network_of(generator: Generator) -> DenoisingNetwork:
     return generator.network
 
 
-def make_inputs(network: Denoiser, batch_size: int) -> tuple[Tensor, Tensor | None]:
-    """Noise `[B, C, H, W]` and int64 labels `[B]`, None without classes: the same for a batch size each time."""
-    noise = torch.randn(batch_size, *network.image_shape, generator=random_generator(0, batch_size))
-    return noise, balanced_labels(batch_size, network.num_classes)
+def make_inputs(generator: Generator, batch_size: int) -> Inputs:
+    """What a generator takes for so many images: the same for a batch size each time."""
+    random = random_generator(0, batch_size)
+    noise = torch.randn(batch_size, *generator.network.image_shape, generator=random)
+    inputs = {
+        "noise": noise,
+        "class_labels": balanced_labels(batch_size, generator.network.num_classes),
+        "step_noise": draw_step_noise(generator.num_step_noises, noise, random),
+    }
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def program_metadata(generator: Generator) -> dict[str, str]:
@@ -139,7 +145,7 @@ def program_metadata(generator: Generator) -> dict[str, str]:
     network = generator.network
     return {
         "fastdmd_version": __version__,
-        "conditioning_sigma": json.dumps(generator.sigmas[0]),
+        **{name: json.dumps(value) for name, value in generator_metadata(generator).items()},
         "image_shape": json.dumps(network.image_shape),  # [C, H, W]
         "num_classes": json.dumps(network.num_classes),
     }
@@ -159,44 +165,52 @@ class PlainGroupNormSiLU(nn.GroupNorm):
 PLAIN = {GroupNormSiLU: PlainGroupNormSiLU, GroupNorm: nn.GroupNorm, Conv3x3: nn.Conv2d}
 
 
-class OneStep(nn.Module):
+class PlainGenerator(nn.Module):
     """A generator as a module of plain PyTorch, on a copy of its network."""
 
     def __init__(self, generator: Generator):
         super().__init__()
         self.network = copy.deepcopy(network_of(generator))
         self.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as torch documents it
-        self.sigmas = generator.sigmas
+        self.sigmas, self.clamped = generator.sigmas, generator.clamped
         for module in self.network.modules():
             module.__class__ = PLAIN.get(module.__class__, module.__class__)
 
-    def forward(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return Generator(self.network, self.sigmas)(noise, class_labels)
+    def forward(self, noise: Tensor, class_labels: Tensor | None = None, step_noise: Tensor | None = None) -> Tensor:
+        generator = Generator(self.network, self.sigmas, clamped=self.clamped)
+        return generator(noise, class_labels, step_noise=step_noise)
+
+
+class PlainUnconditional(PlainGenerator):
+    """Without `class_labels`, so that what there is can be given by position."""
+
+    def forward(self, noise: Tensor, step_noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(noise, None, step_noise)
 
 
 def trace(generator: Generator) -> ExportedProgram:
-    """The program `noise, class_labels -> images`, for any batch size; unconditional ones have no `class_labels`."""
-    network = generator.network
-    inputs = tuple(value for value in make_inputs(network, TRACED_BATCH) if value is not None)
-    module = OneStep(generator).eval()
-    program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes(network))
+    """The program `noise, class_labels, step_noise -> images`, of those that there are, for any batch size."""
+    kind = PlainGenerator if generator.network.num_classes else PlainUnconditional
+    inputs = make_inputs(generator, TRACED_BATCH)
+    program = torch.export.export(
+        kind(generator).eval(), tuple(inputs.values()), dynamic_shapes=dynamic_shapes(generator)
+    )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # source lines, and folders of this machine
     return program
 
 
-def dynamic_shapes(network: Denoiser) -> dict[str, dict[int, Dim]]:
+def dynamic_shapes(generator: Generator) -> dict[str, dict[int, Dim]]:
     """The first axis of each input is a batch of any size."""
-    names = ("noise", "class_labels") if network.num_classes else ("noise",)
-    return dict.fromkeys(names, {0: Dim("batch")})
+    return dict.fromkeys(make_inputs(generator, TRACED_BATCH), {0: Dim("batch")})
 
 
 def write_weights(generator: Generator, path: Path, weights_dtype: torch.dtype) -> Exported:
     """Weights and configuration alone: what training noted about itself stays behind."""
-    sigma = generator.sigmas[0]
-    save_network(path, network_of(generator), kind="generator", dtype=weights_dtype, conditioning_sigma=sigma)
+    own = generator_metadata(generator)
+    save_network(path, network_of(generator), kind="generator", dtype=weights_dtype, **own)
     loaded, metadata = load_network(path)
-    return Generator(loaded, (metadata["conditioning_sigma"],))
+    return generator_of(loaded, metadata)
 
 
 def write_program(generator: Generator, path: Path, _: torch.dtype) -> Exported:
@@ -206,7 +220,7 @@ def write_program(generator: Generator, path: Path, _: torch.dtype) -> Exported:
         torch.export.save(trace(generator), buffer, extra_files={PROGRAM_METADATA: metadata})
         write_atomically(path, lambda file: file.write(buffer.getbuffer()))
         program = torch.export.load(path).module()
-    return torch.no_grad()(lambda *inputs: program(*(value for value in inputs if value is not None)))
+    return torch.no_grad()(lambda **inputs: program(*inputs.values()))
 
 
 def write_onnx(generator: Generator, path: Path, _: torch.dtype) -> Exported:
@@ -224,7 +238,7 @@ def write_onnx(generator: Generator, path: Path, _: torch.dtype) -> Exported:
             dynamo=True,
             verbose=False,
             output_names=["images"],
-            dynamic_shapes=dynamic_shapes(generator.network),
+            dynamic_shapes=dynamic_shapes(generator),
         )
         assert program is not None  # as dynamo=True promises
         program.model.metadata_props.update(program_metadata(generator))
@@ -232,11 +246,9 @@ def write_onnx(generator: Generator, path: Path, _: torch.dtype) -> Exported:
             node.metadata_props.clear()  # half a megabyte of where in torch each came from
         program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
 
-    def sampler(*inputs: Tensor | None) -> Tensor:
-        given = [value.numpy() for value in inputs if value is not None]
-        arrays = dict(zip(names, given, strict=True))
+    def sampler(**inputs: Tensor) -> Tensor:
+        arrays = {name: value.numpy() for name, value in inputs.items()}
         return torch.from_numpy(session.run(None, arrays)[0])
 
     return sampler

@@ -1,4 +1,4 @@
-"""`python -m fastdmd.sample`: images from a generator (one step) or a teacher (Heun), as .png or .npz."""
+"""`python -m fastdmd.sample`: images from a generator or a teacher (Heun), as .png or .npz."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastdmd.memory import require_memory
 from fastdmd.runs import cli, machine, outputs, terminal
 from fastdmd.runs.config import SampleConfig
 from fastdmd.runs.pictures import image_grid
-from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels
+from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels, draw_step_noise
 
 BYTES_PER_VALUE = 4 + 1 + 1  # an image as floats, as integers, and in the picture
 
@@ -66,8 +66,19 @@ def sample(sampler: Sampler, labels: torch.Tensor | None, config: SampleConfig, 
     for start in range(0, config.num, config.batch_size):
         part = slice(start, start + config.batch_size)
         class_labels = None if labels is None else labels[part].to(device)
-        noise[part] = quality.sample(sampler, noise[part].to(device), class_labels).cpu()
+        step_noise = make_step_noise(sampler, noise[part], start, config.seed)
+        step_noise = None if step_noise is None else step_noise.to(device)
+        noise[part] = quality.sample(sampler, noise[part].to(device), class_labels, step_noise).cpu()
     return noise  # each image where its noise was
+
+
+def make_step_noise(sampler: Sampler, noise: torch.Tensor, start: int, seed: int) -> torch.Tensor | None:
+    """Of images from number `start` on, `[B, num_step_noises, C, H, W]` or None: for each a function of its number."""
+    if sampler.num_step_noises == 0:
+        return None
+    random = (random_generator(seed, 1 + start + i, stream=SAMPLING_STREAM) for i in range(len(noise)))
+    noises = [draw_step_noise(sampler.num_step_noises, noise[:1], generator) for generator in random]
+    return torch.cat([step_noise for step_noise in noises if step_noise is not None])
 
 
 def write_images(config: SampleConfig, images: torch.Tensor, labels: torch.Tensor | None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ SAMPLING_STREAM = 2  # random_generator's stream for evaluation, apart from thos
 
 
 class Sampler(Protocol):
-    """`sampler(noise, class_labels) -> images`: standard normal `[B, C, H, W]`, int64 `[B]` or None, `[B, C, H, W]`."""
+    """`sampler(noise, class_labels, step_noise=step_noise) -> images`, `[B, C, H, W]`: standard normal of that shape,
+    int64 `[B]` or None, and what `draw_step_noise` gives."""
 
     @property
     def network(self) -> Denoiser: ...
@@ -24,20 +26,27 @@ class Sampler(Protocol):
     @property
     def num_evaluations(self) -> int: ...  # of the network, for an image
 
-    def __call__(self, noise: Tensor, class_labels: Tensor | None) -> Tensor: ...
+    @property
+    def num_step_noises(self) -> int: ...  # for an image, besides the noise that it starts from
+
+    @property
+    def shorter(self) -> Sequence[Sampler]: ...  # those of fewer steps that it begins with, the longest first
+
+    def __call__(self, noise: Tensor, class_labels: Tensor | None, *, step_noise: Tensor | None) -> Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
     """A network and the noise levels that it makes images from, the highest first; differentiable.
 
-    `x = D(sigma_1 * noise, sigma_1)`, and from each further level `x = D(x + sigma_k * fresh_noise, sigma_k)` (Yin et
-    al. 2024, DMD2, section 4.4). Fresh noise is from `random`, or from torch's own generator. Raises ValueError for
-    levels that are none, not finite and positive, or not in this order.
+    `x = D(sigma_0 * noise, sigma_0)`, and from each further level `x = D(x + sigma_k * fresh_noise, sigma_k)` (Yin et
+    al. 2024, DMD2, section 4.4). `clamped`: of `clamp_images(D)` in place of D. Raises ValueError for levels that are
+    none, not finite and positive, or not in this order.
     """
 
     network: Denoiser
     sigmas: tuple[float, ...]
+    clamped: bool = False
 
     def __post_init__(self) -> None:
         levels = self.sigmas if isinstance(self.sigmas, tuple) else ()
@@ -51,15 +60,61 @@ class Generator:
     def num_evaluations(self) -> int:
         return len(self.sigmas)
 
+    @property
+    def num_step_noises(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def shorter(self) -> Sequence[Generator]:
+        return [dataclasses.replace(self, sigmas=self.sigmas[:k]) for k in range(len(self.sigmas) - 1, 0, -1)]
+
     def __call__(
-        self, noise: Tensor, class_labels: Tensor | None = None, *, random: torch.Generator | None = None
+        self,
+        noise: Tensor,
+        class_labels: Tensor | None = None,
+        *,
+        step_noise: Tensor | None = None,
+        random: torch.Generator | None = None,
     ) -> Tensor:
-        """Images `[B, C, H, W]` of standard normal `noise` of that shape and `class_labels`, int64 `[B]` or None."""
-        x = _denoise(self.network, noise * self.sigmas[0], self.sigmas[0], class_labels)
-        for sigma in self.sigmas[1:]:
-            fresh_noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=random)
-            x = _denoise(self.network, x + sigma * fresh_noise, sigma, class_labels)
+        """Images `[B, C, H, W]` of standard normal `noise` of that shape and `class_labels`, int64 `[B]` or None.
+
+        `step_noise`, standard normal `[B, num_step_noises, C, H, W]`, is the fresh noise of the levels after the first.
+        Without it `random` draws it, or torch's own generator. Raises ValueError for another shape.
+        """
+        if step_noise is None:
+            step_noise = draw_step_noise(self.num_step_noises, noise, random)
+        last = len(self.sigmas) - 1
+        x = self.simulate(last, noise, class_labels, step_noise)
+        return self.denoise(last, x, class_labels)
+
+    def simulate(self, index: int, noise: Tensor, class_labels: Tensor | None, step_noise: Tensor | None) -> Tensor:
+        """What sampling gives the network at the level `sigmas[index]`, `[B, C, H, W]`.
+
+        `x_0 = sigma_0 * noise`, `x_k = D(x_{k-1}, sigma_{k-1}) + sigma_k * step_noise[:, k-1]`. Raises ValueError for
+        an index of no level and for noise of another shape; at the first level, `step_noise` may be None.
+        """
+        self.sigma(index)
+        if index > 0 or step_noise is not None:
+            expected, got = (noise.shape[0], self.num_step_noises, *noise.shape[1:]), None
+            if step_noise is None or (got := tuple(step_noise.shape)) != expected:
+                raise ValueError(f"fastdmd.Generator: expected step_noise of shape {expected}, got {got}")
+        x = noise * self.sigmas[0]
+        for level, sigma in enumerate(self.sigmas[1 : index + 1]):
+            assert step_noise is not None
+            # In this order the sum is laid out as the noise is, at every level: compiled networks serve them all.
+            x = sigma * step_noise[:, level] + self.denoise(level, x, class_labels)
         return x
+
+    def denoise(self, index: int, x: Tensor, class_labels: Tensor | None) -> Tensor:
+        """`D(x, sigmas[index])`, `[B, C, H, W]`. Raises ValueError for an index of no level."""
+        images = _denoise(self.network, x, self.sigma(index), class_labels)
+        return clamp_images(images) if self.clamped else images
+
+    def sigma(self, index: int) -> float:
+        """`sigmas[index]`. Raises ValueError if there is none."""
+        if not 0 <= index < len(self.sigmas):
+            raise ValueError(f"fastdmd.Generator: expected a step in [0, {len(self.sigmas)}), got {index}")
+        return self.sigmas[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +129,9 @@ class HeunSampler:
     num_steps: int = 18
     sigma_min: float = 0.002
     rho: float = 7.0
+
+    num_step_noises = 0
+    shorter = ()
 
     @property
     def num_evaluations(self) -> int:
@@ -93,8 +151,13 @@ class HeunSampler:
         return [*sigmas.flip(0).tolist(), 0.0]
 
     @torch.no_grad()
-    def __call__(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Images `[B, C, H, W]` of standard normal `noise` of that shape and `class_labels`, int64 `[B]` or None."""
+    def __call__(
+        self, noise: Tensor, class_labels: Tensor | None = None, *, step_noise: Tensor | None = None
+    ) -> Tensor:
+        """Images `[B, C, H, W]` of standard normal `noise` of that shape and `class_labels`, int64 `[B]` or None.
+
+        `step_noise` is None: none is drawn on the way.
+        """
         levels = self.levels()
         x = noise * levels[0]
         for level, next_level in zip(levels[:-1], levels[1:], strict=True):
@@ -110,6 +173,53 @@ class HeunSampler:
 def balanced_labels(num_images: int, num_classes: int, device: torch.device | str = "cpu") -> Tensor | None:
     """`0, 1, ..., num_classes - 1, 0, 1, ...`: as many of each class as can be; None without classes."""
     return torch.arange(num_images, device=device) % num_classes if num_classes else None
+
+
+def with_fewer_steps(name: str, sampler: Sampler) -> dict[str, Sampler]:
+    """The sampler by its name, and by others those of fewer steps that it begins with, the longest first."""
+    others: dict[str, Sampler] = {}
+    for other in sampler.shorter:
+        num_steps = other.num_evaluations
+        others[f"{name}, {num_steps} step{'s' if num_steps > 1 else ''}"] = other
+    return {name: sampler, **others}
+
+
+def draw_step_noise(num_step_noises: int, noise: Tensor, random: torch.Generator | None) -> Tensor | None:
+    """Standard normal `[B, num_step_noises, C, H, W]` beside a `noise` of `[B, C, H, W]`; None where they are none.
+
+    One step after the other: a sampler of fewer steps gets the same for those.
+    """
+    if num_step_noises == 0:
+        return None
+
+    def normal() -> Tensor:
+        return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=random)
+
+    return torch.stack([normal() for _ in range(num_step_noises)], dim=1)
+
+
+def clamp_images(images: Tensor) -> Tensor:
+    """`images` of any shape clamped to [-1, 1], the range of pictures, with the gradient projected on it.
+
+    What of a gradient would lead further out by descent is zero; what leads back is kept, where `torch.clamp` has zero
+    for both. So a value that is out for the moment is not lost to learning.
+    """
+    if torch.is_grad_enabled() and images.requires_grad:
+        return _Clamp.apply(images)
+    return images.clamp(-1, 1)
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        ctx.save_for_backward(images)
+        return images.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,), (images,) = grads, ctx.saved_tensors
+        leads_out = ((images < -1) & (grad > 0)) | ((images > 1) & (grad < 0))
+        return grad.masked_fill(leads_out, 0)
 
 
 def _denoise(network: Denoiser, x: Tensor, sigma: float, class_labels: Tensor | None) -> Tensor:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 try:
     from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
+    from tyro.constructors import PrimitiveConstructorSpec
 except ModuleNotFoundError:  # commands alone need it; what they configure is also used without them
+    PrimitiveConstructorSpec = None  # type: ignore[assignment, misc]
     FlagCreatePairsOff = OmitArgPrefixes = Positional = Suppress = None
 
     class arg(NamedTuple):  # type: ignore[no-redef]
@@ -33,6 +35,7 @@ __all__ = [
     "arg",
     "at_least",
     "check",
+    "commas",
     "fail",
     "inputs",
     "within",
@@ -129,6 +132,19 @@ def within(least: float, greatest: float, *, below: bool = False) -> Bounds:
     """`[least, greatest]`, or `[least, greatest)`."""
     text = f"in [{_show(least)}, {_show(greatest)}{')' if below else ']'}"
     return Bounds(least, greatest, text, text, text, below=below)
+
+
+def commas() -> Any:
+    """For a tuple of numbers, or None: one text on the command line, `80,24.4,5.8`."""
+    if PrimitiveConstructorSpec is None:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT,FLOAT,...",
+        instance_from_str=lambda words: None if words == ["None"] else tuple(map(float, words[0].split(","))),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: ["None" if value is None else ",".join(map(str, value))],
+    )
 
 
 def check(settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""`python -m fastdmd.train`: distils a teacher into a one-step generator."""
+"""`python -m fastdmd.train`: distils a teacher into a generator of one step, or a few."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
 
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
+BYTES_PER_STEP = 4  # more for each step after the first: fresh noise
 BYTES_PER_JUDGED = 3 * 4  # more with an adversarial term: real images, noise for them and for generated ones
 
 
@@ -46,14 +47,17 @@ def main(arguments: list[str] | None = None) -> None:
         real = distillation.real_images(config, teacher, dataset)
         if config.gan.is_on:
             teachers.verify_features(teacher)
-        if real is not None and (notice := unseen_classes(real, teacher.num_classes)) is not None:
-            terminal.say(notice)
+        if real is not None:
+            notice = unseen_classes(real, teacher.num_classes, are_judged=config.gan.is_on)
+            if notice is not None:
+                terminal.say(notice)
         budget = budget_of(config, teacher, device)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return
         num_values = config.batch_size * math.prod(teacher.image_shape)
-        bytes_per_value = BYTES_PER_DRAW + BYTES_PER_JUDGED * config.gan.is_on
+        num_more_steps = len(config.noise.generator_sigmas) - 1
+        bytes_per_value = BYTES_PER_DRAW + BYTES_PER_JUDGED * config.gan.is_on + BYTES_PER_STEP * num_more_steps
         require_memory(bytes_per_value * num_values, device, f"--batch-size {config.batch_size}")
         if budget is not None and (advice := budget.advice()) is not None:
             if budget.is_hopeless:
@@ -68,32 +72,32 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:
-        print(overlap(dataset))
+        print(overlap(dataset, "The adversarial term" if config.gan.is_on else "The generator"))
     if summary["teacher"]["recorded"]:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
     print(f"{folder.path}: generator.safetensors, samples.png, summary.json")
     cli.leave("fastdmd.train", summary, config.iterations)
 
 
-def unseen_classes(real: Dataset, num_classes: int) -> str | None:
-    """What to say where an adversarial term sees generated images of classes without real ones."""
+def unseen_classes(real: Dataset, num_classes: int, *, are_judged: bool) -> str | None:
+    """What to say where some classes have no real image, for an adversarial term or for a generator to start from."""
     num_unseen = 0 if real.labels is None else num_classes - len(real.labels.unique())
     if num_unseen == 0:
         return None
-    return (
-        f"{num_unseen} of the teacher's {num_classes} classes have no image in {real.name}: the adversarial term takes "
-        "whatever is generated of them for false"
-    )
+    consequence = "beyond its first step the generator learns nothing of them"
+    if are_judged:
+        consequence = "the adversarial term takes whatever is generated of them for false"
+    return f"{num_unseen} of the teacher's {num_classes} classes have no image in {real.name}: {consequence}"
 
 
-def overlap(named: Dataset | None) -> str:
-    """What the reader of the figures should know where an adversarial term has seen real images."""
+def overlap(named: Dataset | None, learner: str) -> str:
+    """What the reader of the figures should know where training has seen real images."""
     if named is None:
         return (
-            "The adversarial term trained on the test digits: precision, recall and kernel distance compare with them, "
+            f"{learner} trained on the test digits: precision, recall and kernel distance compare with them, "
             "the Fréchet distance does not."
         )
-    return f"The adversarial term trained on {named.name}, with which these figures compare; keep a part for evaluate."
+    return f"{learner} trained on {named.name}, with which these figures compare; keep a part for evaluate."
 
 
 def load_teacher(config: TrainConfig, device: torch.device) -> tuple[DenoisingNetwork, dict[str, Any]]:
@@ -123,7 +127,13 @@ def budget_of(config: ResolvedTrainConfig, teacher: DenoisingNetwork, device: to
     """None where the teacher is somebody's module that does not run on meta tensors."""
     eager = config.replace(execution="eager")  # as meta tensors can be
     try:
-        return estimate(teacher, lambda network: distillation.build(eager, network), config.batch_size, device)
+        return estimate(
+            teacher,
+            lambda network: distillation.build(eager, network),
+            config.batch_size,
+            device,
+            generator_inputs=config.noise.generator_inputs,
+        )
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         if not teacher.foreign_name:
             raise

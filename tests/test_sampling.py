@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from fastdmd import diffusion
-from fastdmd.sampling import Generator, HeunSampler
+from fastdmd.sampling import Generator, HeunSampler, clamp_images, draw_step_noise, with_fewer_steps
+from tests.helpers.networks import make_network
 
 
 def gaussian_denoiser(variance, mean=0.5):
@@ -73,6 +75,48 @@ def test_a_generator_makes_images_in_one_step_or_several():
     torch.testing.assert_close(images, 0.5 + 0.25 / (0.25 + 4) * (expected + 2 * fresh - 0.5))
 
 
+def test_what_sampling_arrives_at():
+    """Level by level of a network of ours, as anyone would write it; those of fewer steps begin alike."""
+    network, labels = make_network().double(), torch.tensor([3, 7])
+    sigmas = (80.0, 6.0, 0.5)
+    generator = Generator(network, sigmas)
+    random = torch.Generator().manual_seed(1)
+    noise = torch.randn(2, 1, 28, 28, dtype=torch.float64, generator=random)
+    step_noise = draw_step_noise(2, noise, random)
+    assert step_noise.shape == (2, 2, 1, 28, 28) and step_noise.dtype == torch.float64
+    again = torch.Generator().manual_seed(1)
+    torch.randn(noise.shape, dtype=torch.float64, generator=again)
+    assert torch.equal(draw_step_noise(1, noise, again), step_noise[:, :1]) and draw_step_noise(0, noise, None) is None
+    x = sigmas[0] * noise
+    for index, sigma in enumerate(sigmas):
+        torch.testing.assert_close(generator.simulate(index, noise, labels, step_noise), x)
+        x_0 = network(x, torch.full((2,), sigma, dtype=torch.float64), labels)
+        fewer = Generator(network, sigmas[: index + 1])
+        torch.testing.assert_close(fewer(noise, labels, step_noise=step_noise[:, :index] if index else None), x_0)
+        if index < 2:
+            x = x_0 + sigmas[index + 1] * step_noise[:, index]
+    assert [one.sigmas for one in generator.shorter] == [sigmas[:2], sigmas[:1]] and generator.num_step_noises == 2
+    names = {name: one.num_evaluations for name, one in with_fewer_steps("it", generator).items()}
+    assert names == {"it": 3, "it, 2 steps": 2, "it, 1 step": 1}
+    assert with_fewer_steps("it", one := HeunSampler(network)) == {"it": one}
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (3, (2, 2, 1, 4, 4), r"a step in \[0, 3\), got 3"),
+        (-1, (2, 2, 1, 4, 4), r"a step in \[0, 3\), got -1"),
+        (1, None, r"step_noise of shape \(2, 2, 1, 4, 4\), got None"),
+        (2, (2, 1, 1, 4, 4), r"step_noise of shape \(2, 2, 1, 4, 4\), got \(2, 1, 1, 4, 4\)"),
+        (0, (2, 2, 4, 4), r"step_noise of shape \(2, 2, 1, 4, 4\), got \(2, 2, 4, 4\)"),
+    ],
+)
+def test_steps_that_are_none_and_noise_of_others_are_refused(index, shape, message):
+    generator = Generator(gaussian_denoiser(0.25)[0], (80.0, 5.0, 0.5))
+    with pytest.raises(ValueError, match=f"^fastdmd.Generator: expected {message}$"):
+        generator.simulate(index, torch.zeros(2, 1, 4, 4), None, None if shape is None else torch.zeros(shape))
+
+
 @pytest.mark.parametrize(
     "sigmas", [(), 80.0, (0.0,), (-1.0,), (math.nan,), (math.inf,), (2.0, 80.0), (2.0, 2.0)], ids=str
 )
@@ -86,3 +130,24 @@ def test_a_generator_is_differentiable():
     noise = torch.randn(3, 1, 2, 2)
     Generator(lambda x, sigma, labels: scale * x, (5.0,))(noise).sum().backward()
     torch.testing.assert_close(scale.grad, 5 * noise.sum())
+
+
+def test_clamped_images_and_their_gradient():
+    """Of descent, what leads further out is left away and what leads back is kept."""
+    images = torch.tensor([-1.5, -1.5, -1.0, 0.2, 1.0, 1.5, 1.5, math.nan], requires_grad=True)
+    grad = torch.tensor([2.0, -2.0, 2.0, 3.0, -4.0, -5.0, 5.0, 6.0])
+    clamped = clamp_images(images)
+    assert_close(clamped.detach(), torch.tensor([-1.0, -1.0, -1.0, 0.2, 1.0, 1.0, 1.0, math.nan]), equal_nan=True)
+    clamped.backward(grad)
+    assert images.grad.tolist() == [0.0, -2.0, 2.0, 3.0, -4.0, 0.0, 5.0, 6.0]
+    with torch.no_grad():
+        assert_close(clamp_images(images), clamped, equal_nan=True)
+
+
+def test_a_clamped_generator_clamps_at_every_step():
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    fresh = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    generator = Generator(lambda x, sigma, labels: x / 2, (5.0, 3.0), clamped=True)
+    expected = (((2.5 * noise).clamp(-1, 1) + 3 * fresh[:, 0]) / 2).clamp(-1, 1)
+    assert_close(generator(noise, step_noise=fresh), expected)
+    assert (expected.abs() == 1).any() and (expected.abs() < 1).any()

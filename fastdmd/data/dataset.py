@@ -132,10 +132,16 @@ class Dataset:
         return images, None if self.labels is None else _move(self.labels.index_select(0, indices), device)
 
     def random_batch(
-        self, batch_size: int, *, seed: int, step: int, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        step: int,
+        device: torch.device | str | None = None,
+        stream: int = RANDOM_BATCH_STREAM,
     ) -> tuple[Tensor, Tensor | None]:
-        """`batch` of indices drawn with replacement: a function of (seed, step), the same on every device."""
-        generator = random_generator(seed, step, stream=RANDOM_BATCH_STREAM)
+        """`batch` of indices drawn with replacement: a function of (seed, step, stream), the same on every device."""
+        generator = random_generator(seed, step, stream=stream)
         return self.batch(torch.randint(len(self), (batch_size,), generator=generator), device)
 
     def require(

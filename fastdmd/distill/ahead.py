@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from fastdmd.distill.draws import Draws
+from fastdmd.distill.starts import copy_tensors, make_images, map_tensors, same_start, start_of
+from fastdmd.sampling import Generator
 
 # Images in one no-grad forward of the generator, which serves several iterations where the batch is smaller. Measured
 # on two cores, 48-wide network: 8 images cost 1.5 ms each, 72 cost 1.1 ms, 128 the same.
@@ -19,19 +23,17 @@ Source = Callable[[int], Draws]  # the random inputs of an iteration
 class Ahead:
     """Static buffers for the images of a chunk of iterations between two generator turns, and the draws behind them.
 
-    Iteration `k * ratio` has a generator turn; those between it and the next are cut into chunks of equal length. The
-    random inputs of a chunk are asked for when its images are made.
+    Iteration `k * ratio` has a generator turn; those between it and the next are cut into chunks of equal length, of
+    one where each has a step of its own. The random inputs of a chunk are asked for when its images are made.
     """
 
     def __init__(self, draws: Draws, ratio: int):
         self._ratio, batch_size = ratio, len(draws.noise)
         lengths = [length for length in range(1, ratio) if (ratio - 1) % length == 0]
-        self.chunk = max((n for n in lengths if n * batch_size <= MAX_IMAGES_AHEAD), default=1)  # iterations
-        shape = (self.chunk * batch_size, *draws.noise.shape[1:])
-        self.noise = draws.noise.new_empty(shape)  # [chunk * B, C, H, W]
-        self.x_gen = draws.noise.new_empty(shape)  # [chunk * B, C, H, W]
-        labels = draws.class_labels
-        self.class_labels = None if labels is None else labels.new_empty(shape[0])  # int64 [chunk * B]
+        limit = MAX_IMAGES_AHEAD if draws.is_of_one_step else batch_size
+        chunk = self.chunk = max((n for n in lengths if n * batch_size <= limit), default=1)  # iterations
+        self.inputs = map_tensors(lambda x: x.new_empty(chunk * batch_size, *x.shape[1:]), start_of(draws))
+        self.x_gen = torch.empty_like(self.inputs.noise)  # [chunk * B, C, H, W]
         self._start: int | None = None  # of the chunk whose images are here
         self._source: Source | None = None
         self._drawn: dict[int, Draws] = {}
@@ -55,26 +57,23 @@ class Ahead:
         if source is self._source:
             return kept or source(step)
         drawn = source(step)
-        if kept is None or not _same_start(kept, drawn):
+        if kept is None or not same_start(kept, drawn):
             self._start = None
         return drawn
 
     def fill(self, start: int, source: Source) -> None:
-        """Puts noise and labels of the iterations `[start, start + chunk)` where `generate` reads them."""
+        """Puts what the iterations `[start, start + chunk)` make images from where `generate` reads it."""
         self._drawn = {step: source(step) for step in range(start, start + self.chunk)}
-        for index, drawn in enumerate(self._drawn.values()):
-            rows = slice(index * len(drawn.noise), (index + 1) * len(drawn.noise))
-            self.noise[rows].copy_(drawn.noise)
-            if self.class_labels is not None and drawn.class_labels is not None:
-                self.class_labels[rows].copy_(drawn.class_labels)
+        for rows, drawn in zip(parts(len(self.x_gen), self.chunk), self._drawn.values(), strict=True):
+            copy_tensors(drawn, map_tensors(itemgetter(rows), self.inputs))
+        self.inputs = dataclasses.replace(self.inputs, step_index=self._drawn[start].step_index)
         self._start, self._source = start, source
 
     @torch.no_grad()
-    def generate(self, generator: Callable[[Tensor, Tensor | None], Tensor], num_parts: int) -> None:
+    def generate(self, generator: Generator, num_parts: int) -> None:
         """Makes the images, in as many parts as a batch is processed in."""
-        for rows in parts(len(self.noise), num_parts):
-            labels = None if self.class_labels is None else self.class_labels[rows]
-            self.x_gen[rows] = generator(self.noise[rows], labels)
+        for rows in parts(len(self.x_gen), num_parts):
+            self.x_gen[rows] = make_images(generator, map_tensors(itemgetter(rows), self.inputs))
 
     def images(self, step: int) -> Tensor:
         """Those of an iteration, `[B, C, H, W]`."""
@@ -88,10 +87,3 @@ def parts(length: int, num_parts: int) -> list[slice]:
     """So many equal parts of so many rows, which they divide."""
     size = length // num_parts
     return [slice(start, start + size) for start in range(0, length, size)]
-
-
-def _same_start(a: Draws, b: Draws) -> bool:
-    """Whether a generator makes the same images of both."""
-    if a.class_labels is None or b.class_labels is None:
-        return a.class_labels is b.class_labels and torch.equal(a.noise, b.noise)
-    return torch.equal(a.noise, b.noise) and torch.equal(a.class_labels, b.class_labels)

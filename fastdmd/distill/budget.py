@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdmd.diffusion import DenoisingNetwork
-from fastdmd.distill.draws import Draws
+from fastdmd.distill.draws import Draws, GeneratorInputs
 from fastdmd.distill.gan import AdversarialDraws
 from fastdmd.distill.turns import DMD2
 from fastdmd.memory import available_bytes
+from fastdmd.sampling import draw_step_noise
 
 HOPELESS = 2  # times the memory that there is
 
@@ -63,24 +64,29 @@ class Budget:
 
 
 def estimate(
-    teacher: DenoisingNetwork, build: Callable[[DenoisingNetwork], DMD2], batch_size: int, device: torch.device
+    teacher: DenoisingNetwork,
+    build: Callable[[DenoisingNetwork], DMD2],
+    batch_size: int,
+    device: torch.device,
+    *,
+    generator_inputs: GeneratorInputs = "simulated",
 ) -> Budget:
     """The budget of the distillation that `build` makes of a teacher, of which only the shapes matter.
 
-    The turns themselves run, on meta tensors, and every storage that they would allocate is counted while it lives.
-    Left out are workspaces of the convolutions, fragmentation and what the process needs anyway; `compiled` and
-    `captured` execution need less for what they fuse. Against the growth of a process's resident memory on a CPU the
-    estimate was 4 % low for the CIFAR-10 network at 2 images, 6 % at 8.
+    The turns themselves run, at every step of the generator, on meta tensors, and every storage that they would
+    allocate is counted while it lives. Left out are workspaces of the convolutions, fragmentation and what the process
+    needs anyway; `compiled` and `captured` execution need less for what they fuse. Against the growth of a process's
+    resident memory on a CPU the estimate was 4 % low for the CIFAR-10 network at 2 images, 6 % at 8.
     """
     meta = copy.deepcopy(teacher).to("meta")
-    cost, model, flops = _dry_run(meta, build, batch_size)
+    cost, model, flops = _dry_run(meta, build, batch_size, generator_inputs)
     ratio, ahead = model.dfake_gen_update_ratio, model.images_ahead * batch_size
-    generation = flops["generation"] // model.images_ahead
-    iteration = flops["guidance"] + (flops["generator"] + (ratio - 1) * generation) // ratio
+    generation = flops["generation"] // model.images_ahead + flops["simulation"]
+    iteration = flops["guidance"] + (flops["generator"] + flops["simulation"] + (ratio - 1) * generation) // ratio
     available, largest = available_bytes(device), None
     if available is not None and cost.peak_bytes > available:
         least = model.accumulation_steps  # an image per part
-        smaller, _, _ = _dry_run(meta, build, least)
+        smaller, _, _ = _dry_run(meta, build, least, generator_inputs)
         per_image = (cost.peak_bytes - smaller.peak_bytes) / max(1, batch_size - least)
         largest = max(least, int(least + (available - smaller.peak_bytes) / max(1.0, per_image)))
     return Budget(
@@ -115,12 +121,21 @@ class _Cost:
 
 
 def _dry_run(
-    meta: DenoisingNetwork, build: Callable[[DenoisingNetwork], DMD2], batch_size: int
+    meta: DenoisingNetwork,
+    build: Callable[[DenoisingNetwork], DMD2],
+    batch_size: int,
+    generator_inputs: GeneratorInputs,
 ) -> tuple[_Cost, DMD2, dict[str, int]]:
-    """Memory, the model, and the FLOPs of each kind of turn."""
+    """Memory, the model, and the FLOPs of each kind of turn at the generator's first step; `simulation`: what those of
+    further steps need beside, on average over all."""
     with Allocations() as memory:
         model = build(meta)
-        model.load(_draws(meta, batch_size, with_head=model.method.head is not None))
+
+        def load(step_index: int) -> None:
+            draws = _draws(meta, batch_size, model.num_steps, generator_inputs, with_head=model.method.head is not None)
+            model.load(dataclasses.replace(draws, step_index=step_index))
+
+        load(0)
         before = memory.most = memory.live()
         turns = {
             "generator": model.generator_turn,
@@ -128,16 +143,27 @@ def _dry_run(
             "generation": model.generation,
         }
         flops = {name: _flops(run) for name, run in turns.items()}
+        simulations = [0]
+        for index in range(1, model.num_steps):
+            load(index)
+            simulations.append(_flops(model.generator_turn) - flops["generator"])
+        flops["simulation"] = sum(simulations) // model.num_steps
     state_bytes = before + sum(parameter.nbytes for parameter in meta.parameters())
     return _Cost(state_bytes, state_bytes + memory.most - before), model, flops
 
 
-def _draws(network: DenoisingNetwork, batch_size: int, *, with_head: bool) -> Draws:
+def _draws(
+    network: DenoisingNetwork, batch_size: int, num_steps: int, generator_inputs: GeneratorInputs, *, with_head: bool
+) -> Draws:
     images = torch.empty(batch_size, *network.image_shape, device="meta")
     levels = images.new_empty(batch_size)
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta") if network.num_classes else None
     values = images, labels, levels, images, levels, images
-    return AdversarialDraws(*values, levels, images, images, labels, levels, images) if with_head else Draws(*values)
+    draws = AdversarialDraws(*values, levels, images, images, labels, levels, images) if with_head else Draws(*values)
+    if generator_inputs == "noised-data":
+        return dataclasses.replace(draws, start_images=images)
+    step_noise = draw_step_noise(num_steps - 1, images, None)
+    return dataclasses.replace(draws, step_noise=step_noise)
 
 
 def _flops(run: Callable[[], object]) -> int:

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from fastdmd.diffusion import Denoiser, Dynamics, karras_sigmas, lognormal_sigmas, random_generator
-from fastdmd.settings import Settings, above, at_least, fail, within
+from fastdmd.distill.starts import Start
+from fastdmd.sampling import draw_step_noise
+from fastdmd.settings import Settings, above, at_least, commas, fail, within
 
 NoiseLevel = Annotated[float, above(0, 1e9)]
 LogMean = Annotated[float, within(-10, 10)]  # of ln(sigma): the squares of sigma have to stay in float32
 LogDeviation = Annotated[float, above(0, 5)]
 DataDeviation = Annotated[float, above(0, 1e6)]
+GeneratorInputs = Literal["simulated", "noised-data"]
+
+STEP_STREAM = 8  # of random_generator: the step of an iteration
+START_STREAM = 9  # the real images that are noised for it
+
+RealImages = Callable[[int], tuple[Tensor, Tensor | None]]  # images and labels of an iteration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseSettings(Settings):
-    """Noise levels: those that both turns draw, and the one that the generator starts from."""
+    """Noise levels: those that both turns draw, and those that the generator makes images from."""
 
     num_train_timesteps: Annotated[int, at_least(2, 10**6)] = 1000
     """Number of noise levels in the Karras schedule."""
@@ -44,8 +54,19 @@ class NoiseSettings(Settings):
     time_std: LogDeviation = 1.0
     """Flow matching: standard deviation of logit(t)."""
     conditioning_sigma: NoiseLevel | None = None
-    """The noise level that the one-step generator starts from. Default: 80, or the end of the teacher's noise schedule
-    if that is less; 1e6 in flow matching, where t = sigma / (1 + sigma) is 1 then."""
+    """The noise level that the generator starts from. Default: the first of --generator-sigmas; without, 80, or the end
+    of the teacher's noise schedule if that is less; 1e6 in flow matching, where t = sigma / (1 + sigma) is 1 then."""
+    generator_sigmas: Annotated[tuple[float, ...] | None, above(0, 1e9), commas()] = None
+    """Noise levels of a generator of several steps, the highest first, separated by commas: 80,24.4,5.8,0.9. Default:
+    --conditioning-sigma, one step."""
+    generator_inputs: GeneratorInputs = "simulated"
+    """What a generator of several steps learns from beyond its first: what its own steps before arrive at, noised
+    anew, or real images with noise (noised-data), which need --data or the digits beside the embedded teacher."""
+
+    @property
+    def uses_real_images(self) -> bool:
+        """Whether the generator learns from some."""
+        return self.generator_inputs == "noised-data"
 
     def check(self) -> None:
         super().check()
@@ -53,6 +74,13 @@ class NoiseSettings(Settings):
             fail(self, "sigma_max", f"> --sigma-min {self.sigma_min}")
         if self.min_step_percent > self.max_step_percent:
             fail(self, "max_step_percent", f"between --min-step-percent {self.min_step_percent} and 1")
+        sigmas = self.generator_sigmas
+        if sigmas is not None and (not sigmas or any(a <= b for a, b in itertools.pairwise(sigmas))):
+            fail(self, "generator_sigmas", "as noise levels, the highest first")
+        if sigmas is not None and self.conditioning_sigma not in (None, sigmas[0]):
+            fail(self, "conditioning_sigma", f"{sigmas[0]}, with which --generator-sigmas begin")
+        if self.generator_inputs != "simulated" and (sigmas is None or len(sigmas) == 1):
+            fail(self, "generator_inputs", "together with several --generator-sigmas")
 
     @property
     def step_range(self) -> tuple[int, int]:
@@ -64,14 +92,25 @@ class NoiseSettings(Settings):
         )
 
     def for_teacher(self, teacher: Denoiser) -> Noise:
-        """With the defaults that depend on the teacher filled in. Raises ValueError for other dynamics than its own."""
+        """With the defaults that depend on the teacher filled in.
+
+        Raises ValueError for other dynamics than its own, for levels beyond its own, and as `check` does.
+        """
+        self.check()
         if self.dynamics not in (None, teacher.dynamics):
             fail(self, "dynamics", f"{teacher.dynamics}, as the teacher was trained")
         limit = getattr(teacher, "sigma_max", math.inf)
-        conditioning_sigma = 1e6 if teacher.dynamics == "flow" else min(80.0, limit)
+        sigmas = self.generator_sigmas
+        if sigmas is None:
+            default = 1e6 if teacher.dynamics == "flow" else min(80.0, limit)
+            sigmas = (default if self.conditioning_sigma is None else self.conditioning_sigma,)
+        if sigmas[0] > limit:
+            name = "conditioning_sigma" if self.generator_sigmas is None else "generator_sigmas"
+            fail(self, name, f"<= {limit}, the end of the teacher's noise schedule")
         found = {
             "dynamics": teacher.dynamics,
-            "conditioning_sigma": conditioning_sigma if self.conditioning_sigma is None else self.conditioning_sigma,
+            "conditioning_sigma": sigmas[0],
+            "generator_sigmas": sigmas,
             "sigma_data": teacher.sigma_data if self.sigma_data is None else self.sigma_data,
             "sigma_max": min(self.sigma_max, limit),
         }
@@ -85,6 +124,7 @@ class Noise(NoiseSettings):
     dynamics: Dynamics = dataclasses.field()
     sigma_data: float = dataclasses.field()
     conditioning_sigma: float = dataclasses.field()
+    generator_sigmas: tuple[float, ...] = dataclasses.field()
 
     def levels(self, device: torch.device) -> Tensor:
         """The noise levels, ascending, float32 `[num_train_timesteps]`."""
@@ -94,19 +134,34 @@ class Noise(NoiseSettings):
             self.num_train_timesteps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho, device=device
         )
 
-    def draws(self, network: Denoiser, batch_size: int, seed: int, device: torch.device) -> Callable[[int], Draws]:
-        """The random inputs of every iteration, as a function of its number."""
+    def draws(
+        self,
+        network: Denoiser,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        real: RealImages | None = None,
+    ) -> Callable[[int], Draws]:
+        """The random inputs of every iteration, as a function of its number; `real` gives the images that are noised.
+
+        Raises ValueError where they are needed and not given, or the other way round.
+        """
+        if self.uses_real_images != (real is not None):
+            given = "none" if real is None else "some"
+            raise ValueError(
+                f"fastdmd.Noise: expected real images for --generator-inputs noised-data alone, got {given} for "
+                f"{self.generator_inputs}"
+            )
         sigmas, shape = self.levels(device), (batch_size, *network.image_shape)
         min_step, max_step = self.step_range
-        return lambda step: draw(shape, network.num_classes, sigmas, min_step, max_step, seed=seed, step=step)
+        at = functools.partial(draw, shape, network.num_classes, sigmas, min_step, max_step, seed=seed)
+        return lambda step: at(step=step, num_steps=len(self.generator_sigmas), real=real)
 
 
 @dataclasses.dataclass(frozen=True)
-class Draws:
+class Draws(Start):
     """Everything random in one iteration, a function of (seed, step)."""
 
-    noise: Tensor  # [B, C, H, W], what the generator starts from
-    class_labels: Tensor | None  # int64 [B]
     dm_sigma: Tensor  # [B], noise levels of the generator turn
     dm_noise: Tensor  # [B, C, H, W]
     fake_sigma: Tensor  # [B], noise levels of the guidance turn
@@ -114,13 +169,24 @@ class Draws:
 
 
 def draw(
-    shape: tuple[int, ...], num_classes: int, sigmas: Tensor, min_step: int, max_step: int, *, seed: int, step: int
+    shape: tuple[int, ...],
+    num_classes: int,
+    sigmas: Tensor,
+    min_step: int,
+    max_step: int,
+    *,
+    seed: int,
+    step: int,
+    num_steps: int = 1,
+    real: RealImages | None = None,
 ) -> Draws:
     """The random inputs of iteration `step`.
 
     `shape` is (B, C, H, W), `sigmas` are the noise levels `[N]`, on whose device the draws will be. The generator turn
     takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the guidance turn from all of
-    `sigmas`; labels are uniform over `num_classes` (None if 0).
+    `sigmas`; labels are uniform over `num_classes` (None if 0). A generator of several steps takes one of them, uniform
+    over `num_steps`, on the host. With `real` it starts from these images and noise, and has their labels, but at its
+    first step, which starts from noise.
     """
     device = sigmas.device
     generator = random_generator(seed, step, device)
@@ -131,11 +197,21 @@ def draw(
     def integers(low: int, high: int) -> Tensor:
         return torch.randint(low, high, shape[:1], device=device, generator=generator)
 
-    return Draws(
+    draws = Draws(
         noise=normal(),
         class_labels=integers(0, num_classes) if num_classes else None,
         dm_sigma=sigmas[integers(min_step, max_step + 1)],
         dm_noise=normal(),
         fake_sigma=sigmas[integers(0, len(sigmas))],
         fake_noise=normal(),
+    )
+    if num_steps == 1:
+        return draws
+    index = int(torch.randint(num_steps, (), generator=random_generator(seed, step, stream=STEP_STREAM)))
+    if real is None:
+        step_noise = draw_step_noise(num_steps - 1, draws.noise, generator)
+        return dataclasses.replace(draws, step_index=index, step_noise=step_noise)
+    images, labels = real(step)
+    return dataclasses.replace(
+        draws, step_index=index, start_images=images, class_labels=labels if index > 0 else draws.class_labels
     )

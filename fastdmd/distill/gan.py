@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdmd.diffusion import DenoisingNetwork, random_generator
 from fastdmd.distill.adversarial import Divergence
-from fastdmd.distill.draws import Draws, Noise, NoiseLevel
+from fastdmd.distill.draws import Draws, Noise, NoiseLevel, RealImages
 from fastdmd.distill.optimization import Rate
 from fastdmd.settings import Settings, at_least, fail
 
@@ -19,8 +19,6 @@ GAN_STREAM = 4  # of random_generator: the noise at which images are judged
 HEAD_STREAM = 5  # the first weights of the head
 
 Weight = Annotated[float, at_least(0, 1e6)]
-
-RealImages = Callable[[int], tuple[Tensor, Tensor | None]]  # images and labels of an iteration
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
-from operator import itemgetter
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastdmd.diffusion import Denoiser, DenoisingNetwork
-from fastdmd.distill.ahead import Ahead, Source, parts
+from fastdmd.distill.ahead import Source
+from fastdmd.distill.buffers import Buffers
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.execution import Executor
 from fastdmd.distill.losses import Denoise
 from fastdmd.distill.methods import DistributionMatching, Method, Terms
+from fastdmd.distill.starts import make_images
 from fastdmd.distill.tally import Tally
 from fastdmd.optim import AdamWEMA
 from fastdmd.sampling import Generator
@@ -26,8 +27,10 @@ class DMD2:
     """Teacher, generator and fake score, and the two turns that alternate (Yin et al. 2024, DMD2).
 
     Generator and fake score start as copies of the teacher, all in eval mode: dropout would be noise that the other
-    networks do not see. `generator_options` and `guidance_options` go to `AdamWEMA`. The teacher never requires
-    gradients, and no flag is toggled between turns: each turn differentiates only through the network that it trains.
+    networks do not see. The generator makes images at `generator_sigmas`, the highest first; of several, the draws of
+    an iteration say which. With `clamp_images` they stay in [-1, 1], see `sampling.clamp_images`. `generator_options`
+    and `guidance_options` go to `AdamWEMA`. The teacher never requires gradients, and no flag is toggled between turns:
+    each turn differentiates only through the network that it trains.
 
     `execution`: "eager"; "compiled", every network by `torch.compile`; "captured" (CUDA), compiled networks and each
     whole turn, from noising to the average of the weights, one CUDA graph. All three give the same numbers to rounding.
@@ -41,9 +44,10 @@ class DMD2:
         self,
         teacher: DenoisingNetwork,
         *,
-        conditioning_sigma: float,
+        generator_sigmas: tuple[float, ...],
         sigma_data: float,
         dfake_gen_update_ratio: int,
+        clamp_images: bool = False,
         generator_options: Mapping[str, Any],
         guidance_options: Mapping[str, Any],
         execution: str = "eager",
@@ -82,7 +86,7 @@ class DMD2:
         self.guidance_tally = Tally((*self.method.guidance_scalars, *guidance_norms), self.device)
         self._teacher = self.executor.denoiser(self.teacher)
         self._fake_score = self.executor.denoiser(self.fake_score)
-        self._generate = Generator(self.executor.denoiser(self.generator), (conditioning_sigma,))
+        self._sampler = Generator(self.executor.denoiser(self.generator), generator_sigmas, clamp_images)
         self.buffers: Buffers | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,7 +130,7 @@ class DMD2:
     def generator_turn(self) -> None:
         """Moves the generator along the distribution-matching gradient; leaves x_gen."""
         buffers = self._loaded("generator")
-        self.executor.run("generator", lambda: self._generator_turn(buffers))
+        self.executor.run(_of_step("generator", buffers.inputs.step_index), lambda: self._generator_turn(buffers))
 
     def guidance_turn(self) -> None:
         """Lets the fake score follow the generator's distribution."""
@@ -136,7 +140,8 @@ class DMD2:
     def generation(self) -> None:
         """Makes the images of the next chunk of iterations."""
         ahead = self._loaded("generation").ahead
-        self.executor.run("generation", lambda: ahead.generate(self._generate, self.accumulation_steps))
+        name = _of_step("generation", ahead.inputs.step_index)
+        self.executor.run(name, lambda: ahead.generate(self._sampler, self.accumulation_steps))
 
     @property
     def average(self) -> DenoisingNetwork:
@@ -148,8 +153,14 @@ class DMD2:
 
     @property
     def captured_turns(self) -> frozenset[str]:
-        """Of generator, guidance and generation, those that are CUDA graphs by now."""
+        """Of generator, guidance and generation, those that are CUDA graphs by now; those of further steps are
+        `generator 1`, `generation 1` and so on."""
         return self.executor.captured
+
+    @property
+    def num_steps(self) -> int:
+        """Of the generator."""
+        return self._sampler.num_evaluations
 
     @property
     def images_ahead(self) -> int:
@@ -160,7 +171,8 @@ class DMD2:
         """Copies the random inputs of an iteration to where the turns read them; makes room at the first.
 
         Draws of another shape, another ratio or number of parts make other buffers, and turns over them other graphs.
-        Raises ValueError for a batch that `accumulation_steps` does not divide.
+        Raises ValueError for a batch that `accumulation_steps` does not divide, and for draws of one step where there
+        are several, or the other way round.
         """
         num_parts, ratio = self.accumulation_steps, self.dfake_gen_update_ratio
         if self.buffers is None or not self.buffers.fit(draws, num_parts, ratio):
@@ -168,7 +180,15 @@ class DMD2:
                 raise ValueError(
                     f"fastdmd.DMD2: expected a batch that {num_parts} accumulation steps divide, got {len(draws.noise)}"
                 )
-            self.executor.renew(("generator", "guidance"), ("generation",))
+            if draws.is_of_one_step != (self.num_steps == 1):
+                got = "one step" if draws.is_of_one_step else "several"
+                raise ValueError(
+                    f"fastdmd.DMD2: expected draws for generator_sigmas {self._sampler.sigmas}, got some for {got}"
+                )
+            generator, generation = (
+                tuple(_of_step(turn, index) for index in range(self.num_steps)) for turn in ("generator", "generation")
+            )
+            self.executor.renew((*generator, "guidance"), generation)
             self.buffers = Buffers(draws, num_parts, ratio)
         self.buffers.load(draws)
         return self.buffers
@@ -181,7 +201,7 @@ class DMD2:
     def _generator_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
         for part in buffers.parts:
-            x_gen = self._generate(part.draws.noise, part.draws.class_labels)
+            x_gen = make_images(self._sampler, part.draws)
             found = self.method.generator_terms(
                 x_gen,
                 part.draws,
@@ -252,44 +272,9 @@ class Scheduled:
         return self.denoiser.with_features(x, sigma, class_labels, num_denoised=num_denoised)
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Rows of the static buffers that one backward pass serves."""
-
-    draws: Draws
-    x_gen: Tensor  # [B / accumulation steps, C, H, W]
-
-
-class Buffers:
-    """What the turns read and write: the random inputs of an iteration and its images, whole and in parts."""
-
-    def __init__(self, draws: Draws, num_parts: int, ratio: int):
-        self._form = _form(draws, num_parts, ratio)
-        self.inputs = _map(torch.empty_like, draws)
-        self.x_gen = torch.empty_like(draws.noise)  # [B, C, H, W]
-        self.parts = [
-            Part(_map(itemgetter(rows), self.inputs), self.x_gen[rows]) for rows in parts(len(draws.noise), num_parts)
-        ]
-        self.ahead = Ahead(draws, ratio)
-
-    def fit(self, draws: Draws, num_parts: int, ratio: int) -> bool:
-        return self._form == _form(draws, num_parts, ratio)
-
-    def load(self, draws: Draws) -> None:
-        for name, buffer in vars(self.inputs).items():
-            if buffer is not None:
-                buffer.copy_(getattr(draws, name))
-
-
-def _form(draws: Draws, num_parts: int, ratio: int) -> tuple[Any, ...]:
-    """What buffers are made for."""
-    return type(draws), draws.noise.shape, draws.class_labels is None, num_parts, ratio
-
-
-def _map(function: Callable[[Tensor], Tensor], draws: Draws) -> Draws:
-    """The function of each tensor that there is."""
-    values: dict[str, Any] = {name: None if value is None else function(value) for name, value in vars(draws).items()}
-    return type(draws)(**values)
+def _of_step(turn: str, index: int) -> str:
+    """The name of a turn, of which each step beyond the first is another one, with a graph of its own."""
+    return f"{turn} {index}" if index else turn
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastdmd import __version__
-from fastdmd.diffusion import DenoisingNetwork
+from fastdmd.diffusion import Denoiser, DenoisingNetwork
 from fastdmd.files import write_atomically
 from fastdmd.networks import diffusers_unet
 from fastdmd.networks.adapted import Adapted
@@ -23,6 +24,7 @@ from fastdmd.networks.states import fill, require_same, tensors_of
 from fastdmd.networks.tensor_files import TensorFile, open_tensors
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.user_code import Code, make_network, reason, user_code
+from fastdmd.sampling import Generator
 
 METADATA_KEY = "fastdmd"
 KINDS = ("teacher", "generator")
@@ -82,6 +84,23 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
+def generator_metadata(generator: Generator) -> dict[str, Any]:
+    """What a file says of a generator besides its network: its levels, and whether its images are clamped.
+
+    Of one level, `conditioning_sigma`. Of several, `generator_sigmas` alone: who knows of one only, as former versions,
+    must not take the first for all of them.
+    """
+    sigmas = generator.sigmas
+    levels = {"conditioning_sigma": sigmas[0]} if len(sigmas) == 1 else {"generator_sigmas": list(sigmas)}
+    return {**levels, "clamped": generator.clamped}
+
+
+def generator_of(network: Denoiser, metadata: Mapping[str, Any]) -> Generator:
+    """The generator that `metadata`, as `load_network` returns it, makes of the network."""
+    sigmas = metadata.get("generator_sigmas") or (metadata["conditioning_sigma"],)
+    return Generator(network, tuple(sigmas), clamped=metadata.get("clamped", False))
+
+
 def load_network(
     path: str | Path, *, device: str | torch.device = "cpu", network: Code | None = None
 ) -> tuple[DenoisingNetwork, dict[str, Any]]:
@@ -112,20 +131,39 @@ def _metadata(weights: TensorFile) -> dict[str, Any]:
         )
     if metadata["kind"] not in KINDS:
         raise ValueError(f"fastdmd.load_network: expected a {' or '.join(KINDS)} in {weights.path}, got another kind")
-    if metadata["kind"] == "generator" and "conditioning_sigma" not in metadata:
-        raise ValueError(f"fastdmd.load_network: expected a generator's conditioning_sigma, got {weights.path} without")
-    sigma = metadata.get("conditioning_sigma", 1.0)
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not MIN_SIGMA <= sigma <= MAX_SIGMA:
-        raise ValueError(
-            f"fastdmd.load_network: expected conditioning_sigma from {MIN_SIGMA:.3g} to {MAX_SIGMA:g} in "
-            f"{weights.path}, got {sigma!s:.80}"
-        )
+    _check_generator(metadata, weights.path)
     record = metadata.get("record") if metadata["kind"] == "teacher" else None  # of a generator, nobody reads it
     if record is not None and not _is_record(record):
         raise ValueError(
             f"fastdmd.load_network: expected a record of settings and figures in {weights.path}, got {record!r:.80}"
         )
     return metadata
+
+
+def _check_generator(metadata: Mapping[str, Any], path: Path) -> None:
+    """One level or several, the highest first; and whether it clamps."""
+    given = {"conditioning_sigma", "generator_sigmas"} & metadata.keys()
+    if metadata["kind"] == "generator" and not given:
+        raise ValueError(f"fastdmd.load_network: expected a generator's conditioning_sigma, got {path} without")
+    if len(given) > 1:
+        raise ValueError(f"fastdmd.load_network: expected conditioning_sigma or generator_sigmas in {path}, got both")
+    bounds = f"from {MIN_SIGMA:.3g} to {MAX_SIGMA:g}"
+    if not isinstance(clamped := metadata.get("clamped", False), bool):
+        raise ValueError(f"fastdmd.load_network: expected clamped, true or false, in {path}, got {clamped!s:.80}")
+    sigma = metadata.get("conditioning_sigma", 1.0)
+    if not _is_level(sigma):
+        raise ValueError(f"fastdmd.load_network: expected conditioning_sigma {bounds} in {path}, got {sigma!s:.80}")
+    sigmas = metadata.get("generator_sigmas", [1.0])
+    are_levels = isinstance(sigmas, list) and len(sigmas) > 0 and all(map(_is_level, sigmas))
+    if not are_levels or any(a <= b for a, b in itertools.pairwise(sigmas)):
+        raise ValueError(
+            f"fastdmd.load_network: expected generator_sigmas, a list {bounds}, the highest first, in {path}, got "
+            f"{sigmas!s:.80}"
+        )
+
+
+def _is_level(sigma: Any) -> bool:
+    return type(sigma) in (int, float) and MIN_SIGMA <= sigma <= MAX_SIGMA
 
 
 def _is_record(record: Any) -> bool:

@@ -19,7 +19,7 @@ from fastdmd.networks.user_code import user_code
 from fastdmd.quality import features, metrics
 from fastdmd.quality.frechet import COVARIANCES
 from fastdmd.quality.measurement import Measurement
-from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels
+from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels, draw_step_noise
 
 BATCH_SIZE = 250  # images per forward pass
 COPIES = 4  # of the features kept: of both sides, and while they are compared
@@ -28,13 +28,13 @@ SPEED_IMAGES = 250  # enough to time a sampler whose quality is on record
 
 
 @torch.no_grad()
-def sample(sampler: Sampler, noise: Tensor, class_labels: Tensor | None) -> Tensor:
+def sample(sampler: Sampler, noise: Tensor, class_labels: Tensor | None, step_noise: Tensor | None = None) -> Tensor:
     """Its images. What code of the user's own raises becomes one line; what ours does is a fault and stays as it is."""
     network = sampler.network
     if not network.foreign_name:
-        return sampler(noise, class_labels)
+        return sampler(noise, class_labels, step_noise=step_noise)
     with user_code("quality", f"{network.foreign_name} to sample {tuple(noise.shape)}"):
-        return sampler(noise, class_labels)
+        return sampler(noise, class_labels, step_noise=step_noise)
 
 
 class Evaluation:
@@ -208,9 +208,10 @@ class Evaluation:
                 generator = random_generator(self.seed, index, self.device, stream=SAMPLING_STREAM)
                 shape = (part.stop - part.start, *self.image_shape)
                 noise = torch.randn(shape, device=self.device, generator=generator)
+                step_noise = draw_step_noise(sampler.num_step_noises, noise, generator)
                 class_labels = None if labels is None else labels[part]
                 started = time.perf_counter()
-                images = sample(sampler, noise, class_labels)
+                images = sample(sampler, noise, class_labels, step_noise)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds += time.perf_counter() - started

@@ -21,7 +21,7 @@ class EvaluationSettings(Settings):
     reference: Annotated[str | None, Input] = None
     """EDM reference statistics (.npz with mu, sigma). Default: those of the data."""
     teacher_steps: HeunSteps = 18
-    """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator takes one step."""
+    """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator has its own."""
 
     def check(self) -> None:
         super().check()

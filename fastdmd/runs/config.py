@@ -57,7 +57,7 @@ class CommandConfig(CommandSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(CommandConfig):
-    """Distil a teacher into a one-step generator with DMD2."""
+    """Distil a teacher into a generator of one step, or a few, with DMD2."""
 
     preset: Literal[
         "mnist", "mnist-reference", "cifar10-cond", "cifar10-uncond", "imagenet64", "afhqv2-64", "ffhq-64"
@@ -76,6 +76,9 @@ class TrainConfig(CommandConfig):
     """Images per iteration."""
     dfake_gen_update_ratio: Annotated[int, at_least(1, 10**6)] = 2
     """Guidance turns per generator turn."""
+    clamp_images: bool | None = None
+    """Whether the generator's images are clamped to [-1, 1], in training and ever after. Default: those of 1 or 3
+    channels are, but for a teacher's of your own code or of diffusers, which may have another range."""
     optimizer: Annotated[OptimizerSettings, OmitArgPrefixes] = OptimizerSettings()
     noise: Annotated[NoiseSettings, OmitArgPrefixes] = NoiseSettings()
     gan: Annotated[GANSettings, OmitArgPrefixes] = GANSettings()
@@ -111,6 +114,7 @@ class TrainConfig(CommandConfig):
             "noise": noise,
             "gan": self.gan.for_teacher(teacher, noise, self.optimizer.fake_score_lr),
             "compute": self.compute.for_device(device),
+            "clamp_images": _makes_pictures(teacher) if self.clamp_images is None else self.clamp_images,
         }
         return ResolvedTrainConfig(**(vars(self.placed()) | resolved))
 
@@ -123,11 +127,17 @@ class ResolvedTrainConfig(TrainConfig):
     noise: Noise = dataclasses.field()
     gan: GAN = dataclasses.field()
     compute: Compute = dataclasses.field()
+    clamp_images: bool = dataclasses.field()
+
+
+def _makes_pictures(teacher: DenoisingNetwork) -> bool:
+    """Whether its images are known to lie in [-1, 1]."""
+    return not teacher.foreign_name and teacher.image_shape[0] in (1, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CommandConfig):
-    """Measure the samples of a generator (one step) or a teacher (Heun) against real images."""
+    """Measure the samples of a generator or a teacher (Heun) against real images."""
 
     weights: Annotated[str, Positional, Input]
     """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
@@ -143,7 +153,7 @@ class EvaluateConfig(CommandConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig(CommandSettings):
-    """Sample images from a generator (one step) or a teacher (Heun)."""
+    """Sample images from a generator or a teacher (Heun)."""
 
     weights: Annotated[str, Positional, Input]
     """Weight file of a generator or a teacher (.safetensors), or a teacher as `fastdmd.train --teacher` takes it."""
@@ -159,7 +169,7 @@ class SampleConfig(CommandSettings):
     batch_size: BatchSize = 250
     """Images per forward pass; changes no image beyond rounding."""
     teacher_steps: HeunSteps = 18
-    """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator takes one step."""
+    """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator has its own."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 

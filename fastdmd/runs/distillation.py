@@ -13,14 +13,15 @@ from torch import Tensor
 from fastdmd.data import Dataset
 from fastdmd.diffusion import DenoisingNetwork, random_generator
 from fastdmd.distill import DMD2, Draws
+from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.methods import Adversarial, Method
 from fastdmd.networks.discriminator import Discriminator
-from fastdmd.networks.weights import save_network
+from fastdmd.networks.weights import generator_metadata, save_network
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.pictures import SampleSheet
-from fastdmd.sampling import Generator, HeunSampler, Sampler
+from fastdmd.sampling import Generator, HeunSampler, Sampler, with_fewer_steps
 
 
 def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
@@ -32,7 +33,8 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
         method = Adversarial(config.gan, _head(config, teacher), config.noise.sigma_data)
     return DMD2(
         teacher,
-        conditioning_sigma=config.noise.conditioning_sigma,
+        generator_sigmas=config.noise.generator_sigmas,
+        clamp_images=config.clamp_images,
         sigma_data=config.noise.sigma_data,
         dfake_gen_update_ratio=config.dfake_gen_update_ratio,
         execution=config.compute.execution,
@@ -55,30 +57,43 @@ def _head(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Discriminat
 def make_draws(
     config: TrainConfig, network: DenoisingNetwork, device: torch.device, real: Dataset | None = None
 ) -> Callable[[int], Draws]:
-    """The random inputs of every iteration, as a function of its number; `real` for an adversarial term.
+    """The random inputs of every iteration, as a function of its number; `real` for what needs real images.
 
-    Raises ValueError for an adversarial term without.
+    Raises ValueError for that without.
     """
     config = config.for_teacher(network, device)
-    draws = config.noise.draws(network, config.batch_size, config.seed, device)
+    uses = uses_of_real_images(config)
+    if not uses:
+        return config.noise.draws(network, config.batch_size, config.seed, device)
+    if real is None:
+        raise ValueError(f"fastdmd.make_draws: expected real images for {uses[0]}, got none")
+    batch = functools.partial(real.random_batch, config.batch_size, seed=config.seed, device=device)
+    starts = (lambda step: batch(step=step, stream=START_STREAM)) if config.noise.uses_real_images else None
+    draws = config.noise.draws(network, config.batch_size, config.seed, device, starts)
     if not config.gan.is_on:
         return draws
-    if real is None:
-        raise ValueError("fastdmd.make_draws: expected real images for the adversarial term, got none")
-    batch = functools.partial(real.random_batch, config.batch_size, seed=config.seed, device=device)
-    levels = config.noise.levels(device)
-    return config.gan.draws(draws, lambda step: batch(step=step), levels, config.seed)
+    return config.gan.draws(draws, lambda step: batch(step=step), config.noise.levels(device), config.seed)
+
+
+def uses_of_real_images(config: TrainConfig) -> list[str]:
+    """The flags that ask for some."""
+    uses = {
+        "--gan-guidance-weight": config.gan.is_on,
+        "--generator-inputs noised-data": config.noise.uses_real_images,
+    }
+    return [flag for flag, is_used in uses.items() if is_used]
 
 
 def real_images(config: TrainConfig, network: DenoisingNetwork, named: Dataset | None) -> Dataset | None:
-    """What an adversarial term takes for real, None without one: the user's images, or the embedded teacher's digits.
+    """What is taken for real where some flag asks for it, else None: the user's images, or the embedded digits.
 
     Raises ValueError where there are none, or not as the network takes them, with labels if it has classes.
     """
-    if not config.gan.is_on:
+    uses = uses_of_real_images(config)
+    if not uses:
         return None
     if named is None and config.teacher != "mnist":
-        raise ValueError("expected --data with real images for --gan-guidance-weight, got none")
+        raise ValueError(f"expected --data with real images for {uses[0]}, got none")
     dataset = config.data.load() if named is None else named
     return dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
 
@@ -102,7 +117,7 @@ class Distillation:
         self._teacher, self._teacher_record = teacher, teacher_record
         self._path = folder.path / "generator.safetensors"
         self._draws = make_draws(config, teacher, device, real)
-        self._sampler = Generator(self.network, (config.noise.conditioning_sigma,))
+        self._sampler = Generator(self.network, config.noise.generator_sigmas, config.clamp_images)
         self._sheet = SampleSheet(teacher, config.seed, device)
 
     def iterate(self, iteration: int) -> None:
@@ -119,12 +134,13 @@ class Distillation:
             self._path,
             self.network,
             kind="generator",
-            conditioning_sigma=self.config.noise.conditioning_sigma,
+            **generator_metadata(self._sampler),
             iterations=iteration,
             config=dataclasses.asdict(self.config),
             **information,
         )
 
     def measurements(self) -> Iterator[tuple[str, Sampler, dict | None]]:
-        yield "generator", self._sampler, None
+        for name, sampler in with_fewer_steps("generator", self._sampler).items():
+            yield name, sampler, None
         yield "teacher", HeunSampler(self._teacher, self.config.evaluation.teacher_steps), self._teacher_record

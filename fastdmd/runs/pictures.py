@@ -13,7 +13,7 @@ from fastdmd.data import to_uint8
 from fastdmd.diffusion import Denoiser, random_generator
 from fastdmd.files import write_atomically
 from fastdmd.quality import sample
-from fastdmd.sampling import Sampler
+from fastdmd.sampling import Sampler, draw_step_noise
 
 PICTURES_STREAM = 3  # of random_generator: the noise behind samples.png
 NUM_ROWS = 10  # of samples.png, at most: one row per class
@@ -42,6 +42,7 @@ class SampleSheet:
     """Noise and labels of samples.png, the same throughout a run: rows of NUM_COLUMNS images, a class each."""
 
     def __init__(self, network: Denoiser, seed: int, device: torch.device):
+        self._seed = seed
         num_rows = min(NUM_ROWS, network.num_classes or NUM_ROWS)
         generator = random_generator(seed, 0, device, stream=PICTURES_STREAM)
         self.noise = torch.randn(num_rows * NUM_COLUMNS, *network.image_shape, device=device, generator=generator)
@@ -51,7 +52,9 @@ class SampleSheet:
 
     def of(self, sampler: Sampler) -> Tensor:
         """The images that a sampler makes of them, `[rows, columns, C, H, W]`, for `SampleHistory`."""
-        return sample(sampler, self.noise, self.class_labels).unflatten(0, (-1, NUM_COLUMNS))
+        random = random_generator(self._seed, 1, self.noise.device, stream=PICTURES_STREAM)
+        step_noise = draw_step_noise(sampler.num_step_noises, self.noise, random)
+        return sample(sampler, self.noise, self.class_labels, step_noise).unflatten(0, (-1, NUM_COLUMNS))
 
 
 class SampleHistory:

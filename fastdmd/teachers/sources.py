@@ -15,7 +15,7 @@ from fastdmd.networks.adapted import Adapted
 from fastdmd.networks.options import NO_OPTIONS, TeacherOptions, flag
 from fastdmd.networks.states import infinite_buffers, load_weights, require_finite
 from fastdmd.networks.user_code import Code, make_network, user_code
-from fastdmd.networks.weights import ASSETS, load_network
+from fastdmd.networks.weights import ASSETS, generator_of, load_network
 from fastdmd.sampling import Generator, HeunSampler, Sampler
 from fastdmd.teachers import edm
 from fastdmd.teachers.trial import verify, verify_training
@@ -52,13 +52,13 @@ def load_generator(path: str | Path, *, device: str | torch.device = "cpu", netw
     found, metadata = read(path, device=device, network=network)
     if metadata["kind"] != "generator":
         raise ValueError(f"fastdmd.load_generator: expected a generator, got a {metadata['kind']} in {path}")
-    return Generator(found, (metadata["conditioning_sigma"],))
+    return generator_of(found, metadata)
 
 
 def sampler_of(network: Denoiser, metadata: Mapping[str, Any], num_steps: int) -> Sampler:
     """What `read` gave, as what makes images: a generator, or Heun's method of so many steps for a teacher."""
     if metadata["kind"] == "generator":
-        return Generator(network, (metadata["conditioning_sigma"],))
+        return generator_of(network, metadata)
     return HeunSampler(network, num_steps)
 
 
@@ -104,7 +104,7 @@ def _from_file(
     path = ASSETS / "teacher.safetensors" if source == "mnist" else source
     network, metadata = load_network(path, device=device, network=code)
     if network.foreign_name:
-        verify(network, metadata["conditioning_sigma"] if metadata["kind"] == "generator" else None)
+        verify(network, generator_of(network, metadata).sigmas if metadata["kind"] == "generator" else None)
     return network, metadata
 
 

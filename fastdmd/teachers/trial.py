@@ -23,14 +23,14 @@ TOLERATED_CHANGE, TOLERATED_ERROR = 0.5, 3.0
 
 
 @torch.no_grad()
-def verify(denoiser: DenoisingNetwork, conditioning_sigma: float | None = None) -> None:
-    """Runs a denoiser once, on smooth images with noise of three levels; a generator at the one that it starts from.
+def verify(denoiser: DenoisingNetwork, generator_sigmas: tuple[float, ...] | None = None) -> None:
+    """Runs a denoiser once, on smooth images with noise of three levels; a generator at its own.
 
     Raises ValueError if it fails, if what its network gives is not floating point of the images' shape, or not finite,
     or if it changes its input. Warns where what it gives is not what a denoiser would give: it may be a network of
     another parameterization, or one that is not trained.
     """
-    sigmas = VERIFIED_SIGMAS if conditioning_sigma is None else (conditioning_sigma,) * 2
+    sigmas = VERIFIED_SIGMAS if generator_sigmas is None else generator_sigmas * 2
     images, inputs = _trial(denoiser, sigmas)
     device, name = next(denoiser.parameters()).device, denoiser.foreign_name
     passed = [tensor.to(device, copy=True) for tensor in inputs]
@@ -44,7 +44,7 @@ def verify(denoiser: DenoisingNetwork, conditioning_sigma: float | None = None) 
     if not D_x.isfinite().all():
         levels = sorted({level for level, D in zip(sigmas, D_x, strict=True) if not D.isfinite().all()})
         raise ValueError(f"fastdmd.teachers: expected finite images of {name}, got NaN or infinity at sigma {levels}")
-    if conditioning_sigma is not None:
+    if generator_sigmas is not None:
         return
     sigma = inputs[1]
     change = ((D_x - inputs[0])[0].norm() / inputs[0][0].norm()).item()

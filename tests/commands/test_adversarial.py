@@ -64,7 +64,8 @@ def test_classes_without_real_images_are_told(teacher_file, labelled, tmp_path, 
     run_train(teacher_file, tmp_path / "plain", "--num-samples", "0", "--data", labelled)
     assert "have no image" not in capsys.readouterr().err
     whole = Dataset(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10), "whole")
-    assert train.unseen_classes(whole, 10) is None and train.unseen_classes(whole, 11).startswith("1 of the teacher's")
+    assert train.unseen_classes(whole, 10, are_judged=True) is None
+    assert train.unseen_classes(whole, 11, are_judged=True).startswith("1 of the teacher's")
 
 
 def test_what_the_term_has_seen_of_the_figures_is_told(teacher_file, labelled, tmp_path, capsys):
@@ -72,7 +73,7 @@ def test_what_the_term_has_seen_of_the_figures_is_told(teacher_file, labelled, t
     assert f"The adversarial term trained on {labelled}, with which these figures compare" in capsys.readouterr().out
     run_train(teacher_file, tmp_path / "plain", "--num-samples", "20", "--data", labelled)
     assert "adversarial" not in capsys.readouterr().out
-    assert "precision, recall and kernel distance compare with them" in train.overlap(None)
+    assert "precision, recall and kernel distance compare with them" in train.overlap(None, "It")
 
 
 @pytest.mark.parametrize(

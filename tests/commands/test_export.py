@@ -1,5 +1,6 @@
 """Exported generators run without fastdmd, hold the same numbers, and a failed export leaves nothing behind."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,9 +14,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fastdmd import export, files
+from fastdmd import export, files, load_generator
 from fastdmd.networks.unet import UNetConfig
-from fastdmd.networks.weights import load_network, save_network
+from fastdmd.networks.weights import generator_metadata, load_network, save_network
 from fastdmd.sampling import Generator
 from tests.helpers.networks import make_network
 
@@ -47,6 +48,7 @@ VARIANTS = {
         channels_per_head=4,
     ),
 }
+SEVERAL = (40.0, 3.0)
 SMALLEST = UNetConfig(**TINY, image_size=8, num_classes=3, channel_multipliers=(1,))
 
 # Each reads lines `program inputs outputs`; an import of fastdmd fails.
@@ -75,15 +77,21 @@ for line in sys.stdin:
 """
 
 
-def write_generator(folder: Path, config: UNetConfig = SMALLEST) -> Path:
+def write_generator(
+    folder: Path, config: UNetConfig = SMALLEST, sigmas: tuple[float, ...] = (SIGMA,), clamped: bool = False
+) -> Path:
     path = folder / "generator.safetensors"
-    save_network(path, make_network(config), kind="generator", conditioning_sigma=SIGMA, iterations=7, record=[1, 2])
+    network = make_network(config)
+    own = generator_metadata(Generator(network, sigmas, clamped))
+    save_network(path, network, kind="generator", **own, iterations=7, record=[1, 2])
     return path
 
 
 @pytest.fixture(scope="module")
 def generator_files(tmp_path_factory) -> list[Path]:
-    return [write_generator(tmp_path_factory.mktemp("variant"), config) for config in VARIANTS.values()]
+    generators = [(config, (SIGMA,)) for config in VARIANTS.values()]
+    generators += [(dataclasses.replace(SMALLEST, num_classes=n), SEVERAL, True) for n in (0, 3)]
+    return [write_generator(tmp_path_factory.mktemp("variant"), *generator) for generator in generators]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,10 +101,10 @@ def trace_once():
         traced, trace = {}, export.trace
 
         def cached(generator):
-            config = generator.network.config
-            if config not in traced:
-                traced[config] = trace(generator)
-            return traced[config]
+            key = generator.network.config, generator.sigmas, generator.clamped
+            if key not in traced:
+                traced[key] = trace(generator)
+            return traced[key]
 
         patch.setattr(export, "trace", cached)
         yield
@@ -111,11 +119,15 @@ def export_and_run_elsewhere(generator_files, suffix, code):
     for path in generator_files:
         exported, given, made = path.with_suffix(suffix), path.with_name("inputs.npz"), path.with_name("outputs.npz")
         export.main([str(path), "--out", str(exported)])
-        generator, _ = load_network(path)
-        noise = torch.randn(3, *generator.image_shape, generator=torch.Generator().manual_seed(1))
-        labels = torch.tensor([2, 0, 1]) if generator.num_classes else None
-        np.savez(given, noise=noise, **({} if labels is None else {"class_labels": labels}))
-        images = Generator(generator, (SIGMA,))(noise, labels)
+        generator = load_generator(path)
+        inputs = {"noise": torch.randn(3, *generator.network.image_shape, generator=torch.Generator().manual_seed(1))}
+        if generator.network.num_classes:
+            inputs["class_labels"] = torch.tensor([2, 0, 1])
+        if generator.num_step_noises:
+            shape = 3, generator.num_step_noises, *generator.network.image_shape
+            inputs["step_noise"] = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        np.savez(given, **inputs)
+        images = generator(**inputs)
         assert images.std() > 0.1
         content = exported.read_bytes()
         assert b"site-packages" not in content and str(ROOT).encode() not in content  # nothing of this machine
@@ -134,9 +146,9 @@ def check_result(generator, result, images):
         if name != "fastdmd_version"
     }
     assert metadata == {
-        "conditioning_sigma": SIGMA,
-        "image_shape": list(generator.image_shape),
-        "num_classes": generator.num_classes,
+        **generator_metadata(generator),
+        "image_shape": list(generator.network.image_shape),
+        "num_classes": generator.network.num_classes,
     }
 
 
@@ -187,7 +199,7 @@ def test_programs_run_without_fastdmd(generator_files, capsys):
         check_result(generator, result, images)
         assert result["foreign"].size == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(VARIANTS)
+    assert len(lines) == len(generator_files)
     assert all(
         re.search(r"generator.pt2: \d\.\d\d MB, .* by at most (\d\.\de-0[678]|0\.0e\+00)$", line) for line in lines
     ), lines
@@ -201,6 +213,13 @@ def test_onnx_runs_with_onnxruntime_alone(generator_files):
         assert all(shape.startswith("['batch'") for shape in result["shapes"]), result["shapes"]
 
 
+def test_weights_of_several_steps_come_with_their_levels(tmp_path):
+    exported = tmp_path / "small.safetensors"
+    export.main([str(write_generator(tmp_path, sigmas=SEVERAL)), "--out", str(exported)])
+    assert load_generator(exported).sigmas == SEVERAL
+    assert load_network(exported)[1].keys() == {"kind", "network", "version", "generator_sigmas", "clamped"}
+
+
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 def test_weights_come_alone(name, tmp_path):
     generator_file, exported = write_generator(tmp_path), tmp_path / "small.safetensors"
@@ -210,7 +229,7 @@ def test_weights_come_alone(name, tmp_path):
     dtype = getattr(torch, name)
     for key, value in generator.state_dict().items():
         assert_close(loaded.state_dict()[key], value.to(dtype).float(), atol=0, rtol=0)
-    assert metadata.keys() == {"kind", "network", "version", "conditioning_sigma"}
+    assert metadata.keys() == {"kind", "network", "version", "conditioning_sigma", "clamped"}
     assert metadata["kind"] == "generator" and metadata["conditioning_sigma"] == SIGMA
     assert loaded.config == generator.config
     num_weights = sum(value.numel() for value in generator.state_dict().values())
@@ -232,7 +251,7 @@ def write_wrongly(defect):
 
     def write(generator, path, weights_dtype):
         path.write_text("wrong")
-        return lambda *inputs: generator(*inputs) + defect
+        return lambda **inputs: generator(**inputs) + defect
 
     return write
 
@@ -275,7 +294,7 @@ def test_mistakes_get_one_line(options, message, tmp_path, capsys, monkeypatch):
 
 def test_only_generators_are_exported(teacher_file, tmp_path, capsys):
     error = fails([teacher_file, "--out", tmp_path / "a.pt2"], capsys)
-    assert f"expected a one-step generator, got {teacher_file}, a teacher" in error
+    assert f"expected a generator, got {teacher_file}, a teacher" in error
     save_network(teacher_file, make_network(SMALLEST), kind="generator")
     error = fails([teacher_file, "--out", tmp_path / "a.pt2"], capsys)
     assert f"expected a generator's conditioning_sigma, got {teacher_file} without" in error

@@ -40,31 +40,40 @@ class NothingFromTheHost(TorchDispatchMode):  # nor to it: a pageable copy would
 def execute(name, run):
     with NothingFromTheHost() as mode:
         run()
-    assert len(mode.names) > 50 and (name == "generation" or any("backward" in op for op in mode.names)), name
+    executed.add(name)
+    assert len(mode.names) > 50 and (name.startswith("generation") or any("backward" in op for op in mode.names)), name
 
-def draws(step, with_real_images=False):
+def draws(step, with_real_images=False, num_steps=1):
     image, level = lambda: torch.empty(4, 1, 28, 28, device="cuda"), lambda: torch.empty(4, device="cuda")
     labels = torch.empty(4, device="cuda", dtype=torch.int64)
     own = dict(noise=image(), class_labels=labels, dm_sigma=level(), dm_noise=image(), fake_sigma=level(),
                fake_noise=image())
+    if num_steps > 1:
+        own |= dict(step_index=(step + step // 3) % num_steps,
+                    step_noise=torch.empty(4, num_steps - 1, 1, 28, 28, device="cuda"))
     if not with_real_images:
         return Draws(**own)
     return AdversarialDraws(**own, gan_sigma=level(), gan_noise=image(), real_images=image(), real_labels=labels,
                             real_sigma=level(), real_noise=image())
 
+executed = set()
 network = make_network()
 head = Discriminator(network.feature_shape)
 with FakeTensorMode():
     gan = GAN(gan_generator_weight=1e-2, gan_guidance_weight=1e-2, gan_r1_weight=1.0, divergence="forward-kl",
               gan_max_sigma=80.0, gan_lr=1e-3)
     low = {{"compute_dtype": torch.bfloat16, "accumulation_steps": 2}}
-    for options in ({{}}, low, low | {{"method": Adversarial(gan, fake_cuda.fake(head), 0.5)}}):
+    for sigmas, options in (
+        ((80.0,), {{}}),
+        ((80.0,), low),
+        ((80.0, 6.0, 0.5), low | {{"method": Adversarial(gan, fake_cuda.fake(head), 0.5)}}),
+    ):
         source = draws
         if "method" in options:
             options["head_options"] = dict(learning_rate=1e-3, max_grad_norm=1.0)
-            source = lambda step: draws(step, with_real_images=True)
+            source = lambda step: draws(step, with_real_images=True, num_steps=3)
         groups = {{"norm": {{"weight_decay": 0.0}}}} if options else None
-        model = DMD2(fake_cuda.fake(network), conditioning_sigma=80.0, sigma_data=0.5, dfake_gen_update_ratio=3,
+        model = DMD2(fake_cuda.fake(network), generator_sigmas=sigmas, sigma_data=0.5, dfake_gen_update_ratio=3,
                      generator_options=dict(learning_rate=1e-3, ema_decay=0.9, max_grad_norm=1.0, groups=groups),
                      guidance_options=dict(learning_rate=1e-3, max_grad_norm=1.0), **options)
         model.executor.run = execute
@@ -85,6 +94,7 @@ with FakeTensorMode():
             except DataDependentOutputException:
                 continue
             raise AssertionError("a host sync went unnoticed")
+assert executed == {{"generator", "guidance", "generation", "generator 1", "generation 1", "generation 2"}}, executed
 print("no sync in", step + 1, "iterations", flush=True)
 os._exit(0)  # the engine's thread for the fake device cannot be joined
 """

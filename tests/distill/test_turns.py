@@ -275,6 +275,6 @@ def test_defaults_per_device(monkeypatch):
     ],
 )
 def test_turns_that_cannot_be(options, message):
-    usual = {"conditioning_sigma": 80.0, "sigma_data": 0.5, "dfake_gen_update_ratio": 1}
+    usual = {"generator_sigmas": (80.0,), "sigma_data": 0.5, "dfake_gen_update_ratio": 1}
     with pytest.raises(ValueError, match=f"fastdmd.DMD2: {message}"):
         DMD2(make_network(TINY), **(usual | options), generator_options={}, guidance_options={})

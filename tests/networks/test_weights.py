@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from fastdmd import teachers
 from fastdmd.networks.adapted import Adapted
-from fastdmd.networks.weights import RECORDED, load_network, save_network
+from fastdmd.networks.weights import RECORDED, generator_metadata, load_network, save_network
 from fastdmd.quality import Measurement
+from fastdmd.sampling import Generator
 from tests.helpers import foreign
 from tests.helpers.networks import SMALL, make_network
 
@@ -87,6 +88,28 @@ def rewritten(path, **changes):
             "expected conditioning_sigma from .* in .*, got 10",
         ),
         ({"kind": "generator", "conditioning_sigma": math.nan}, "expected conditioning_sigma .*, got nan"),
+        *(
+            (
+                {"kind": "generator", "generator_sigmas": sigmas},
+                "expected generator_sigmas, a list from 1.18e-38 to 1e.30, the highest first, in .*, got ",
+            )
+            for sigmas in (
+                [80.0, math.nan],
+                [80.0, "2"],
+                [80.0, -1.0],
+                [80.0, True],
+                "80,2",
+                None,
+                [],
+                80.0,
+                [2.0, 80.0],
+                [80.0, 80.0],
+            )
+        ),
+        (
+            {"kind": "generator", "conditioning_sigma": 80.0, "generator_sigmas": [80.0, 2.0]},
+            "expected conditioning_sigma or generator_sigmas in .*w.safetensors, got both",
+        ),
         ({"kind": "generator"}, "expected a generator's conditioning_sigma, got .*w.safetensors without"),
     ],
 )
@@ -101,6 +124,20 @@ def test_a_record_is_taken_as_it_was_measured(tmp_path):
     assert RECORDED.keys() == {field.name for field in dataclasses.fields(Measurement)}
     for record in (RECORD, RECORD | {"quality": {"frechet_distance": 1, "class_accuracy": None}}, None):
         assert teachers.read(rewritten(tmp_path / "w.safetensors", record=record))[1]["record"] == record
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "written"),
+    [((80.0,), {"conditioning_sigma": 80.0}), ((80.0, 6, 0.5), {"generator_sigmas": [80.0, 6, 0.5]})],
+)
+@pytest.mark.parametrize("clamped", [False, True])
+def test_what_a_file_says_of_a_generator(sigmas, written, clamped, tmp_path):
+    """Levels, of one as ever, of several such that no former version takes the first for all of them; and clamping."""
+    assert generator_metadata(Generator(make_network(), sigmas, clamped)) == {**written, "clamped": clamped}
+    for extra in [{"clamped": clamped}] + [{}] * (not clamped):  # former files say nothing of it
+        path = rewritten(tmp_path / "w.safetensors", kind="generator", **written, **extra)
+        found = teachers.load_generator(path)
+        assert (found.sigmas, found.clamped) == (sigmas, clamped)
 
 
 def test_metadata_that_is_no_description(tmp_path):

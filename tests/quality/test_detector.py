@@ -64,6 +64,7 @@ class Repeated:
     """A sampler of given images, a little off the levels of uint8, as those of a network are."""
 
     num_evaluations = 1
+    num_step_noises = 0
 
     class network:
         foreign_name = None
@@ -71,7 +72,7 @@ class Repeated:
     def __init__(self, images: np.ndarray):
         self.images, self.position = torch.from_numpy(images), 0
 
-    def __call__(self, noise, class_labels):
+    def __call__(self, noise, class_labels, step_noise):
         part = self.images[self.position : self.position + len(noise)]
         self.position += len(noise)
         return (part + 0.8 * torch.rand(part.shape) - 0.4) / 127.5 - 1

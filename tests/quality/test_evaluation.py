@@ -20,6 +20,7 @@ class Given:
     """A sampler of real digits of the labels asked for, in their order."""
 
     num_evaluations = 1
+    num_step_noises = 0
 
     class network:
         foreign_name = None
@@ -28,7 +29,7 @@ class Given:
         self.of_class = [dataset.batch((dataset.labels == label).nonzero().flatten())[0] for label in range(10)]
         self.made: list[torch.Tensor] = []
 
-    def __call__(self, noise, class_labels):
+    def __call__(self, noise, class_labels, step_noise):
         start = sum(map(len, self.made))  # images of balanced classes, ten of them
         images = [self.of_class[label][(start + i) // 10] for i, label in enumerate(class_labels)]
         self.made.append(torch.stack(images))
