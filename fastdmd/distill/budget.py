@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Draws
-from fastdmd.distill.gan import AdversarialDraws
 from fastdmd.distill.turns import DMD2
 from fastdmd.memory import available_bytes
 
@@ -120,7 +120,7 @@ def _dry_run(
     """Memory, the model, and the FLOPs of each kind of turn."""
     with Allocations() as memory:
         model = build(meta)
-        model.load(_draws(meta, batch_size, with_head=model.method.head is not None))
+        model.load(_draws(meta, batch_size, model.method.draws))
         before = memory.most = memory.live()
         turns = {
             "generator": model.generator_turn,
@@ -132,12 +132,13 @@ def _dry_run(
     return _Cost(state_bytes, state_bytes + memory.most - before), model, flops
 
 
-def _draws(network: DenoisingNetwork, batch_size: int, *, with_head: bool) -> Draws:
+def _draws(network: DenoisingNetwork, batch_size: int, kind: type[Draws]) -> Draws:
+    """Noise levels, labels and images, as the names of its fields end."""
     images = torch.empty(batch_size, *network.image_shape, device="meta")
-    levels = images.new_empty(batch_size)
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta") if network.num_classes else None
-    values = images, labels, levels, images, levels, images
-    return AdversarialDraws(*values, levels, images, images, labels, levels, images) if with_head else Draws(*values)
+    known: dict[str, Any] = {"sigma": images.new_empty(batch_size), "labels": labels}
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: known.get(name.rpartition("_")[2], images) for name in names})
 
 
 def _flops(run: Callable[[], object]) -> int:

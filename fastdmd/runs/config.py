@@ -13,6 +13,7 @@ from fastdmd.data.settings import DataSettings
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Noise, NoiseSettings
 from fastdmd.distill.gan import GAN, GANSettings
+from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps
 from fastdmd.runs.precision import Compute, ComputeSettings
@@ -57,7 +58,7 @@ class CommandConfig(CommandSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(CommandConfig):
-    """Distil a teacher into a one-step generator with DMD2."""
+    """Distil a teacher into a one-step generator with DMD2 or SiD."""
 
     preset: Literal[
         "mnist", "mnist-reference", "cifar10-cond", "cifar10-uncond", "imagenet64", "afhqv2-64", "ffhq-64"
@@ -78,6 +79,7 @@ class TrainConfig(CommandConfig):
     """Guidance turns per generator turn."""
     optimizer: Annotated[OptimizerSettings, OmitArgPrefixes] = OptimizerSettings()
     noise: Annotated[NoiseSettings, OmitArgPrefixes] = NoiseSettings()
+    method: Annotated[MethodSettings, OmitArgPrefixes] = MethodSettings()
     gan: Annotated[GANSettings, OmitArgPrefixes] = GANSettings()
     compute: Annotated[ComputeSettings, OmitArgPrefixes] = ComputeSettings()
     log_every: Iterations = 50
@@ -93,6 +95,8 @@ class TrainConfig(CommandConfig):
         super().check()
         if self.batch_size % self.compute.accumulation_steps:
             fail(self.compute, "accumulation_steps", f"that divides --batch-size {self.batch_size}")
+        if self.method.name != "dmd2" and self.gan.divergence != "reverse-kl":
+            fail(self.gan, "divergence", f"reverse-kl with --method {self.method.name}")
 
     def placed(self) -> Self:
         name = f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"

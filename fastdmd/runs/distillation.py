@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fastdmd.data import Dataset
 from fastdmd.diffusion import DenoisingNetwork, random_generator
-from fastdmd.distill import DMD2, Draws
+from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.gan import HEAD_STREAM
-from fastdmd.distill.methods import Adversarial, Method
 from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.weights import save_network
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
@@ -27,9 +26,12 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
     """The networks and optimizers of one distillation."""
     config = config.for_teacher(teacher)
     guidance_options = config.optimizer.of_fake_score(config.iterations)
-    method: Method | None = None
-    if config.gan.is_on:
-        method = Adversarial(config.gan, _head(config, teacher), config.noise.sigma_data)
+    method = methods.make(
+        config.method,
+        sigma_data=config.noise.sigma_data,
+        gan=config.gan,
+        make_head=lambda: _head(config, teacher),
+    )
     return DMD2(
         teacher,
         conditioning_sigma=config.noise.conditioning_sigma,
