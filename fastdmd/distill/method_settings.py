@@ -31,6 +31,6 @@ class MethodSettings(Settings):
         if self.name != "sid" and self.sid_alpha != 1.0:
             fail(self, "sid_alpha", "together with --method sid")
         if self.has_regression and self.pairs is None:
-            fail(self, "pairs", "with images of the teacher for --regression-weight")
+            raise ValueError("expected --pairs with images of the teacher for --regression-weight, got none")
         if self.pairs is not None and not self.has_regression:
             fail(self, "pairs", "together with --regression-weight")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
+from fastdmd.data.pairs import MAX_PAIRS
 from fastdmd.data.settings import DataSettings
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Noise, NoiseSettings
@@ -143,6 +144,27 @@ class EvaluateConfig(CommandConfig):
         super().check()
         if self.evaluation.num_samples < 2:
             fail(self.evaluation, "num_samples", ">= 2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsConfig(CommandSettings):
+    """Make pairs of noise and a teacher's images, for `fastdmd.train --regression-weight`. Run again, it goes on."""
+
+    teacher: Annotated[str, Input] = "mnist"
+    """As `fastdmd.train --teacher` takes it."""
+    adapter: Adapter = NO_OPTIONS
+    out: Path
+    """Folder of the pairs; new, or one that the same settings were begun in."""
+    num: Annotated[int, at_least(1, MAX_PAIRS)] = 10_000
+    """Number of pairs; all classes in turn."""
+    batch_size: BatchSize = 250
+    """Images per forward pass, and per file."""
+    teacher_steps: HeunSteps = 18
+    """Heun steps; N steps are 2 N - 1 evaluations."""
+    seed: Seed = 0
+    """Seed of the noise."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdmd.data import Dataset
+from fastdmd.data.pairs import Pairs, load_pairs
 from fastdmd.diffusion import DenoisingNetwork, random_generator
 from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.gan import HEAD_STREAM
+from fastdmd.distill.regression import with_pairs
 from fastdmd.networks.discriminator import Discriminator
+from fastdmd.networks.identity import identity
 from fastdmd.networks.weights import save_network
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import RunFolder
@@ -55,21 +59,31 @@ def _head(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Discriminat
 
 
 def make_draws(
-    config: TrainConfig, network: DenoisingNetwork, device: torch.device, real: Dataset | None = None
+    config: TrainConfig,
+    network: DenoisingNetwork,
+    device: torch.device,
+    real: Dataset | None = None,
+    pairs: Pairs | None = None,
 ) -> Callable[[int], Draws]:
-    """The random inputs of every iteration, as a function of its number; `real` for an adversarial term.
+    """The random inputs of every iteration, as a function of its number; `real` for an adversarial term, `pairs` for a
+    regression.
 
-    Raises ValueError for an adversarial term without.
+    Raises ValueError for either without.
     """
     config = config.for_teacher(network, device)
-    draws = config.noise.draws(network, config.batch_size, config.seed, device)
-    if not config.gan.is_on:
-        return draws
-    if real is None:
-        raise ValueError("fastdmd.make_draws: expected real images for the adversarial term, got none")
-    batch = functools.partial(real.random_batch, config.batch_size, seed=config.seed, device=device)
-    levels = config.noise.levels(device)
-    return config.gan.draws(draws, lambda step: batch(step=step), levels, config.seed)
+    draws: Callable[[int], Draws] = config.noise.draws(network, config.batch_size, config.seed, device)
+    if config.gan.is_on:
+        if real is None:
+            raise ValueError("fastdmd.make_draws: expected real images for the adversarial term, got none")
+        batch = functools.partial(real.random_batch, config.batch_size, seed=config.seed, device=device)
+        levels = config.noise.levels(device)
+        draws = config.gan.draws(draws, lambda step: batch(step=step), levels, config.seed)
+    if config.method.has_regression:
+        if pairs is None:
+            raise ValueError("fastdmd.make_draws: expected pairs for the regression, got none")
+        drawn = functools.partial(pairs.random_batch, config.batch_size, seed=config.seed, device=device)
+        draws = with_pairs(draws, lambda step: drawn(step=step))
+    return draws
 
 
 def real_images(config: TrainConfig, network: DenoisingNetwork, named: Dataset | None) -> Dataset | None:
@@ -85,6 +99,19 @@ def real_images(config: TrainConfig, network: DenoisingNetwork, named: Dataset |
     return dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
 
 
+def teacher_pairs(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Pairs | None:
+    """What a regression is to, None without one. Raises OSError or ValueError for pairs that are not this teacher's."""
+    if config.method.pairs is None:
+        return None
+    return load_pairs(
+        Path(config.method.pairs),
+        teacher=identity(teacher),
+        image_shape=teacher.image_shape,
+        num_classes=teacher.num_classes,
+        sigma=config.noise.conditioning_sigma,
+    )
+
+
 class Distillation:
     """What the loop is given: the generator's average is what it keeps, shows and measures."""
 
@@ -95,6 +122,7 @@ class Distillation:
         folder: RunFolder,
         teacher_record: dict[str, Any] | None = None,
         real: Dataset | None = None,
+        pairs: Pairs | None = None,
     ):
         self.config = config
         self.model = build(config, teacher)
@@ -103,7 +131,7 @@ class Distillation:
         device = next(teacher.parameters()).device
         self._teacher, self._teacher_record = teacher, teacher_record
         self._path = folder.path / "generator.safetensors"
-        self._draws = make_draws(config, teacher, device, real)
+        self._draws = make_draws(config, teacher, device, real, pairs)
         self._sampler = Generator(self.network, (config.noise.conditioning_sigma,))
         self._sheet = SampleSheet(teacher, config.seed, device)
 
