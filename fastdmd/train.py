@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         pairs = distillation.teacher_pairs(config, teacher)
         if config.gan.is_on:
             teachers.verify_features(teacher)
+        if config.method.differentiates_denoisers:
+            teachers.verify_derivative(teacher)
         if real is not None and (notice := unseen_classes(real, teacher.num_classes)) is not None:
             terminal.say(notice)
         budget = budget_of(config, teacher, device)

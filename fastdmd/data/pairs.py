@@ -155,17 +155,21 @@ def load_pairs(path: Path, *, teacher: str, image_shape: tuple[int, int, int], n
 def read_record(path: Path) -> PairRecord:
     """That of a folder. Raises ValueError for any other content than `PairFolder.begin` writes."""
     file = path / RECORD
-    with decoding("record of pairs", file), open(file, "rb") as stream:
+    with decoding("JSON", file), open(file, "rb") as stream:
         content = json.loads(stream.read(MAX_RECORD_BYTES))
         content["image_shape"] = tuple(content["image_shape"])
         record = PairRecord(**content)
         types = get_type_hints(PairRecord)
         if wrong := [n for n, value in vars(record).items() if type(value) is not (get_origin(types[n]) or types[n])]:
             raise mismatch(f"{wrong[0]} of another type in {file}", f"{content[wrong[0]]!r:.80}")
-        counts = *record.image_shape, record.teacher_steps, record.batch_size
+        counts = *record.image_shape, record.teacher_steps, record.batch_size, record.num
         is_shape = len(record.image_shape) == 3 and all(type(size) is int for size in record.image_shape)
-        if not (is_shape and min(counts) >= 1 and 1 <= record.num <= MAX_PAIRS and record.num_classes >= 0):
+        if not (
+            is_shape and min(counts) >= 1 and record.num <= MAX_PAIRS and min(record.num_classes, record.seed) >= 0
+        ):
             raise mismatch(f"counts that can be in {file}", f"{content!r:.300}")
+        if not 0 < record.sigma < math.inf:
+            raise mismatch(f"a noise level in {file}", record.sigma)
     return record
 
 
@@ -178,7 +182,7 @@ def read_part(path: Path, record: PairRecord, index: int) -> tuple[Tensor, Tenso
     expected: dict[str, Any] = {"images": (torch.float32, (num, *record.image_shape))}
     if record.num_classes:
         expected["labels"] = (torch.int64, (num,))
-    with decoding("file of pairs", file), safe_open(file, framework="pt") as content:
+    with decoding("safetensors", file), safe_open(file, framework="pt") as content:
         tensors = {name: content.get_tensor(name) for name in content.keys()}
     if (got := {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}) != expected:
         raise mismatch(f"{expected} in {file}", got)

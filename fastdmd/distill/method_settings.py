@@ -26,6 +26,11 @@ class MethodSettings(Settings):
     def has_regression(self) -> bool:
         return self.regression_weight > 0
 
+    @property
+    def differentiates_denoisers(self) -> bool:
+        """Whether the generator's loss reaches its images through teacher and fake score, too."""
+        return self.name == "sid"
+
     def check(self) -> None:
         super().check()
         if self.name != "sid" and self.sid_alpha != 1.0:
