@@ -39,7 +39,7 @@ class DistributionMatching:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreIdentity:
-    """Of SiD (Zhou et al. 2024): `L_sid`. With an adversarial term beside it, that of SiDA (Zhou et al. 2025)."""
+    """Of SiD (Zhou et al. 2024): `L_sid`."""
 
     scalar: ClassVar[str] = "loss_sid"
     alpha: float = 1.0

@@ -133,6 +133,7 @@ def test_the_folder_of_another_command_is_left_alone(options, message, teacher_f
         (["--num", "0"], "expected --num >= 1, got 0"),
         (["--teacher", "nowhere.safetensors"], "nowhere.safetensors, which does not exist"),
         (["--out", lambda path: path.write_text("a file")], "expected a folder for --out, got the file"),
+        (["--out", "/proc/pairs"], "expected --out to be writable, got /proc/pairs: "),
         (["--device", "teapot"], "expected --device auto, cpu or a CUDA device"),
     ],
 )

@@ -202,7 +202,7 @@ def test_compiled_equals_eager_after_50_iterations(monkeypatch):
 
 
 def test_an_adversarial_term_beside_it():
-    """SiDA: each term is what it is by itself."""
+    """Each term is what it is by itself."""
     teacher = make_network(TINY)
     _, alone = run(teacher, 1)
     _, dmd2 = run(teacher, 1, ADVERSARIAL, divergence="reverse-kl")

@@ -19,7 +19,7 @@ def test_it_is_that_of_the_file_and_of_every_layout(teacher, teacher_file):
 
 def test_any_weight_and_any_option_makes_another(teacher):
     others = [make_network(seed=1), make_network(dataclasses.replace(SMALL, sigma_data=0.6))]
-    for index in range(len(list(teacher.parameters()))):
+    for index in (0, 7, -1):
         other = copy.deepcopy(teacher)
         parameter = list(other.parameters())[index].data
         parameter[(-1,) * parameter.dim()] += 1e-3
