@@ -89,9 +89,11 @@ class PairFolder:
                 yield index
 
     def begin(self) -> None:
+        """Makes the folder, with its record in it, where it is new."""
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(self.record), indent=2) + "\n"
-        write_atomically(self.path / RECORD, lambda file: file.write(text.encode()))
+        if not (self.path / RECORD).exists():
+            text = json.dumps(dataclasses.asdict(self.record), indent=2) + "\n"
+            write_atomically(self.path / RECORD, lambda file: file.write(text.encode()))
 
     def write(self, index: int, images: Tensor, labels: Tensor | None) -> None:
         """A file, in one atomic replacement."""
@@ -137,9 +139,8 @@ def load_pairs(path: Path, *, teacher: str, image_shape: tuple[int, int, int], n
     ):
         if expected != got:
             raise mismatch(f"{what} {expected} in {path}", got)
-    require_memory(
-        2 * 4 * record.num * math.prod(image_shape), torch.device("cpu"), f"the pairs of {path}", "use fewer"
-    )
+    num_bytes = 2 * 4 * record.num * math.prod(image_shape)
+    require_memory(num_bytes, torch.device("cpu"), f"the pairs of {path}", "use fewer")
     images = torch.empty(record.num, *image_shape)
     noise = torch.empty_like(images)
     labels = torch.empty(record.num, dtype=torch.int64) if num_classes else None
@@ -162,11 +163,9 @@ def read_record(path: Path) -> PairRecord:
         types = get_type_hints(PairRecord)
         if wrong := [n for n, value in vars(record).items() if type(value) is not (get_origin(types[n]) or types[n])]:
             raise mismatch(f"{wrong[0]} of another type in {file}", f"{content[wrong[0]]!r:.80}")
-        counts = *record.image_shape, record.teacher_steps, record.batch_size, record.num
-        is_shape = len(record.image_shape) == 3 and all(type(size) is int for size in record.image_shape)
-        if not (
-            is_shape and min(counts) >= 1 and record.num <= MAX_PAIRS and min(record.num_classes, record.seed) >= 0
-        ):
+        counts = *record.image_shape, record.teacher_steps, record.batch_size, record.num, record.num_classes + 1
+        are_counts = all(type(count) is int and count >= 1 for count in counts) and record.num <= MAX_PAIRS
+        if len(record.image_shape) != 3 or not are_counts or not 0 <= record.seed < 2**32:
             raise mismatch(f"counts that can be in {file}", f"{content!r:.300}")
         if not 0 < record.sigma < math.inf:
             raise mismatch(f"a noise level in {file}", record.sigma)

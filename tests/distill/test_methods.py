@@ -9,14 +9,17 @@ import torch
 from torch.testing import assert_close
 
 from fastdmd.data.pairs import Pairs
+from fastdmd.diffusion import DenoisingNetwork, karras_sigmas
 from fastdmd.distill import budget, methods
-from fastdmd.distill.draws import Draws
+from fastdmd.distill.draws import Draws, draw
 from fastdmd.distill.gan import AdversarialDraws
 from fastdmd.distill.matching import DistributionMatching, ScoreIdentity
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.methods import Adversarial, Matched, Regressed
 from fastdmd.distill.regression import PAIRED, AdversarialPairDraws, PairDraws, regression_loss
+from fastdmd.distill.turns import DMD2
 from fastdmd.runs import distillation
+from fastdmd.sampling import Generator
 from tests.helpers.adversarial import CONFIG as ADVERSARIAL
 from tests.helpers.adversarial import TINY, real_images
 from tests.helpers.networks import make_network
@@ -117,6 +120,46 @@ def test_what_settings_make(teacher):
 def test_settings_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
         CONFIG.replace(**changes).check()
+
+
+class Gaussian(DenoisingNetwork):
+    """The denoiser of images whose values are N(mean, std^2), which is that of a generator as well."""
+
+    image_shape, num_classes, sigma_data, dynamics = (1, 4, 4), 0, 1.0, "edm"
+    with_features = describe = None
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.log_std = (torch.nn.Parameter(torch.tensor(value)) for value in (0.5, 0.0))
+
+    def forward(self, x, sigma, class_labels=None):
+        variance = (2 * self.log_std).exp()
+        return self.mean + variance / (variance + sigma.view(-1, 1, 1, 1) ** 2) * (x - self.mean)
+
+
+@pytest.mark.parametrize("matching", [DistributionMatching(), ScoreIdentity(1.0), ScoreIdentity(1.2)], ids=str)
+def test_a_generator_comes_to_have_the_distribution_of_its_teacher(matching):
+    """From N(0.5, 0.0125^2), what the teacher of N(0.5, 1) gives in one step; measured: std 0.994 to 0.996."""
+    options = {"learning_rate": 2e-2, "weight_decay": 0.0}
+    model = DMD2(
+        Gaussian(),
+        conditioning_sigma=80.0,
+        sigma_data=1.0,
+        dfake_gen_update_ratio=2,
+        generator_options={**options, "decay_steps": 200},
+        guidance_options={**options, "learning_rate": 4e-2, "decay_steps": 800},
+        method=Matched(1.0, matching),
+    )
+    sigmas = karras_sigmas(1000)
+
+    def images():
+        noise = torch.randn(2000, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+        return Generator(model.generator, (80.0,))(noise).detach()
+
+    assert images().std() == pytest.approx(0.0125, rel=0.02)
+    for step in range(400):
+        model.iterate(step, lambda step: draw((32, 1, 4, 4), 0, sigmas, 20, 980, seed=0, step=step))
+    assert images().std() == pytest.approx(1, abs=0.03) and images().mean() == pytest.approx(0.5, abs=0.03)
 
 
 # DMD's regression.
