@@ -137,17 +137,17 @@ class Gaussian(DenoisingNetwork):
         return self.mean + variance / (variance + sigma.view(-1, 1, 1, 1) ** 2) * (x - self.mean)
 
 
-@pytest.mark.parametrize("matching", [DistributionMatching(), ScoreIdentity(1.0), ScoreIdentity(1.2)], ids=str)
+@pytest.mark.parametrize("matching", [DistributionMatching(), ScoreIdentity()], ids=str)
 def test_a_generator_comes_to_have_the_distribution_of_its_teacher(matching):
-    """From N(0.5, 0.0125^2), what the teacher of N(0.5, 1) gives in one step; measured: std 0.994 to 0.996."""
+    """From N(0.5, 0.0125^2), what the teacher of N(0.5, 1) gives in one step; measured: std 0.998 and 1.001."""
     options = {"learning_rate": 2e-2, "weight_decay": 0.0}
     model = DMD2(
         Gaussian(),
         conditioning_sigma=80.0,
         sigma_data=1.0,
         dfake_gen_update_ratio=2,
-        generator_options={**options, "decay_steps": 200},
-        guidance_options={**options, "learning_rate": 4e-2, "decay_steps": 800},
+        generator_options={**options, "decay_steps": 300},
+        guidance_options={**options, "learning_rate": 4e-2, "decay_steps": 1200},
         method=Matched(1.0, matching),
     )
     sigmas = karras_sigmas(1000)
