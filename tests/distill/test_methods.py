@@ -217,10 +217,9 @@ def test_a_turn_adds_the_gradient_of_the_regression(teacher, config):
     assert both.left_out == alone.left_out == 0
 
 
-@pytest.mark.parametrize("method", ["dmd2", "sid"])
-def test_a_generator_learns_its_pairs(teacher, method):
+def test_a_generator_learns_its_pairs(teacher):
     """In parts, too, whose losses are those of the whole batch."""
-    options = {**WITH_PAIRS, "method": method, "regression_weight": 100.0, "dfake_gen_update_ratio": 1}
+    options = {**WITH_PAIRS, "method": "sid", "regression_weight": 100.0, "dfake_gen_update_ratio": 1}
     options["generator_lr"] = 5e-3
     model, draws = make(teacher, **options)
     losses = [model.iterate(step, draws)["loss_regression"].item() for step in range(12)]
