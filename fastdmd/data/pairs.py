@@ -23,8 +23,8 @@ from fastdmd.diffusion import random_generator
 from fastdmd.files import write_atomically
 from fastdmd.memory import require_memory
 
-NOISE_STREAM = 8  # of random_generator: the noise of a pair, whose index is the step
-BATCH_STREAM = 9  # the choice of pairs in an iteration
+NOISE_STREAM = 10  # of random_generator: the noise of a pair, whose index is the step
+BATCH_STREAM = 11  # the choice of pairs in an iteration
 RECORD = "pairs.json"
 MAX_PAIRS = 10**7
 MAX_RECORD_BYTES = 2**14

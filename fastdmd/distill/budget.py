@@ -133,11 +133,11 @@ def _dry_run(
 
 
 def _draws(network: DenoisingNetwork, batch_size: int, kind: type[Draws]) -> Draws:
-    """Noise levels, labels and images, as the names of its fields end."""
+    """Noise levels, labels and images, as the names of its fields end; defaults stay."""
     images = torch.empty(batch_size, *network.image_shape, device="meta")
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta") if network.num_classes else None
     known: dict[str, Any] = {"sigma": images.new_empty(batch_size), "labels": labels}
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
     return kind(**{name: known.get(name.rpartition("_")[2], images) for name in names})
 
 
