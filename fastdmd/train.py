@@ -28,6 +28,7 @@ from fastdmd.runs.presets import PRESETS
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
 BYTES_PER_STEP = 4  # more for each step after the first: fresh noise
 BYTES_PER_JUDGED = 3 * 4  # more with an adversarial term: real images, noise for them and for generated ones
+BYTES_PER_PAIR = 3 * 4  # more with a regression: noise, the teacher's images, and the generator's
 
 
 @terminal.command("fastdmd.train")
@@ -45,8 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
         dataset = config.data.load_named(teacher)
         real = distillation.real_images(config, teacher, dataset)
+        pairs = distillation.teacher_pairs(config, teacher)
         if config.gan.is_on:
             teachers.verify_features(teacher)
+        if config.method.differentiates_denoisers:
+            teachers.verify_derivative(teacher)
         if real is not None:
             notice = unseen_classes(real, teacher.num_classes, are_judged=config.gan.is_on)
             if notice is not None:
@@ -58,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_values = config.batch_size * math.prod(teacher.image_shape)
         num_more_steps = len(config.noise.generator_sigmas) - 1
         bytes_per_value = BYTES_PER_DRAW + BYTES_PER_JUDGED * config.gan.is_on + BYTES_PER_STEP * num_more_steps
+        bytes_per_value += BYTES_PER_PAIR * config.method.has_regression
         require_memory(bytes_per_value * num_values, device, f"--batch-size {config.batch_size}")
         if budget is not None and (advice := budget.advice()) is not None:
             if budget.is_hopeless:
@@ -68,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():
-            loop = Loop(distillation.Distillation(config, teacher, folder, teacher_record, real), config, folder)
+            training = distillation.Distillation(config, teacher, folder, teacher_record, real, pairs)
+            loop = Loop(training, config, folder)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:

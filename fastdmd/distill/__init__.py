@@ -1,4 +1,4 @@
-"""Distillation by DMD2: its losses, its turns, and how they are executed."""
+"""Distillation by DMD2 and its relatives: losses, methods, turns, and how they are executed."""
 
 from fastdmd.distill.draws import Draws, draw
 from fastdmd.distill.losses import denoising_loss, generator_loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Draws, GeneratorInputs
-from fastdmd.distill.gan import AdversarialDraws
 from fastdmd.distill.turns import DMD2
 from fastdmd.memory import available_bytes
 from fastdmd.sampling import draw_step_noise
@@ -132,7 +132,7 @@ def _dry_run(
         model = build(meta)
 
         def load(step_index: int) -> None:
-            draws = _draws(meta, batch_size, model.num_steps, generator_inputs, with_head=model.method.head is not None)
+            draws = _draws(meta, batch_size, model.method.draws, model.num_steps, generator_inputs)
             model.load(dataclasses.replace(draws, step_index=step_index))
 
         load(0)
@@ -153,17 +153,17 @@ def _dry_run(
 
 
 def _draws(
-    network: DenoisingNetwork, batch_size: int, num_steps: int, generator_inputs: GeneratorInputs, *, with_head: bool
+    network: DenoisingNetwork, batch_size: int, kind: type[Draws], num_steps: int, generator_inputs: GeneratorInputs
 ) -> Draws:
+    """Noise levels, labels and images, as the names of its fields end; and what further steps start from."""
     images = torch.empty(batch_size, *network.image_shape, device="meta")
-    levels = images.new_empty(batch_size)
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta") if network.num_classes else None
-    values = images, labels, levels, images, levels, images
-    draws = AdversarialDraws(*values, levels, images, images, labels, levels, images) if with_head else Draws(*values)
+    known: dict[str, Any] = {"sigma": images.new_empty(batch_size), "labels": labels}
+    names = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    draws = kind(**{name: known.get(name.rpartition("_")[2], images) for name in names})
     if generator_inputs == "noised-data":
         return dataclasses.replace(draws, start_images=images)
-    step_noise = draw_step_noise(num_steps - 1, images, None)
-    return dataclasses.replace(draws, step_noise=step_noise)
+    return dataclasses.replace(draws, step_noise=draw_step_noise(num_steps - 1, images, None))
 
 
 def _flops(run: Callable[[], object]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -19,9 +20,29 @@ from fastdmd.distill.adversarial import (
 )
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.gan import GAN, AdversarialDraws
-from fastdmd.distill.losses import denoised_loss, denoising_loss, generator_loss
+from fastdmd.distill.losses import denoised_loss, denoising_loss
+from fastdmd.distill.matching import DistributionMatching, Matching, ScoreIdentity
+from fastdmd.distill.method_settings import MethodSettings
+from fastdmd.distill.regression import PAIRED, PairDraws, regression_loss
 
 R1_DEVIATION = 0.05  # of the noise that approximate R1 adds, as a share of that of the image which it is added to
+
+# By the name that settings have for it.
+MATCHINGS: dict[str, Callable[[MethodSettings], Matching]] = {
+    "dmd2": lambda settings: DistributionMatching(),
+    "sid": lambda settings: ScoreIdentity(settings.sid_alpha),
+}
+
+Generate = Callable[[Tensor, Tensor | None], Tensor]  # images of noise and class_labels
+
+
+def make(settings: MethodSettings, *, sigma_data: float, gan: GAN, make_head: Callable[[], nn.Module]) -> Method:
+    """The method of these settings, with `sigma_data` in the weight of `L_fake`; a head is made where one is needed."""
+    matching = MATCHINGS[settings.name](settings)
+    method: Method = Matched(sigma_data, matching)
+    if gan.is_on:
+        method = Adversarial(gan, make_head(), sigma_data, matching)
+    return Regressed(method, settings.regression_weight) if settings.has_regression else method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +79,19 @@ class Method(Protocol):
         """What guidance turns train beside the fake score."""
 
     @property
+    def draws(self) -> type[Draws]:
+        """The random inputs that it reads."""
+
+    @property
     def generator_scalars(self) -> tuple[str, ...]: ...
 
     @property
     def guidance_scalars(self) -> tuple[str, ...]: ...
 
-    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
-        """Differentiable in `x_gen` alone."""
+    def generator_terms(
+        self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser, generate: Generate
+    ) -> Terms:
+        """Differentiable in `x_gen`, and in whatever it lets `generate`, the generator, make besides."""
         ...
 
     def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
@@ -73,20 +100,25 @@ class Method(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class DistributionMatching:
-    """DMD2 (Yin et al. 2024): `L_dm` moves the generator, `L_fake` lets the fake score follow it."""
+class Matched:
+    """A matching loss moves the generator, DMD2's by default; `L_fake` lets the fake score follow it."""
 
     sigma_data: float  # in the weight of `L_fake`
+    matching: Matching = DistributionMatching()
 
     head = None
-    generator_scalars = ("loss_dm",)
+    draws = Draws
     guidance_scalars = ("loss_fake",)
 
-    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
-        loss, left_out = generator_loss(
-            x_gen, teacher, fake_score, draws.class_labels, sigma=draws.dm_sigma, noise=draws.dm_noise
-        )
-        return Terms(loss, {"loss_dm": loss}, left_out)
+    @property
+    def generator_scalars(self) -> tuple[str, ...]:
+        return (self.matching.scalar,)
+
+    def generator_terms(
+        self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser, generate: Generate
+    ) -> Terms:
+        loss, left_out = self.matching(x_gen, draws, teacher=teacher, fake_score=fake_score)
+        return Terms(loss, {self.matching.scalar: loss}, left_out)
 
     def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
         loss = denoising_loss(
@@ -102,7 +134,7 @@ class DistributionMatching:
 
 @dataclasses.dataclass(frozen=True)
 class Adversarial:
-    """DMD2 with its GAN loss (Yin et al. 2024, section 4.3): a head on an encoder tells real from generated images.
+    """With DMD2's GAN loss (Yin et al. 2024, section 4.3): a head on an encoder tells real from generated images.
 
     Both are judged noised (Wang et al. 2023, Diffusion-GAN). The generator fools the head, and matches distributions in
     the sense of the divergence that was chosen; head and fake score learn by the discriminator's loss. One pass of the
@@ -112,16 +144,21 @@ class Adversarial:
     gan: GAN
     head: nn.Module  # features to logits [B]
     sigma_data: float  # in the weight of `L_fake`, and of images
+    matching: Matching = DistributionMatching()
+
+    draws = AdversarialDraws
 
     @property
     def generator_scalars(self) -> tuple[str, ...]:
-        return ("loss_dm", *(("loss_gan_generator",) if self.gan.gan_generator_weight else ()))
+        return (self.matching.scalar, *(("loss_gan_generator",) if self.gan.gan_generator_weight else ()))
 
     @property
     def guidance_scalars(self) -> tuple[str, ...]:
         return ("loss_fake", "loss_gan_guidance", *(("gan_r1",) if self.gan.gan_r1_weight else ()))
 
-    def generator_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
+    def generator_terms(
+        self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser, generate: Generate
+    ) -> Terms:
         gan, labels = self.gan, draws.class_labels
         encoder = teacher if gan.gan_features == "teacher" else fake_score
 
@@ -134,10 +171,8 @@ class Adversarial:
             with torch.no_grad():
                 weight = divergence_weight(judge(draws.dm_sigma, draws.dm_noise), gan.divergence)
             matched = weigh_gradient(x_gen, weight)
-        total, left_out = generator_loss(
-            matched, teacher, fake_score, labels, sigma=draws.dm_sigma, noise=draws.dm_noise
-        )
-        scalars = {"loss_dm": total}
+        total, left_out = self.matching(matched, draws, teacher=teacher, fake_score=fake_score)
+        scalars = {self.matching.scalar: total}
         if gan.gan_generator_weight:
             drawn = _adversarial(draws)
             scalars["loss_gan_generator"] = fooling_loss(judge(drawn.gan_sigma, drawn.gan_noise))
@@ -186,6 +221,43 @@ class Adversarial:
             scalars["gan_r1"] = approximate_r1(logit_real, near[0])
             total = loss + self.gan.gan_r1_weight * scalars["gan_r1"]
         return self.gan.gan_guidance_weight * total, scalars
+
+
+@dataclasses.dataclass(frozen=True)
+class Regressed:
+    """A method with DMD's regression to images of the teacher, from their noise (Yin et al. 2024, DMD, section 3.3)."""
+
+    method: Method
+    weight: float
+
+    @property
+    def head(self) -> nn.Module | None:
+        return self.method.head
+
+    @property
+    def draws(self) -> type[Draws]:
+        return PAIRED[self.method.draws]
+
+    @property
+    def generator_scalars(self) -> tuple[str, ...]:
+        return (*self.method.generator_scalars, "loss_regression")
+
+    @property
+    def guidance_scalars(self) -> tuple[str, ...]:
+        return self.method.guidance_scalars
+
+    def generator_terms(
+        self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser, generate: Generate
+    ) -> Terms:
+        if not isinstance(draws, PairDraws):
+            raise ValueError("fastdmd.Regressed: expected draws with pairs, got some without")
+        terms = self.method.generator_terms(x_gen, draws, teacher=teacher, fake_score=fake_score, generate=generate)
+        loss = regression_loss(generate(draws.pair_noise, draws.pair_labels), draws.pair_images)
+        scalars = terms.scalars | {"loss_regression": loss}
+        return dataclasses.replace(terms, total=terms.total + self.weight * loss, scalars=scalars)
+
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
+        return self.method.guidance_terms(x_gen, draws, teacher=teacher, fake_score=fake_score)
 
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # x_t, sigma, class_labels

@@ -16,7 +16,7 @@ from fastdmd.distill.buffers import Buffers
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.execution import Executor
 from fastdmd.distill.losses import Denoise
-from fastdmd.distill.methods import DistributionMatching, Method, Terms
+from fastdmd.distill.methods import Matched, Method, Terms
 from fastdmd.distill.starts import make_images
 from fastdmd.distill.tally import Tally
 from fastdmd.optim import AdamWEMA
@@ -64,7 +64,7 @@ class DMD2:
                 raise ValueError(f"fastdmd.DMD2: expected {name} >= 1, got {count}")
         self.device = next(teacher.parameters()).device
         self.executor = Executor(execution, self.device)
-        self.method: Method = DistributionMatching(sigma_data) if method is None else method
+        self.method: Method = Matched(sigma_data) if method is None else method
         self.dfake_gen_update_ratio, self.accumulation_steps = dfake_gen_update_ratio, accumulation_steps
         teacher = teacher.eval().requires_grad_(False)
         self.teacher = teacher
@@ -207,6 +207,7 @@ class DMD2:
                 part.draws,
                 teacher=Scheduled(self._teacher, self._denoise_beside),
                 fake_score=Scheduled(self._fake_score, self._denoise_and_join),
+                generate=dataclasses.replace(self._sampler, sigmas=self._sampler.sigmas[:1]),
             )
             self._backward(found.total, self.generator_optimizer, accumulate=bool(terms))
             terms.append(found.detach())

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
+from fastdmd.data.pairs import MAX_PAIRS
 from fastdmd.data.settings import DataSettings
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Noise, NoiseSettings
 from fastdmd.distill.gan import GAN, GANSettings
+from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps
 from fastdmd.runs.precision import Compute, ComputeSettings
@@ -57,7 +59,7 @@ class CommandConfig(CommandSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(CommandConfig):
-    """Distil a teacher into a generator of one step, or a few, with DMD2."""
+    """Distil a teacher into a generator of one step, or a few, with DMD2 or SiD."""
 
     preset: Literal[
         "mnist", "mnist-reference", "cifar10-cond", "cifar10-uncond", "imagenet64", "afhqv2-64", "ffhq-64"
@@ -81,6 +83,7 @@ class TrainConfig(CommandConfig):
     channels are, but for a teacher's of your own code or of diffusers, which may have another range."""
     optimizer: Annotated[OptimizerSettings, OmitArgPrefixes] = OptimizerSettings()
     noise: Annotated[NoiseSettings, OmitArgPrefixes] = NoiseSettings()
+    method: Annotated[MethodSettings, OmitArgPrefixes] = MethodSettings()
     gan: Annotated[GANSettings, OmitArgPrefixes] = GANSettings()
     compute: Annotated[ComputeSettings, OmitArgPrefixes] = ComputeSettings()
     log_every: Iterations = 50
@@ -96,6 +99,8 @@ class TrainConfig(CommandConfig):
         super().check()
         if self.batch_size % self.compute.accumulation_steps:
             fail(self.compute, "accumulation_steps", f"that divides --batch-size {self.batch_size}")
+        if self.method.name != "dmd2" and self.gan.divergence != "reverse-kl":
+            fail(self.gan, "divergence", f"reverse-kl with --method {self.method.name}")
 
     def placed(self) -> Self:
         name = f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -149,6 +154,27 @@ class EvaluateConfig(CommandConfig):
         super().check()
         if self.evaluation.num_samples < 2:
             fail(self.evaluation, "num_samples", ">= 2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsConfig(CommandSettings):
+    """Make pairs of noise and a teacher's images, for `fastdmd.train --regression-weight`. Run again, it goes on."""
+
+    teacher: Annotated[str, Input] = "mnist"
+    """As `fastdmd.train --teacher` takes it."""
+    adapter: Adapter = NO_OPTIONS
+    out: Path
+    """Folder of the pairs; new, or one that the same settings were begun in."""
+    num: Annotated[int, at_least(1, MAX_PAIRS)] = 10_000
+    """Number of pairs; all classes in turn."""
+    batch_size: BatchSize = 250
+    """Images per forward pass, and per file."""
+    teacher_steps: HeunSteps = 18
+    """Heun steps; N steps are 2 N - 1 evaluations."""
+    seed: Seed = 0
+    """Seed of the noise."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

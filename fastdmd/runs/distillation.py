@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdmd.data import Dataset
+from fastdmd.data.pairs import Pairs, load_pairs
 from fastdmd.diffusion import DenoisingNetwork, random_generator
-from fastdmd.distill import DMD2, Draws
+from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import HEAD_STREAM
-from fastdmd.distill.methods import Adversarial, Method
+from fastdmd.distill.regression import with_pairs
 from fastdmd.networks.discriminator import Discriminator
+from fastdmd.networks.identity import identity
 from fastdmd.networks.weights import generator_metadata, save_network
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import RunFolder
@@ -28,9 +31,12 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
     """The networks and optimizers of one distillation."""
     config = config.for_teacher(teacher)
     guidance_options = config.optimizer.of_fake_score(config.iterations)
-    method: Method | None = None
-    if config.gan.is_on:
-        method = Adversarial(config.gan, _head(config, teacher), config.noise.sigma_data)
+    method = methods.make(
+        config.method,
+        sigma_data=config.noise.sigma_data,
+        gan=config.gan,
+        make_head=lambda: _head(config, teacher),
+    )
     return DMD2(
         teacher,
         generator_sigmas=config.noise.generator_sigmas,
@@ -55,24 +61,35 @@ def _head(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Discriminat
 
 
 def make_draws(
-    config: TrainConfig, network: DenoisingNetwork, device: torch.device, real: Dataset | None = None
+    config: TrainConfig,
+    network: DenoisingNetwork,
+    device: torch.device,
+    real: Dataset | None = None,
+    pairs: Pairs | None = None,
 ) -> Callable[[int], Draws]:
-    """The random inputs of every iteration, as a function of its number; `real` for what needs real images.
+    """The random inputs of every iteration, as a function of its number; `real` for what needs real images, `pairs` for
+    a regression.
 
-    Raises ValueError for that without.
+    Raises ValueError for either without.
     """
     config = config.for_teacher(network, device)
     uses = uses_of_real_images(config)
-    if not uses:
-        return config.noise.draws(network, config.batch_size, config.seed, device)
-    if real is None:
-        raise ValueError(f"fastdmd.make_draws: expected real images for {uses[0]}, got none")
-    batch = functools.partial(real.random_batch, config.batch_size, seed=config.seed, device=device)
-    starts = (lambda step: batch(step=step, stream=START_STREAM)) if config.noise.uses_real_images else None
-    draws = config.noise.draws(network, config.batch_size, config.seed, device, starts)
-    if not config.gan.is_on:
-        return draws
-    return config.gan.draws(draws, lambda step: batch(step=step), config.noise.levels(device), config.seed)
+    starts = judged = None
+    if uses:
+        if real is None:
+            raise ValueError(f"fastdmd.make_draws: expected real images for {uses[0]}, got none")
+        batch = functools.partial(real.random_batch, config.batch_size, seed=config.seed, device=device)
+        starts = (lambda step: batch(step=step, stream=START_STREAM)) if config.noise.uses_real_images else None
+        judged = (lambda step: batch(step=step)) if config.gan.is_on else None
+    draws: Callable[[int], Draws] = config.noise.draws(network, config.batch_size, config.seed, device, starts)
+    if judged is not None:
+        draws = config.gan.draws(draws, judged, config.noise.levels(device), config.seed)
+    if config.method.has_regression:
+        if pairs is None:
+            raise ValueError("fastdmd.make_draws: expected pairs for the regression, got none")
+        drawn = functools.partial(pairs.random_batch, config.batch_size, seed=config.seed, device=device)
+        draws = with_pairs(draws, lambda step: drawn(step=step))
+    return draws
 
 
 def uses_of_real_images(config: TrainConfig) -> list[str]:
@@ -98,6 +115,19 @@ def real_images(config: TrainConfig, network: DenoisingNetwork, named: Dataset |
     return dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
 
 
+def teacher_pairs(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Pairs | None:
+    """What a regression is to, None without one. Raises OSError or ValueError for pairs that are not this teacher's."""
+    if config.method.pairs is None:
+        return None
+    return load_pairs(
+        Path(config.method.pairs),
+        teacher=identity(teacher),
+        image_shape=teacher.image_shape,
+        num_classes=teacher.num_classes,
+        sigma=config.noise.conditioning_sigma,
+    )
+
+
 class Distillation:
     """What the loop is given: the generator's average is what it keeps, shows and measures."""
 
@@ -108,6 +138,7 @@ class Distillation:
         folder: RunFolder,
         teacher_record: dict[str, Any] | None = None,
         real: Dataset | None = None,
+        pairs: Pairs | None = None,
     ):
         self.config = config
         self.model = build(config, teacher)
@@ -116,7 +147,7 @@ class Distillation:
         device = next(teacher.parameters()).device
         self._teacher, self._teacher_record = teacher, teacher_record
         self._path = folder.path / "generator.safetensors"
-        self._draws = make_draws(config, teacher, device, real)
+        self._draws = make_draws(config, teacher, device, real, pairs)
         self._sampler = Generator(self.network, config.noise.generator_sigmas, config.clamp_images)
         self._sheet = SampleSheet(teacher, config.seed, device)
 

@@ -3,7 +3,7 @@
 from fastdmd.networks.options import NO_OPTIONS, TeacherOptions
 from fastdmd.teachers.edm import from_edm
 from fastdmd.teachers.sources import load, load_generator, read, sampler_of
-from fastdmd.teachers.trial import verify, verify_features, verify_training
+from fastdmd.teachers.trial import verify, verify_derivative, verify_features, verify_training
 
 __all__ = [
     "NO_OPTIONS",
@@ -14,6 +14,7 @@ __all__ = [
     "read",
     "sampler_of",
     "verify",
+    "verify_derivative",
     "verify_features",
     "verify_training",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -97,20 +97,32 @@ def verify_features(network: DenoisingNetwork) -> None:
 
     Raises ValueError if either fails, if the features are not of its `feature_shape`, not finite or without gradient.
     """
+    _verify_gradient(network, "features", lambda *inputs: network.with_features(*inputs, num_denoised=0)[1])
+
+
+def verify_derivative(network: DenoisingNetwork) -> None:
+    """Takes the gradient of what somebody's network denoises in the images, as score identity distillation does.
+
+    Raises ValueError if that fails, and for images that are not finite or without gradient.
+    """
+    _verify_gradient(network, "denoised images", network)
+
+
+def _verify_gradient(network: DenoisingNetwork, what: str, function: Callable[..., Tensor]) -> None:
     if not network.foreign_name:
         return
     name, device = network.foreign_name, next(network.parameters()).device
     _, inputs = _trial(network, VERIFIED_SIGMAS[1:])
     x, *others = (tensor.to(device) for tensor in inputs)
     x.requires_grad_(True)
-    with torch.enable_grad(), user_code("teachers", f"features of {name} for {_shapes(inputs)}"):
-        features = network.with_features(x, *others, num_denoised=0)[1]
-        if features.requires_grad:
-            features.square().mean().backward(inputs=[x])
-    if not features.isfinite().all():
-        raise ValueError(f"fastdmd.teachers: expected finite features of {name}, got NaN or infinity")
+    with torch.enable_grad(), user_code("teachers", f"{what} of {name} for {_shapes(inputs)}"):
+        result = function(x, *others)
+        if result.requires_grad:
+            result.square().mean().backward(inputs=[x])
+    if not result.isfinite().all():
+        raise ValueError(f"fastdmd.teachers: expected finite {what} of {name}, got NaN or infinity")
     if x.grad is None or not x.grad.any():
-        raise ValueError(f"fastdmd.teachers: expected a gradient of {name}'s features in the images, got none")
+        raise ValueError(f"fastdmd.teachers: expected a gradient of {name}'s {what} in the images, got none")
 
 
 def _trial(denoiser: DenoisingNetwork, sigmas: Sequence[float]) -> tuple[Tensor, list[Tensor]]:

@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_made_or_holds_a_run_is_left_alone(teacher_file,
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["train", "pretrain", "sample", "evaluate", "export"])
+@pytest.mark.parametrize("name", ["train", "pretrain", "pairs", "sample", "evaluate", "export"])
 def test_every_command_checks_the_environment(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FASTDMD_BACKEND", "imaginary")
     arguments = {"sample": ["mnist"], "evaluate": ["mnist"], "export": ["a.safetensors"]}.get(name, [])

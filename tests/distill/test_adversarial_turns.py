@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from fastdmd import ops
-from fastdmd.distill.methods import R1_DEVIATION, DistributionMatching
+from fastdmd.distill.methods import R1_DEVIATION, Matched
 from fastdmd.distill.starts import map_tensors, same_start
 from fastdmd.distill.turns import DMD2
 from fastdmd.runs import distillation
@@ -97,7 +97,7 @@ def test_generator_terms_are_the_plain_ones(teacher, whose, divergence):
     method, teacher, fake, draws = in_float64(teacher, drawn, gan_features=whose, divergence=divergence)
     encoder, labels = (fake if whose == "fake" else teacher), draws.class_labels
     x_gen = torch.randn(6, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    terms = method.generator_terms(x_gen, draws, teacher=teacher, fake_score=fake)
+    terms = method.generator_terms(x_gen, draws, teacher=teacher, fake_score=fake, generate=None)
 
     x_t = x_gen.detach() + per_image(draws.dm_sigma) * draws.dm_noise
     D_real, D_fake = (network(x_t, draws.dm_sigma, labels).detach() for network in (teacher, fake))
@@ -160,7 +160,7 @@ def test_without_weights_there_is_no_term(teacher):
     """The method, the scalars and the random inputs are those of distribution matching alone."""
     off = CONFIG.replace(**OFF)
     model, draws = distillation.build(off, teacher), distillation.make_draws(off, teacher, CPU)
-    assert type(model.method) is DistributionMatching and model.head_optimizer is None
+    assert model.method == Matched(sigma_data=0.5) and model.head_optimizer is None
     assert model.iterate(0, draws).keys() == {"loss_dm", "generator_grad_norm", "loss_fake", "fake_grad_norm"}
     off.for_teacher(teacher).check()  # levels and a rate that are filled in are no settings of a term
     both = make(teacher)[1](4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ON_FAKE_CUDA = """
-import os, sys
+import dataclasses, os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from benchmarks import fake_cuda
@@ -18,8 +18,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from tests.helpers.networks import make_network
 from fastdmd.distill.draws import Draws
-from fastdmd.distill.gan import GAN, AdversarialDraws
-from fastdmd.distill.methods import Adversarial
+from fastdmd.distill.gan import GAN
+from fastdmd.distill.matching import ScoreIdentity
+from fastdmd.distill.methods import Adversarial, Regressed
+from fastdmd.distill.regression import AdversarialPairDraws
 from fastdmd.distill.turns import DMD2
 from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.unet import UNetConfig
@@ -43,7 +45,7 @@ def execute(name, run):
     executed.add(name)
     assert len(mode.names) > 50 and (name.startswith("generation") or any("backward" in op for op in mode.names)), name
 
-def draws(step, with_real_images=False, num_steps=1):
+def draws(step, with_everything=False, num_steps=1):
     image, level = lambda: torch.empty(4, 1, 28, 28, device="cuda"), lambda: torch.empty(4, device="cuda")
     labels = torch.empty(4, device="cuda", dtype=torch.int64)
     own = dict(noise=image(), class_labels=labels, dm_sigma=level(), dm_noise=image(), fake_sigma=level(),
@@ -51,27 +53,32 @@ def draws(step, with_real_images=False, num_steps=1):
     if num_steps > 1:
         own |= dict(step_index=(step + step // 3) % num_steps,
                     step_noise=torch.empty(4, num_steps - 1, 1, 28, 28, device="cuda"))
-    if not with_real_images:
+    if not with_everything:
         return Draws(**own)
-    return AdversarialDraws(**own, gan_sigma=level(), gan_noise=image(), real_images=image(), real_labels=labels,
-                            real_sigma=level(), real_noise=image())
+    return AdversarialPairDraws(**own, gan_sigma=level(), gan_noise=image(), real_images=image(), real_labels=labels,
+                                real_sigma=level(), real_noise=image(), pair_noise=image(), pair_images=image(),
+                                pair_labels=labels)
 
 executed = set()
 network = make_network()
-head = Discriminator(network.feature_shape)
+heads = [Discriminator(network.feature_shape) for _ in range(2)]
 with FakeTensorMode():
     gan = GAN(gan_generator_weight=1e-2, gan_guidance_weight=1e-2, gan_r1_weight=1.0, divergence="forward-kl",
               gan_max_sigma=80.0, gan_lr=1e-3)
     low = {{"compute_dtype": torch.bfloat16, "accumulation_steps": 2}}
+    heads = [fake_cuda.fake(head) for head in heads]
+    sid = Adversarial(dataclasses.replace(gan, divergence="reverse-kl"), heads[0], 0.5, ScoreIdentity(1.2))
+    everything = {{"method": Regressed(sid, 0.25), "compute_dtype": torch.bfloat16}}
     for sigmas, options in (
         ((80.0,), {{}}),
         ((80.0,), low),
-        ((80.0, 6.0, 0.5), low | {{"method": Adversarial(gan, fake_cuda.fake(head), 0.5)}}),
+        ((80.0,), everything),
+        ((80.0, 6.0, 0.5), low | {{"method": Adversarial(gan, heads[1], 0.5)}}),
     ):
         source = draws
         if "method" in options:
             options["head_options"] = dict(learning_rate=1e-3, max_grad_norm=1.0)
-            source = lambda step: draws(step, with_real_images=True, num_steps=3)
+            source = lambda step, num_steps=len(sigmas): draws(step, with_everything=True, num_steps=num_steps)
         groups = {{"norm": {{"weight_decay": 0.0}}}} if options else None
         model = DMD2(fake_cuda.fake(network), generator_sigmas=sigmas, sigma_data=0.5, dfake_gen_update_ratio=3,
                      generator_options=dict(learning_rate=1e-3, ema_decay=0.9, max_grad_norm=1.0, groups=groups),

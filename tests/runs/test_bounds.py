@@ -21,6 +21,7 @@ COMMANDS = {
     "train": config.TrainConfig(),
     "pretrain": PretrainConfig(),
     "evaluate": config.EvaluateConfig(weights="a.safetensors"),
+    "pairs": config.PairsConfig(out=Path("a")),
     "sample": config.SampleConfig(weights="a.safetensors"),
     "export": export.ExportConfig(weights=Path("a.safetensors"), out=Path("a.pt2")),
 }

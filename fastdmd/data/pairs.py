@@ -1,0 +1,197 @@
+"""Folders of pairs, noise and what a teacher makes of it: how they are written, continued, checked and read.
+
+`pairs.json` says what the pairs are of, `pairs-00000.safetensors`, ... hold the images `[n, C, H, W]`, float32, and
+the labels `[n]`, int64, of as many pairs as a batch has. Noise is not stored: it is a function of (seed, index).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastdmd.data.content import decoding, mismatch
+from fastdmd.diffusion import random_generator
+from fastdmd.files import write_atomically
+from fastdmd.memory import require_memory
+
+NOISE_STREAM = 10  # of random_generator: the noise of a pair, whose index is the step
+BATCH_STREAM = 11  # the choice of pairs in an iteration
+RECORD = "pairs.json"
+MAX_PAIRS = 10**7
+MAX_RECORD_BYTES = 2**14
+AGAIN = "the same fastdmd.pairs command makes it"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairRecord:
+    """What decides the pairs of a folder, to the last bit on one machine."""
+
+    teacher: str  # which network it is
+    image_shape: tuple[int, int, int]  # C, H, W
+    num_classes: int  # 0: without labels
+    sigma: float  # what the noise is scaled with
+    teacher_steps: int
+    num: int
+    batch_size: int
+    seed: int
+    device: str
+
+    @property
+    def num_parts(self) -> int:
+        """Files."""
+        return -(-self.num // self.batch_size)
+
+    def part(self, index: int) -> slice:
+        """The pairs of a file."""
+        return slice(index * self.batch_size, min((index + 1) * self.batch_size, self.num))
+
+    def noise(self, part: slice) -> Tensor:
+        """Standard normal, of the pairs of a part, float32 `[n, C, H, W]`."""
+        generators = (random_generator(self.seed, index, stream=NOISE_STREAM) for index in range(part.start, part.stop))
+        return torch.stack([torch.randn(self.image_shape, generator=generator) for generator in generators])
+
+    def labels(self, part: slice) -> Tensor | None:
+        """All classes in turn, int64 `[n]`; None without classes."""
+        return torch.arange(part.start, part.stop) % self.num_classes if self.num_classes else None
+
+
+class PairFolder:
+    """A folder of pairs that are being made: new, or one that the same record was begun in.
+
+    Raises ValueError for a folder of pairs of another record, naming what differs, and for files of pairs without one.
+    """
+
+    def __init__(self, path: Path, record: PairRecord):
+        self.path, self.record = path, record
+        if (path / RECORD).exists():
+            found = read_record(path)
+            for name, value in vars(record).items():
+                if getattr(found, name) != value:
+                    raise mismatch(f"pairs of {name} {value} in {path}", f"some of {name} {getattr(found, name)}")
+        elif any(path.glob("pairs-*.safetensors")):
+            raise mismatch(f"{RECORD} beside the pairs in {path}", "none")
+
+    def missing(self) -> Iterator[int]:
+        """The files that are not there, or not whole."""
+        for index in range(self.record.num_parts):
+            try:
+                read_part(self.path, self.record, index)
+            except ValueError:
+                yield index
+
+    def begin(self) -> None:
+        """Makes the folder, with its record in it, where it is new."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / RECORD).exists():
+            text = json.dumps(dataclasses.asdict(self.record), indent=2) + "\n"
+            write_atomically(self.path / RECORD, lambda file: file.write(text.encode()))
+
+    def write(self, index: int, images: Tensor, labels: Tensor | None) -> None:
+        """A file, in one atomic replacement."""
+        tensors = {"images": images.float().cpu().contiguous()} | ({} if labels is None else {"labels": labels.cpu()})
+        write_atomically(_file(self.path, index), lambda file: file.write(save(tensors)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pairs:
+    """All pairs of a folder, on the host. Made by `load_pairs`."""
+
+    noise: Tensor  # [N, C, H, W], standard normal
+    images: Tensor  # [N, C, H, W]
+    labels: Tensor | None  # int64 [N]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def random_batch(
+        self, batch_size: int, *, seed: int, step: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Noise, images and labels of pairs drawn with replacement: a function of (seed, step)."""
+        generator = random_generator(seed, step, stream=BATCH_STREAM)
+        indices = torch.randint(len(self), (batch_size,), generator=generator)
+        noise, images = (tensor.index_select(0, indices).to(device) for tensor in (self.noise, self.images))
+        return noise, images, None if self.labels is None else self.labels.index_select(0, indices).to(device)
+
+
+def load_pairs(path: Path, *, teacher: str, image_shape: tuple[int, int, int], num_classes: int, sigma: float) -> Pairs:
+    """The pairs of a folder, of this teacher and of noise that it scales with `sigma`, read whole.
+
+    Raises FileNotFoundError for what is no such folder, ValueError for pairs of another teacher and for files that are
+    missing or broken, with what was expected and what came.
+    """
+    if not (path / RECORD).is_file():
+        raise FileNotFoundError(f"fastdmd.data: expected a folder of fastdmd.pairs, got {path}, without {RECORD}")
+    record = read_record(path)
+    for what, expected, got in (
+        ("images of shape", tuple(image_shape), record.image_shape),
+        ("a number of classes of", num_classes, record.num_classes),
+        ("noise scaled with --conditioning-sigma", sigma, record.sigma),
+        ("images of the teacher", teacher, record.teacher),
+    ):
+        if expected != got:
+            raise mismatch(f"{what} {expected} in {path}", got)
+    num_bytes = 2 * 4 * record.num * math.prod(image_shape)
+    require_memory(num_bytes, torch.device("cpu"), f"the pairs of {path}", "use fewer")
+    images = torch.empty(record.num, *image_shape)
+    noise = torch.empty_like(images)
+    labels = torch.empty(record.num, dtype=torch.int64) if num_classes else None
+    for index in range(record.num_parts):
+        part = record.part(index)
+        noise[part] = record.noise(part)
+        images[part], found = read_part(path, record, index)
+        if labels is not None and found is not None:
+            labels[part] = found
+    return Pairs(noise, images, labels)
+
+
+def read_record(path: Path) -> PairRecord:
+    """That of a folder. Raises ValueError for any other content than `PairFolder.begin` writes."""
+    file = path / RECORD
+    with decoding("JSON", file), open(file, "rb") as stream:
+        content = json.loads(stream.read(MAX_RECORD_BYTES))
+        content["image_shape"] = tuple(content["image_shape"])
+        record = PairRecord(**content)
+        types = get_type_hints(PairRecord)
+        if wrong := [n for n, value in vars(record).items() if type(value) is not (get_origin(types[n]) or types[n])]:
+            raise mismatch(f"{wrong[0]} of another type in {file}", f"{content[wrong[0]]!r:.80}")
+        counts = *record.image_shape, record.teacher_steps, record.batch_size, record.num, record.num_classes + 1
+        are_counts = all(type(count) is int and count >= 1 for count in counts) and record.num <= MAX_PAIRS
+        if len(record.image_shape) != 3 or not are_counts or not 0 <= record.seed < 2**32:
+            raise mismatch(f"counts that can be in {file}", f"{content!r:.300}")
+        if not 0 < record.sigma < math.inf:
+            raise mismatch(f"a noise level in {file}", record.sigma)
+    return record
+
+
+def read_part(path: Path, record: PairRecord, index: int) -> tuple[Tensor, Tensor | None]:
+    """Images and labels of one file. Raises ValueError where it is missing, broken or of other shapes."""
+    file, part = _file(path, index), record.part(index)
+    if not file.is_file():
+        raise mismatch(f"{record.num_parts} files of pairs in {path}", f"none that is called {file.name}; {AGAIN}")
+    num = part.stop - part.start
+    expected: dict[str, Any] = {"images": (torch.float32, (num, *record.image_shape))}
+    if record.num_classes:
+        expected["labels"] = (torch.int64, (num,))
+    with decoding("safetensors", file), safe_open(file, framework="pt") as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys()}
+    if (got := {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}) != expected:
+        raise mismatch(f"{expected} in {file}", got)
+    images, labels = tensors["images"], tensors.get("labels")
+    if not images.isfinite().all():
+        raise mismatch(f"finite images in {file}", "NaN or infinity")
+    if labels is not None and not 0 <= labels.min() <= labels.max() < record.num_classes:
+        raise mismatch(f"labels from 0 to {record.num_classes - 1} in {file}", f"{labels.min()} to {labels.max()}")
+    return images, labels
+
+
+def _file(path: Path, index: int) -> Path:
+    return path / f"pairs-{index:05d}.safetensors"

@@ -1,0 +1,72 @@
+"""`python -m fastdmd.pairs`: pairs of noise and what a teacher makes of it by Heun's method, for DMD's regression."""
+
+from __future__ import annotations
+
+from fastdmd.runs import startup
+
+if __name__ == "__main__":
+    startup.prepare("fastdmd.pairs")
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from fastdmd import quality, teachers
+from fastdmd.data.pairs import PairFolder, PairRecord
+from fastdmd.networks.identity import identity
+from fastdmd.runs import cli, machine, outputs, terminal
+from fastdmd.runs.config import PairsConfig
+from fastdmd.sampling import HeunSampler
+
+ADVICE = "a smaller --batch-size needs less"
+
+
+@terminal.command("fastdmd.pairs")
+def main(arguments: list[str] | None = None) -> None:
+    config = cli.parse(PairsConfig, "fastdmd.pairs", arguments)
+    with cli.user_errors("fastdmd.pairs", advice=ADVICE):
+        device = cli.resolve_device(config.device)
+        outputs.require_folder(config.out)
+        machine.prepare(device, batch_size=config.batch_size)
+        teacher, metadata = teachers.read(config.teacher, config.adapter, device)
+        if metadata["kind"] != "teacher":
+            raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
+        sampler = HeunSampler(teacher, config.teacher_steps)
+        record = PairRecord(
+            teacher=identity(teacher),
+            image_shape=teacher.image_shape,
+            num_classes=teacher.num_classes,
+            sigma=sampler.sigma_max,
+            teacher_steps=config.teacher_steps,
+            num=config.num,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=device.type,
+        )
+        folder = PairFolder(config.out, record)
+        missing = list(folder.missing())
+    with cli.run_errors("fastdmd.pairs", "making pairs", ADVICE):
+        folder.begin()
+        make(folder, missing, sampler, device)
+    print(f"{config.out}: {config.num} pairs")
+
+
+def make(folder: PairFolder, missing: Sequence[int], sampler: HeunSampler, device: torch.device) -> None:
+    """Makes the files that are missing. Raises ValueError where the teacher gives NaN or infinity."""
+    record = folder.record
+    present = record.num_parts - len(missing)
+    for index in tqdm(missing, unit="batch", initial=present, total=record.num_parts, dynamic_ncols=True):
+        part = record.part(index)
+        labels = record.labels(part)
+        class_labels = None if labels is None else labels.to(device)
+        images = quality.sample(sampler, record.noise(part).to(device), class_labels)
+        if num_broken := int((~images.isfinite().flatten(1).all(1)).sum()):
+            raise ValueError(
+                f"fastdmd.pairs: expected finite images of the teacher, got NaN or infinity in {num_broken}"
+            )
+        folder.write(index, images, labels)
+
+
+if __name__ == "__main__":
+    main()
