@@ -119,6 +119,12 @@ class AdamWEMA(FlatOptimizer):
         self._versions = [parameter._version for parameter in self.parameters]
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """What it moves, by parameter name: master weights where the network computes in another precision."""
+        self._adopt()
+        return dict(zip(self._names, self._masters, strict=True))
+
+    @property
     def ema_networks(self) -> tuple[nn.Module, ...]:
         """The averages, in the order of their decays."""
         return tuple(self._averages.networks)

@@ -14,7 +14,7 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Noise, NoiseSettings
 from fastdmd.distill.gan import GAN, GANSettings
 from fastdmd.distill.optimization import OptimizerSettings
-from fastdmd.quality.settings import EvaluationSettings, HeunSteps
+from fastdmd.quality.settings import EvaluationSettings, HeunSteps, Monitor, MonitorSettings
 from fastdmd.runs.precision import Compute, ComputeSettings
 from fastdmd.settings import Input, OmitArgPrefixes, Positional, Settings, Switch, at_least, fail, within
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
@@ -68,6 +68,9 @@ class TrainConfig(CommandConfig):
     """Weight file (.safetensors, or .pkl of EDM), folder of diffusers, package.module:name, or `mnist`: the embedded
     one."""
     adapter: Adapter = NO_OPTIONS
+    init_from: Annotated[Path | None, Input] = None
+    """Folder of a run to go on from, with other settings: generator, fake score, head and averages start as it left
+    them, optimizers anew."""
     out: Path | None = None
     """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
     iterations: Iterations = 1600
@@ -80,6 +83,7 @@ class TrainConfig(CommandConfig):
     noise: Annotated[NoiseSettings, OmitArgPrefixes] = NoiseSettings()
     gan: Annotated[GANSettings, OmitArgPrefixes] = GANSettings()
     compute: Annotated[ComputeSettings, OmitArgPrefixes] = ComputeSettings()
+    monitor: Annotated[MonitorSettings, OmitArgPrefixes] = MonitorSettings()
     log_every: Iterations = 50
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10
@@ -93,6 +97,8 @@ class TrainConfig(CommandConfig):
         super().check()
         if self.batch_size % self.compute.accumulation_steps:
             fail(self.compute, "accumulation_steps", f"that divides --batch-size {self.batch_size}")
+        if self.monitor.eval_every and not self.evaluation.num_samples:
+            fail(self.monitor, "eval_every", "0 with --num-samples 0")
 
     def placed(self) -> Self:
         name = f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -111,6 +117,7 @@ class TrainConfig(CommandConfig):
             "noise": noise,
             "gan": self.gan.for_teacher(teacher, noise, self.optimizer.fake_score_lr),
             "compute": self.compute.for_device(device),
+            "monitor": self.monitor.of(self.evaluation.num_samples),
         }
         return ResolvedTrainConfig(**(vars(self.placed()) | resolved))
 
@@ -123,6 +130,7 @@ class ResolvedTrainConfig(TrainConfig):
     noise: Noise = dataclasses.field()
     gan: GAN = dataclasses.field()
     compute: Compute = dataclasses.field()
+    monitor: Monitor = dataclasses.field()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
