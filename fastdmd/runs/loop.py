@@ -173,7 +173,8 @@ class Loop:
             )
         except Interrupted:
             progress.outcome, progress.signal = "interrupted", received()
-        if progress.goes_on and (verdict := course.verdict) is not None:
+        is_last = progress.iterations == self._settings.iterations
+        if progress.goes_on and not is_last and (verdict := course.verdict) is not None:
             progress.reason = f"ended early: {verdict}"
             bar.write(progress.reason)
         seconds = time.perf_counter() - before

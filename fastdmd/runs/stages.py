@@ -150,7 +150,10 @@ def _from_generator(folder: Path, teacher: DenoisingNetwork) -> Stage:
         )
     code = copy.deepcopy(teacher.inner) if "source" in teacher.describe() else None
     generator, metadata = load_network(path, network=code)
-    _require_network(teacher, generator.describe(), path)
+    if metadata["kind"] != "generator":
+        raise ValueError(f"expected a generator in {path}, got a {metadata['kind']}")
+    # Code that was named is not of the network; what the file lacks of others, a description has.
+    _require_network(teacher, metadata["network"] if code is not None else generator.describe(), path)
     state = generator.state_dict()
     return Stage(folder, state, None, None, {}, state, metadata["conditioning_sigma"])
 

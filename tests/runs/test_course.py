@@ -30,8 +30,11 @@ NAMES = ("short", "long")
 @pytest.fixture(autouse=True)
 def picture(request, monkeypatch):
     """Drawing takes a while; most runs here do without."""
-    if "picture" not in request.node.name:
+    if "picture" in request.node.name:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    else:
         monkeypatch.setattr(quality_plot, "draw", lambda *_, **__: None)
+        monkeypatch.setattr(quality_plot, "require", lambda: None)
 
 
 def row(distance):
@@ -143,6 +146,12 @@ def test_a_run_ends_where_nothing_gets_better(tmp_path, stop_after, ended_at, ca
     if ended_at < 20:
         expected = f"ended early: no better Fréchet distance than {best['record']['distance']:.4g}, of iteration "
         assert summary["reason"].startswith(expected) and summary["reason"] in capsys.readouterr().out
+
+
+def test_a_run_that_has_come_to_its_end_did_not_end_early(tmp_path):
+    distances = {step: (step, step) for step in (2, 4, 6)}
+    summary, *_ = run(tmp_path / "run", distances, stop_after=2, num_iterations=6)
+    assert (summary["iterations"], summary["outcome"], summary["reason"]) == (6, "complete", None)
 
 
 def test_images_that_are_not_finite_are_a_line(tmp_path, capsys):

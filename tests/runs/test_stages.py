@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fastdmd import train
 from fastdmd.networks.weights import load_network, save_network
 from tests.helpers.networks import SMALL, make_network
-from tests.helpers.tiny_runs import digits, refuses, run_train
+from tests.helpers.tiny_runs import QUICK, digits, refuses, run_train
 
 FOREVER = 10**12  # images: an average that does not move in an iteration
 GAN = ["--gan-guidance-weight", "1e-2", "--gan-generator-weight", "3e-3"]
@@ -108,6 +108,35 @@ def test_a_run_from_before_gives_its_generator(teacher_file, first, capsys):
         torch.testing.assert_close(after[f"average.0.{name}"], value, rtol=0, atol=1e-20)
         torch.testing.assert_close(after[f"fake_score.{name}"], teacher[name], rtol=0, atol=1e-20)
     assert any(not torch.equal(value, teacher[name]) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["", "from before"])
+def test_networks_of_somebody_else_go_on_too(tmp_path, is_old):
+    """With buffers and weights that are tied; of another parameterization they are other networks."""
+    foreign = ["--parameterization", "x0", *QUICK[2:], *STILL]
+    teacher = ["--teacher", "tests.helpers.foreign:build"]
+    train.main([*teacher, "--out", str(tmp_path / "a"), *foreign, "--generator-lr", "1e-2", "--precision", "bf16"])
+    before = networks(tmp_path / "a")
+    kept = load_file(tmp_path / "a" / "generator.safetensors")
+    if is_old:
+        (tmp_path / "a" / "networks.safetensors").unlink()
+    train.main([*teacher, "--out", str(tmp_path / "b"), "--init-from", str(tmp_path / "a"), *foreign])
+    after = networks(tmp_path / "b")
+    expected = {
+        name: kept[name.removeprefix("generator.network.")] if is_old else before[name]
+        for name in before
+        if name.startswith("generator.")
+    }
+    assert "generator.network.middle.bias" in expected and after["generator.network.steps"] == 7
+    for name, value in expected.items():
+        if name != "generator.network.middle.bias":  # which is that of conv_in, in the precision computed in
+            torch.testing.assert_close(after[name], value, rtol=0, atol=1e-20)
+    tied = [after[f"generator.network.{name}.bias"] for name in ("conv_in", "middle")]
+    assert torch.equal(*tied)
+    with pytest.raises(SystemExit):
+        other = ["--parameterization", "edm", "--teacher-sigma-data", "0.5"]
+        train.main([*teacher, "--out", str(tmp_path / "c"), "--init-from", str(tmp_path / "a"), *foreign[2:], *other])
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_file_says_what_it_is_of(first):
