@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -12,9 +13,8 @@ from fastdmd.settings import Settings, above, arg, at_least, fail, within
 Rate = Annotated[float, above(0, 1e30)]  # what float32 holds, as is the norm that gradients are clipped to
 WarmUp = Annotated[int, at_least(0, 10**9)]
 WeightDecay = Annotated[float, at_least(0, 1e8)]
-Decay = Annotated[float, within(0, 1 - 2**-20)]  # beyond, float32 corrects the first moments by a division by zero
-
-MOST_IMAGES = 1e12  # of a half-life
+GREATEST_DECAY = 1 - 2**-20  # beyond, float32 corrects the first moments by a division by zero
+Decay = Annotated[float, within(0, GREATEST_DECAY)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +56,17 @@ class OptimizerSettings(Settings):
         self._halflives()
 
     def averages(self, batch_size: int) -> tuple[Average, ...]:
-        """Those to be kept: after h images, `h / batch_size` updates, weights count half in that of half-life h."""
+        """Those to be kept: after h images, `h / batch_size` updates, weights count half in that of half-life h.
+
+        Raises ValueError for a half-life so long that float32 averages nothing.
+        """
         if self.ema_halflives is None:
             return (Average(f"decay {self.ema_decay:.10g}", self.ema_decay),)
-        return tuple(Average(f"half-life {h:.10g} images", 0.5 ** (batch_size / h)) for h in self._halflives())
+        averages = tuple(Average(f"half-life {h:.10g} images", 0.5 ** (batch_size / h)) for h in self._halflives())
+        if max(average.decay for average in averages) > GREATEST_DECAY:  # where 1 - decay has no digits in float32
+            most = batch_size / -math.log2(GREATEST_DECAY)
+            fail(self, "ema_halflives", f"of at most {int(most)} images, with {batch_size} an update")
+        return averages
 
     def of_generator(self, iterations: int, dfake_gen_update_ratio: int, batch_size: int) -> dict[str, Any]:
         """Options of `AdamWEMA` for a run of so many iterations, one in `dfake_gen_update_ratio` of them an update."""
@@ -80,9 +87,9 @@ class OptimizerSettings(Settings):
             found = [float(word) for word in self.ema_halflives.split(",")]
         except ValueError:
             found = []
-        if not found or len({*found}) < len(found) or not all(0 < images <= MOST_IMAGES for images in found):
-            expected = f"to be numbers of images above 0, at most {MOST_IMAGES:g}, each once, separated by commas"
-            fail(self, "ema_halflives", expected)
+        names = {f"{images:.10g}" for images in found}
+        if not found or len(names) < len(found) or not all(0 < images < math.inf for images in found):
+            fail(self, "ema_halflives", "to be finite numbers of images above 0, each once, separated by commas")
         return found
 
     def _shared(self, updates: int, warmup_steps: int) -> dict[str, Any]:

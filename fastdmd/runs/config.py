@@ -97,6 +97,7 @@ class TrainConfig(CommandConfig):
         super().check()
         if self.batch_size % self.compute.accumulation_steps:
             fail(self.compute, "accumulation_steps", f"that divides --batch-size {self.batch_size}")
+        self.optimizer.averages(self.batch_size)  # raises where one is too long for it
         if self.monitor.eval_every and not self.evaluation.num_samples:
             fail(self.monitor, "eval_every", "0 with --num-samples 0")
 

@@ -23,10 +23,21 @@ def test_one_decay_is_as_it_always_was():
     assert settings.of_generator(10, 2, 7)["ema_decay"] == (0.97,)
 
 
-@pytest.mark.parametrize("text", ["", ",", "a", "10,", "10,x", "0", "-5", "nan", "inf", "1e13", "10,20,10", "10,1e1"])
+@pytest.mark.parametrize(
+    "text", ["", ",", "a", "10,", "10,x", "0", "-5", "nan", "inf", "1e400", "10,20,10", "10,1e1", "3,3.00000000001"]
+)
 def test_half_lives_that_cannot_be_meant_are_refused(text):
-    with pytest.raises(ValueError, match="^expected --ema-halflives (to be numbers of images above 0|not to be empty)"):
+    with pytest.raises(ValueError, match="^expected --ema-halflives (to be finite numbers of images|not to be empty)"):
         OptimizerSettings(ema_halflives=text).check()
+
+
+def test_half_lives_that_float32_cannot_average_with_are_refused():
+    """As decays are: 1 - 2^-20 at most."""
+    assert OptimizerSettings(ema_halflives="7268171").averages(10)[0].decay <= 1 - 2**-20
+    with pytest.raises(
+        ValueError, match="expected --ema-halflives of at most 7268171 images, with 10 an update, got 8e6"
+    ):
+        OptimizerSettings(ema_halflives="8e6").averages(10)
 
 
 def test_averages_that_stay_alike_are_told():
