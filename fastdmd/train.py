@@ -16,14 +16,16 @@ from fastdmd import teachers
 from fastdmd.data import Dataset
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.budget import Budget, estimate
-from fastdmd.distill.optimization import warm_up_notice
+from fastdmd.distill.optimization import averages_notice, warm_up_notice
 from fastdmd.memory import require_memory
 from fastdmd.networks.unet import UNet
 from fastdmd.runs import cli, distillation, machine, terminal
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
-from fastdmd.runs.folder import RunFolder, require_new
+from fastdmd.runs.course import Course
+from fastdmd.runs.folder import BEST, GENERATOR, PLOT, RunFolder, require_new
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
+from fastdmd.runs.stages import read_stage
 
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
 BYTES_PER_STEP = 4  # more for each step after the first: fresh noise
@@ -41,7 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
             require_new(chosen.out)
         if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
             terminal.say(notice)
+        averages = chosen.optimizer.averages(chosen.batch_size)
+        updates = -(-chosen.iterations // chosen.dfake_gen_update_ratio)
+        if chosen.init_from is None and (notice := averages_notice(averages, updates)) is not None:
+            terminal.say(notice)
         teacher, metadata = load_teacher(chosen, device)
+        stage = None if chosen.init_from is None else read_stage(chosen.init_from, teacher)
         config = chosen.for_teacher(teacher, device)
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
         dataset = config.data.load_named(teacher)
@@ -73,15 +80,19 @@ def main(arguments: list[str] | None = None) -> None:
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():
-            training = distillation.Distillation(config, teacher, folder, teacher_record, real, pairs)
-            loop = Loop(training, config, folder)
+            training = distillation.Distillation(config, teacher, folder, teacher_record, real, pairs, stage)
+            for notice in training.notices:
+                terminal.say(notice)
+            course = Course(training, config.monitor, evaluation, folder, config.batch_size)
+            loop = Loop(training, config, folder, course)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:
         print(overlap(dataset, "The adversarial term" if config.gan.is_on else "The generator"))
     if summary["teacher"]["recorded"]:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
-    print(f"{folder.path}: generator.safetensors, samples.png, summary.json")
+    results = (name for name in (GENERATOR, BEST, "samples.png", PLOT, "summary.json") if (folder.path / name).exists())
+    print(f"{folder.path}: {', '.join(results)}")
     cli.leave("fastdmd.train", summary, config.iterations)
 
 

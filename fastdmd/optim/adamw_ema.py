@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdmd.ops.adamw_ema import check_options
+from fastdmd.optim.averages import Averages, decays_of
 from fastdmd.optim.buffers import Buffers
-from fastdmd.optim.flat import Mirror, Watch, check_network, flatten, padded_size, views
+from fastdmd.optim.flat import Watch, check_network, flatten, padded_size, views
 from fastdmd.optim.gradients import Gradients
 from fastdmd.optim.groups import Group, check_count, members, named, schedule
 from fastdmd.optim.states import FlatOptimizer, check_groups, check_state, without_parameters
 
-LINKS = ("_masters", "_gradients", "_watches", "_averages", "_mirror", "_captured_options", "_versions", "_seen")
+LINKS = ("_masters", "_gradients", "_watches", "_captured_options", "_versions", "_seen")
 EMA_WARMUP = 10.0  # the n-th update averages with at most n / (n + 10), so that a short run does not remember its start
 
 
@@ -31,7 +31,9 @@ class AdamWEMA(FlatOptimizer):
     `ema_network` and clears the gradients. An update whose gradient is not finite changes nothing.
     The learning rate rises linearly to `learning_rate` over `warmup_steps` updates and, if `decay_steps` is
     given, falls to zero at that update along a cosine. `ema_decay=None` keeps no average; the n-th update averages
-    with `min(ema_decay, n / (n + 10))`. The average's buffers and fixed parameters are copies of the network's.
+    with `min(ema_decay, n / (n + ema_warmup))`. Several decays keep as many averages, `ema_networks`, of which
+    `ema_network` is the first; each further one costs a pass over weights and average. The average's buffers and fixed
+    parameters are copies of the network's.
 
     `compute_dtype` (bfloat16 or float16) is the precision that the network computes in: its weights become copies that
     each update writes, its gradients are of that precision too, and master weights, moments and average stay as they
@@ -67,14 +69,14 @@ class AdamWEMA(FlatOptimizer):
         max_grad_norm: float = math.inf,
         warmup_steps: int = 0,
         decay_steps: int | None = None,
-        ema_decay: float | None = None,
+        ema_decay: float | Sequence[float] | None = None,
+        ema_warmup: float = EMA_WARMUP,
         compute_dtype: torch.dtype | None = None,
         groups: Mapping[str, Mapping[str, float]] | None = None,
     ):
         check_options("AdamWEMA", learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
-        check_options("AdamWEMA", max_grad_norm=max_grad_norm)
-        if ema_decay is not None:
-            check_options("AdamWEMA", ema_decay=ema_decay)
+        check_options("AdamWEMA", max_grad_norm=max_grad_norm, ema_warmup=ema_warmup)
+        decays = decays_of(ema_decay)
         check_count("warmup_steps", warmup_steps, least=0)
         if decay_steps is not None:
             check_count("decay_steps", decay_steps, least=1)
@@ -83,20 +85,16 @@ class AdamWEMA(FlatOptimizer):
         self.network = network
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
         self.num_updates = 0
-        self.ema_network = None
         self._max_grad_norm = max_grad_norm
-        self._ema_decay = ema_decay or 0.0
 
         self._names = [name for names, _ in parts for name in names]
         self.parameters = named(network, self._names)
         dtype = self.parameters[0].dtype
         if compute_dtype not in (None, dtype, torch.bfloat16, torch.float16):
             raise ValueError(f"fastdmd.AdamWEMA: expected compute_dtype bfloat16 or float16, got {compute_dtype}")
-        param, ema = flatten(self.parameters), None
-        if ema_decay is not None:  # a copy now takes the place in memory that the parameters have just left
-            self.ema_network = copy.deepcopy(network).requires_grad_(False).eval()
-            ema = flatten(named(self.ema_network, self._names))
-        self._buffers = Buffers(param, ema, compute_dtype)
+        param = flatten(self.parameters)
+        self._averages = Averages(network, self._names, decays, ema_warmup)
+        self._buffers = Buffers(param, self._averages.flat, compute_dtype)
 
         self._groups: list[Group] = []
         for names, _ in parts:
@@ -115,18 +113,26 @@ class AdamWEMA(FlatOptimizer):
         self._masters = views(self._buffers.param, self.parameters)
         self._gradients = Gradients(self.parameters, self._names, self._buffers.grad)
         self._watches = [Watch(self.network, dict(zip(self.parameters, self._names, strict=True)), flags=True)]
-        self._averages: list[nn.Parameter] = []
-        self._mirror: Mirror | None = None
-        if self.ema_network is not None and self._buffers.ema is not None:
-            self._averages = named(self.ema_network, self._names)
-            for average, view in zip(self._averages, views(self._buffers.ema, self._averages), strict=True):
-                average.data = view
-            names = (f"{name} of ema_network" for name in self._names)
-            self._watches.append(Watch(self.ema_network, dict(zip(self._averages, names, strict=True)), flags=False))
-            self._mirror = Mirror(self.network, self.ema_network, set(self.parameters))
+        self._watches += self._averages.link(self.network, self._names, set(self.parameters))
         self._captured_options: list[tuple] | None = None
         self._seen: list | None = None
         self._versions = [parameter._version for parameter in self.parameters]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What it moves, by parameter name: master weights where the network computes in another precision."""
+        self._adopt()
+        return dict(zip(self._names, self._masters, strict=True))
+
+    @property
+    def ema_networks(self) -> tuple[nn.Module, ...]:
+        """The averages, in the order of their decays."""
+        return tuple(self._averages.networks)
+
+    @property
+    def ema_network(self) -> nn.Module | None:
+        """The first average, if there is any."""
+        return next(iter(self._averages.networks), None)
 
     def learning_rate(self, update: int) -> float:
         """That of the update with this index, which starts at 0."""
@@ -196,8 +202,8 @@ class AdamWEMA(FlatOptimizer):
                 self._update_group(index, math.inf, factor)
             if self._buffers.shadow is not None:
                 self._buffers.grad.zero_()
-        if self._mirror is not None:
-            self._mirror.follow()
+        self._averages.follow(self._buffers.param, self._groups[0].step, norm)
+        self._averages.mirror()
         self._note_change()
         return norm
 
@@ -212,8 +218,8 @@ class AdamWEMA(FlatOptimizer):
             eps=options["eps"],
             weight_decay=options["weight_decay"],
             max_grad_norm=max_grad_norm,
-            ema_decay=self._ema_decay,
-            ema_warmup=EMA_WARMUP,
+            ema_decay=next(iter(self._averages.decays), 0.0),
+            ema_warmup=self._averages.warmup,
         )
 
     # What may happen to the network between two updates.
@@ -275,13 +281,12 @@ class AdamWEMA(FlatOptimizer):
         self.num_updates = state["num_updates"]
         if self._buffers.shadow is not None:
             self._buffers.shadow.copy_(self._buffers.param)
-        if self._mirror is not None:
-            self._mirror.follow()
+        self._averages.mirror()
         self._note_change()
 
     def _note_change(self) -> None:
         """The weights have other values: a graph from before raises in its backward pass."""
-        torch.autograd.graph.increment_version([*self.parameters, *self._averages])
+        torch.autograd.graph.increment_version([*self.parameters, *self._averages.parameters])
         # In place: torch 2.11 cannot trace the assignment in a compiled step.
         self._versions[:] = [parameter._version for parameter in self.parameters]
 

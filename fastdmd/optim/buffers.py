@@ -13,14 +13,14 @@ from fastdmd.optim.flat import views
 
 
 class Buffers:
-    """Weights and gradients, moments, and perhaps an average and a low-precision copy of the weights, each `[n]`.
+    """Weights and gradients, moments, and perhaps averages and a low-precision copy of the weights, each `[n]`.
 
-    `param` and `ema` are given; `compute_dtype`, if it is another than theirs, is that of `shadow` and `grad`.
+    `param` and `averages` are given; `compute_dtype`, if it is another than theirs, is that of `shadow` and `grad`.
     """
 
-    def __init__(self, param: Tensor, ema: Tensor | None, compute_dtype: torch.dtype | None):
+    def __init__(self, param: Tensor, averages: Sequence[Tensor], compute_dtype: torch.dtype | None):
         self.param = param
-        self.ema = ema
+        self.averages = averages
         self.exp_avg = torch.zeros_like(param)
         self.exp_avg_sq = torch.zeros_like(param)
         self.shadow = None if compute_dtype in (None, param.dtype) else param.to(compute_dtype)
@@ -34,7 +34,8 @@ class Buffers:
     def update(
         self, part: slice, step: Tensor, learning_rate: Tensor, *, factor: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """`ops.adamw_ema_` of a part, whose gradient counts `factor` times; returns the norm of that gradient."""
+        """`ops.adamw_ema_` of a part, whose gradient counts `factor` times, with the first average; returns the norm of
+        that gradient."""
         grad = self.grad[part]
         if factor is not None:  # a clipped gradient may be below the range of float16
             grad = grad.mul_(factor) if self.shadow is None else grad.to(self.param.dtype).mul_(factor)
@@ -45,17 +46,16 @@ class Buffers:
             self.exp_avg_sq[part],
             step,
             learning_rate,
-            ema=None if self.ema is None else self.ema[part],
+            ema=self.averages[0][part] if self.averages else None,
             shadow=None if self.shadow is None else self.shadow[part],
             zero_grad=True,
             **options,
         )
 
     def by_name(self, names: Sequence[str], like: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
-        """What a state holds: views of weights, moments and average, shaped as `like`, by kind and parameter name."""
-        kinds = {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "ema": self.ema}
-        return {
-            kind: dict(zip(names, views(buffer, like), strict=True))
-            for kind, buffer in kinds.items()
-            if buffer is not None
-        }
+        """What a state holds: views of weights, moments and averages, shaped as `like`, by kind and parameter name.
+
+        The kinds of averages are `ema`, `ema_2`, `ema_3`, ..."""
+        kinds = {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        kinds |= {f"ema_{number}" if number > 1 else "ema": flat for number, flat in enumerate(self.averages, start=1)}
+        return {kind: dict(zip(names, views(buffer, like), strict=True)) for kind, buffer in kinds.items()}

@@ -45,10 +45,11 @@ DETAIL_WIDTH = 32
 
 def table(rows: dict[str, Measurement]) -> str:
     """The rows as aligned text, one line each; below, what more is known of them, one column each."""
-    lines = [f"{'':<24}{'evaluations':>12}{'Fréchet distance':>18}{'class accuracy':>16}{'images/s':>12}"]
+    first = max(24, 2 + max(map(len, rows), default=0))
+    lines = [f"{'':<{first}}{'evaluations':>12}{'Fréchet distance':>18}{'class accuracy':>16}{'images/s':>12}"]
     for name, row in rows.items():
         lines.append(
-            f"{name:<24}{_show(row.evaluations, 'd'):>12}{_show(row.frechet_distance, '.3f'):>18}"
+            f"{name:<{first}}{_show(row.evaluations, 'd'):>12}{_show(row.frechet_distance, '.3f'):>18}"
             f"{_show(row.class_accuracy, '.2%'):>16}{_show(row.images_per_second, '.0f'):>12}"
         )
     widths = [max(12, len(name) + 2) for name in rows]

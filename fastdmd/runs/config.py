@@ -16,7 +16,7 @@ from fastdmd.distill.draws import Noise, NoiseSettings
 from fastdmd.distill.gan import GAN, GANSettings
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.optimization import OptimizerSettings
-from fastdmd.quality.settings import EvaluationSettings, HeunSteps
+from fastdmd.quality.settings import EvaluationSettings, HeunSteps, Monitor, MonitorSettings
 from fastdmd.runs.precision import Compute, ComputeSettings
 from fastdmd.settings import Input, OmitArgPrefixes, Positional, Settings, Switch, at_least, fail, within
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
@@ -70,6 +70,9 @@ class TrainConfig(CommandConfig):
     """Weight file (.safetensors, or .pkl of EDM), folder of diffusers, package.module:name, or `mnist`: the embedded
     one."""
     adapter: Adapter = NO_OPTIONS
+    init_from: Annotated[Path | None, Input] = None
+    """Folder of a run to go on from, with other settings: generator, fake score, head and averages start as it left
+    them, optimizers anew."""
     out: Path | None = None
     """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
     iterations: Iterations = 1600
@@ -86,6 +89,7 @@ class TrainConfig(CommandConfig):
     method: Annotated[MethodSettings, OmitArgPrefixes] = MethodSettings()
     gan: Annotated[GANSettings, OmitArgPrefixes] = GANSettings()
     compute: Annotated[ComputeSettings, OmitArgPrefixes] = ComputeSettings()
+    monitor: Annotated[MonitorSettings, OmitArgPrefixes] = MonitorSettings()
     log_every: Iterations = 50
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10
@@ -101,6 +105,9 @@ class TrainConfig(CommandConfig):
             fail(self.compute, "accumulation_steps", f"that divides --batch-size {self.batch_size}")
         if self.method.name != "dmd2" and self.gan.divergence != "reverse-kl":
             fail(self.gan, "divergence", f"reverse-kl with --method {self.method.name}")
+        self.optimizer.averages(self.batch_size)  # raises where one is too long for it
+        if self.monitor.eval_every and not self.evaluation.num_samples:
+            fail(self.monitor, "eval_every", "0 with --num-samples 0")
 
     def placed(self) -> Self:
         name = f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -120,6 +127,7 @@ class TrainConfig(CommandConfig):
             "gan": self.gan.for_teacher(teacher, noise, self.optimizer.fake_score_lr),
             "compute": self.compute.for_device(device),
             "clamp_images": _makes_pictures(teacher) if self.clamp_images is None else self.clamp_images,
+            "monitor": self.monitor.of(self.evaluation.num_samples),
         }
         return ResolvedTrainConfig(**(vars(self.placed()) | resolved))
 
@@ -133,6 +141,7 @@ class ResolvedTrainConfig(TrainConfig):
     gan: GAN = dataclasses.field()
     compute: Compute = dataclasses.field()
     clamp_images: bool = dataclasses.field()
+    monitor: Monitor = dataclasses.field()
 
 
 def _makes_pictures(teacher: DenoisingNetwork) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,17 +21,24 @@ from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.regression import with_pairs
 from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.identity import identity
+from fastdmd.networks.states import load_weights
 from fastdmd.networks.weights import generator_metadata, save_network
+from fastdmd.runs.candidates import Candidates
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
-from fastdmd.runs.folder import RunFolder
+from fastdmd.runs.folder import BEST, GENERATOR, NETWORKS, RunFolder
 from fastdmd.runs.pictures import SampleSheet
+from fastdmd.runs.stages import Stage, save_networks
 from fastdmd.sampling import Generator, HeunSampler, Sampler, with_fewer_steps
 
 
 def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
     """The networks and optimizers of one distillation."""
     config = config.for_teacher(teacher)
-    guidance_options = config.optimizer.of_fake_score(config.iterations)
+    optimizer, ratio = config.optimizer, config.dfake_gen_update_ratio
+    generator_options = optimizer.of_generator(config.iterations, ratio, config.batch_size)
+    if config.init_from is not None:  # what averages start from is not to be forgotten
+        generator_options["ema_warmup"] = 0.0
+    guidance_options = optimizer.of_fake_score(config.iterations)
     method = methods.make(
         config.method,
         sigma_data=config.noise.sigma_data,
@@ -42,11 +50,11 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
         generator_sigmas=config.noise.generator_sigmas,
         clamp_images=config.clamp_images,
         sigma_data=config.noise.sigma_data,
-        dfake_gen_update_ratio=config.dfake_gen_update_ratio,
+        dfake_gen_update_ratio=ratio,
         execution=config.compute.execution,
         compute_dtype=config.compute.dtype,
         accumulation_steps=config.compute.accumulation_steps,
-        generator_options=config.optimizer.of_generator(config.iterations, config.dfake_gen_update_ratio),
+        generator_options=generator_options,
         guidance_options=guidance_options,
         method=method,
         head_options={**guidance_options, "learning_rate": config.gan.gan_lr},
@@ -129,7 +137,10 @@ def teacher_pairs(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Pai
 
 
 class Distillation:
-    """What the loop is given: the generator's average is what it keeps, shows and measures."""
+    """What the loop is given: of the generator's averages one is what it keeps, shows and measures.
+
+    `stage` is what it starts from, if that is not the teacher; `notices` say what of it is new, a line each.
+    """
 
     def __init__(
         self,
@@ -139,17 +150,30 @@ class Distillation:
         teacher_record: dict[str, Any] | None = None,
         real: Dataset | None = None,
         pairs: Pairs | None = None,
+        stage: Stage | None = None,
     ):
         self.config = config
         self.model = build(config, teacher)
-        self.network = self.model.average
+        self._averages = config.optimizer.averages(config.batch_size)
+        self._generator = functools.partial(
+            Generator, sigmas=config.noise.generator_sigmas, clamped=config.clamp_images
+        )
+        sigma = config.noise.conditioning_sigma
+        self.notices = [] if stage is None else stage.fill(self.model, self._averages, sigma)
+        networks = cast(tuple[DenoisingNetwork, ...], self.model.generator_optimizer.ema_networks)
+        self._networks = {average.name: own for average, own in zip(self._averages, networks, strict=True)}
+        self.candidates = Candidates({name: self._generator(own) for name, own in self._networks.items()})
         self.tallies = (self.model.generator_tally, self.model.guidance_tally)
         device = next(teacher.parameters()).device
         self._teacher, self._teacher_record = teacher, teacher_record
-        self._path = folder.path / "generator.safetensors"
+        self._folder = folder.path
+        self._networks_of: tuple[int, str] | None = None  # iteration and kept average of the networks on the disk
         self._draws = make_draws(config, teacher, device, real, pairs)
-        self._sampler = Generator(self.network, config.noise.generator_sigmas, config.clamp_images)
         self._sheet = SampleSheet(teacher, config.seed, device)
+
+    @property
+    def network(self) -> DenoisingNetwork:
+        return self._networks[self.candidates.kept]
 
     def iterate(self, iteration: int) -> None:
         self.model.iterate(iteration, self._draws)
@@ -158,20 +182,44 @@ class Distillation:
         pass
 
     def samples(self) -> Tensor:
-        return self._sheet.of(self._sampler)
+        return self._sheet.of(self.candidates.sampler)
 
     def save(self, iteration: int, **information: Any) -> None:
+        self._save(GENERATOR, iteration, **information)
+        now = iteration, self.candidates.kept
+        if now != self._networks_of:
+            save_networks(
+                self._folder / NETWORKS,
+                self.model,
+                self._averages,
+                kept=self.candidates.kept,
+                iteration=iteration,
+                conditioning_sigma=self.config.noise.conditioning_sigma,
+            )
+            self._networks_of = now
+
+    def save_best(self, iteration: int, **information: Any) -> None:
+        self._save(BEST, iteration, **information)
+
+    def best_sampler(self) -> Sampler:
+        network = copy.deepcopy(self._teacher)
+        load_weights(network.inner, self._folder / BEST)
+        return self._generator(network)
+
+    def _save(self, name: str, iteration: int, **information: Any) -> None:
         save_network(
-            self._path,
+            self._folder / name,
             self.network,
             kind="generator",
-            **generator_metadata(self._sampler),
+            **generator_metadata(self._generator(self.network)),
             iterations=iteration,
+            average=self.candidates.kept,
             config=dataclasses.asdict(self.config),
             **information,
         )
 
     def measurements(self) -> Iterator[tuple[str, Sampler, dict | None]]:
-        for name, sampler in with_fewer_steps("generator", self._sampler).items():
+        yield "generator", self.candidates.sampler, None
+        for name, sampler in list(with_fewer_steps("generator", self.candidates.sampler).items())[1:]:
             yield name, sampler, None
         yield "teacher", HeunSampler(self._teacher, self.config.evaluation.teacher_steps), self._teacher_record

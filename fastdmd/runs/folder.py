@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastdmd import files
 from fastdmd.runs import outputs
 
-NAMES = ("config.json", "metrics.jsonl", "samples.png", "summary.json", "generator.safetensors", "teacher.safetensors")
+GENERATOR = "generator.safetensors"  # the average that a run keeps, as it was last
+BEST = "best.safetensors"  # as it was when it measured best
+NETWORKS = "networks.safetensors"  # what a second stage starts from, see `stages`; optimizers are not in it
+EVALUATIONS = "evaluation.jsonl"
+PLOT = "quality.png"
+NAMES = (
+    "config.json",
+    "metrics.jsonl",
+    EVALUATIONS,
+    "samples.png",
+    PLOT,
+    "summary.json",
+    GENERATOR,
+    BEST,
+    NETWORKS,
+    "teacher.safetensors",
+)
 
 
 class RunFolder:
-    """The folder of one run: `config.json`, `metrics.jsonl`, `samples.png`, weights and `summary.json`.
+    """The folder of one run: settings, losses, figures, pictures, weights and `summary.json`, under `NAMES`.
 
     Raises FileExistsError if the folder already holds something of a run, OSError if it cannot be written; nothing that
     was there before is touched.
@@ -49,8 +65,13 @@ class RunFolder:
 
     def log(self, **values: float | None) -> None:
         """A line of metrics.jsonl. Raises OSError where it cannot be written, in a folder that is gone too."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
+        self.append("metrics.jsonl", [values])
+
+    def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Lines of JSON. Raises as `log` does."""
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def require_new(path: Path) -> None:

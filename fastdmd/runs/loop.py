@@ -16,9 +16,11 @@ from fastdmd.distill.tally import Reading, Tally
 from fastdmd.networks.user_code import reason
 from fastdmd.quality import Evaluation, Measurement, table
 from fastdmd.runs import interrupts
+from fastdmd.runs.course import Course
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.machine import versions
 from fastdmd.runs.pictures import SampleHistory
+from fastdmd.runs.progress import Interrupted, Progress, Received, show, stop_if_interrupted
 from fastdmd.sampling import Sampler
 
 BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
@@ -65,28 +67,15 @@ class Training(Protocol):
         """Rows of the table, `network` first: name, sampler, what is on record of it."""
 
 
-@dataclasses.dataclass
-class Progress:
-    """How far a run came. `outcome` is "complete", "interrupted", "diverged" or "failed", and `reason` says why."""
-
-    iterations: int = 0
-    outcome: str = "complete"
-    reason: str | None = None
-    skipped_updates: int = 0  # for NaN or infinity in a loss or gradient
-    left_out_images: int = 0  # of distribution matching, for NaN or infinity of the teacher or the fake score
-    train_seconds: float = 0.0
-    first_iteration_seconds: float | None = None
-    signal: int | None = None
-
-
 class Loop:
-    """One training in one run folder. To make it is the last part of the set-up: the first snapshot is in the folder.
+    """One training in one run folder, measured meanwhile as `course` wants it. To make it is the last part of the
+    set-up: the first snapshot is in the folder.
 
     Raises ValueError where the network gives NaN or infinity before it has learned anything.
     """
 
-    def __init__(self, training: Training, settings: LoopSettings, folder: RunFolder):
-        self._training, self._settings, self._folder = training, settings, folder
+    def __init__(self, training: Training, settings: LoopSettings, folder: RunFolder, course: Course | None = None):
+        self._training, self._settings, self._folder, self._course = training, settings, folder, course
         self._history = SampleHistory(folder.path / "samples.png")
         self._started = time.perf_counter()
         self._unwritten: str | None = None  # what the disk said last
@@ -118,14 +107,17 @@ class Loop:
                 raise
             summary = self._summarise(progress, rows, floor)
         if evaluation is not None and progress.outcome == "complete":
-            print(table({**dict(reversed(rows.items())), "floor: real images": floor}))
+            titles = {} if self._course is None else self._course.titles(rows)
+            shown = {titles.get(name, name): row for name, row in reversed(rows.items())}
+            print(table({**shown, "floor: real images": floor}))
         return summary
 
     def _summarise(self, progress: Progress, rows: dict[str, Measurement], floor: Measurement) -> dict:
-        names = [name for name, *_ in self._training.measurements()]
+        names = dict.fromkeys([*(name for name, *_ in self._training.measurements()), *rows])
         summary = {
             **{name: dataclasses.asdict(rows.get(name, Measurement(None, None))) for name in names},
             "floor": dataclasses.asdict(floor),
+            **({} if self._course is None else self._course.summary()),
             **dataclasses.asdict(progress),
             "seconds": time.perf_counter() - self._started,
             "versions": versions(next(self._training.network.parameters()).device),
@@ -133,12 +125,12 @@ class Loop:
         self._folder.write_json("summary.json", summary)
         return summary
 
-    def _train(self, progress: Progress, received: Callable[[], int | None]) -> None:
+    def _train(self, progress: Progress, received: Received) -> None:
         settings, logged_at = self._settings, 0
         snapshot_every = -(-settings.iterations // settings.snapshots)
         started = logged = time.perf_counter()
         with tqdm(total=settings.iterations, unit="it", dynamic_ncols=True) as bar:
-            while progress.iterations < settings.iterations and progress.outcome == "complete":
+            while progress.iterations < settings.iterations and progress.goes_on:
                 self._training.iterate(progress.iterations)
                 progress.iterations += 1
                 bar.update()
@@ -149,7 +141,11 @@ class Loop:
                     bar.write(f"first iteration done after {progress.first_iteration_seconds:.1f} s")
                 if (number := received()) is not None:
                     progress.outcome, progress.signal = "interrupted", number
-                if iteration % settings.log_every == 0 or is_last or progress.outcome == "interrupted":
+                elif self._course is not None and self._course.is_due(iteration, is_last=is_last):
+                    seconds = self._evaluate(self._course, progress, received, bar)
+                    started += seconds
+                    logged += seconds
+                if iteration % settings.log_every == 0 or is_last or not progress.goes_on:
                     readings = [tally.read() for tally in self._training.tallies]
                     num_images, now = (iteration - logged_at) * settings.batch_size, time.perf_counter()
                     line = self._line(readings, progress)
@@ -158,38 +154,70 @@ class Loop:
                     show(bar, line)
                     self._judge(readings, progress, iteration - logged_at)
                     logged_at, logged = iteration, now
-                if iteration % snapshot_every == 0 and not is_last and progress.outcome == "complete":
+                if iteration % snapshot_every == 0 and not is_last and progress.goes_on:
                     self._keep(lambda: self._snapshot_or_end(progress), bar)
         if progress.outcome != "diverged":
             self._training.finish()
             self._snapshot_or_end(progress)
-        progress.train_seconds = time.perf_counter() - self._started
+        progress.train_seconds = time.perf_counter() - self._started - progress.evaluation_seconds
+
+    def _evaluate(self, course: Course, progress: Progress, received: Received, bar: tqdm) -> float:
+        """A measurement of `course`, after which the run may end; the seconds that it took."""
+        before = time.perf_counter()
+        try:
+            course.evaluate(
+                progress.iterations,
+                before_batch=functools.partial(stop_if_interrupted, received),
+                keep=lambda write: self._keep(write, bar),
+                say=bar.write,
+            )
+        except Interrupted:
+            progress.outcome, progress.signal = "interrupted", received()
+        is_last = progress.iterations == self._settings.iterations
+        if progress.goes_on and not is_last and (verdict := course.verdict) is not None:
+            progress.reason = f"ended early: {verdict}"
+            bar.write(progress.reason)
+        seconds = time.perf_counter() - before
+        progress.evaluation_seconds += seconds
+        return seconds
 
     def _measure(
         self,
         evaluation: Evaluation | None,
         progress: Progress,
         rows: dict[str, Measurement],
-        received: Callable[[], int | None],
+        received: Received,
     ) -> None:
-        def stop_if_interrupted() -> None:
-            if received() is not None:
-                raise Interrupted
+        course = self._course
+        if progress.outcome != "complete" or evaluation is None:
+            return
 
-        for name, sampler, record in self._training.measurements():
-            if progress.outcome != "complete" or evaluation is None:
-                return
+        def measure(name: str, sampler: Sampler, record: dict | None = None) -> Measurement | None:
+            before_batch = functools.partial(stop_if_interrupted, received)
             try:
-                rows[name] = evaluation.measure(sampler, name=name, record=record, before_batch=stop_if_interrupted)
-            except Interrupted:
-                progress.outcome, progress.signal = "interrupted", received()
-                return
+                return evaluation.measure(sampler, name=name, record=record, before_batch=before_batch)
             except ValueError as error:  # images that are not finite, among ten thousand
-                progress.reason = f"{name} not measured: {error}"
-                print(progress.reason)
-                continue
-            if len(rows) == 1:
-                self._training.save(progress.iterations, record=evaluation.record(rows[name]))
+                fault = f"{name} not measured: {error}"
+                progress.reason = fault if progress.reason is None else f"{progress.reason}; {fault}"
+                print(fault)
+                return None
+
+        try:
+            (name, sampler, record), *_ = self._training.measurements()
+            row = measure(name, sampler, record) if course is None else course.choose(name, measure)
+            if row is not None:
+                rows[name] = row
+                self._training.save(progress.iterations, record=evaluation.record(row))
+                if course is not None and (best := course.measure_best(progress.iterations, row, evaluation, measure)):
+                    rows["best"] = best
+            _, *others = self._training.measurements()  # of the average that is kept by now
+            for other, sampler, record in others:
+                if (row := measure(other, sampler, record)) is not None:
+                    rows[other] = row
+            if course is not None:
+                course.finish(rows)
+        except Interrupted:
+            progress.outcome, progress.signal = "interrupted", received()
 
     def _line(self, readings: list[Reading], progress: Progress) -> dict[str, Any]:
         """For metrics.jsonl; what never happens is not mentioned."""
@@ -244,21 +272,3 @@ class Loop:
             if str(error) != self._unwritten:
                 self._unwritten = str(error)
                 bar.write(f"not written: {error}; training goes on")
-
-
-class Interrupted(Exception):
-    """A signal came while a network was measured."""
-
-
-def show(bar: tqdm, line: dict[str, Any]) -> None:
-    """Losses and speed beside the bar; what should not happen, on a line of its own."""
-    shown = {name: value for name, value in line.items() if "loss" in name and value is not None}
-    shown["images/s"] = line["images_per_second"]
-    bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
-    if "skipped_updates" in line:
-        bar.write(f"iteration {line['iteration']}: NaN or infinity; updates skipped: {line['skipped_updates']}")
-    if "left_out_images" in line:
-        bar.write(
-            f"iteration {line['iteration']}: NaN or infinity of teacher or fake score; images left out: "
-            f"{line['left_out_images']}"
-        )

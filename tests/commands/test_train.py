@@ -27,6 +27,7 @@ def test_run_folder_holds_what_it_should(teacher_file, tmp_path, capsys):
         "config.json",
         "generator.safetensors",
         "metrics.jsonl",
+        "networks.safetensors",
         "samples.png",
         "summary.json",
     ]

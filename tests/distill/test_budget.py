@@ -170,3 +170,12 @@ def test_a_head_is_counted(teacher):
     assert 16 * head < judged.state_bytes - plain.state_bytes < 16 * head + 5 * images
     assert judged.iteration_flops > 1.5 * plain.iteration_flops and judged.peak_bytes > plain.peak_bytes
     assert judged.num_parameters == plain.num_parameters
+
+
+def test_every_average_is_counted(teacher):
+    """Of which each takes its weights, and what pads them."""
+    one, three = (estimate(teacher, batch_size=8, ema_halflives=text) for text in ("100", "100,200,300"))
+    num_parameters, num_tensors = one.num_parameters, len(list(teacher.parameters()))
+    further = three.state_bytes - one.state_bytes
+    assert 2 * 4 * num_parameters <= further < 2 * 4 * (num_parameters + 16 * num_tensors) + 4096
+    assert three.peak_bytes - one.peak_bytes >= 2 * 4 * num_parameters

@@ -81,7 +81,7 @@ with FakeTensorMode():
             source = lambda step, num_steps=len(sigmas): draws(step, with_everything=True, num_steps=num_steps)
         groups = {{"norm": {{"weight_decay": 0.0}}}} if options else None
         model = DMD2(fake_cuda.fake(network), generator_sigmas=sigmas, sigma_data=0.5, dfake_gen_update_ratio=3,
-                     generator_options=dict(learning_rate=1e-3, ema_decay=0.9, max_grad_norm=1.0, groups=groups),
+                     generator_options=dict(learning_rate=1e-3, ema_decay=(0.9, 0.99), max_grad_norm=1, groups=groups),
                      guidance_options=dict(learning_rate=1e-3, max_grad_norm=1.0), **options)
         model.executor.run = execute
         for step in range(5):

@@ -167,6 +167,7 @@ def inputs(folder):
         (export.main, ["w.safetensors", "--out", "w.safetensors"]),
         (train.main, ["--teacher", "images", "--out", "images/run"]),
         (train.main, ["--data", "images", "--out", "pictures"]),
+        (train.main, ["--init-from", "images", "--out", "images/second"]),
         (pretrain.main, ["--data", "images", "--out", "images"]),
         (pretrain.main, ["--data", "images", "--out", "."]),
         (pretrain.main, ["--init", "w.safetensors", "--out", "w.safetensors"]),
@@ -202,7 +203,8 @@ def test_every_setting_that_could_be_a_path_is_known():
     fields = [field for config in configs for field in dataclasses.fields(config)]
     texts = [field for field in fields if re.search(r"\b(str|Path)\b", str(field.type))]
     read = {field.name for field in texts if re.search(r"\bInput\b", str(field.type))}
-    assert read == {"weights", "network", "teacher", "init", "path", "labels", "feature_network", "reference"}
+    known = {"weights", "network", "teacher", "init", "init_from", "path", "labels", "feature_network", "reference"}
+    assert read == known
     others = [field.name for field in texts if not re.search(r"\bInput\b", str(field.type))]
     assert set(others) == {"out", "device", "weights_key", "labels"} and others.count("labels") == 1
 

@@ -1,0 +1,54 @@
+"""How far a run came, how that is shown beside the bar, and the signal that ends it in the middle of a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+Received = Callable[[], int | None]  # the signal that has come
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run came. `outcome` is "complete", "interrupted", "diverged" or "failed", and `reason` says why, or why
+    a complete one ended before its last iteration."""
+
+    iterations: int = 0
+    outcome: str = "complete"
+    reason: str | None = None
+    skipped_updates: int = 0  # for NaN or infinity in a loss or gradient
+    left_out_images: int = 0  # of distribution matching, for NaN or infinity of the teacher or the fake score
+    train_seconds: float = 0.0  # without those of measurements meanwhile
+    evaluation_seconds: float = 0.0
+    first_iteration_seconds: float | None = None
+    signal: int | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        return self.outcome == "complete" and self.reason is None
+
+
+class Interrupted(Exception):
+    """A signal came while a network was measured."""
+
+
+def stop_if_interrupted(received: Received) -> None:
+    if received() is not None:
+        raise Interrupted
+
+
+def show(bar: tqdm, line: dict[str, Any]) -> None:
+    """Losses and speed beside the bar; what should not happen, on a line of its own."""
+    shown = {name: value for name, value in line.items() if "loss" in name and value is not None}
+    shown["images/s"] = line["images_per_second"]
+    bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+    if "skipped_updates" in line:
+        bar.write(f"iteration {line['iteration']}: NaN or infinity; updates skipped: {line['skipped_updates']}")
+    if "left_out_images" in line:
+        bar.write(
+            f"iteration {line['iteration']}: NaN or infinity of teacher or fake score; images left out: "
+            f"{line['left_out_images']}"
+        )

@@ -1,0 +1,203 @@
+"""`networks.safetensors`: what a run leaves to a second stage of it, with other settings, and how that starts.
+
+Tensors `generator.*`, `fake_score.*`, perhaps `head.*`, and `average.0.*`, `average.1.*`, ..., each a whole state in
+the precision that is trained; optimizers are not in it. The metadata say which averages these are, and which one was
+kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from fastdmd import __version__
+from fastdmd.diffusion import DenoisingNetwork
+from fastdmd.distill import DMD2
+from fastdmd.distill.optimization import Average
+from fastdmd.files import write_atomically
+from fastdmd.networks.states import require_same
+from fastdmd.networks.tensor_files import open_tensors
+from fastdmd.networks.weights import METADATA_KEY, generator_of, load_network
+from fastdmd.optim import AdamWEMA
+from fastdmd.runs.folder import GENERATOR, NETWORKS
+
+KIND = "networks"
+State = Mapping[str, Tensor]
+
+
+def save_networks(
+    path: Path, model: DMD2, averages: Sequence[Average], *, kept: str, iteration: int, conditioning_sigma: float
+) -> None:
+    """Writes what a second stage needs, in one atomic replacement; `averages` are those of the model, in its order."""
+    states = {
+        "generator": _state(model.generator_optimizer),
+        "fake_score": _state(model.guidance_optimizer),
+        **{f"average.{index}": net.state_dict() for index, net in enumerate(model.generator_optimizer.ema_networks)},
+    }
+    if model.head_optimizer is not None:
+        states["head"] = _state(model.head_optimizer)
+    metadata = {
+        "kind": KIND,
+        "network": model.teacher.describe(),
+        "averages": [average.name for average in averages],
+        "kept": kept,
+        "iterations": iteration,
+        "conditioning_sigma": conditioning_sigma,
+        "version": __version__,
+    }
+    tensors = {f"{part}.{name}": _stored(value) for part, state in states.items() for name, value in state.items()}
+    content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata)})
+    write_atomically(path, lambda file: file.write(content))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a run left. `notices` say what is not as somebody may expect, a line each."""
+
+    folder: Path
+    generator: State
+    fake_score: State | None  # None: that of the teacher
+    head: State | None
+    averages: Mapping[str, State]
+    kept: State  # the average that was the run's result
+    conditioning_sigma: float
+
+    def fill(self, model: DMD2, averages: Sequence[Average], conditioning_sigma: float) -> list[str]:
+        """Starts a model, whose averages are given, from it; returns what to say of it, a line each.
+
+        An average of the same name goes on, another one starts from that which the run kept. Raises ValueError for a
+        head of other shapes, and for weights that are not finite.
+        """
+        said: list[str] = []
+        own = [self.averages.get(average.name, self.kept) for average in averages]
+        others = [average.name for average in averages if average.name not in self.averages]
+        _fill(model.generator_optimizer, self.generator, own)
+        if self.fake_score is None:
+            said.append(
+                f"{self.folder} has no {NETWORKS}: generator and averages start from its {GENERATOR}, the fake score "
+                "from the teacher"
+            )
+        else:
+            _fill(model.guidance_optimizer, self.fake_score)
+            if others:
+                said.append(
+                    f"{self.folder} has no average of {', '.join(others)}: it starts from the one that was kept"
+                )
+        if self.conditioning_sigma != conditioning_sigma:
+            said.append(
+                f"the generator of {self.folder} starts from sigma {self.conditioning_sigma:g}, here from "
+                f"{conditioning_sigma:g}"
+            )
+        if model.head_optimizer is not None and self.head is not None:
+            require_same(model.head_optimizer.network.state_dict(), self.head, f"the head of {self.folder}")
+            _fill(model.head_optimizer, self.head)
+        elif model.head_optimizer is not None:
+            said.append(f"{self.folder} has no head of a discriminator: it starts anew")
+        elif self.head is not None:
+            said.append(f"the discriminator's head of {self.folder} is left out: --gan-guidance-weight is 0")
+        return said
+
+
+def read_stage(folder: Path, teacher: DenoisingNetwork) -> Stage:
+    """What the run in `folder` left, for a distillation of `teacher`.
+
+    A run from before there was such a file gives its generator alone. Raises FileNotFoundError where there is no run,
+    ValueError where it is of another network than the teacher's or broken.
+    """
+    path = folder / NETWORKS
+    if not path.is_file():
+        return _from_generator(folder, teacher)
+    weights = open_tensors(path)
+    metadata = _metadata(weights.metadata, path)
+    _require_network(teacher, metadata["network"], path)
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, value in weights.read({name: name for name in weights.described}).items():
+        part, _, rest = name.partition(".")
+        if part == "average":
+            number, _, rest = rest.partition(".")
+            part = f"average.{number}"
+        states.setdefault(part, {})[rest] = value
+    expected = teacher.state_dict()
+    of_averages = [f"average.{index}" for index in range(len(metadata["averages"]))]
+    for part in ("generator", "fake_score", *of_averages):
+        require_same(expected, states.get(part, {}), f"the tensors of {part} in {path}")
+    averages = {name: states[part] for name, part in zip(metadata["averages"], of_averages, strict=True)}
+    return Stage(
+        folder,
+        states["generator"],
+        states["fake_score"],
+        states.get("head"),
+        averages,
+        averages[metadata["kept"]],
+        metadata["conditioning_sigma"],
+    )
+
+
+def _from_generator(folder: Path, teacher: DenoisingNetwork) -> Stage:
+    path = folder / GENERATOR
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected --init-from to be the folder of a run of fastdmd.train, got {folder} without {NETWORKS} or "
+            f"{GENERATOR}"
+        )
+    code = copy.deepcopy(teacher.inner) if "source" in teacher.describe() else None
+    generator, metadata = load_network(path, network=code)
+    if metadata["kind"] != "generator":
+        raise ValueError(f"expected a generator in {path}, got a {metadata['kind']}")
+    # Code that was named is not of the network; what the file lacks of others, a description has.
+    _require_network(teacher, metadata["network"] if code is not None else generator.describe(), path)
+    state = generator.state_dict()
+    return Stage(folder, state, None, None, {}, state, generator_of(generator, metadata).sigmas[0])
+
+
+def _metadata(found: Mapping[str, str], path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(found.get(METADATA_KEY, "null"))
+        names, sigma = metadata["averages"], metadata["conditioning_sigma"]
+        is_whole = metadata["kind"] == KIND and isinstance(metadata["network"], dict) and isinstance(sigma, float)
+        is_whole = is_whole and isinstance(names, list) and metadata["kept"] in names and len({*names}) == len(names)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"expected the networks of a run in {path}, got other metadata than fastdmd.train writes")
+    return metadata
+
+
+def _require_network(teacher: DenoisingNetwork, description: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError that names the first difference."""
+    expected = json.loads(json.dumps(teacher.describe(), default=str))
+    got = json.loads(json.dumps(description, default=str))
+    for name in expected | got:
+        if expected.get(name) != got.get(name):
+            raise ValueError(
+                f"expected --init-from to be of a network like the teacher's, with {name} "
+                f"{str(expected.get(name)):.80}, got {str(got.get(name)):.80} in {path}"
+            )
+
+
+def _state(optimizer: AdamWEMA) -> dict[str, Tensor]:
+    """Of the network that it trains, in the precision in which it does."""
+    return optimizer.network.state_dict() | optimizer.weights
+
+
+def _stored(value: Tensor) -> Tensor:
+    """A contiguous copy, as the format wants it also where weights are tied."""
+    return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+
+
+def _fill(optimizer: AdamWEMA, weights: State, averages: Sequence[State] = ()) -> None:
+    """Weights and averages of an optimizer, and buffers and fixed parameters of its network; its moments stay."""
+    optimizer.network.load_state_dict(weights)
+    state = optimizer.state_dict()
+    kinds = ["param", *(kind for kind in state if kind.startswith("ema"))]
+    for kind, values in zip(kinds, (weights, *averages), strict=True):
+        state[kind] = {name: values[name] for name in state[kind]}
+    optimizer.load_state_dict(state)
