@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():
-            loop = Loop(distillation.Distillation(config, teacher, folder, teacher_record, real), config, folder)
+            training = distillation.Distillation(config, teacher, folder, teacher_record, real)
+            loop = Loop(training, config, folder, distillation.make_watch(config, training.model, dataset))
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:

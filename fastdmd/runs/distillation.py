@@ -17,6 +17,8 @@ from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.methods import Adversarial, Method
 from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.weights import save_network
+from fastdmd.quality.reference import Reference
+from fastdmd.quality.watch import Watch
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.pictures import SampleSheet
@@ -81,6 +83,25 @@ def real_images(config: TrainConfig, network: DenoisingNetwork, named: Dataset |
         raise ValueError("expected --data with real images for --gan-guidance-weight, got none")
     dataset = config.data.load() if named is None else named
     return dataset.require(image_shape=network.image_shape, num_classes=network.num_classes)
+
+
+def make_watch(config: ResolvedTrainConfig, model: DMD2, named: Dataset | None) -> Watch | None:
+    """What looks for alarms: beside real images, the user's or the embedded teacher's digits, else the teacher's own.
+
+    None where the teacher samples NaN or infinity.
+    """
+    num_classes = model.teacher.num_classes
+    if named is None and config.teacher == "mnist":
+        named = config.data.load()
+    if named is not None:
+        reference = Reference.of_dataset(named, num_classes, config.seed)
+    else:
+        sampler = HeunSampler(model.teacher, config.evaluation.teacher_steps)
+        num_at_once = config.batch_size // config.compute.accumulation_steps
+        reference = Reference.of_teacher(sampler, num_at_once, config.seed)
+    if reference is None:
+        return None
+    return Watch(reference, model.class_sums, settled_at=config.optimizer.warmup_iterations)
 
 
 class Distillation:

@@ -47,7 +47,7 @@ class RunFolder:
         text = json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
         files.write_atomically(self.path / name, lambda file: file.write(text.encode()))
 
-    def log(self, **values: float | None) -> None:
+    def log(self, **values: Any) -> None:
         """A line of metrics.jsonl. Raises OSError where it cannot be written, in a folder that is gone too."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")

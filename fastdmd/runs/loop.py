@@ -15,6 +15,8 @@ from tqdm import tqdm
 from fastdmd.distill.tally import Reading, Tally
 from fastdmd.networks.user_code import reason
 from fastdmd.quality import Evaluation, Measurement, table
+from fastdmd.quality.alarms import Alarm
+from fastdmd.quality.watch import Watch
 from fastdmd.runs import interrupts
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.machine import versions
@@ -77,16 +79,18 @@ class Progress:
     train_seconds: float = 0.0
     first_iteration_seconds: float | None = None
     signal: int | None = None
+    alarms: list[Alarm] = dataclasses.field(default_factory=list)
 
 
 class Loop:
     """One training in one run folder. To make it is the last part of the set-up: the first snapshot is in the folder.
 
-    Raises ValueError where the network gives NaN or infinity before it has learned anything.
+    `watch` looks at what the log tells, for alarms. Raises ValueError where the network gives NaN or infinity before it
+    has learned anything.
     """
 
-    def __init__(self, training: Training, settings: LoopSettings, folder: RunFolder):
-        self._training, self._settings, self._folder = training, settings, folder
+    def __init__(self, training: Training, settings: LoopSettings, folder: RunFolder, watch: Watch | None = None):
+        self._training, self._settings, self._folder, self._watch = training, settings, folder, watch
         self._history = SampleHistory(folder.path / "samples.png")
         self._started = time.perf_counter()
         self._unwritten: str | None = None  # what the disk said last
@@ -153,9 +157,10 @@ class Loop:
                     readings = [tally.read() for tally in self._training.tallies]
                     num_images, now = (iteration - logged_at) * settings.batch_size, time.perf_counter()
                     line = self._line(readings, progress)
+                    alarms = self._look(readings, line, progress)
                     line |= {"seconds": now - started, "images_per_second": num_images / (now - logged)}
                     self._keep(functools.partial(self._folder.log, **line), bar)
-                    show(bar, line)
+                    show(bar, line, alarms)
                     self._judge(readings, progress, iteration - logged_at)
                     logged_at, logged = iteration, now
                 if iteration % snapshot_every == 0 and not is_last and progress.outcome == "complete":
@@ -204,6 +209,16 @@ class Loop:
         counts = {"skipped_updates": skipped, "left_out_images": left_out}
         return line | {name: count for name, count in counts.items() if count}
 
+    def _look(self, readings: list[Reading], line: dict[str, Any], progress: Progress) -> list[Alarm]:
+        """The alarms that begin, which the line then holds, too; the first tally is that of the watched images."""
+        if self._watch is None:
+            return []
+        num_images = readings[0].num_good * self._settings.batch_size
+        figures, alarms = self._watch.read(progress.iterations, line, num_images)
+        line |= figures | ({"alarms": [alarm.kind for alarm in alarms]} if alarms else {})
+        progress.alarms += alarms
+        return alarms
+
     def _judge(self, readings: list[Reading], progress: Progress, num_iterations: int) -> None:
         """Ends a run whose last turns of a kind all came to nothing; the readings are of so many iterations."""
         for reading in readings:
@@ -233,6 +248,8 @@ class Loop:
         except ValueError as error:  # weights beyond what the file's precision holds
             return str(error)
         self._history.add(samples)
+        if self._watch is not None:
+            self._watch.see_average(samples)
         return None
 
     def _keep(self, write: Callable[[], None], bar: tqdm) -> None:
@@ -250,7 +267,7 @@ class Interrupted(Exception):
     """A signal came while a network was measured."""
 
 
-def show(bar: tqdm, line: dict[str, Any]) -> None:
+def show(bar: tqdm, line: dict[str, Any], alarms: Sequence[Alarm] = ()) -> None:
     """Losses and speed beside the bar; what should not happen, on a line of its own."""
     shown = {name: value for name, value in line.items() if "loss" in name and value is not None}
     shown["images/s"] = line["images_per_second"]
@@ -262,3 +279,5 @@ def show(bar: tqdm, line: dict[str, Any]) -> None:
             f"iteration {line['iteration']}: NaN or infinity of teacher or fake score; images left out: "
             f"{line['left_out_images']}"
         )
+    for alarm in alarms:
+        bar.write(str(alarm))

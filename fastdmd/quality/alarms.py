@@ -1,0 +1,132 @@
+"""Whether a distillation goes wrong: rules over what its generator's images look like, beside what they should be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from fastdmd.distill.statistics import BINS
+from fastdmd.quality.reference import Reference
+
+Reading = Mapping[str, float | None]  # what is known of one interval of the log, by name
+History = Sequence[Reading]
+
+TWICE = 2  # readings in a row that a rule has to hold for: one may be chance
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """One line: what was seen, and what may help."""
+
+    kind: str
+    iteration: int
+    seen: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"iteration {self.iteration}: alarm: {self.kind}: {self.seen}; try {self.advice}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A way of going wrong: `look(reading, history before it, reference)` says what was seen, or None."""
+
+    kind: str
+    look: Callable[[Reading, History, Reference], str | None]
+    advice: str
+
+
+def saturated(reading: Reading, history: History, reference: Reference) -> str | None:
+    """Values beyond [-1, 1], or contrast beyond that of the reference."""
+    excess, contrast = reading.get("excess"), reading.get("contrast")
+    if excess is not None and excess > reference.excess + MOST_EXCESS * reference.contrast:
+        return f"values exceed [-1, 1] by {excess:.2g} on average, {reference.excess:.2g} are right"
+    if contrast is not None and contrast > MOST_CONTRAST * reference.contrast:
+        return f"contrast {contrast:.2g}, {reference.contrast:.2g} is right"
+    return None
+
+
+def off_centre(reading: Reading, history: History, reference: Reference) -> str | None:
+    brightness = reading.get("brightness")
+    if brightness is not None and abs(brightness - reference.brightness) > MOST_SHIFT * reference.contrast:
+        return f"brightness {brightness:.2g}, {reference.brightness:.2g} is right"
+    return None
+
+
+def collapsed(reading: Reading, history: History, reference: Reference) -> str | None:
+    """Images that are all alike, or much more alike than they have been."""
+    name, right = ("class_spread", reference.class_spread)
+    if right is None:
+        name, right = ("spread", reference.spread)
+    spread, words = reading.get(name), name.replace("_", " ")
+    if spread is None:
+        return None
+    if spread < LEAST_SPREAD * right:
+        return f"{words} {spread:.2g}, {right:.2g} is right: images are all alike"
+    reached = sorted(known for past in history if (known := past.get(name)) is not None)
+    peak = min(reached[-TWICE], right) if len(reached) >= TWICE else 0.0
+    if peak >= FORMED * right and spread < LATE_FALL * peak:
+        return f"{words} fell to {spread:.2g} from {peak:.2g}, {right:.2g} is right"
+    return None
+
+
+def classes_lost(reading: Reading, history: History, reference: Reference) -> str | None:
+    lost, seen, separation = (reading.get(name) for name in ("classes_lost", "classes_seen", "class_separation"))
+    if lost is not None and seen is not None and lost >= max(LEAST_LOST, SHARE_LOST * seen):
+        return f"{lost:.0f} of {seen:.0f} classes look like another one"
+    right = reference.class_separation
+    if separation is not None and right is not None and separation < LEAST_SEPARATION * right:
+        return f"classes make {separation:.1%} of the variety, {right:.1%} is right"
+    return None
+
+
+def fake_score_still(reading: Reading, history: History, reference: Reference) -> str | None:
+    """The fake score says what the teacher says, though the generator's images are not the teacher's."""
+    found = _bins(reading, "disagreement")
+    if len(history) < TWICE or not found or max(found.values()) > LEAST_DISAGREEMENT:
+        return None
+    return f"fake score and teacher differ by {max(found.values()):.1%} of what the teacher would change"
+
+
+def average_still(reading: Reading, history: History, reference: Reference) -> str | None:
+    """The average, which is the result, does not go where the generator went."""
+    now, before, current = reading.get("average_spread"), reading.get("first_average_spread"), reading.get("spread")
+    if now is None or before is None or current is None:
+        return None
+    if abs(now - before) < AVERAGE_MOVED * reference.spread and abs(current - now) > AVERAGE_BEHIND * reference.spread:
+        return f"spread of the average's images {now:.2g} as at the start, of the generator's {current:.2g}"
+    return None
+
+
+def _bins(reading: Reading, what: str) -> dict[str, float]:
+    """Known ones of a statistic by noise level."""
+    return {name: known for name in BINS if (known := reading.get(f"{what}_{name}")) is not None}
+
+
+# Measured, see benchmarks/alarms.py. Shares of what the reference has.
+MOST_EXCESS = 0.2
+MOST_CONTRAST = 1.4
+MOST_SHIFT = 0.4
+LEAST_SPREAD = 0.03
+FORMED = 0.5
+LATE_FALL = 0.5
+LEAST_LOST = 2
+SHARE_LOST = 0.3
+LEAST_SEPARATION = 0.3
+LEAST_DISAGREEMENT = 0.1
+AVERAGE_MOVED = 0.05
+AVERAGE_BEHIND = 0.25
+
+RULES = (
+    Rule("over-saturation", saturated, "a lower --generator-lr and --guidance-lr, or a teacher with less guidance"),
+    Rule("brightness off", off_centre, "a lower --generator-lr and --guidance-lr, and look at samples of the teacher"),
+    Rule("collapse", collapsed, "a higher --guidance-lr or --dfake-gen-update-ratio, a lower --generator-lr"),
+    Rule(
+        "loss of classes",
+        classes_lost,
+        "samples of the teacher by class, a higher --guidance-lr, a larger --batch-size",
+    ),
+    Rule("fake score stands still", fake_score_still, "a higher --guidance-lr or --dfake-gen-update-ratio"),
+    Rule("average lags", average_still, "a lower --ema-decay"),
+)
