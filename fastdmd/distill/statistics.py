@@ -1,4 +1,4 @@
-"""What a generator's images look like, and where the fake score stands: a few reductions, on the device of the images."""
+"""What a generator's images look like, and how the fake score knows them: a few reductions, on their device."""
 
 from __future__ import annotations
 
@@ -110,11 +110,12 @@ class ClassSums:
         members = (self._classes[:, None] == class_labels).double()  # [K, B]; a product, as atomic sums have no order
         self._sums += members @ torch.where(good, rows, 0)
 
-    def read(self, least_images: int = 1) -> ClassFigures | None:
-        """Waits for the device; the next reading starts from here. None before there are `least_images` per class."""
+    def read(self, least_images: int = 0) -> ClassFigures | None:
+        """Waits for the device; the next reading starts from here. None before it has an image, and
+        `least_images` a class on average."""
         sums = self._sums.to("cpu", copy=True)
         counts, squares = sums[:, -1], sums[:, -2].sum()
-        if counts.sum() < least_images * len(counts):
+        if counts.sum() < max(1, least_images * len(counts)):
             return None
         self._sums.zero_()
         means = sums[:, :-2] / counts.clamp(min=1)[:, None]

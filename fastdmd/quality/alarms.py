@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from fastdmd.distill.statistics import BINS
@@ -11,8 +10,6 @@ from fastdmd.quality.reference import Reference
 
 Reading = Mapping[str, float | None]  # what is known of one interval of the log, by name
 History = Sequence[Reading]
-
-TWICE = 2  # readings in a row that a rule has to hold for: one may be chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +32,7 @@ class Rule:
     kind: str
     look: Callable[[Reading, History, Reference], str | None]
     advice: str
+    num_readings: int = 2  # in a row that it has to hold for: one may be chance, and some ills pass as images form
 
 
 def saturated(reading: Reading, history: History, reference: Reference) -> str | None:
@@ -55,19 +53,17 @@ def off_centre(reading: Reading, history: History, reference: Reference) -> str 
 
 
 def collapsed(reading: Reading, history: History, reference: Reference) -> str | None:
-    """Images that are all alike, or much more alike than they have been."""
-    name, right = ("class_spread", reference.class_spread)
-    if right is None:
-        name, right = ("spread", reference.spread)
-    spread, words = reading.get(name), name.replace("_", " ")
-    if spread is None:
-        return None
-    if spread < LEAST_SPREAD * right:
-        return f"{words} {spread:.2g}, {right:.2g} is right: images are all alike"
-    reached = sorted(known for past in history if (known := past.get(name)) is not None)
-    peak = min(reached[-TWICE], right) if len(reached) >= TWICE else 0.0
-    if peak >= FORMED * right and spread < LATE_FALL * peak:
-        return f"{words} fell to {spread:.2g} from {peak:.2g}, {right:.2g} is right"
+    """Images that are all alike, within a class or at all, or much more alike than they have been."""
+    for name, right in (("class_spread", reference.class_spread), ("spread", reference.spread)):
+        spread, words = reading.get(name), name.replace("_", " ")
+        if spread is None or right is None:
+            continue
+        if spread < LEAST_SPREAD * right:
+            return f"{words} {spread:.2g}, {right:.2g} is right: images are all alike"
+        reached = sorted(known for past in history if (known := past.get(name)) is not None)
+        peak = min(reached[-2], right) if len(reached) > 1 else 0.0  # once may be chance
+        if peak >= FORMED * right and spread < LATE_FALL * peak:
+            return f"{words} fell to {spread:.2g} from {peak:.2g}, {right:.2g} is right"
     return None
 
 
@@ -84,9 +80,19 @@ def classes_lost(reading: Reading, history: History, reference: Reference) -> st
 def fake_score_still(reading: Reading, history: History, reference: Reference) -> str | None:
     """The fake score says what the teacher says, though the generator's images are not the teacher's."""
     found = _bins(reading, "disagreement")
-    if len(history) < TWICE or not found or max(found.values()) > LEAST_DISAGREEMENT:
+    if len(history) < 2 or not found or max(found.values()) > LEAST_DISAGREEMENT:
         return None
     return f"fake score and teacher differ by {max(found.values()):.1%} of what the teacher would change"
+
+
+def discriminator_blind(reading: Reading, history: History, reference: Reference) -> str | None:
+    """The discriminator guesses, though generated images are not yet like real ones; later it should."""
+    right, spread = reading.get("gan_right"), reading.get("spread")
+    if right is None or spread is None or abs(spread - reference.spread) < PLAIN_DIFFERENCE * reference.spread:
+        return None
+    if right > MOST_GUESSED:
+        return None
+    return f"the discriminator tells {right:.1%} right, at spread {spread:.2g} of {reference.spread:.2g} in real images"
 
 
 def average_still(reading: Reading, history: History, reference: Reference) -> str | None:
@@ -115,6 +121,8 @@ LEAST_LOST = 2
 SHARE_LOST = 0.3
 LEAST_SEPARATION = 0.3
 LEAST_DISAGREEMENT = 0.1
+MOST_GUESSED = 0.55
+PLAIN_DIFFERENCE = 0.2
 AVERAGE_MOVED = 0.05
 AVERAGE_BEHIND = 0.25
 
@@ -128,5 +136,6 @@ RULES = (
         "samples of the teacher by class, a higher --guidance-lr, a larger --batch-size",
     ),
     Rule("fake score stands still", fake_score_still, "a higher --guidance-lr or --dfake-gen-update-ratio"),
+    Rule("discriminator is blind", discriminator_blind, "a higher --gan-lr or --gan-guidance-weight"),
     Rule("average lags", average_still, "a lower --ema-decay"),
 )

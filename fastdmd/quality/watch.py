@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from torch import Tensor
 
 from fastdmd.distill.statistics import IMAGE_STATISTICS, ClassSums, image_statistics
-from fastdmd.quality.alarms import RULES, TWICE, Alarm, Reading
+from fastdmd.quality.alarms import RULES, Alarm, Reading
 from fastdmd.quality.reference import LEAST_IMAGES, Reference, class_figures
 
 LEAST_POOLED = 96  # images of generator turns that a reading is of: fewer say little, and wait for more
@@ -17,7 +16,7 @@ LEAST_POOLED = 96  # images of generator turns that a reading is of: fewer say l
 class Watch:
     """Readings and alarms of one run.
 
-    An alarm is told once, when its rule has held for two readings in a row, and again after two in a row without.
+    An alarm is told once, when its rule has held for some readings in a row, and again after as many without.
     `class_sums` are those of the generator turns, None without classes; nothing is looked at before `settled_at`
     iterations, which the learning rate takes to warm up.
     """
@@ -40,7 +39,7 @@ class Watch:
         if self._class_sums is not None and (found := self._class_sums.read(LEAST_IMAGES)) is not None:
             figures |= {k: v for k, v in class_figures(found, self.reference).items() if math.isfinite(v)}
         known = {"first_average_spread": self._first_average, "average_spread": self._average}
-        self._pool.append((num_images, {**reading, **known, **figures}))
+        self._pool.append((num_images, {**known, **reading, **figures}))
         if sum(num for num, _ in self._pool) < LEAST_POOLED:
             return figures, []
         pooled = _mean(self._pool)
@@ -60,9 +59,9 @@ class Watch:
         for rule in RULES:
             seen, before = rule.look(reading, self._history, self.reference), self._seen[rule.kind]
             row = self._seen[rule.kind] = min(before, 0) - 1 if seen is None else max(before, 0) + 1
-            if row <= -TWICE:
+            if row <= -rule.num_readings:
                 self._told.discard(rule.kind)
-            if seen is not None and row >= TWICE and rule.kind not in self._told:
+            if seen is not None and row >= rule.num_readings and rule.kind not in self._told:
                 self._told.add(rule.kind)
                 begin.append(Alarm(rule.kind, iteration, seen, rule.advice))
         return begin
