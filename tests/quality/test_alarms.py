@@ -1,4 +1,4 @@
-"""Alarms: each rule where it holds and just below, on histories that are written down; when they are told, and of what."""
+"""Alarms: each rule where it holds and just below, on histories that are written down; and when they are told."""
 
 import json
 import re
