@@ -22,14 +22,15 @@ COMPARISONS = (*(f"disagreement_{name}" for name in BINS), *(f"fake_error_{name}
 TURN_STATISTICS = IMAGE_STATISTICS + COMPARISONS
 
 
+@torch.no_grad()
 def turn_statistics(x_gen: Tensor, comparisons: list[Tensor]) -> Tensor:
     """Of a generator turn, for its tally: sums and weights, `[2, 13]`, in the order of `TURN_STATISTICS`.
 
     `comparisons` are those of the parts of the batch `x_gen`; none where a method denoises in another way.
     """
     images = image_statistics(x_gen)
-    rows = sum(comparisons) if comparisons else images.new_zeros(2, len(COMPARISONS))
-    return torch.cat([torch.stack([images, torch.ones_like(images)]), rows], dim=1)
+    compared = torch.stack(comparisons).sum(0) if comparisons else images.new_zeros(2, len(COMPARISONS))
+    return torch.cat([torch.stack([images, torch.ones_like(images)]), compared], dim=1)
 
 
 def image_statistics(x: Tensor) -> Tensor:
@@ -53,6 +54,7 @@ def image_statistics(x: Tensor) -> Tensor:
     )
 
 
+@torch.no_grad()
 def comparison(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, sigma: Tensor) -> Tensor:
     """How the fake score compares with the teacher where both denoise generated images; by bins of noise levels.
 
@@ -63,10 +65,10 @@ def comparison(x_gen: Tensor, D_real: Tensor, D_fake: Tensor, sigma: Tensor) -> 
     """
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).abs().mean(dim=(1, 2, 3), dtype=torch.float32)
+        return (a.float() - b.float()).abs().mean(dim=(1, 2, 3))
 
     ratios = torch.stack([distance(D_real, D_fake), distance(x_gen, D_fake)]) / distance(x_gen, D_real)  # [2, B]
-    place = sum((sigma >= level).long() for level in LEVELS)
+    place = torch.stack([sigma >= level for level in LEVELS]).sum(0)  # [B]
     members = (place[:, None] == torch.arange(len(BINS), device=sigma.device)) & ratios.isfinite().all(0)[:, None]
     sums = ratios.nan_to_num(0, 0, 0) @ members.float()  # [2, 4]
     return torch.stack([sums.flatten(), members.sum(0).float().repeat(2)])
@@ -78,16 +80,16 @@ class ClassFigures:
 
     counts: Tensor  # [K]
     means: Tensor  # [K, D]; zero where there are none
-    variance_within: float  # summed over D, the mean over images: unbiased; NaN where no class has two images
+    variance_within: float  # unbiased, summed over D, of images made at a time; NaN where no class had two of them
 
     @property
     def separation(self) -> float:
-        """The share of the variance that is between classes, unbiased: from 0, or a little less, to 1."""
+        """The share of the variance that is between classes, unbiased: from 0, or a little less, to 1; NaN of none."""
         present, total = self.counts > 0, self.counts.sum()
         centre = self.counts @ self.means / total
-        between = (self.counts @ (self.means - centre).square().sum(1)).item()
-        between = (between - (present.sum().item() - 1) * self.variance_within) / total.item()
-        return between / (between + self.variance_within)
+        between = self.counts @ (self.means - centre).square().sum(1)
+        between = (between - (present.sum() - 1) * self.variance_within) / total
+        return (between / (between + self.variance_within)).item()
 
 
 class ClassSums:
@@ -98,27 +100,31 @@ class ClassSums:
         self._size = min(H, MOST_PIXELS), min(W, MOST_PIXELS)
         self._classes = torch.arange(num_classes, device=device)
         num_values = C * self._size[0] * self._size[1]
-        # Of values, of their squares, of images; in float64, as TF32 would round what a small variance is made of.
-        self._sums = torch.zeros(num_classes, num_values + 2, dtype=torch.float64, device=device)
+        # In float64, as TF32 would round what a small variance is made of.
+        self._sums = torch.zeros(num_classes, num_values + 1, dtype=torch.float64, device=device)  # values, images
+        self._within = torch.zeros(2, dtype=torch.float64, device=device)  # squares within classes, degrees of freedom
 
     @torch.no_grad()
     def add(self, images: Tensor, class_labels: Tensor) -> None:
         """Images `[B, C, H, W]` with labels int64 `[B]`; those that are not finite are left out."""
         small = F.adaptive_avg_pool2d(images.float(), self._size).flatten(1).double()  # [B, D]
-        rows = torch.cat([small, small.square().sum(1, keepdim=True), torch.ones_like(small[:, :1])], 1)
-        good = rows.isfinite().all(1, keepdim=True)
+        rows = torch.cat([small, torch.ones_like(small[:, :1])], 1)
+        rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0)
         members = (self._classes[:, None] == class_labels).double()  # [K, B]; a product, as atomic sums have no order
-        self._sums += members @ torch.where(good, rows, 0)
+        sums = members @ rows
+        self._sums += sums
+        means = sums[:, :-1] / sums[:, -1:].clamp(min=1)
+        apart = rows[:, :-1] - members.T @ means * rows[:, -1:]  # zero of what is left out
+        self._within += torch.stack([apart.square().sum(), (sums[:, -1] - 1).clamp(min=0).sum()])
 
-    def read(self, least_images: int = 0) -> ClassFigures | None:
-        """Waits for the device; the next reading starts from here. None before it has an image, and
-        `least_images` a class on average."""
+    def read(self, least_images: int = 1) -> ClassFigures | None:
+        """Waits for the device; the next reading starts from here. None, and nothing starts, of fewer images."""
         sums = self._sums.to("cpu", copy=True)
-        counts, squares = sums[:, -1], sums[:, -2].sum()
-        if counts.sum() < max(1, least_images * len(counts)):
+        counts = sums[:, -1]
+        if counts.sum() < least_images:
             return None
+        squares, degrees = self._within.tolist()
         self._sums.zero_()
-        means = sums[:, :-2] / counts.clamp(min=1)[:, None]
-        within = squares - (counts * means.square().sum(1)).sum()
-        degrees = (counts - 1).clamp(min=0).sum()
-        return ClassFigures(counts, means, (within.clamp(min=0) / degrees).item() if degrees else torch.nan)
+        self._within.zero_()
+        means = sums[:, :-1] / counts.clamp(min=1)[:, None]
+        return ClassFigures(counts, means, squares / degrees if degrees else torch.nan)

@@ -60,9 +60,13 @@ class Tally:
 
     def read(self) -> Reading:
         """Waits for the device; the next reading starts from here."""
-        *sums, num_good, num_bad, num_bad_in_a_row, left_out = torch.cat([self._sums, self._counts]).tolist()
-        means = {name: total / num_good if num_good else None for name, total in zip(self.names, sums, strict=True)}
-        weighted = zip(self.statistics, *self._weighted.tolist(), strict=True)
+        found = torch.cat([self._weighted.flatten(), self._sums, self._counts]).cpu()
+        weighted_sums, weights, sums, counts = found.split([*[len(self.statistics)] * 2, len(self.names), 4])
+        num_good, num_bad, num_bad_in_a_row, left_out = counts.tolist()
+        means = {
+            name: total / num_good if num_good else None for name, total in zip(self.names, sums.tolist(), strict=True)
+        }
+        weighted = zip(self.statistics, weighted_sums.tolist(), weights.tolist(), strict=True)
         means |= {name: total / weight if weight else None for name, total, weight in weighted}
         self._sums.zero_()
         self._weighted.zero_()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdmd.distill.statistics import IMAGE_STATISTICS, ClassSums, image_statistics
 from fastdmd.quality.alarms import RULES, Alarm, Reading
-from fastdmd.quality.reference import LEAST_IMAGES, Reference, class_figures
+from fastdmd.quality.reference import Reference, class_figures
 
 LEAST_POOLED = 96  # images of generator turns that a reading is of: fewer say little, and wait for more
 
@@ -36,15 +36,19 @@ class Watch:
         `reading` is of `num_images` images of generator turns.
         """
         figures = {} if self._average is None else {"average_spread": self._average}
-        if self._class_sums is not None and (found := self._class_sums.read(LEAST_IMAGES)) is not None:
-            figures |= {k: v for k, v in class_figures(found, self.reference).items() if math.isfinite(v)}
+        right = self.reference.classes
+        if self._class_sums is not None and right is not None:
+            if (found := self._class_sums.read(self.reference.least_images)) is not None:
+                figures |= {name: value for name, value in class_figures(found, right).items() if math.isfinite(value)}
         known = {"first_average_spread": self._first_average, "average_spread": self._average}
         self._pool.append((num_images, {**known, **reading, **figures}))
         if sum(num for num, _ in self._pool) < LEAST_POOLED:
             return figures, []
         pooled = _mean(self._pool)
         self._pool.clear()
-        alarms = self._judge(iteration, pooled) if iteration > self._settled_at else []
+        if iteration <= self._settled_at:
+            return figures, []
+        alarms = self._judge(iteration, pooled)
         self._history.append(pooled)
         return figures, alarms
 

@@ -56,22 +56,22 @@ def test_a_tally_weighs_statistics_and_leaves_out_what_is_not_finite():
 
 
 def test_class_sums():
-    """Means, and the variances within and between classes, in parts as at once; an image with NaN is not there."""
+    """Means of all images, variances of those of a time; an image with NaN is not there."""
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(30) % 3
     images = torch.randn(30, 2, 16, 12, generator=random) + 0.3 * labels.reshape(-1, 1, 1, 1)
     labels = torch.cat([labels, torch.tensor([1, 3])])
     images = torch.cat([images, torch.full((1, 2, 16, 12), math.nan), torch.ones(1, 2, 16, 12)])
     sums = ClassSums((2, 16, 12), 5, CPU)
-    for part in (slice(0, 20), slice(20, 32)):
+    for part in (slice(0, 15), slice(15, 32)):
         sums.add(images[part], labels[part])
-    assert sums.read(7) is None  # 31 images of five classes: and they stay
-    found = sums.read(6)
+    assert sums.read(32) is None  # and they stay
+    found = sums.read(31)
     small = F.adaptive_avg_pool2d(images, (8, 8)).flatten(1).double()
     classes = [small[:30][labels[:30] == label] for label in range(3)]
     assert found.counts.tolist() == [10, 10, 10, 1, 0] and found.means[4].eq(0).all()
     torch.testing.assert_close(found.means[1], classes[1].mean(0))
-    within = sum(part.var(0, correction=0).sum() * 10 for part in classes) / 27
+    within = sum(half.var(0).sum() * 4 for part in classes for half in part.split(5)) / 24
     assert found.variance_within == pytest.approx(within.item(), rel=1e-6)
     means = torch.stack([part.mean(0) for part in classes] + [small[31]])
     counts = torch.tensor([10.0, 10, 10, 1], dtype=torch.float64)
@@ -79,6 +79,15 @@ def test_class_sums():
     between = (between - 3 * within) / 31
     assert found.separation == pytest.approx((between / (between + within)).item(), rel=1e-6)
     assert sums.read() is None  # they start from nothing
+
+
+def test_what_changes_in_time_is_no_variety_within_a_class():
+    sums, labels = ClassSums((1, 8, 8), 2, CPU), torch.tensor([0, 0, 1, 1])
+    for brightness in (-0.5, 0.0, 0.5):
+        sums.add(torch.full((4, 1, 8, 8), brightness), labels)
+    assert sums.read().variance_within == 0
+    sums.add(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]))
+    assert math.isnan(sums.read().variance_within)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
