@@ -107,8 +107,6 @@ FAILURES = [
     Case("teacher told shuffled labels", fault=labelled(shuffled)),
     Case("teacher constant", fault=denoised(lambda x, sigma, D_x: torch.zeros_like(D_x))),
     Case("teacher noisy at high levels", fault=denoised(noisy)),
-    Case("average never moves", {"ema_decay": 0.999999}),
-    Case("beta1 0.9999", {"beta1": 0.9999}),
     Case("adversarial weight 30", {"gan_guidance_weight": 1e-2, "gan_generator_weight": 30.0}),
     Case("discriminator stands still", {**WITH_GAN, "gan_features": "teacher", "gan_lr": 1e-20}),
     Case("collapsed from the start", fault=collapsed),

@@ -14,7 +14,7 @@ MOST_LEFT_OUT = 0.5  # of the samples of a good turn
 class Reading:
     """Of the turns of one kind since the last reading."""
 
-    means: dict[str, float | None]  # over the good ones; None where there are none
+    means: dict[str, float | None]  # over the good ones, None where there are none; of statistics that there are
     num_good: int
     num_bad: int
     num_bad_in_a_row: int  # until now, and maybe since before the last reading
@@ -67,7 +67,7 @@ class Tally:
             name: total / num_good if num_good else None for name, total in zip(self.names, sums.tolist(), strict=True)
         }
         weighted = zip(self.statistics, weighted_sums.tolist(), weights.tolist(), strict=True)
-        means |= {name: total / weight if weight else None for name, total, weight in weighted}
+        means |= {name: total / weight for name, total, weight in weighted if weight}
         self._sums.zero_()
         self._weighted.zero_()
         self._counts[:2] = 0

@@ -101,14 +101,20 @@ def discriminator_blind(reading: Reading, history: History, reference: Reference
     return f"the discriminator tells {right:.1%} right, at spread {spread:.2g} of {reference.spread:.2g} in real images"
 
 
-def average_still(reading: Reading, history: History, reference: Reference) -> str | None:
-    """The average, which is the result, does not go where the generator went."""
-    now, before, current = reading.get("average_spread"), reading.get("first_average_spread"), reading.get("spread")
-    if now is None or before is None or current is None:
+def teacher_errs(reading: Reading, history: History, reference: Reference) -> str | None:
+    """At high noise levels, where little is asked of it: so does a network that is taken for what it is not."""
+    error = reading.get(f"fake_error_{BINS[-1]}")
+    if error is None or error > LEAST_ERROR:
         return None
-    if abs(now - before) < AVERAGE_MOVED * reference.spread and abs(current - now) > AVERAGE_BEHIND * reference.spread:
-        return f"spread of the average's images {now:.2g} as at the start, of the generator's {current:.2g}"
-    return None
+    return f"at sigma {BINS[-1].replace('_', ' ')} it errs {1 / max(error, 1e-3):.0f} times as much as the fake score"
+
+
+def average_lags(reading: Reading, history: History, reference: Reference) -> str | None:
+    """The average, which is the result, is not where the generator was when both were seen."""
+    average, then = reading.get("average_spread"), reading.get("spread_then")
+    if average is None or then is None or abs(average - then) < AVERAGE_BEHIND * reference.spread:
+        return None
+    return f"spread {average:.2g} in the average's images, {then:.2g} in the generator's"
 
 
 def _bins(reading: Reading, what: str) -> dict[str, float]:
@@ -129,7 +135,7 @@ LEAST_SEPARATION = 0.3
 LEAST_DISAGREEMENT = 0.1
 MOST_GUESSED = 0.53
 PLAIN_DIFFERENCE = 0.2
-AVERAGE_MOVED = 0.05
+LEAST_ERROR = 0.15
 AVERAGE_BEHIND = 0.25
 
 RULES = (
@@ -143,5 +149,8 @@ RULES = (
     ),
     Rule("fake score stands still", fake_score_still, "a higher --guidance-lr or --dfake-gen-update-ratio"),
     Rule("discriminator is blind", discriminator_blind, "a higher --gan-lr or --gan-guidance-weight"),
-    Rule("average lags", average_still, "a lower --ema-decay"),
+    Rule(
+        "teacher errs", teacher_errs, "samples of the teacher; if it is a network of your own, its --parameterization"
+    ),
+    Rule("average lags", average_lags, "a lower --ema-decay"),
 )

@@ -27,8 +27,8 @@ class Watch:
         self._pool: list[tuple[int, Reading]] = []  # images, and what is known of them
         self._seen = {rule.kind: 0 for rule in RULES}  # readings in a row that it held for; less than 0: did not
         self._told: set[str] = set()
-        self._first_average: float | None = None
-        self._average: float | None = None
+        self._average: float | None = None  # spread of its images at the last snapshot, and of the generator's then
+        self._spread_then: float | None = None
 
     def read(self, iteration: int, reading: Reading, num_images: int) -> tuple[dict[str, float], list[Alarm]]:
         """Figures by class since the last ones, and the alarms that begin.
@@ -40,7 +40,7 @@ class Watch:
         if self._class_sums is not None and right is not None:
             if (found := self._class_sums.read(self.reference.least_images)) is not None:
                 figures |= {name: value for name, value in class_figures(found, right).items() if math.isfinite(value)}
-        known = {"first_average_spread": self._first_average, "average_spread": self._average}
+        known = {"spread_then": self._spread_then}
         self._pool.append((num_images, {**known, **reading, **figures}))
         if sum(num for num, _ in self._pool) < LEAST_POOLED:
             return figures, []
@@ -55,8 +55,7 @@ class Watch:
     def see_average(self, samples: Tensor) -> None:
         """Of the average of the weights, `[rows, columns, C, H, W]`: part of the next reading."""
         self._average = image_statistics(samples.flatten(0, 1))[IMAGE_STATISTICS.index("spread")].item()
-        if self._first_average is None:
-            self._first_average = self._average
+        self._spread_then = self._history[-1].get("spread") if self._history else None
 
     def _judge(self, iteration: int, reading: Reading) -> list[Alarm]:
         begin = []
