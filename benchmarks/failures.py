@@ -122,6 +122,7 @@ HEALTHY = [
     Case("default"),
     Case("batch 12", {"batch_size": 12}),
     Case("batch 48", {"batch_size": 48}),
+    Case("ratio 3", {"dfake_gen_update_ratio": 3}),
     Case("ratio 5", {"dfake_gen_update_ratio": 5}),
     Case("ratio 10", {"dfake_gen_update_ratio": 10}),
     Case("rates x 2", {"generator_lr": 1.2e-3, "fake_score_lr": 2.4e-3}),
