@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
             for notice in training.notices:
                 terminal.say(notice)
             course = Course(training, config.monitor, evaluation, folder, config.batch_size)
-            loop = Loop(training, config, folder, course)
+            loop = Loop(training, config, folder, course, distillation.make_watch(config, training.model, dataset))
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:

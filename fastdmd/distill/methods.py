@@ -154,7 +154,7 @@ class Adversarial:
 
     @property
     def guidance_scalars(self) -> tuple[str, ...]:
-        return ("loss_fake", "loss_gan_guidance", *(("gan_r1",) if self.gan.gan_r1_weight else ()))
+        return ("loss_fake", "loss_gan_guidance", "gan_right", *(("gan_r1",) if self.gan.gan_r1_weight else ()))
 
     def generator_terms(
         self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser, generate: Generate
@@ -216,7 +216,8 @@ class Adversarial:
         """The weighted loss of the discriminator, and its parts."""
         logit_gen, logit_real, *near = self.head(features).split(num_images)
         loss = total = discriminator_loss(logit_gen, logit_real)
-        scalars = {"loss_gan_guidance": loss}
+        right = torch.cat([logit_gen < 0, logit_real > 0]).float().mean()  # the share told apart: of no use is a half
+        scalars = {"loss_gan_guidance": loss, "gan_right": right}
         if near:
             scalars["gan_r1"] = approximate_r1(logit_real, near[0])
             total = loss + self.gan.gan_r1_weight * scalars["gan_r1"]

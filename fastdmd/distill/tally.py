@@ -14,7 +14,7 @@ MOST_LEFT_OUT = 0.5  # of the samples of a good turn
 class Reading:
     """Of the turns of one kind since the last reading."""
 
-    means: dict[str, float | None]  # over the good ones; None where there are none
+    means: dict[str, float | None]  # over the good ones, None where there are none; of statistics that there are
     num_good: int
     num_bad: int
     num_bad_in_a_row: int  # until now, and maybe since before the last reading
@@ -25,18 +25,23 @@ class Tally:
     """Sums of the named scalars of one kind of turn; adding to them is a few launches and never waits for the device.
 
     A turn is bad if one of its scalars is NaN or infinite, or if half of its samples were left out: such an update
-    moves nothing (`ops.adamw_ema_`) or nearly so. It is counted and its scalars are not.
+    moves nothing (`ops.adamw_ema_`) or nearly so. It is counted and its scalars are not. `statistics` are judged by
+    nobody: those of a turn that are not finite are left out, one by one.
     """
 
-    def __init__(self, names: tuple[str, ...], device: torch.device):
-        self.names = names
+    def __init__(self, names: tuple[str, ...], device: torch.device, statistics: tuple[str, ...] = ()):
+        self.names, self.statistics = names, statistics
         self.latest = torch.zeros(len(names), device=device)  # scalars of the last turn
         self._sums = torch.zeros(len(names), device=device)
+        self._weighted = torch.zeros(2, len(statistics), device=device)  # sums and weights of statistics
         self._counts = torch.zeros(4, device=device)  # good, bad, bad in a row, left out
 
     @torch.no_grad()
-    def add(self, *scalars: Tensor, left_out: Tensor | None = None) -> None:
-        """The scalars of one turn, 0-dim each; `left_out`: the share of its samples that its loss left out."""
+    def add(self, *scalars: Tensor, left_out: Tensor | None = None, statistics: Tensor | None = None) -> None:
+        """The scalars of one turn, 0-dim each; `left_out`: the share of its samples that its loss left out.
+
+        `statistics` `[2, S]`, of which so many have names: sums and the weights that they will be divided by.
+        """
         self.latest.copy_(torch.stack([scalar.to(self.latest.dtype) for scalar in scalars]))
         good = self.latest.isfinite().all()
         if left_out is not None:
@@ -46,6 +51,8 @@ class Tally:
         self._counts[0] += good
         self._counts[1:3] += ~good
         self._counts[2] *= ~good
+        if statistics is not None:
+            self._weighted += torch.where(statistics[0].isfinite(), statistics, 0)
 
     def scalars(self) -> dict[str, Tensor]:
         """Those of the last turn, 0-dim each, until the next one."""
@@ -53,9 +60,16 @@ class Tally:
 
     def read(self) -> Reading:
         """Waits for the device; the next reading starts from here."""
-        *sums, num_good, num_bad, num_bad_in_a_row, left_out = torch.cat([self._sums, self._counts]).tolist()
+        found = torch.cat([self._weighted.flatten(), self._sums, self._counts]).cpu()
+        weighted_sums, weights, sums, counts = found.split([*[len(self.statistics)] * 2, len(self.names), 4])
+        num_good, num_bad, num_bad_in_a_row, left_out = counts.tolist()
+        means = {
+            name: total / num_good if num_good else None for name, total in zip(self.names, sums.tolist(), strict=True)
+        }
+        weighted = zip(self.statistics, weighted_sums.tolist(), weights.tolist(), strict=True)
+        means |= {name: total / weight for name, total, weight in weighted if weight}
         self._sums.zero_()
+        self._weighted.zero_()
         self._counts[:2] = 0
         self._counts[3] = 0
-        means = {name: total / num_good if num_good else None for name, total in zip(self.names, sums, strict=True)}
         return Reading(means, int(num_good), int(num_bad), int(num_bad_in_a_row), left_out)

@@ -18,6 +18,7 @@ from fastdmd.distill.execution import Executor
 from fastdmd.distill.losses import Denoise
 from fastdmd.distill.methods import Matched, Method, Terms
 from fastdmd.distill.starts import make_images
+from fastdmd.distill.statistics import TURN_STATISTICS, ClassSums, comparison, turn_statistics
 from fastdmd.distill.tally import Tally
 from fastdmd.optim import AdamWEMA
 from fastdmd.sampling import Generator
@@ -82,11 +83,16 @@ class DMD2:
         if self.method.head is not None:
             self.head_optimizer = AdamWEMA(self.method.head, compute_dtype=compute_dtype, **(head_options or {}))
             guidance_norms += ("head_grad_norm",)
-        self.generator_tally = Tally((*self.method.generator_scalars, "generator_grad_norm"), self.device)
+        generator_scalars = (*self.method.generator_scalars, "generator_grad_norm")
+        self.generator_tally = Tally(generator_scalars, self.device, TURN_STATISTICS)
+        self.class_sums: ClassSums | None = None  # of the images of generator turns
+        if teacher.num_classes:
+            self.class_sums = ClassSums(teacher.image_shape, teacher.num_classes, self.device)
         self.guidance_tally = Tally((*self.method.guidance_scalars, *guidance_norms), self.device)
         self._teacher = self.executor.denoiser(self.teacher)
         self._fake_score = self.executor.denoiser(self.fake_score)
         self._sampler = Generator(self.executor.denoiser(self.generator), generator_sigmas, clamp_images)
+        self._first_step = dataclasses.replace(self._sampler, sigmas=generator_sigmas[:1])  # what a regression trains
         self.buffers: Buffers | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -200,19 +206,23 @@ class DMD2:
 
     def _generator_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
+        comparisons: list[Tensor] = []
         for part in buffers.parts:
+            teacher = Scheduled(self._teacher, self._denoise_beside)
+            fake_score = Scheduled(self._fake_score, self._denoise_and_join)
             x_gen = make_images(self._sampler, part.draws)
             found = self.method.generator_terms(
-                x_gen,
-                part.draws,
-                teacher=Scheduled(self._teacher, self._denoise_beside),
-                fake_score=Scheduled(self._fake_score, self._denoise_and_join),
-                generate=dataclasses.replace(self._sampler, sigmas=self._sampler.sigmas[:1]),
+                x_gen, part.draws, teacher=teacher, fake_score=fake_score, generate=self._first_step
             )
             self._backward(found.total, self.generator_optimizer, accumulate=bool(terms))
             terms.append(found.detach())
             part.x_gen.copy_(x_gen.detach())
-        self._tell(self.generator_tally, terms, self.generator_optimizer.update())
+            if teacher.D_x is not None and fake_score.D_x is not None:
+                comparisons.append(comparison(part.x_gen, teacher.D_x, fake_score.D_x, part.draws.dm_sigma))
+        statistics = turn_statistics(buffers.x_gen, comparisons)
+        self._tell(self.generator_tally, terms, self.generator_optimizer.update(), statistics=statistics)
+        if self.class_sums is not None and buffers.inputs.class_labels is not None:
+            self.class_sums.add(buffers.x_gen, buffers.inputs.class_labels)
 
     def _guidance_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
@@ -250,22 +260,24 @@ class DMD2:
         return D_fake
 
     @staticmethod
-    def _tell(tally: Tally, terms: list[Terms], *grad_norms: Tensor) -> None:
+    def _tell(tally: Tally, terms: list[Terms], *grad_norms: Tensor, statistics: Tensor | None = None) -> None:
         """The means over the parts."""
         scalars = [_mean([part.scalars[name] for part in terms]) for name in tally.names[: -len(grad_norms)]]
         shares = [part.left_out for part in terms if part.left_out is not None]
-        tally.add(*scalars, *grad_norms, left_out=_mean(shares) if shares else None)
+        tally.add(*scalars, *grad_norms, left_out=_mean(shares) if shares else None, statistics=statistics)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Scheduled:
     """A denoiser that denoises by way of `denoise`, beside others; its features come when they are asked for."""
 
     denoiser: Denoiser
     denoise: Denoise
+    D_x: Tensor | None = None  # what it gave last
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return self.denoise(x, sigma, class_labels)
+        self.D_x = self.denoise(x, sigma, class_labels)
+        return self.D_x
 
     def with_features(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int

@@ -23,6 +23,8 @@ from fastdmd.networks.discriminator import Discriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
 from fastdmd.networks.weights import generator_metadata, save_network
+from fastdmd.quality.reference import Reference
+from fastdmd.quality.watch import Watch
 from fastdmd.runs.candidates import Candidates
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import BEST, GENERATOR, NETWORKS, RunFolder
@@ -134,6 +136,25 @@ def teacher_pairs(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Pai
         num_classes=teacher.num_classes,
         sigma=config.noise.conditioning_sigma,
     )
+
+
+def make_watch(config: ResolvedTrainConfig, model: DMD2, named: Dataset | None) -> Watch | None:
+    """What looks for alarms: beside real images, the user's or the embedded teacher's digits, else the teacher's own.
+
+    None where the teacher samples NaN or infinity.
+    """
+    num_classes = model.teacher.num_classes
+    if named is None and config.teacher == "mnist":
+        named = config.data.load()
+    if named is not None:
+        reference = Reference.of_dataset(named, num_classes, config.seed)
+    else:
+        sampler = HeunSampler(model.teacher, config.evaluation.teacher_steps)
+        num_at_once = config.batch_size // config.compute.accumulation_steps
+        reference = Reference.of_teacher(sampler, num_at_once, config.seed)
+    if reference is None:
+        return None
+    return Watch(reference, model.class_sums, settled_at=config.optimizer.warmup_iterations)
 
 
 class Distillation:

@@ -63,7 +63,7 @@ class RunFolder:
         text = json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
         files.write_atomically(self.path / name, lambda file: file.write(text.encode()))
 
-    def log(self, **values: float | None) -> None:
+    def log(self, **values: Any) -> None:
         """A line of metrics.jsonl. Raises OSError where it cannot be written, in a folder that is gone too."""
         self.append("metrics.jsonl", [values])
 

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from fastdmd.distill.tally import Reading, Tally
 from fastdmd.networks.user_code import reason
 from fastdmd.quality import Evaluation, Measurement, table
+from fastdmd.quality.alarms import Alarm
+from fastdmd.quality.watch import Watch
 from fastdmd.runs import interrupts
 from fastdmd.runs.course import Course
 from fastdmd.runs.folder import RunFolder
@@ -71,11 +73,20 @@ class Loop:
     """One training in one run folder, measured meanwhile as `course` wants it. To make it is the last part of the
     set-up: the first snapshot is in the folder.
 
-    Raises ValueError where the network gives NaN or infinity before it has learned anything.
+    `watch` looks at what the log tells, for alarms. Raises ValueError where the network gives NaN or infinity before it
+    has learned anything.
     """
 
-    def __init__(self, training: Training, settings: LoopSettings, folder: RunFolder, course: Course | None = None):
-        self._training, self._settings, self._folder, self._course = training, settings, folder, course
+    def __init__(
+        self,
+        training: Training,
+        settings: LoopSettings,
+        folder: RunFolder,
+        course: Course | None = None,
+        watch: Watch | None = None,
+    ):
+        self._training, self._settings, self._folder = training, settings, folder
+        self._course, self._watch = course, watch
         self._history = SampleHistory(folder.path / "samples.png")
         self._started = time.perf_counter()
         self._unwritten: str | None = None  # what the disk said last
@@ -149,9 +160,10 @@ class Loop:
                     readings = [tally.read() for tally in self._training.tallies]
                     num_images, now = (iteration - logged_at) * settings.batch_size, time.perf_counter()
                     line = self._line(readings, progress)
+                    alarms = self._look(readings, line, progress)
                     line |= {"seconds": now - started, "images_per_second": num_images / (now - logged)}
                     self._keep(functools.partial(self._folder.log, **line), bar)
-                    show(bar, line)
+                    show(bar, line, alarms)
                     self._judge(readings, progress, iteration - logged_at)
                     logged_at, logged = iteration, now
                 if iteration % snapshot_every == 0 and not is_last and progress.goes_on:
@@ -232,6 +244,16 @@ class Loop:
         counts = {"skipped_updates": skipped, "left_out_images": left_out}
         return line | {name: count for name, count in counts.items() if count}
 
+    def _look(self, readings: list[Reading], line: dict[str, Any], progress: Progress) -> list[Alarm]:
+        """The alarms that begin, which the line then holds, too; the first tally is that of the watched images."""
+        if self._watch is None:
+            return []
+        num_images = readings[0].num_good * self._settings.batch_size
+        figures, alarms = self._watch.read(progress.iterations, line, num_images)
+        line |= figures | ({"alarms": [alarm.kind for alarm in alarms]} if alarms else {})
+        progress.alarms += alarms
+        return alarms
+
     def _judge(self, readings: list[Reading], progress: Progress, num_iterations: int) -> None:
         """Ends a run whose last turns of a kind all came to nothing; the readings are of so many iterations."""
         for reading in readings:
@@ -261,6 +283,8 @@ class Loop:
         except ValueError as error:  # weights beyond what the file's precision holds
             return str(error)
         self._history.add(samples)
+        if self._watch is not None:
+            self._watch.see_average(samples)
         return None
 
     def _keep(self, write: Callable[[], None], bar: tqdm) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
+
+from fastdmd.quality.alarms import Alarm
 
 Received = Callable[[], int | None]  # the signal that has come
 
@@ -25,6 +27,7 @@ class Progress:
     evaluation_seconds: float = 0.0
     first_iteration_seconds: float | None = None
     signal: int | None = None
+    alarms: list[Alarm] = dataclasses.field(default_factory=list)
 
     @property
     def goes_on(self) -> bool:
@@ -40,7 +43,7 @@ def stop_if_interrupted(received: Received) -> None:
         raise Interrupted
 
 
-def show(bar: tqdm, line: dict[str, Any]) -> None:
+def show(bar: tqdm, line: dict[str, Any], alarms: Sequence[Alarm] = ()) -> None:
     """Losses and speed beside the bar; what should not happen, on a line of its own."""
     shown = {name: value for name, value in line.items() if "loss" in name and value is not None}
     shown["images/s"] = line["images_per_second"]
@@ -52,3 +55,5 @@ def show(bar: tqdm, line: dict[str, Any]) -> None:
             f"iteration {line['iteration']}: NaN or infinity of teacher or fake score; images left out: "
             f"{line['left_out_images']}"
         )
+    for alarm in alarms:
+        bar.write(str(alarm))

@@ -135,7 +135,8 @@ def test_guidance_terms_are_the_plain_ones(teacher, whose, r1_weight):
     real = draws.real_images, draws.real_sigma, draws.real_noise, draws.real_labels
     logit_real = plain_logit(head, encoder, *real)
     loss_gan = F.softplus(logit_gen).mean() + F.softplus(-logit_real).mean()
-    scalars, total = {"loss_fake": loss_fake, "loss_gan_guidance": loss_gan}, loss_gan
+    right = ((logit_gen < 0).sum() + (logit_real > 0).sum()) / 12
+    scalars, total = {"loss_fake": loss_fake, "loss_gan_guidance": loss_gan, "gan_right": right}, loss_gan
     if r1_weight:
         small = R1_DEVIATION * per_image((draws.real_sigma**2 + 0.25).sqrt()) * draws.gan_noise
         scalars["gan_r1"] = ((logit_real - plain_logit(head, encoder, *real, extra=small)) ** 2).mean()
@@ -215,6 +216,7 @@ def test_the_greatest_level_as_it_is_written(teacher):
 def test_everything_is_trained_and_nothing_else(teacher):
     model, metrics = run(teacher, 2)
     first = {"loss_dm", "loss_gan_generator", "generator_grad_norm", "loss_fake", "loss_gan_guidance", "gan_r1"}
+    first |= {"gan_right"}
     assert metrics[0].keys() == first | {"fake_grad_norm", "head_grad_norm"}
     assert all(0 < value < 100 for name, value in metrics[0].items() if name != "loss_dm")  # which begins at 0
     assert model.head_optimizer.num_updates == 2 and model.head_optimizer.learning_rate(0) == 2e-3

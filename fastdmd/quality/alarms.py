@@ -1,0 +1,156 @@
+"""Whether a distillation goes wrong: rules over what its generator's images look like, beside what they should be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from fastdmd.distill.statistics import BINS
+from fastdmd.quality.reference import Reference
+
+Reading = Mapping[str, float | None]  # what is known of one interval of the log, by name
+History = Sequence[Reading]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """One line: what was seen, and what may help."""
+
+    kind: str
+    iteration: int
+    seen: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"iteration {self.iteration}: alarm: {self.kind}: {self.seen}; try {self.advice}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A way of going wrong: `look(reading, history before it, reference)` says what was seen, or None."""
+
+    kind: str
+    look: Callable[[Reading, History, Reference], str | None]
+    advice: str
+    num_readings: int = 2  # in a row that it has to hold for: one may be chance, and some ills pass as images form
+
+
+def saturated(reading: Reading, history: History, reference: Reference) -> str | None:
+    """Values beyond [-1, 1], or contrast beyond that of the reference."""
+    excess, contrast = reading.get("excess"), reading.get("contrast")
+    if excess is not None and excess > reference.excess + MOST_EXCESS * reference.contrast:
+        return f"values exceed [-1, 1] by {excess:.2g} on average, {reference.excess:.2g} are right"
+    if contrast is not None and contrast > MOST_CONTRAST * reference.contrast:
+        return f"contrast {contrast:.2g}, {reference.contrast:.2g} is right"
+    return None
+
+
+def off_centre(reading: Reading, history: History, reference: Reference) -> str | None:
+    brightness = reading.get("brightness")
+    if brightness is not None and abs(brightness - reference.brightness) > MOST_SHIFT * reference.contrast:
+        return f"brightness {brightness:.2g}, {reference.brightness:.2g} is right"
+    return None
+
+
+def collapsed(reading: Reading, history: History, reference: Reference) -> str | None:
+    """Images that are all alike, within a class or at all, or much more alike than they have been."""
+    classes = reference.classes
+    within = None if classes is None else classes.variance_within**0.5
+    for name, right in (("class_spread", within), ("spread", reference.spread)):
+        spread, words = reading.get(name), name.replace("_", " ")
+        if spread is None or right is None:
+            continue
+        if spread < LEAST_SPREAD * right:
+            return f"{words} {spread:.2g}, {right:.2g} is right: images are all alike"
+        reached = sorted(known for past in history if (known := past.get(name)) is not None)
+        peak = min(reached[-2], right) if len(reached) > 1 else 0.0  # once may be chance
+        if peak >= FORMED * right and spread < LATE_FALL * peak:
+            return f"{words} fell to {spread:.2g} from {peak:.2g}, {right:.2g} is right"
+    return None
+
+
+def classes_lost(reading: Reading, history: History, reference: Reference) -> str | None:
+    lost, seen, separation = (reading.get(name) for name in ("classes_lost", "classes_seen", "class_separation"))
+    if lost is not None and seen is not None and lost >= max(LEAST_LOST, SHARE_LOST * seen):
+        return f"{lost:.0f} of {seen:.0f} classes look like another one"
+    right = 0.0 if reference.classes is None else reference.classes.separation
+    if separation is not None and separation < LEAST_SEPARATION * right:
+        return f"classes make {separation:.1%} of the variety, {right:.1%} is right"
+    return None
+
+
+def fake_score_still(reading: Reading, history: History, reference: Reference) -> str | None:
+    """The fake score says what the teacher says, though the generator's images are not the teacher's."""
+    found = _bins(reading, "disagreement")
+    if len(history) < 2 or not found or max(found.values()) > LEAST_DISAGREEMENT:
+        return None
+    return f"fake score and teacher differ by {max(found.values()):.1%} of what the teacher would change"
+
+
+def discriminator_blind(reading: Reading, history: History, reference: Reference) -> str | None:
+    """The discriminator guesses, though generated images are not yet like real ones; later it should.
+
+    Of four readings, as it judges at all noise levels and is never far from a guess.
+    """
+    known = [share for past in (*history, reading) if (share := past.get("gan_right")) is not None][-4:]
+    spread, differs = reading.get("spread"), PLAIN_DIFFERENCE * reference.spread
+    if len(known) < 4 or spread is None or abs(spread - reference.spread) < differs:
+        return None
+    if (right := sum(known) / 4) > MOST_GUESSED:
+        return None
+    return f"the discriminator tells {right:.1%} right, at spread {spread:.2g} of {reference.spread:.2g} in real images"
+
+
+def teacher_errs(reading: Reading, history: History, reference: Reference) -> str | None:
+    """At high noise levels, where little is asked of it: so does a network that is taken for what it is not."""
+    error = reading.get(f"fake_error_{BINS[-1]}")
+    if error is None or error > LEAST_ERROR:
+        return None
+    return f"at sigma {BINS[-1].replace('_', ' ')} it errs {1 / max(error, 1e-3):.0f} times as much as the fake score"
+
+
+def average_lags(reading: Reading, history: History, reference: Reference) -> str | None:
+    """The average, which is the result, is not where the generator was when both were seen."""
+    average, then = reading.get("average_spread"), reading.get("spread_then")
+    if average is None or then is None or abs(average - then) < AVERAGE_BEHIND * reference.spread:
+        return None
+    return f"spread {average:.2g} in the average's images, {then:.2g} in the generator's"
+
+
+def _bins(reading: Reading, what: str) -> dict[str, float]:
+    """Known ones of a statistic by noise level."""
+    return {name: known for name in BINS if (known := reading.get(f"{what}_{name}")) is not None}
+
+
+# Measured, see benchmarks/alarms.py. Shares of what the reference has.
+MOST_EXCESS = 0.2
+MOST_CONTRAST = 1.4
+MOST_SHIFT = 0.4
+LEAST_SPREAD = 0.03
+FORMED = 0.5
+LATE_FALL = 0.5
+LEAST_LOST = 2
+SHARE_LOST = 0.3
+LEAST_SEPARATION = 0.3
+LEAST_DISAGREEMENT = 0.1
+MOST_GUESSED = 0.53
+PLAIN_DIFFERENCE = 0.2
+LEAST_ERROR = 0.15
+AVERAGE_BEHIND = 0.25
+
+RULES = (
+    Rule("over-saturation", saturated, "a lower --generator-lr and --guidance-lr, or a teacher with less guidance"),
+    Rule("brightness off", off_centre, "a lower --generator-lr and --guidance-lr, and look at samples of the teacher"),
+    Rule("collapse", collapsed, "a higher --guidance-lr or --dfake-gen-update-ratio, a lower --generator-lr"),
+    Rule(
+        "loss of classes",
+        classes_lost,
+        "samples of the teacher by class, a higher --guidance-lr, a larger --batch-size",
+    ),
+    Rule("fake score stands still", fake_score_still, "a higher --guidance-lr or --dfake-gen-update-ratio"),
+    Rule("discriminator is blind", discriminator_blind, "a higher --gan-lr or --gan-guidance-weight"),
+    Rule(
+        "teacher errs", teacher_errs, "samples of the teacher; if it is a network of your own, its --parameterization"
+    ),
+    Rule("average lags", average_lags, "a lower --ema-decay"),
+)

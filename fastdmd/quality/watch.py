@@ -1,0 +1,80 @@
+"""Looks at every reading of a distillation, and tells each alarm when it begins."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fastdmd.distill.statistics import IMAGE_STATISTICS, ClassSums, image_statistics
+from fastdmd.quality.alarms import RULES, Alarm, Reading
+from fastdmd.quality.reference import Reference, class_figures
+
+LEAST_POOLED = 96  # images of generator turns that a reading is of: fewer say little, and wait for more
+
+
+class Watch:
+    """Readings and alarms of one run.
+
+    An alarm is told once, when its rule has held for some readings in a row, and again after as many without.
+    `class_sums` are those of the generator turns, None without classes; nothing is looked at before `settled_at`
+    iterations, which the learning rate takes to warm up.
+    """
+
+    def __init__(self, reference: Reference, class_sums: ClassSums | None = None, *, settled_at: int = 0):
+        self.reference, self._class_sums, self._settled_at = reference, class_sums, settled_at
+        self._history: list[Reading] = []
+        self._pool: list[tuple[int, Reading]] = []  # images, and what is known of them
+        self._seen = {rule.kind: 0 for rule in RULES}  # readings in a row that it held for; less than 0: did not
+        self._told: set[str] = set()
+        self._average: float | None = None  # spread of its images at the last snapshot, and of the generator's then
+        self._spread_then: float | None = None
+
+    def read(self, iteration: int, reading: Reading, num_images: int) -> tuple[dict[str, float], list[Alarm]]:
+        """Figures by class since the last ones, and the alarms that begin.
+
+        `reading` is of `num_images` images of generator turns.
+        """
+        figures = {} if self._average is None else {"average_spread": self._average}
+        right = self.reference.classes
+        if self._class_sums is not None and right is not None:
+            if (found := self._class_sums.read(self.reference.least_images)) is not None:
+                figures |= {name: value for name, value in class_figures(found, right).items() if math.isfinite(value)}
+        known = {"spread_then": self._spread_then}
+        self._pool.append((num_images, {**known, **reading, **figures}))
+        if sum(num for num, _ in self._pool) < LEAST_POOLED:
+            return figures, []
+        pooled = _mean(self._pool)
+        self._pool.clear()
+        if iteration <= self._settled_at:
+            return figures, []
+        alarms = self._judge(iteration, pooled)
+        self._history.append(pooled)
+        return figures, alarms
+
+    def see_average(self, samples: Tensor) -> None:
+        """Of the average of the weights, `[rows, columns, C, H, W]`: part of the next reading."""
+        self._average = image_statistics(samples.flatten(0, 1))[IMAGE_STATISTICS.index("spread")].item()
+        self._spread_then = self._history[-1].get("spread") if self._history else None
+
+    def _judge(self, iteration: int, reading: Reading) -> list[Alarm]:
+        begin = []
+        for rule in RULES:
+            seen, before = rule.look(reading, self._history, self.reference), self._seen[rule.kind]
+            row = self._seen[rule.kind] = min(before, 0) - 1 if seen is None else max(before, 0) + 1
+            if row <= -rule.num_readings:
+                self._told.discard(rule.kind)
+            if seen is not None and row >= rule.num_readings and rule.kind not in self._told:
+                self._told.add(rule.kind)
+                begin.append(Alarm(rule.kind, iteration, seen, rule.advice))
+        return begin
+
+
+def _mean(pool: list[tuple[int, Reading]]) -> dict[str, float | None]:
+    """Over the images for which a figure is known."""
+    mean: dict[str, float | None] = {}
+    for name in {name: None for _, reading in pool for name in reading}:
+        known = [(num, value) for num, reading in pool if num and (value := reading.get(name)) is not None]
+        total = sum(num for num, _ in known)
+        mean[name] = sum(num * value for num, value in known) / total if total else None
+    return mean

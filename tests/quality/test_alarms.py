@@ -1,0 +1,256 @@
+"""Alarms: each rule where it holds and just below, on histories that are written down; and when they are told."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from fastdmd import train
+from fastdmd.data import Dataset
+from fastdmd.distill.statistics import COMPARISONS, ClassFigures, ClassSums, image_statistics
+from fastdmd.quality.alarms import LEAST_SEPARATION, RULES, Alarm
+from fastdmd.quality.reference import LEAST_IMAGES, Reference, class_figures
+from fastdmd.quality.watch import LEAST_POOLED, Watch
+from fastdmd.sampling import HeunSampler
+from tests.helpers.tiny_runs import run_train
+
+PLAIN = Reference(brightness=-0.7, contrast=0.5, spread=0.4, excess=0.01)
+MEANS = torch.tensor([[1.0], [-1.0]], dtype=torch.float64) * math.sqrt(4 * 3 / 7)  # 30 % of the variety, and 4 within
+CLASSES = ClassFigures(torch.tensor([1e6, 1e6], dtype=torch.float64), MEANS, 4.0)
+REFERENCE = dataclasses.replace(PLAIN, classes=CLASSES)
+RIGHT = {
+    "brightness": -0.7,
+    "contrast": 0.5,
+    "spread": 0.4,
+    "excess": 0.02,
+    "class_spread": 2.0,
+    "class_separation": 0.3,
+    "classes_seen": 10.0,
+    "classes_lost": 0.0,
+    **dict.fromkeys(COMPARISONS, 0.6),
+    "loss_gan_guidance": 1.0,
+    "gan_right": 0.7,
+    "spread_then": 0.4,
+    "average_spread": 0.4,
+}
+WITHOUT_CLASSES = {name: None for name in RIGHT if name.startswith("class")}
+
+
+def told(*readings, reference=REFERENCE, **options):
+    """The alarms of a run that tells these, one an iteration."""
+    watch = Watch(reference, **options)
+    return [alarm for i, reading in enumerate(readings) for alarm in watch.read(i + 1, reading, LEAST_POOLED)[1]]
+
+
+CASES = [
+    ("over-saturation", {"excess": 0.12}, {"excess": 0.1}, r"exceed \[-1, 1\] by 0.12 on average, 0.01 are right"),
+    ("over-saturation", {"contrast": 0.71}, {"contrast": 0.69}, "contrast 0.71, 0.5 is right"),
+    ("brightness off", {"brightness": -0.49}, {"brightness": -0.51}, "brightness -0.49, -0.7 is right"),
+    ("brightness off", {"brightness": -0.91}, {"brightness": -0.89}, "brightness -0.91, -0.7 is right"),
+    ("collapse", {"class_spread": 0.99}, {"class_spread": 1.01}, "class spread fell to 0.99 from 2, 2 is right"),
+    ("collapse", {**WITHOUT_CLASSES, "spread": 0.19}, {**WITHOUT_CLASSES, "spread": 0.21}, "^spread fell to 0.19"),
+    ("loss of classes", {"classes_lost": 3.0}, {"classes_lost": 2.0}, "3 of 10 classes look like another one"),
+    ("loss of classes", {"class_separation": 0.08}, {"class_separation": 0.1}, "make 8.0% of the variety, 30.0% is"),
+    (
+        "fake score stands still",
+        {name: 0.09 for name in COMPARISONS[:4]},
+        {name: 0.09 for name in COMPARISONS[:3]},
+        "fake score and teacher differ by 9.0% of what the teacher would change",
+    ),
+    (
+        "discriminator is blind",
+        {"gan_right": 0.52, "spread": 0.31},
+        {"gan_right": 0.52, "spread": 0.33},
+        "tells 52.0% right, at spread 0.31 of 0.4",
+    ),
+    ("teacher errs", {"fake_error_above_5": 0.125}, {"fake_error_above_5": 0.16}, "at sigma above 5 it errs 8 times"),
+    ("average lags", {"average_spread": 0.29}, {"average_spread": 0.31}, "spread 0.29 in the average's images, 0.4 in"),
+]
+
+
+@pytest.mark.parametrize(("kind", "wrong", "bearable", "seen"), CASES)
+def test_a_rule_holds_from_its_limit_on(kind, wrong, bearable, seen):
+    """After a healthy beginning, and nothing else is told."""
+    healthy = [RIGHT] * 5
+    assert told(*healthy, *[RIGHT | bearable] * 6) == []
+    (alarm,) = told(*healthy, *[RIGHT | wrong] * 6)
+    rule = next(rule for rule in RULES if rule.kind == kind)
+    num_mean = 3 if kind == "discriminator is blind" else 0  # more readings, of which it takes the mean
+    assert (alarm.kind, alarm.iteration, alarm.advice) == (kind, 5 + num_mean + rule.num_readings, rule.advice)
+    assert re.search(seen, alarm.seen), alarm.seen
+    assert str(alarm) == f"iteration {alarm.iteration}: alarm: {kind}: {alarm.seen}; try {rule.advice}"
+
+
+def test_every_rule_is_among_the_cases():
+    assert {rule.kind for rule in RULES} == {kind for kind, *_ in CASES}
+
+
+def test_images_that_are_all_alike_are_a_collapse_from_the_start():
+    (alarm,) = told(*[RIGHT | {"class_spread": 0.05}] * 3)
+    assert (alarm.kind, alarm.iteration) == ("collapse", 2) and "images are all alike" in alarm.seen
+    assert told(*[RIGHT | {"class_spread": 0.07}] * 3) == []
+
+
+def test_what_has_not_formed_yet_has_not_collapsed():
+    """Images that are blurred, as those of one step are at first, and that then take their time."""
+    forming = [RIGHT | {"class_spread": 0.15 + 0.05 * i, "spread": 0.2, "class_separation": 0.9} for i in range(20)]
+    assert told(*forming) == []
+
+
+def test_an_alarm_is_told_once_and_again_if_it_comes_back():
+    dark = RIGHT | {"brightness": -1.0}
+    alarms = told(dark, *[RIGHT] * 3, *[dark] * 4, RIGHT, dark, dark, RIGHT, RIGHT, *[dark] * 3)
+    assert [alarm.iteration for alarm in alarms] == [6, 15]
+    both = told(*[dark | {"excess": 1.0}] * 2)
+    assert [alarm.kind for alarm in both] == ["over-saturation", "brightness off"]
+
+
+def test_what_is_not_known_is_no_alarm():
+    unknown = dict.fromkeys(RIGHT)
+    assert told(*[unknown] * 6) == [] and told(*[{}] * 6) == []
+    assert told(*[RIGHT | {"class_separation": 0.0}] * 6, reference=PLAIN) == []
+
+
+def test_nothing_is_told_while_rates_warm_up():
+    dark = RIGHT | {"brightness": -1.0}
+    assert [alarm.iteration for alarm in told(*[dark] * 9, settled_at=5)] == [7]
+
+
+def test_readings_of_few_images_wait_for_more():
+    """And are weighed by their images; a reading without images says nothing of them."""
+    watch = Watch(REFERENCE)
+    dark, bright = RIGHT | {"brightness": -2.0}, RIGHT | {"brightness": -0.6}
+    half = LEAST_POOLED // 2
+    sequence = [(dark, half), ({"loss_fake": 1.0, "brightness": None}, 0), (dark, half)] * 2
+    found = [watch.read(i, reading, num)[1] for i, (reading, num) in enumerate(sequence)]
+    assert [len(alarms) for alarms in found] == [0, 0, 0, 0, 0, 1]
+    watch = Watch(REFERENCE)
+    assert not any(watch.read(i, r, n)[1] for i, (r, n) in enumerate([(dark, 4), (bright, LEAST_POOLED)] * 4))
+
+
+def test_the_average_is_held_against_the_generator_of_its_time():
+    watch = Watch(PLAIN)
+    images = torch.randn(1, 200, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def read(spread):
+        (name,) = {alarm.kind for alarm in watch.read(1, {"spread": spread}, LEAST_POOLED)[1]} or {None}
+        return name
+
+    watch.see_average(0.1 * images)  # before there is a reading
+    assert [read(spread) for spread in (0.4, 0.4)] == [None, None]
+    watch.see_average(0.4 * images)
+    assert [read(spread) for spread in (0.6, 0.6, 0.6)] == [None] * 3  # it has not been seen since
+    watch.see_average(0.4 * images)
+    assert [read(spread) for spread in (0.6, 0.6)] == [None, "average lags"]
+    assert watch.read(2, {}, 0)[0] == {"average_spread": pytest.approx(0.4, rel=0.05)}
+
+
+def test_advice_names_flags_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    known = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+    for rule in RULES:
+        named = re.findall(r"--[a-z0-9-]+", rule.advice)
+        assert named and set(named) <= known, rule.kind
+
+
+def images_of_classes(num=160, seed=0):
+    """Three classes of 8x8 images, each around a mean of its own."""
+    labels = torch.arange(num) % 3
+    random = torch.Generator().manual_seed(seed)
+    means = torch.randn(3, 1, 8, 8, generator=random).clamp(-0.6, 0.6)
+    return (means[labels] + 0.1 * torch.randn(num, 1, 8, 8, generator=random)).clamp(-1, 1), labels
+
+
+def test_a_reference_and_the_classes_that_are_lost():
+    images, labels = images_of_classes()
+    reference = Reference.of(images, labels, 3)
+    brightness, contrast, spread, _, excess = image_statistics(images).tolist()
+    assert (reference.brightness, reference.contrast, reference.spread) == (brightness, contrast, spread)
+    assert excess == reference.excess == 0 and reference.classes.variance_within == pytest.approx(0.64, rel=0.05)
+    assert reference.classes.separation > 0.8 and reference.least_images == 3 * LEAST_IMAGES
+
+    def figures(images, labels):
+        sums = ClassSums((1, 8, 8), 3, torch.device("cpu"))
+        sums.add(images, labels)
+        return class_figures(sums.read(), reference.classes)
+
+    right = figures(images, labels)
+    assert (right["classes_lost"], right["classes_seen"]) == (0, 3)
+    assert right["class_spread"] == pytest.approx(0.8, rel=0.05)
+    assert figures(images[labels < 2], labels[labels < 2])["classes_seen"] == 2
+    confused = torch.where((labels == 2)[:, None, None, None], images.roll(1, 0), images)  # what follows is of class 1
+    assert figures(confused, labels)["classes_lost"] == 1
+    shuffled = figures(images[torch.randperm(160, generator=torch.Generator().manual_seed(1))], labels)
+    assert abs(shuffled["class_separation"]) < 0.1 < 0.8 < right["class_separation"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_that_are_hard_to_tell_apart_are_not_lost_by_chance(seed):
+    """Images that differ most in brightness, whatever their class."""
+    random = torch.Generator().manual_seed(seed)
+    means = 0.05 * torch.randn(10, 3, 8, 8, generator=random)
+
+    def some(num):
+        labels = torch.randint(0, 10, (num,), generator=random)
+        brightness = 0.25 * torch.randn(num, 3, 1, 1, generator=random)
+        return means[labels] + brightness + 0.1 * torch.randn(num, 3, 8, 8, generator=random), labels
+
+    right = Reference.of(*some(1000), 10)
+    assert right.classes.separation < 0.1 and right.least_images > 160
+    sums = ClassSums((3, 8, 8), 10, torch.device("cpu"))
+    sums.add(*some(right.least_images))
+    found = class_figures(sums.read(), right.classes)
+    assert found["classes_lost"] == 0 and found["class_separation"] > LEAST_SEPARATION * right.classes.separation
+
+
+def test_references_that_know_less():
+    images, labels = images_of_classes(3 * LEAST_IMAGES)
+    assert Reference.of(images, labels, 3).classes is not None
+    for few, of, num_classes in ((images[1:], labels[1:], 3), (images, labels, 4), (images, None, 0)):
+        found = Reference.of(few, of, num_classes)
+        assert found.classes is None and found.spread > 0
+    images[3, 0, 0, 0] = torch.nan
+    assert Reference.of(images, labels, 3) is None
+
+
+def test_the_references_of_a_run():
+    """Of its images, of a seed; without any of the teacher's."""
+    images, labels = images_of_classes(60)
+    dataset = Dataset(((images + 1) * 127.5).round().to(torch.uint8), labels, "mine")
+    assert Reference.of_dataset(dataset, 3, 0).brightness == pytest.approx(images.mean().item(), abs=1e-3)
+
+    class Constant(torch.nn.Module):
+        image_shape, num_classes, foreign_name = (1, 8, 8), 3, ""
+
+        def __init__(self):
+            super().__init__()
+            self.means = torch.nn.Parameter(torch.tensor([-0.5, 0.0, 0.5]))
+            self.sizes = []
+
+        def forward(self, x, sigma, class_labels=None):
+            self.sizes.append(len(x))
+            return self.means[class_labels].reshape(-1, 1, 1, 1).expand_as(x)
+
+    network = Constant()
+    found = Reference.of_teacher(HeunSampler(network, 3), 24, 0)
+    assert set(network.sizes) == {24, 16} and found.contrast == pytest.approx(0, abs=1e-3)
+    assert found.classes.separation == pytest.approx(1)
+    assert found.classes.means[:, 0].tolist() == pytest.approx([-0.5, 0, 0.5], abs=1e-6)
+
+
+def test_a_run_that_goes_wrong_says_so(teacher_file, tmp_path, capsys):
+    """On the screen, in metrics.jsonl and in summary.json: the data are nothing that this teacher makes."""
+    images = np.full((40, 1, 28, 28), 255, np.uint8)
+    images[::2, :, :14] = 250
+    np.savez(tmp_path / "white.npz", images=images, labels=np.arange(40) % 10)
+    options = ["--data", str(tmp_path / "white.npz"), "--num-samples", "0", "--batch-size", str(LEAST_POOLED)]
+    summary = run_train(teacher_file, tmp_path / "run", *options)
+    output, lines = capsys.readouterr().out, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert {"kind": "brightness off", "iteration": 4}.items() <= summary["alarms"][-1].items()
+    assert all(output.count(str(Alarm(**alarm))) == 1 for alarm in summary["alarms"])
+    assert "alarms" not in json.loads(lines[0]) and "brightness off" in json.loads(lines[1])["alarms"]
