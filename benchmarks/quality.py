@@ -1,6 +1,6 @@
 """Distils MNIST once per variant and seed, and keeps what each result scores: recipes and ablations.
 
-    python -m benchmarks.quality STUDY [--seeds 0,1,2] [--variants NAME,...] [--json FILE] [-- FLAGS OF train]
+    python -m benchmarks.quality recipe|terms|steps [--seeds 0,1,2] [--variants NAME,...] [--json FILE]
 
 Every run is `python -m fastdmd.train` with the flags of its variant, in a process of its own, one after the other. With
 `--json` each result is written as it comes, and a run that the file has is not made again: it may be called as often as
@@ -10,6 +10,7 @@ needed. The table has the mean over the seeds and, behind it, the standard devia
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -22,7 +23,39 @@ from benchmarks.environment import ROOT, describe
 from fastdmd.files import write_atomically
 
 Flags = dict[str, Any]  # of `fastdmd.train`, without their dashes
-STUDIES: dict[str, dict[str, Flags]] = {}
+GAN: Flags = {"gan-guidance-weight": 1e-2, "gan-generator-weight": 3e-3}
+STUDIES: dict[str, dict[str, Flags]] = {
+    "recipe": {
+        "default": {},
+        "not clamped": {"clamp-images": "False"},
+        "beta1 0.9": {"beta1": 0.9},
+        "ratio 1": {"dfake-gen-update-ratio": 1},
+        "ratio 5": {"dfake-gen-update-ratio": 5},
+        "generator's rate 3e-4": {"generator-lr": 3e-4},
+        "generator's rate 1e-3": {"generator-lr": 1e-3},
+        "fake score's rate 6e-4": {"guidance-lr": 6e-4},
+        "batch 24": {"batch-size": 24},
+        "batch 96": {"batch-size": 96},
+        "sigma from 2 % to 80 %": {"max-step-percent": 0.8},
+        "bfloat16": {"precision": "bf16"},
+    },
+    "terms": {
+        "DMD2 without its adversarial term": {},
+        "with it": GAN,
+        "forward KL": {**GAN, "divergence": "forward-kl"},
+        "Jensen-Shannon": {**GAN, "divergence": "jensen-shannon"},
+        "Hellinger": {**GAN, "divergence": "hellinger"},
+        "SiD": {"method": "sid"},
+        "SiD, alpha 1.2": {"method": "sid", "sid-alpha": 1.2},
+        "SiD with an adversarial term": {"method": "sid", **GAN},
+    },
+    "steps": {
+        "1 step": {},
+        "2 steps": {"generator-sigmas": "80,2.5"},
+        "4 steps": {"generator-sigmas": "80,24.4,5.8,0.9"},
+        "4 steps, noised data": {"generator-sigmas": "80,24.4,5.8,0.9", "generator-inputs": "noised-data"},
+    },
+}
 FIGURES = (  # of a row: key, heading, factor, format
     ("frechet_distance", "Fréchet distance", 1, ".3f"),
     ("frechet_means", "of means", 1, ".3f"),
@@ -75,18 +108,16 @@ def main() -> None:
     rows: list[dict] = []
     if arguments.json and arguments.json.exists():
         rows = json.loads(arguments.json.read_text())["rows"]
-    for seed in map(int, arguments.seeds.split(",")):
-        for variant in chosen:
-            if any((row["variant"], row["seed"], row["flags"]) == (variant, seed, variants[variant]) for row in rows):
-                continue
-            row = {"variant": variant, "seed": seed, "flags": variants[variant], **run(variants[variant], seed)}
-            rows.append({**row, **describe("cpu")})
-            print(table(rows[-1:]), flush=True)
-            if arguments.json:
-                content = json.dumps({"study": arguments.study, "rows": rows}, indent=1) + "\n"
-                write_atomically(arguments.json, lambda file, content=content: file.write(content.encode()))
-    order = {name: place for place, name in enumerate(variants)}
-    print(table(sorted((row for row in rows if row["variant"] in order), key=lambda row: order[row["variant"]])))
+    for seed, variant in itertools.product(map(int, arguments.seeds.split(",")), chosen):
+        wanted = {"variant": variant, "flags": variants[variant], "seed": seed}
+        if any(row.items() >= wanted.items() for row in rows):
+            continue
+        rows.append(wanted | run(variants[variant], seed) | describe("cpu"))
+        print(table(rows[-1:]), flush=True)
+        if arguments.json:
+            content = json.dumps({"study": arguments.study, "rows": rows}, indent=1) + "\n"
+            write_atomically(arguments.json, lambda file, content=content: file.write(content.encode()))
+    print(table([row for variant in chosen for row in rows if row["variant"] == variant]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""The studies of quality: flags that exist, runs that are not made twice, and means over the seeds."""
+
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks import quality
+from fastdmd.runs import cli
+from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.presets import PRESETS
+
+
+@pytest.mark.parametrize(
+    "flags", [flags for study in quality.STUDIES.values() for flags in study.values()], ids=lambda flags: str(flags)
+)
+def test_flags_are_those_of_the_command(flags):
+    options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    presets = {name: preset.config for name, preset in PRESETS.items()}
+    found = cli.parse(TrainConfig, "fastdmd.train", options, presets)
+    assert (dataclasses.replace(found, out=None) == TrainConfig()) == (not flags)
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def run(flags, seed):
+        made.append((flags, seed))
+        distance = 0.25 + 0.5 * seed + len(flags)
+        return dict.fromkeys((key for key, *_ in quality.FIGURES), distance)
+
+    monkeypatch.setattr(quality, "run", run)
+    monkeypatch.setattr(quality, "STUDIES", {"small": {"plain": {}, "other": {"beta1": 0.5}}})
+    file = tmp_path / "study.json"
+    for seeds, expected in (("0", [({}, 0), ({"beta1": 0.5}, 0)]), ("0,1", [({}, 1), ({"beta1": 0.5}, 1)])):
+        made.clear()
+        monkeypatch.setattr("sys.argv", ["quality", "small", "--seeds", seeds, "--json", str(file)])
+        quality.main()
+        assert made == expected
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["variant"], row["seed"], row["frechet_distance"]) for row in rows] == [
+        ("plain", 0, 0.25),
+        ("other", 0, 1.25),
+        ("plain", 1, 0.75),
+        ("other", 1, 1.75),
+    ]
+    plain, other = capsys.readouterr().out.splitlines()[-2:]
+    assert plain.split()[:5] == ["plain", "2", "0.500", "±", "0.354"]
+    assert other.split()[:5] == ["other", "2", "1.500", "±", "0.354"]
