@@ -47,7 +47,13 @@ PYTEST = [
     "--tb=short",
 ]
 OP_TESTS = [f"tests/ops/test_{name}.py" for name in ("accuracy", "adamw_ema", "group_norm_silu", "memory", "random")]
-STEP_FILES = ("distill/test_turns", "distill/test_adversarial_turns", "distill/test_execution", "data/test_dataset")
+STEP_FILES = (
+    "distill/test_turns",
+    "distill/test_steps",
+    "distill/test_adversarial_turns",
+    "distill/test_execution",
+    "data/test_dataset",
+)
 STEP_TESTS = [f"tests/{name}.py" for name in STEP_FILES]
 TRAINING = ("numpy", "safetensors", "PIL", "tqdm")
 
