@@ -51,6 +51,7 @@ STEP_FILES = (
     "distill/test_turns",
     "distill/test_steps",
     "distill/test_adversarial_turns",
+    "distill/test_score_identity",
     "distill/test_execution",
     "data/test_dataset",
 )
