@@ -37,7 +37,7 @@ class OptimizerSettings(Settings):
     """After warm-up: constant, or to zero along a cosine."""
     warmup_iterations: WarmUp = 50
     """Iterations over which both learning rates rise."""
-    beta1: Decay = 0.9
+    beta1: Decay = 0.0
     """Decay of AdamW's first moment."""
     beta2: Decay = 0.999
     """Decay of AdamW's second moment."""
