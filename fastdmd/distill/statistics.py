@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SATURATED = 0.99  # |x| from which a pixel counts as saturated
+SATURATED = 0.95  # |x| from which a pixel counts as saturated: a black or a white with a little noise is
 LEVELS = (0.2, 1.0, 5.0)  # sigma: where bins of noise levels meet, each a part of what an image is made of
 MOST_PIXELS = 8  # a side, of the images whose means are kept by class
 
