@@ -37,7 +37,7 @@ def image_statistics(x: Tensor) -> Tensor:
     """Of images `[B, C, H, W]`, float32 `[5]`, in the order of `IMAGE_STATISTICS`.
 
     brightness `mean(x)`; contrast, the mean over images of the standard deviation over pixels; spread, the root of the
-    mean over pixels of the variance over images, NaN of one image; saturated, the share of values with `|x| > 0.99`;
+    mean over pixels of the variance over images, NaN of one image; saturated, the share of values with `|x| > 0.95`;
     excess `mean(max(|x| - 1, 0))`.
     """
     x = x.float()

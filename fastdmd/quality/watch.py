@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from fastdmd.distill.statistics import IMAGE_STATISTICS, ClassSums, image_statis
 from fastdmd.quality.alarms import RULES, Alarm, Reading
 from fastdmd.quality.reference import Reference, class_figures
 
+LONGEST_HISTORY = 1000  # readings that rules look back on, however long a run is
 LEAST_POOLED = 96  # images of generator turns that a reading is of: fewer say little, and wait for more
 
 
@@ -32,7 +34,7 @@ class Watch:
     ):
         self.reference, self._class_sums, self._settled_at = reference, class_sums, settled_at
         self._sees_samples = sees_samples
-        self._history: list[Reading] = []
+        self._history: deque[Reading] = deque(maxlen=LONGEST_HISTORY)
         self._pool: list[tuple[int, int, Reading]] = []  # images, images judged, and what is known of them
         self._seen = {rule.kind: 0 for rule in RULES}  # readings in a row that it held for; less than 0: did not
         self._told: set[str] = set()
