@@ -20,8 +20,8 @@ class Watch:
 
     An alarm is told once, when its rule has held for some readings in a row, and again after as many without.
     `class_sums` are those of the generator turns, None without classes; nothing is looked at before `settled_at`
-    iterations, which the learning rate takes to warm up. `sees_samples`: the readings are of images as sampling makes
-    them, and the average's are held against them.
+    iterations, which the learning rate takes to warm up. `follows_average`: the readings are of images as sampling
+    makes them, and those of the average are held against them.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class Watch:
         class_sums: ClassSums | None = None,
         *,
         settled_at: int = 0,
-        sees_samples: bool = True,
+        follows_average: bool = True,
     ):
         self.reference, self._class_sums, self._settled_at = reference, class_sums, settled_at
-        self._sees_samples = sees_samples
+        self._follows_average = follows_average
         self._history: deque[Reading] = deque(maxlen=LONGEST_HISTORY)
         self._pool: list[tuple[int, int, Reading]] = []  # images, images judged, and what is known of them
         self._seen = {rule.kind: 0 for rule in RULES}  # readings in a row that it held for; less than 0: did not
@@ -68,7 +68,7 @@ class Watch:
 
     def see_average(self, samples: Tensor) -> None:
         """Of the average of the weights, `[rows, columns, C, H, W]`: part of the next reading."""
-        if not self._sees_samples:
+        if not self._follows_average:
             return
         self._average = image_statistics(samples.flatten(0, 1))[IMAGE_STATISTICS.index("spread")].item()
         self._spread_then = self._history[-1].get("spread") if self._history else None

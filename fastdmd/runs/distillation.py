@@ -154,11 +154,12 @@ def make_watch(config: ResolvedTrainConfig, model: DMD2, named: Dataset | None) 
         reference = Reference.of_teacher(sampler, num_at_once, config.seed)
     if reference is None:
         return None
+    has_one_average = len(model.generator_optimizer.ema_networks) == 1  # of several, one that lags is no fault
     return Watch(
         reference,
         model.class_sums,
         settled_at=config.optimizer.warmup_iterations,
-        sees_samples=not config.noise.uses_real_images,
+        follows_average=has_one_average and not config.noise.uses_real_images,
     )
 
 

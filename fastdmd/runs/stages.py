@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from fastdmd.distill.optimization import Average
 from fastdmd.files import write_atomically
 from fastdmd.networks.states import require_same
 from fastdmd.networks.tensor_files import open_tensors
-from fastdmd.networks.weights import METADATA_KEY, generator_of, load_network
+from fastdmd.networks.weights import METADATA_KEY, generator_of, load_network, stored
 from fastdmd.optim import AdamWEMA
 from fastdmd.runs.folder import GENERATOR, NETWORKS
 from fastdmd.sampling import Generator
@@ -56,14 +55,18 @@ def save_networks(
         "clamped": generator.clamped,
         "version": __version__,
     }
-    tensors = {f"{part}.{name}": _stored(value) for part, state in states.items() for name, value in state.items()}
+    tensors = {
+        f"{part}.{name}": stored(name, value, value.dtype)
+        for part, state in states.items()
+        for name, value in state.items()
+    }
     content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata)})
     write_atomically(path, lambda file: file.write(content))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a run left. `notices` say what is not as somebody may expect, a line each."""
+    """What a run left."""
 
     folder: Path
     generator: State
@@ -195,11 +198,6 @@ def _require_network(teacher: DenoisingNetwork, description: Mapping[str, Any], 
 def _state(optimizer: AdamWEMA) -> dict[str, Tensor]:
     """Of the network that it trains, in the precision in which it does."""
     return optimizer.network.state_dict() | optimizer.weights
-
-
-def _stored(value: Tensor) -> Tensor:
-    """A contiguous copy, as the format wants it also where weights are tied."""
-    return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
 
 
 def _fill(optimizer: AdamWEMA, weights: State, averages: Sequence[State] = ()) -> None:

@@ -191,7 +191,7 @@ def test_more_images_know_better_what_is_chance():
 
 
 def test_an_average_is_not_held_against_images_that_sampling_does_not_make():
-    watch, images = Watch(PLAIN, sees_samples=False), torch.randn(1, 200, 1, 4, 4)
+    watch, images = Watch(PLAIN, follows_average=False), torch.randn(1, 200, 1, 4, 4)
     for _ in range(4):
         watch.see_average(0.01 * images)
         assert watch.read(1, {"spread": 0.4}, LEAST_POOLED) == ({}, [])
