@@ -49,7 +49,8 @@ def run(case: Case, seed: int, iterations: int, *, until_alarm: bool, **settings
         if (step + 1) % config.log_every == 0:
             readings = [tally.read() for tally in (model.generator_tally, model.guidance_tally)]
             means = {name: value for reading in readings for name, value in reading.means.items()}
-            alarms += watch.read(step + 1, means, readings[0].num_good * config.batch_size)[1]
+            num_images, num_judged = readings[0].num_watched, 2 * readings[1].num_good  # in batches
+            alarms += watch.read(step + 1, means, num_images * config.batch_size, num_judged * config.batch_size)[1]
         if (step + 1) % SNAPSHOT == 0:
             watch.see_average(sheet.of(sampler))
         if until_alarm and alarms:

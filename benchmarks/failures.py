@@ -129,4 +129,5 @@ HEALTHY = [
     Case("rates / 2", {"generator_lr": 3e-4, "fake_score_lr": 6e-4}),
     Case("with the adversarial term", WITH_GAN),
     Case("constant rates", {"lr_schedule": "constant"}),
+    Case("four steps", {"generator_sigmas": (80.0, 24.4, 5.8, 0.9)}),
 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastdmd.optim.adamw_ema import EMA_WARMUP
-from fastdmd.settings import Settings, above, arg, at_least, fail, within
+from fastdmd.settings import Settings, above, arg, at_least, commas, fail, within
 
 Rate = Annotated[float, above(0, 1e30)]  # what float32 holds, as is the norm that gradients are clipped to
 WarmUp = Annotated[int, at_least(0, 10**9)]
@@ -47,13 +47,15 @@ class OptimizerSettings(Settings):
     """Gradients of either network are clipped to this global norm."""
     ema_decay: Decay = 0.98
     """Decay of the average of the generator's weights, per generator update. The average is the result."""
-    ema_halflives: str | None = None
+    ema_halflives: Annotated[tuple[float, ...] | None, above(0, 1e15), commas()] = None
     """Instead of --ema-decay: half-lives of averages, in images that generator updates see, separated by commas. There
     is an average of each, and the best of them is the result."""
 
     def check(self) -> None:
         super().check()
-        self._halflives()
+        halflives = self.ema_halflives
+        if halflives is not None and (not halflives or len({*map(_named, halflives)}) < len(halflives)):
+            fail(self, "ema_halflives", "as numbers of images, each once")
 
     def averages(self, batch_size: int) -> tuple[Average, ...]:
         """Those to be kept: after h images, `h / batch_size` updates, weights count half in that of half-life h.
@@ -62,7 +64,7 @@ class OptimizerSettings(Settings):
         """
         if self.ema_halflives is None:
             return (Average(f"decay {self.ema_decay:.10g}", self.ema_decay),)
-        averages = tuple(Average(f"half-life {h:.10g} images", 0.5 ** (batch_size / h)) for h in self._halflives())
+        averages = tuple(Average(_named(h), 0.5 ** (batch_size / h)) for h in self.ema_halflives)
         if max(average.decay for average in averages) > GREATEST_DECAY:  # where 1 - decay has no digits in float32
             most = batch_size / -math.log2(GREATEST_DECAY)
             fail(self, "ema_halflives", f"of at most {int(most)} images, with {batch_size} an update")
@@ -79,19 +81,6 @@ class OptimizerSettings(Settings):
         """Options of `AdamWEMA` for a run of so many iterations."""
         return {**self._shared(iterations, self.warmup_iterations), "learning_rate": self.fake_score_lr}
 
-    def _halflives(self) -> list[float]:
-        """In images. Raises ValueError for a text that is not numbers of them, each once."""
-        if self.ema_halflives is None:
-            return []
-        try:
-            found = [float(word) for word in self.ema_halflives.split(",")]
-        except ValueError:
-            found = []
-        names = {f"{images:.10g}" for images in found}
-        if not found or len(names) < len(found) or not all(0 < images < math.inf for images in found):
-            fail(self, "ema_halflives", "to be finite numbers of images above 0, each once, separated by commas")
-        return found
-
     def _shared(self, updates: int, warmup_steps: int) -> dict[str, Any]:
         return {
             "betas": (self.beta1, self.beta2),
@@ -100,6 +89,10 @@ class OptimizerSettings(Settings):
             "warmup_steps": warmup_steps,
             "decay_steps": updates if self.lr_schedule == "cosine" else None,
         }
+
+
+def _named(halflife: float) -> str:
+    return f"half-life {halflife:.10g} images"
 
 
 def averages_notice(averages: Sequence[Average], updates: int) -> str | None:

@@ -28,6 +28,11 @@ class Start:
         """Whether all iterations have the same step."""
         return self.step_noise is None and self.start_images is None
 
+    def is_watched(self, num_steps: int) -> bool:
+        """Whether its images tell how a generator of so many steps samples: those of the last step do, or of the first
+        where all others start from real images."""
+        return self.step_index == (0 if self.start_images is not None else num_steps - 1)
+
 
 def make_images(generator: Generator, start: Start) -> Tensor:
     """`x_gen = D(x_i, sigma_i)`, `[B, C, H, W]`, of the step i, differentiable in this last evaluation alone.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SATURATED = 0.99  # |x| from which a pixel counts as saturated
+SATURATED = 0.95  # |x| from which a pixel counts as saturated: a black or a white with a little noise is
 LEVELS = (0.2, 1.0, 5.0)  # sigma: where bins of noise levels meet, each a part of what an image is made of
 MOST_PIXELS = 8  # a side, of the images whose means are kept by class
 
@@ -37,7 +37,7 @@ def image_statistics(x: Tensor) -> Tensor:
     """Of images `[B, C, H, W]`, float32 `[5]`, in the order of `IMAGE_STATISTICS`.
 
     brightness `mean(x)`; contrast, the mean over images of the standard deviation over pixels; spread, the root of the
-    mean over pixels of the variance over images, NaN of one image; saturated, the share of values with `|x| > 0.99`;
+    mean over pixels of the variance over images, NaN of one image; saturated, the share of values with `|x| > 0.95`;
     excess `mean(max(|x| - 1, 0))`.
     """
     x = x.float()

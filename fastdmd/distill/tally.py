@@ -19,6 +19,7 @@ class Reading:
     num_bad: int
     num_bad_in_a_row: int  # until now, and maybe since before the last reading
     left_out: float  # samples, in batches
+    num_watched: int  # turns that told statistics
 
 
 class Tally:
@@ -34,7 +35,7 @@ class Tally:
         self.latest = torch.zeros(len(names), device=device)  # scalars of the last turn
         self._sums = torch.zeros(len(names), device=device)
         self._weighted = torch.zeros(2, len(statistics), device=device)  # sums and weights of statistics
-        self._counts = torch.zeros(4, device=device)  # good, bad, bad in a row, left out
+        self._counts = torch.zeros(5, device=device)  # good, bad, bad in a row, left out, with statistics
 
     @torch.no_grad()
     def add(self, *scalars: Tensor, left_out: Tensor | None = None, statistics: Tensor | None = None) -> None:
@@ -53,6 +54,7 @@ class Tally:
         self._counts[2] *= ~good
         if statistics is not None:
             self._weighted += torch.where(statistics[0].isfinite(), statistics, 0)
+            self._counts[4] += 1
 
     def scalars(self) -> dict[str, Tensor]:
         """Those of the last turn, 0-dim each, until the next one."""
@@ -61,8 +63,8 @@ class Tally:
     def read(self) -> Reading:
         """Waits for the device; the next reading starts from here."""
         found = torch.cat([self._weighted.flatten(), self._sums, self._counts]).cpu()
-        weighted_sums, weights, sums, counts = found.split([*[len(self.statistics)] * 2, len(self.names), 4])
-        num_good, num_bad, num_bad_in_a_row, left_out = counts.tolist()
+        weighted_sums, weights, sums, counts = found.split([*[len(self.statistics)] * 2, len(self.names), 5])
+        num_good, num_bad, num_bad_in_a_row, left_out, num_watched = counts.tolist()
         means = {
             name: total / num_good if num_good else None for name, total in zip(self.names, sums.tolist(), strict=True)
         }
@@ -71,5 +73,5 @@ class Tally:
         self._sums.zero_()
         self._weighted.zero_()
         self._counts[:2] = 0
-        self._counts[3] = 0
-        return Reading(means, int(num_good), int(num_bad), int(num_bad_in_a_row), left_out)
+        self._counts[3:] = 0
+        return Reading(means, int(num_good), int(num_bad), int(num_bad_in_a_row), left_out, int(num_watched))

@@ -207,6 +207,7 @@ class DMD2:
     def _generator_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
         comparisons: list[Tensor] = []
+        is_watched = buffers.inputs.is_watched(self.num_steps)
         for part in buffers.parts:
             teacher = Scheduled(self._teacher, self._denoise_beside)
             fake_score = Scheduled(self._fake_score, self._denoise_and_join)
@@ -217,11 +218,11 @@ class DMD2:
             self._backward(found.total, self.generator_optimizer, accumulate=bool(terms))
             terms.append(found.detach())
             part.x_gen.copy_(x_gen.detach())
-            if teacher.D_x is not None and fake_score.D_x is not None:
+            if is_watched and teacher.D_x is not None and fake_score.D_x is not None:
                 comparisons.append(comparison(part.x_gen, teacher.D_x, fake_score.D_x, part.draws.dm_sigma))
-        statistics = turn_statistics(buffers.x_gen, comparisons)
+        statistics = turn_statistics(buffers.x_gen, comparisons) if is_watched else None
         self._tell(self.generator_tally, terms, self.generator_optimizer.update(), statistics=statistics)
-        if self.class_sums is not None and buffers.inputs.class_labels is not None:
+        if is_watched and self.class_sums is not None and buffers.inputs.class_labels is not None:
             self.class_sums.add(buffers.x_gen, buffers.inputs.class_labels)
 
     def _guidance_turn(self, buffers: Buffers) -> None:
@@ -273,11 +274,12 @@ class Scheduled:
 
     denoiser: Denoiser
     denoise: Denoise
-    D_x: Tensor | None = None  # what it gave last
+    D_x: Tensor | None = None  # what it gave last, without its graph
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        self.D_x = self.denoise(x, sigma, class_labels)
-        return self.D_x
+        D_x = self.denoise(x, sigma, class_labels)
+        self.D_x = D_x.detach()
+        return D_x
 
     def with_features(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int

@@ -68,13 +68,16 @@ def save_network(
         raise TypeError(f"fastdmd.save_network: expected a UNet or an Adapted network, got a {type(network).__name__}")
     state = network.inner.state_dict()
     metadata = {"kind": kind, "network": network.describe(), "version": __version__, **information}
-    tensors = {name: _stored(name, value, dtype) for name, value in state.items()}
+    tensors = {name: stored(name, value, dtype) for name, value in state.items()}
     content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata, default=str)})
     write_atomically(path, lambda file: file.write(content))
 
 
-def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy, as the format wants it also where weights are tied; numbers that count keep their dtype."""
+def stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy, as the format wants it also where weights are tied; numbers that count keep their dtype.
+
+    Raises ValueError for a value that `dtype` cannot hold.
+    """
     dtype = dtype if value.is_floating_point() else value.dtype
     stored = torch.empty(value.shape, dtype=dtype).copy_(value.detach())
     if dtype != value.dtype and stored.isinf().sum() > value.isinf().sum():

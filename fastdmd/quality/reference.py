@@ -28,6 +28,7 @@ class Reference:
     brightness: float
     contrast: float
     spread: float
+    saturated: float
     excess: float
     classes: ClassFigures | None = None
 
@@ -37,7 +38,7 @@ class Reference:
         found = dict(zip(IMAGE_STATISTICS, image_statistics(images).tolist(), strict=True))
         if not all(map(math.isfinite, found.values())):
             return None
-        plain = cls(found["brightness"], found["contrast"], found["spread"], found["excess"])
+        plain = cls(**found)
         if class_labels is None or not num_classes:
             return plain
         _, C, H, W = images.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from fastdmd.distill.statistics import IMAGE_STATISTICS, ClassSums, image_statis
 from fastdmd.quality.alarms import RULES, Alarm, Reading
 from fastdmd.quality.reference import Reference, class_figures
 
+LONGEST_HISTORY = 1000  # readings that rules look back on, however long a run is
 LEAST_POOLED = 96  # images of generator turns that a reading is of: fewer say little, and wait for more
 
 
@@ -18,22 +20,34 @@ class Watch:
 
     An alarm is told once, when its rule has held for some readings in a row, and again after as many without.
     `class_sums` are those of the generator turns, None without classes; nothing is looked at before `settled_at`
-    iterations, which the learning rate takes to warm up.
+    iterations, which the learning rate takes to warm up. `follows_average`: the readings are of images as sampling
+    makes them, and those of the average are held against them.
     """
 
-    def __init__(self, reference: Reference, class_sums: ClassSums | None = None, *, settled_at: int = 0):
+    def __init__(
+        self,
+        reference: Reference,
+        class_sums: ClassSums | None = None,
+        *,
+        settled_at: int = 0,
+        follows_average: bool = True,
+    ):
         self.reference, self._class_sums, self._settled_at = reference, class_sums, settled_at
-        self._history: list[Reading] = []
-        self._pool: list[tuple[int, Reading]] = []  # images, and what is known of them
+        self._follows_average = follows_average
+        self._history: deque[Reading] = deque(maxlen=LONGEST_HISTORY)
+        self._pool: list[tuple[int, int, Reading]] = []  # images, images judged, and what is known of them
         self._seen = {rule.kind: 0 for rule in RULES}  # readings in a row that it held for; less than 0: did not
         self._told: set[str] = set()
         self._average: float | None = None  # spread of its images at the last snapshot, and of the generator's then
         self._spread_then: float | None = None
 
-    def read(self, iteration: int, reading: Reading, num_images: int) -> tuple[dict[str, float], list[Alarm]]:
+    def read(
+        self, iteration: int, reading: Reading, num_images: int, num_judged: int = 0
+    ) -> tuple[dict[str, float], list[Alarm]]:
         """Figures by class since the last ones, and the alarms that begin.
 
-        `reading` is of `num_images` images of generator turns.
+        `reading` is of `num_images` images of generator turns, and of `num_judged` that a discriminator was asked of,
+        if there is one.
         """
         figures = {} if self._average is None else {"average_spread": self._average}
         right = self.reference.classes
@@ -41,8 +55,8 @@ class Watch:
             if (found := self._class_sums.read(self.reference.least_images)) is not None:
                 figures |= {name: value for name, value in class_figures(found, right).items() if math.isfinite(value)}
         known = {"spread_then": self._spread_then}
-        self._pool.append((num_images, {**known, **reading, **figures}))
-        if sum(num for num, _ in self._pool) < LEAST_POOLED:
+        self._pool.append((num_images, num_judged, {**known, **reading, **figures}))
+        if sum(num for num, *_ in self._pool) < LEAST_POOLED:
             return figures, []
         pooled = _mean(self._pool)
         self._pool.clear()
@@ -54,6 +68,8 @@ class Watch:
 
     def see_average(self, samples: Tensor) -> None:
         """Of the average of the weights, `[rows, columns, C, H, W]`: part of the next reading."""
+        if not self._follows_average:
+            return
         self._average = image_statistics(samples.flatten(0, 1))[IMAGE_STATISTICS.index("spread")].item()
         self._spread_then = self._history[-1].get("spread") if self._history else None
 
@@ -70,11 +86,12 @@ class Watch:
         return begin
 
 
-def _mean(pool: list[tuple[int, Reading]]) -> dict[str, float | None]:
-    """Over the images for which a figure is known."""
+def _mean(pool: list[tuple[int, int, Reading]]) -> dict[str, float | None]:
+    """Over the images for which a figure is known; and how many were judged."""
+    pool = [entry for entry in pool if entry[0]]
     mean: dict[str, float | None] = {}
-    for name in {name: None for _, reading in pool for name in reading}:
-        known = [(num, value) for num, reading in pool if num and (value := reading.get(name)) is not None]
+    for name in {name: None for *_, reading in pool for name in reading}:
+        known = [(num, value) for num, _, reading in pool if (value := reading.get(name)) is not None]
         total = sum(num for num, _ in known)
         mean[name] = sum(num * value for num, value in known) / total if total else None
-    return mean
+    return {**mean, "num_judged": float(sum(num_judged for _, num_judged, _ in pool))}

@@ -177,6 +177,6 @@ class Course:
             self._levels[f"{name}, {row.num_images} images"] = row.frechet_distance
 
     def _draw(self) -> None:
-        title = f"{self._folder.path.name}: one-step samples, {self._monitor.eval_samples} a measurement"
+        title = f"{self._folder.path.name}: {self._monitor.eval_samples} samples a measurement"
         curves = {name: curve for name, curve in self._curves.items() if curve}
         quality_plot.draw(self._folder.path / PLOT, curves, self._levels, title=title)

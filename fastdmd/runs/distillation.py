@@ -154,7 +154,13 @@ def make_watch(config: ResolvedTrainConfig, model: DMD2, named: Dataset | None) 
         reference = Reference.of_teacher(sampler, num_at_once, config.seed)
     if reference is None:
         return None
-    return Watch(reference, model.class_sums, settled_at=config.optimizer.warmup_iterations)
+    has_one_average = len(model.generator_optimizer.ema_networks) == 1  # of several, one that lags is no fault
+    return Watch(
+        reference,
+        model.class_sums,
+        settled_at=config.optimizer.warmup_iterations,
+        follows_average=has_one_average and not config.noise.uses_real_images,
+    )
 
 
 class Distillation:
@@ -179,8 +185,8 @@ class Distillation:
         self._generator = functools.partial(
             Generator, sigmas=config.noise.generator_sigmas, clamped=config.clamp_images
         )
-        sigma = config.noise.conditioning_sigma
-        self.notices = [] if stage is None else stage.fill(self.model, self._averages, sigma)
+        sampler = self._generator(self.model.generator)
+        self.notices = [] if stage is None else stage.fill(self.model, self._averages, sampler)
         networks = cast(tuple[DenoisingNetwork, ...], self.model.generator_optimizer.ema_networks)
         self._networks = {average.name: own for average, own in zip(self._averages, networks, strict=True)}
         self.candidates = Candidates({name: self._generator(own) for name, own in self._networks.items()})
@@ -215,7 +221,7 @@ class Distillation:
                 self._averages,
                 kept=self.candidates.kept,
                 iteration=iteration,
-                conditioning_sigma=self.config.noise.conditioning_sigma,
+                generator=self._generator(self.network),
             )
             self._networks_of = now
 

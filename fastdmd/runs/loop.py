@@ -245,11 +245,14 @@ class Loop:
         return line | {name: count for name, count in counts.items() if count}
 
     def _look(self, readings: list[Reading], line: dict[str, Any], progress: Progress) -> list[Alarm]:
-        """The alarms that begin, which the line then holds, too; the first tally is that of the watched images."""
+        """The alarms that begin, which the line then holds, too; the first tally is that of the watched images, the
+        second that of the turns in which a discriminator judges as many real and generated ones."""
         if self._watch is None:
             return []
-        num_images = readings[0].num_good * self._settings.batch_size
-        figures, alarms = self._watch.read(progress.iterations, line, num_images)
+        num_images, num_judged = (
+            num_turns * self._settings.batch_size for num_turns in (readings[0].num_watched, 2 * readings[1].num_good)
+        )
+        figures, alarms = self._watch.read(progress.iterations, line, num_images, num_judged)
         line |= figures | ({"alarms": [alarm.kind for alarm in alarms]} if alarms else {})
         progress.alarms += alarms
         return alarms

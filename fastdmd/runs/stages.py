@@ -1,8 +1,8 @@
 """`networks.safetensors`: what a run leaves to a second stage of it, with other settings, and how that starts.
 
 Tensors `generator.*`, `fake_score.*`, perhaps `head.*`, and `average.0.*`, `average.1.*`, ..., each a whole state in
-the precision that is trained; optimizers are not in it. The metadata say which averages these are, and which one was
-kept.
+the precision that is trained; optimizers are not in it. The metadata say which averages these are, which one
+was kept, and how the generator makes images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -25,18 +24,20 @@ from fastdmd.distill.optimization import Average
 from fastdmd.files import write_atomically
 from fastdmd.networks.states import require_same
 from fastdmd.networks.tensor_files import open_tensors
-from fastdmd.networks.weights import METADATA_KEY, generator_of, load_network
+from fastdmd.networks.weights import METADATA_KEY, generator_of, load_network, stored
 from fastdmd.optim import AdamWEMA
 from fastdmd.runs.folder import GENERATOR, NETWORKS
+from fastdmd.sampling import Generator
 
 KIND = "networks"
 State = Mapping[str, Tensor]
 
 
 def save_networks(
-    path: Path, model: DMD2, averages: Sequence[Average], *, kept: str, iteration: int, conditioning_sigma: float
+    path: Path, model: DMD2, averages: Sequence[Average], *, kept: str, iteration: int, generator: Generator
 ) -> None:
-    """Writes what a second stage needs, in one atomic replacement; `averages` are those of the model, in its order."""
+    """Writes what a second stage needs, in one atomic replacement; `averages` are those of the model, in its order, and
+    `generator` is how it makes images."""
     states = {
         "generator": _state(model.generator_optimizer),
         "fake_score": _state(model.guidance_optimizer),
@@ -50,17 +51,22 @@ def save_networks(
         "averages": [average.name for average in averages],
         "kept": kept,
         "iterations": iteration,
-        "conditioning_sigma": conditioning_sigma,
+        "generator_sigmas": generator.sigmas,
+        "clamped": generator.clamped,
         "version": __version__,
     }
-    tensors = {f"{part}.{name}": _stored(value) for part, state in states.items() for name, value in state.items()}
+    tensors = {
+        f"{part}.{name}": stored(name, value, value.dtype)
+        for part, state in states.items()
+        for name, value in state.items()
+    }
     content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata)})
     write_atomically(path, lambda file: file.write(content))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a run left. `notices` say what is not as somebody may expect, a line each."""
+    """What a run left."""
 
     folder: Path
     generator: State
@@ -68,10 +74,11 @@ class Stage:
     head: State | None
     averages: Mapping[str, State]
     kept: State  # the average that was the run's result
-    conditioning_sigma: float
+    generator_sigmas: tuple[float, ...]
+    clamped: bool
 
-    def fill(self, model: DMD2, averages: Sequence[Average], conditioning_sigma: float) -> list[str]:
-        """Starts a model, whose averages are given, from it; returns what to say of it, a line each.
+    def fill(self, model: DMD2, averages: Sequence[Average], generator: Generator) -> list[str]:
+        """Starts a model, whose averages and whose way to images are given, from it; returns what to say, a line each.
 
         An average of the same name goes on, another one starts from that which the run kept. Raises ValueError for a
         head of other shapes, and for weights that are not finite.
@@ -91,11 +98,12 @@ class Stage:
                 said.append(
                     f"{self.folder} has no average of {', '.join(others)}: it starts from the one that was kept"
                 )
-        if self.conditioning_sigma != conditioning_sigma:
-            said.append(
-                f"the generator of {self.folder} starts from sigma {self.conditioning_sigma:g}, here from "
-                f"{conditioning_sigma:g}"
-            )
+        if self.generator_sigmas != generator.sigmas:
+            levels, own_levels = (", ".join(f"{s:g}" for s in k) for k in (self.generator_sigmas, generator.sigmas))
+            said.append(f"the generator of {self.folder} starts from sigma {levels}, here from {own_levels}")
+        if self.clamped != generator.clamped:
+            how, own_how = ("clamped" if clamped else "not clamped" for clamped in (self.clamped, generator.clamped))
+            said.append(f"the images of {self.folder} are {how} to [-1, 1], here they are {own_how}")
         if model.head_optimizer is not None and self.head is not None:
             require_same(model.head_optimizer.network.state_dict(), self.head, f"the head of {self.folder}")
             _fill(model.head_optimizer, self.head)
@@ -137,7 +145,8 @@ def read_stage(folder: Path, teacher: DenoisingNetwork) -> Stage:
         states.get("head"),
         averages,
         averages[metadata["kept"]],
-        metadata["conditioning_sigma"],
+        tuple(metadata["generator_sigmas"]),
+        metadata["clamped"],
     )
 
 
@@ -155,14 +164,17 @@ def _from_generator(folder: Path, teacher: DenoisingNetwork) -> Stage:
     # Code that was named is not of the network; what the file lacks of others, a description has.
     _require_network(teacher, metadata["network"] if code is not None else generator.describe(), path)
     state = generator.state_dict()
-    return Stage(folder, state, None, None, {}, state, generator_of(generator, metadata).sigmas[0])
+    found = generator_of(generator, metadata)
+    return Stage(folder, state, None, None, {}, state, found.sigmas, found.clamped)
 
 
 def _metadata(found: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(found.get(METADATA_KEY, "null"))
-        names, sigma = metadata["averages"], metadata["conditioning_sigma"]
-        is_whole = metadata["kind"] == KIND and isinstance(metadata["network"], dict) and isinstance(sigma, float)
+        names, sigmas = metadata["averages"], metadata["generator_sigmas"]
+        is_whole = metadata["kind"] == KIND and isinstance(metadata["network"], dict)
+        is_whole = is_whole and isinstance(sigmas, list) and all(type(s) in (int, float) for s in sigmas)
+        is_whole = is_whole and isinstance(metadata["clamped"], bool)
         is_whole = is_whole and isinstance(names, list) and metadata["kept"] in names and len({*names}) == len(names)
     except (ValueError, TypeError, KeyError, RecursionError):
         is_whole = False
@@ -186,11 +198,6 @@ def _require_network(teacher: DenoisingNetwork, description: Mapping[str, Any], 
 def _state(optimizer: AdamWEMA) -> dict[str, Tensor]:
     """Of the network that it trains, in the precision in which it does."""
     return optimizer.network.state_dict() | optimizer.weights
-
-
-def _stored(value: Tensor) -> Tensor:
-    """A contiguous copy, as the format wants it also where weights are tied."""
-    return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
 
 
 def _fill(optimizer: AdamWEMA, weights: State, averages: Sequence[State] = ()) -> None:

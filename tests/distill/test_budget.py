@@ -174,7 +174,7 @@ def test_a_head_is_counted(teacher):
 
 def test_every_average_is_counted(teacher):
     """Of which each takes its weights, and what pads them."""
-    one, three = (estimate(teacher, batch_size=8, ema_halflives=text) for text in ("100", "100,200,300"))
+    one, three = (estimate(teacher, batch_size=8, ema_halflives=h) for h in ((100,), (100, 200, 300)))
     num_parameters, num_tensors = one.num_parameters, len(list(teacher.parameters()))
     further = three.state_bytes - one.state_bytes
     assert 2 * 4 * num_parameters <= further < 2 * 4 * (num_parameters + 16 * num_tensors) + 4096

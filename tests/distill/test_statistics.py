@@ -19,6 +19,8 @@ from fastdmd.distill.statistics import (
 from fastdmd.distill.tally import Tally
 from fastdmd.runs import distillation
 from fastdmd.runs.config import TrainConfig
+from tests.helpers.adversarial import CONFIG as ADVERSARIAL
+from tests.helpers.adversarial import TINY, real_images
 from tests.helpers.networks import SMALL, make_network
 
 CPU = torch.device("cpu")
@@ -52,6 +54,10 @@ def test_a_tally_weighs_statistics_and_leaves_out_what_is_not_finite():
         tally.add(torch.tensor(1.0), statistics=torch.tensor([sums, weights]))
     reading = tally.read()
     assert reading.means == {"loss": 1.0, "a": 3.0, "b": 0.5} and reading.num_good == 2
+    assert reading.num_watched == 2
+    tally.add(torch.tensor(1.0))  # a turn whose images nobody looks at
+    reading = tally.read()
+    assert reading.means == {"loss": 1.0} and (reading.num_good, reading.num_watched) == (1, 0)
     assert tally.read().means == {"loss": None}
 
 
@@ -112,6 +118,24 @@ def test_turns_tell_of_their_images(teacher, steps):
         assert weight == 0 or means[name] == pytest.approx(total / weight, rel=1e-3, abs=1e-6), name
     assert means["disagreement_above_5"] > 0.01
     assert model.class_sums.read().counts.tolist() == drawn.class_labels.bincount(minlength=10).tolist()
+
+
+@pytest.mark.parametrize(("generator_inputs", "watched"), [("simulated", 2), ("noised-data", 0)])
+def test_of_several_steps_one_is_watched(generator_inputs, watched):
+    """The last, with which sampling ends; the first, where the others start from real images."""
+    teacher, changes = make_network(TINY), {"generator_sigmas": (80.0, 5.0, 0.5), "dfake_gen_update_ratio": 1}
+    config = ADVERSARIAL.replace(**changes, generator_inputs=generator_inputs)
+    draws, model = distillation.make_draws(config, teacher, CPU, real_images()), distillation.build(config, teacher)
+    for step in range(8):
+        model.iterate(step, draws)
+        reading, is_watched = model.generator_tally.read(), draws(step).step_index == watched
+        expected = image_statistics(model.buffers.x_gen).tolist()
+        found = [reading.means.get(name) for name in IMAGE_STATISTICS]
+        assert reading.num_watched == is_watched and reading.num_good == 1
+        assert found == (pytest.approx(expected, rel=1e-5) if is_watched else [None] * len(found))
+        assert any(name in reading.means for name in COMPARISONS) == is_watched
+        assert (model.class_sums.read() is None) != is_watched
+    assert {draws(step).step_index for step in range(8)} == {0, 1, 2}
 
 
 def test_a_network_without_classes_has_no_sums_of_them():

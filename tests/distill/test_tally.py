@@ -15,6 +15,7 @@ def test_tally_counts_what_is_bad_and_leaves_it_out_of_the_means():
     reading = tally.read()
     assert reading.means == {"loss": 2, "norm": 3}
     assert (reading.num_good, reading.num_bad, reading.num_bad_in_a_row, reading.left_out) == (2, 3, 3, 0.75)
+    assert reading.num_watched == 0
     tally.add(torch.tensor(math.nan), torch.tensor(1.0))
     reading = tally.read()
     assert reading.means == {"loss": None, "norm": None} and reading.num_bad_in_a_row == 4

@@ -11,14 +11,14 @@ import torch
 
 from fastdmd import train
 from fastdmd.data import Dataset
-from fastdmd.distill.statistics import COMPARISONS, ClassFigures, ClassSums, image_statistics
+from fastdmd.distill.statistics import COMPARISONS, IMAGE_STATISTICS, ClassFigures, ClassSums, image_statistics
 from fastdmd.quality.alarms import LEAST_SEPARATION, RULES, Alarm
 from fastdmd.quality.reference import LEAST_IMAGES, Reference, class_figures
-from fastdmd.quality.watch import LEAST_POOLED, Watch
+from fastdmd.quality.watch import LEAST_POOLED, LONGEST_HISTORY, Watch
 from fastdmd.sampling import HeunSampler
 from tests.helpers.tiny_runs import run_train
 
-PLAIN = Reference(brightness=-0.7, contrast=0.5, spread=0.4, excess=0.01)
+PLAIN = Reference(brightness=-0.7, contrast=0.5, spread=0.4, saturated=0.8, excess=0.01)
 MEANS = torch.tensor([[1.0], [-1.0]], dtype=torch.float64) * math.sqrt(4 * 3 / 7)  # 30 % of the variety, and 4 within
 CLASSES = ClassFigures(torch.tensor([1e6, 1e6], dtype=torch.float64), MEANS, 4.0)
 REFERENCE = dataclasses.replace(PLAIN, classes=CLASSES)
@@ -26,6 +26,7 @@ RIGHT = {
     "brightness": -0.7,
     "contrast": 0.5,
     "spread": 0.4,
+    "saturated": 0.8,
     "excess": 0.02,
     "class_spread": 2.0,
     "class_separation": 0.3,
@@ -43,11 +44,17 @@ WITHOUT_CLASSES = {name: None for name in RIGHT if name.startswith("class")}
 def told(*readings, reference=REFERENCE, **options):
     """The alarms of a run that tells these, one an iteration."""
     watch = Watch(reference, **options)
-    return [alarm for i, reading in enumerate(readings) for alarm in watch.read(i + 1, reading, LEAST_POOLED)[1]]
+    return [alarm for i, reading in enumerate(readings) for alarm in watch.read(i + 1, reading, LEAST_POOLED, 400)[1]]
 
 
 CASES = [
     ("over-saturation", {"excess": 0.12}, {"excess": 0.1}, r"exceed \[-1, 1\] by 0.12 on average, 0.01 are right"),
+    (
+        "over-saturation",
+        {"saturated": 0.93},
+        {"saturated": 0.91},
+        "7.0% of the values lie between black and white, 20.0%",
+    ),
     ("over-saturation", {"contrast": 0.71}, {"contrast": 0.69}, "contrast 0.71, 0.5 is right"),
     ("brightness off", {"brightness": -0.49}, {"brightness": -0.51}, "brightness -0.49, -0.7 is right"),
     ("brightness off", {"brightness": -0.91}, {"brightness": -0.89}, "brightness -0.91, -0.7 is right"),
@@ -57,15 +64,33 @@ CASES = [
     ("loss of classes", {"class_separation": 0.08}, {"class_separation": 0.1}, "make 8.0% of the variety, 30.0% is"),
     (
         "fake score stands still",
-        {name: 0.09 for name in COMPARISONS[:4]},
-        {name: 0.09 for name in COMPARISONS[:3]},
-        "fake score and teacher differ by 9.0% of what the teacher would change",
+        {name: 0.09 for name in COMPARISONS[:4]} | {"spread": 0.31},
+        {name: 0.09 for name in COMPARISONS[:3]} | {"spread": 0.31},
+        "fake score and teacher differ by 9.0% of what the teacher would change, at spread 0.31, 0.4 is right",
+    ),
+    (
+        "fake score stands still",
+        {name: 0.01 for name in COMPARISONS[:4]} | {"spread": 0.49},
+        {name: 0.01 for name in COMPARISONS[:4]} | {"spread": 0.47},  # a generator that is as good as its teacher
+        "differ by 1.0%",
     ),
     (
         "discriminator is blind",
-        {"gan_right": 0.52, "spread": 0.31},
-        {"gan_right": 0.52, "spread": 0.33},
-        "tells 52.0% right, at spread 0.31 of 0.4",
+        {"gan_right": 0.518, "spread": 0.31},  # of 1600 in four readings: 1.5 deviations are 1.9 %
+        {"gan_right": 0.518, "spread": 0.33},
+        "tells 51.8% right, at spread 0.31, 0.4 is right",
+    ),
+    (
+        "discriminator is blind",
+        {"gan_right": 0.51, "spread": 0.3},
+        {"gan_right": 0.52, "spread": 0.3},
+        "tells 51.0% right",
+    ),
+    (
+        "fake score lags",
+        {name: 1.7 for name in COMPARISONS[4:]},
+        {name: 1.5 for name in COMPARISONS[4:7]} | {COMPARISONS[7]: 1.8},
+        "the fake score errs 1.7 times as much as the teacher",
     ),
     ("teacher errs", {"fake_error_above_5": 0.125}, {"fake_error_above_5": 0.16}, "at sigma above 5 it errs 8 times"),
     ("average lags", {"average_spread": 0.29}, {"average_spread": 0.31}, "spread 0.29 in the average's images, 0.4 in"),
@@ -149,6 +174,29 @@ def test_the_average_is_held_against_the_generator_of_its_time():
     assert watch.read(2, {}, 0)[0] == {"average_spread": pytest.approx(0.4, rel=0.05)}
 
 
+def test_a_long_run_is_not_remembered_whole():
+    """What was reached long ago is forgotten, and takes no memory."""
+    fallen = [RIGHT | {"class_spread": 0.9}] * 4
+    for num_between, kinds in ((LONGEST_HISTORY // 2, ["collapse"]), (LONGEST_HISTORY, [])):
+        assert [alarm.kind for alarm in told(RIGHT, RIGHT, *[{}] * num_between, *fallen)] == kinds
+
+
+def test_more_images_know_better_what_is_chance():
+    """A discriminator that tells 51.8 % right: a guess of 1600 images, none of 16,000."""
+    blind = RIGHT | {"gan_right": 0.518, "spread": 0.3}
+    for num_judged, kinds in ((400, {"discriminator is blind"}), (4000, set()), (0, set())):
+        watch = Watch(REFERENCE)
+        found = [watch.read(i, blind, LEAST_POOLED, num_judged)[1] for i in range(8)]
+        assert {alarm.kind for alarms in found for alarm in alarms} == kinds
+
+
+def test_an_average_is_not_held_against_images_that_sampling_does_not_make():
+    watch, images = Watch(PLAIN, follows_average=False), torch.randn(1, 200, 1, 4, 4)
+    for _ in range(4):
+        watch.see_average(0.01 * images)
+        assert watch.read(1, {"spread": 0.4}, LEAST_POOLED) == ({}, [])
+
+
 def test_advice_names_flags_that_there_are(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
@@ -169,9 +217,9 @@ def images_of_classes(num=160, seed=0):
 def test_a_reference_and_the_classes_that_are_lost():
     images, labels = images_of_classes()
     reference = Reference.of(images, labels, 3)
-    brightness, contrast, spread, _, excess = image_statistics(images).tolist()
-    assert (reference.brightness, reference.contrast, reference.spread) == (brightness, contrast, spread)
-    assert excess == reference.excess == 0 and reference.classes.variance_within == pytest.approx(0.64, rel=0.05)
+    found = [getattr(reference, name) for name in IMAGE_STATISTICS]
+    assert found == image_statistics(images).tolist() and reference.excess == 0
+    assert reference.classes.variance_within == pytest.approx(0.64, rel=0.05)
     assert reference.classes.separation > 0.8 and reference.least_images == 3 * LEAST_IMAGES
 
     def figures(images, labels):

@@ -257,7 +257,7 @@ def test_what_cannot_be_measured_meanwhile_is_refused(teacher_file, tmp_path, ca
         (["--stop-after", "2"], "expected --stop-after together with --eval-every, got 2"),
         (["--eval-samples", "20"], "expected --eval-samples together with --eval-every, got 20"),
         (["--eval-every", "2", "--eval-samples", "1"], "expected --eval-samples >= 2, got 1"),
-        (["--ema-halflives", "10,10"], "expected --ema-halflives to be numbers of images above 0, .*, got 10,10"),
+        (["--ema-halflives", "10,10"], r"expected --ema-halflives as numbers of images, each once, got \(10.0, 10.0\)"),
     ):
         refuses(train, ["--teacher", str(teacher_file), "--out", str(tmp_path / "run"), *options], message, capsys)
         assert not (tmp_path / "run").exists()

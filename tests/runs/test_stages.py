@@ -81,11 +81,13 @@ def test_a_second_stage_starts_from_the_tensors_of_the_first(teacher_file, first
 
 
 def test_heads_averages_and_levels_that_differ_are_said(teacher_file, first, capsys):
-    run = second(teacher_file, first, "--ema-decay", "0.999999", "--conditioning-sigma", "40")
+    other = ["--generator-sigmas", "40,2", "--clamp-images", "False"]
+    run = second(teacher_file, first, "--ema-decay", "0.999999", *other)
     said = capsys.readouterr().err
     assert f"the discriminator's head of {first} is left out: --gan-guidance-weight is 0\n" in said
     assert f"{first} has no average of decay 0.999999: it starts from the one that was kept\n" in said
-    assert f"the generator of {first} starts from sigma 80, here from 40\n" in said
+    assert f"the generator of {first} starts from sigma 80, here from 40, 2\n" in said
+    assert f"the images of {first} are clamped to [-1, 1], here they are not clamped\n" in said
     before, after, kept = networks(first), networks(run), load_network(first / "generator.safetensors")[0]
     assert not any(name.startswith("head.") for name in after)
     for name, value in kept.state_dict().items():
@@ -94,6 +96,8 @@ def test_heads_averages_and_levels_that_differ_are_said(teacher_file, first, cap
     again = second(teacher_file, run, "--data", str(first.parent / "data.npz"), *GAN, name="third")
     assert f"{run} has no head of a discriminator: it starts anew\n" in capsys.readouterr().err
     assert any(name.startswith("head.") for name in networks(again))
+    metadata = metadata_of(run)  # of several levels, whose first is not all
+    assert (metadata["generator_sigmas"], metadata["clamped"]) == ([40.0, 2.0], False)
 
 
 def test_a_run_from_before_gives_its_generator(teacher_file, first, capsys):
