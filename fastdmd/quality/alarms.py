@@ -152,5 +152,5 @@ RULES = (
     Rule(
         "teacher errs", teacher_errs, "samples of the teacher; if it is a network of your own, its --parameterization"
     ),
-    Rule("average lags", average_lags, "a lower --ema-decay"),
+    Rule("average lags", average_lags, "a lower --ema-decay, or shorter --ema-halflives"),
 )

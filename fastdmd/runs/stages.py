@@ -1,8 +1,8 @@
 """`networks.safetensors`: what a run leaves to a second stage of it, with other settings, and how that starts.
 
 Tensors `generator.*`, `fake_score.*`, perhaps `head.*`, and `average.0.*`, `average.1.*`, ..., each a whole state in
-the precision that is trained; optimizers are not in it. The metadata say which averages these are, and which one was
-kept.
+the precision that is trained; optimizers are not in it. The metadata say which averages these are, which one was kept,
+and what else the generator is besides its network.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from fastdmd.distill.optimization import Average
 from fastdmd.files import write_atomically
 from fastdmd.networks.states import require_same
 from fastdmd.networks.tensor_files import open_tensors
-from fastdmd.networks.weights import METADATA_KEY, generator_of, load_network
+from fastdmd.networks.weights import METADATA_KEY, check_generator, generator_metadata, generator_of, load_network
 from fastdmd.optim import AdamWEMA
 from fastdmd.runs.folder import GENERATOR, NETWORKS
+from fastdmd.sampling import Generator
 
 KIND = "networks"
 State = Mapping[str, Tensor]
 
 
 def save_networks(
-    path: Path, model: DMD2, averages: Sequence[Average], *, kept: str, iteration: int, conditioning_sigma: float
+    path: Path, model: DMD2, averages: Sequence[Average], *, kept: str, iteration: int, generator: Generator
 ) -> None:
-    """Writes what a second stage needs, in one atomic replacement; `averages` are those of the model, in its order."""
+    """Writes what a second stage needs, in one atomic replacement; `averages` are those of the model, in its order, and
+    `generator` says at which levels one makes images, and whether these are clamped."""
     states = {
         "generator": _state(model.generator_optimizer),
         "fake_score": _state(model.guidance_optimizer),
@@ -50,7 +52,7 @@ def save_networks(
         "averages": [average.name for average in averages],
         "kept": kept,
         "iterations": iteration,
-        "conditioning_sigma": conditioning_sigma,
+        **generator_metadata(generator),
         "version": __version__,
     }
     tensors = {f"{part}.{name}": _stored(value) for part, state in states.items() for name, value in state.items()}
@@ -68,10 +70,10 @@ class Stage:
     head: State | None
     averages: Mapping[str, State]
     kept: State  # the average that was the run's result
-    conditioning_sigma: float
+    sampler: Generator  # at which levels its generator makes images, and whether they are clamped
 
-    def fill(self, model: DMD2, averages: Sequence[Average], conditioning_sigma: float) -> list[str]:
-        """Starts a model, whose averages are given, from it; returns what to say of it, a line each.
+    def fill(self, model: DMD2, averages: Sequence[Average], sampler: Generator) -> list[str]:
+        """Starts a model, whose averages and sampler are given, from it; returns what to say of it, a line each.
 
         An average of the same name goes on, another one starts from that which the run kept. Raises ValueError for a
         head of other shapes, and for weights that are not finite.
@@ -91,11 +93,13 @@ class Stage:
                 said.append(
                     f"{self.folder} has no average of {', '.join(others)}: it starts from the one that was kept"
                 )
-        if self.conditioning_sigma != conditioning_sigma:
-            said.append(
-                f"the generator of {self.folder} starts from sigma {self.conditioning_sigma:g}, here from "
-                f"{conditioning_sigma:g}"
-            )
+        samplers = self.sampler, sampler
+        if self.sampler.sigmas != sampler.sigmas:
+            before, now = (", ".join(f"{sigma:g}" for sigma in each.sigmas) for each in samplers)
+            said.append(f"the generator of {self.folder} makes images at sigma {before}, here at {now}")
+        if self.sampler.clamped != sampler.clamped:
+            before, now = ("are" if each.clamped else "are not" for each in samplers)
+            said.append(f"images of the generator of {self.folder} {before} clamped to [-1, 1], here they {now}")
         if model.head_optimizer is not None and self.head is not None:
             require_same(model.head_optimizer.network.state_dict(), self.head, f"the head of {self.folder}")
             _fill(model.head_optimizer, self.head)
@@ -137,7 +141,7 @@ def read_stage(folder: Path, teacher: DenoisingNetwork) -> Stage:
         states.get("head"),
         averages,
         averages[metadata["kept"]],
-        metadata["conditioning_sigma"],
+        generator_of(teacher, metadata),
     )
 
 
@@ -155,19 +159,20 @@ def _from_generator(folder: Path, teacher: DenoisingNetwork) -> Stage:
     # Code that was named is not of the network; what the file lacks of others, a description has.
     _require_network(teacher, metadata["network"] if code is not None else generator.describe(), path)
     state = generator.state_dict()
-    return Stage(folder, state, None, None, {}, state, generator_of(generator, metadata).sigmas[0])
+    return Stage(folder, state, None, None, {}, state, generator_of(generator, metadata))
 
 
 def _metadata(found: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(found.get(METADATA_KEY, "null"))
-        names, sigma = metadata["averages"], metadata["conditioning_sigma"]
-        is_whole = metadata["kind"] == KIND and isinstance(metadata["network"], dict) and isinstance(sigma, float)
+        names = metadata["averages"]
+        is_whole = metadata["kind"] == KIND and isinstance(metadata["network"], dict)
         is_whole = is_whole and isinstance(names, list) and metadata["kept"] in names and len({*names}) == len(names)
     except (ValueError, TypeError, KeyError, RecursionError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"expected the networks of a run in {path}, got other metadata than fastdmd.train writes")
+    check_generator(metadata | {"kind": "generator"}, path)
     return metadata
 
 
