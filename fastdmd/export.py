@@ -219,7 +219,8 @@ def write_program(generator: Generator, path: Path, _: torch.dtype) -> Exported:
     with quiet():
         torch.export.save(trace(generator), buffer, extra_files={PROGRAM_METADATA: metadata})
         write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-        program = torch.export.load(path).module()
+        with open(path, "rb") as file:  # by its name, which has no suffix yet, it would be remarked upon
+            program = torch.export.load(file).module()
     return torch.no_grad()(lambda **inputs: program(*inputs.values()))
 
 

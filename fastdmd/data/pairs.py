@@ -122,8 +122,10 @@ class Pairs:
         return noise, images, None if self.labels is None else self.labels.index_select(0, indices).to(device)
 
 
-def load_pairs(path: Path, *, teacher: str, image_shape: tuple[int, int, int], num_classes: int, sigma: float) -> Pairs:
-    """The pairs of a folder, of this teacher and of noise that it scales with `sigma`, read whole.
+def load_pairs(
+    path: Path, *, teacher: str | None, image_shape: tuple[int, int, int], num_classes: int, sigma: float
+) -> Pairs:
+    """The pairs of a folder, of this teacher (None: of any) and of noise that it scales with `sigma`, read whole.
 
     Raises FileNotFoundError for what is no such folder, ValueError for pairs of another teacher and for files that are
     missing or broken, with what was expected and what came.
@@ -135,7 +137,7 @@ def load_pairs(path: Path, *, teacher: str, image_shape: tuple[int, int, int], n
         ("images of shape", tuple(image_shape), record.image_shape),
         ("a number of classes of", num_classes, record.num_classes),
         ("noise scaled with --conditioning-sigma", sigma, record.sigma),
-        ("images of the teacher", teacher, record.teacher),
+        ("images of the teacher", record.teacher if teacher is None else teacher, record.teacher),
     ):
         if expected != got:
             raise mismatch(f"{what} {expected} in {path}", got)

@@ -134,7 +134,7 @@ def _metadata(weights: TensorFile) -> dict[str, Any]:
         )
     if metadata["kind"] not in KINDS:
         raise ValueError(f"fastdmd.load_network: expected a {' or '.join(KINDS)} in {weights.path}, got another kind")
-    _check_generator(metadata, weights.path)
+    check_generator(metadata, weights.path)
     record = metadata.get("record") if metadata["kind"] == "teacher" else None  # of a generator, nobody reads it
     if record is not None and not _is_record(record):
         raise ValueError(
@@ -143,8 +143,8 @@ def _metadata(weights: TensorFile) -> dict[str, Any]:
     return metadata
 
 
-def _check_generator(metadata: Mapping[str, Any], path: Path) -> None:
-    """One level or several, the highest first; and whether it clamps."""
+def check_generator(metadata: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError unless a generator has one level or several, the highest first, and says whether it clamps."""
     given = {"conditioning_sigma", "generator_sigmas"} & metadata.keys()
     if metadata["kind"] == "generator" and not given:
         raise ValueError(f"fastdmd.load_network: expected a generator's conditioning_sigma, got {path} without")

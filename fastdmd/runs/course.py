@@ -133,17 +133,19 @@ class Course:
         return kept
 
     def measure_best(
-        self, iteration: int, last: Measurement, evaluation: Evaluation, measure: Measure
+        self, iteration: int, last: Measurement | None, evaluation: Evaluation, measure: Measure
     ) -> Measurement | None:
         """The measurement, as that of `last` was made, of the best weights, where they are not those of `iteration`.
 
-        Where they are, what the run keeps is the best: of more images, the choice may be another.
+        Where they are, what the run keeps is the best: of more images, the choice may be another. `last` is None where
+        what the run keeps could not be measured.
         """
         if self.best is None:
             return None
         if self.best.iteration != iteration:
             return measure("best", self._training.best_sampler())
-        self._save_best(iteration, last, evaluation)
+        if last is not None:
+            self._save_best(iteration, last, evaluation)
         return None
 
     def finish(self, rows: Mapping[str, Measurement]) -> None:
@@ -177,6 +179,8 @@ class Course:
             self._levels[f"{name}, {row.num_images} images"] = row.frechet_distance
 
     def _draw(self) -> None:
-        title = f"{self._folder.path.name}: {self._monitor.eval_samples} samples a measurement"
+        num_steps = self._training.candidates.sampler.num_evaluations
+        samples = f"{self._monitor.eval_samples} samples of {num_steps} step{'s' if num_steps > 1 else ''}"
+        title = f"{self._folder.path.name}: {samples} a measurement"
         curves = {name: curve for name, curve in self._curves.items() if curve}
         quality_plot.draw(self._folder.path / PLOT, curves, self._levels, title=title)

@@ -126,12 +126,15 @@ def real_images(config: TrainConfig, network: DenoisingNetwork, named: Dataset |
 
 
 def teacher_pairs(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Pairs | None:
-    """What a regression is to, None without one. Raises OSError or ValueError for pairs that are not this teacher's."""
+    """What a regression is to, None without one. Raises OSError or ValueError for pairs that are not this teacher's.
+
+    Of a teacher that has shapes alone they may be any other's of these shapes.
+    """
     if config.method.pairs is None:
         return None
     return load_pairs(
         Path(config.method.pairs),
-        teacher=identity(teacher),
+        teacher=None if next(teacher.parameters()).is_meta else identity(teacher),
         image_shape=teacher.image_shape,
         num_classes=teacher.num_classes,
         sigma=config.noise.conditioning_sigma,
@@ -185,7 +188,7 @@ class Distillation:
         self._generator = functools.partial(
             Generator, sigmas=config.noise.generator_sigmas, clamped=config.clamp_images
         )
-        sampler = self._generator(self.model.generator)
+        sampler = self._generator(self.model.average)
         self.notices = [] if stage is None else stage.fill(self.model, self._averages, sampler)
         networks = cast(tuple[DenoisingNetwork, ...], self.model.generator_optimizer.ema_networks)
         self._networks = {average.name: own for average, own in zip(self._averages, networks, strict=True)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,15 @@ class RunFolder:
         self.append("metrics.jsonl", [values])
 
     def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Lines of JSON. Raises as `log` does."""
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        """Lines of JSON, which has no NaN and no infinity: such a number is null. Raises as `log` does."""
+        text = "".join(json.dumps(_as_json(line), allow_nan=False) + "\n" for line in lines)
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text)
+
+
+def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:
+    is_known = {name: not isinstance(value, float) or math.isfinite(value) for name, value in line.items()}
+    return {name: value if is_known[name] else None for name, value in line.items()}
 
 
 def require_new(path: Path) -> None:

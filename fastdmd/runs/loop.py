@@ -220,8 +220,8 @@ class Loop:
             if row is not None:
                 rows[name] = row
                 self._training.save(progress.iterations, record=evaluation.record(row))
-                if course is not None and (best := course.measure_best(progress.iterations, row, evaluation, measure)):
-                    rows["best"] = best
+            if course is not None and (best := course.measure_best(progress.iterations, row, evaluation, measure)):
+                rows["best"] = best
             _, *others = self._training.measurements()  # of the average that is kept by now
             for other, sampler, record in others:
                 if (row := measure(other, sampler, record)) is not None:

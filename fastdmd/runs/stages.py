@@ -1,8 +1,8 @@
 """`networks.safetensors`: what a run leaves to a second stage of it, with other settings, and how that starts.
 
 Tensors `generator.*`, `fake_score.*`, perhaps `head.*`, and `average.0.*`, `average.1.*`, ..., each a whole state in
-the precision that is trained; optimizers are not in it. The metadata say which averages these are, which one
-was kept, and how the generator makes images.
+the precision that is trained; optimizers are not in it. The metadata say which averages these are, which one was kept,
+and what else the generator is besides its network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from fastdmd.distill.optimization import Average
 from fastdmd.files import write_atomically
 from fastdmd.networks.states import require_same
 from fastdmd.networks.tensor_files import open_tensors
-from fastdmd.networks.weights import METADATA_KEY, generator_of, load_network, stored
+from fastdmd.networks.weights import (
+    METADATA_KEY,
+    check_generator,
+    generator_metadata,
+    generator_of,
+    load_network,
+    stored,
+)
 from fastdmd.optim import AdamWEMA
 from fastdmd.runs.folder import GENERATOR, NETWORKS
 from fastdmd.sampling import Generator
@@ -37,7 +44,7 @@ def save_networks(
     path: Path, model: DMD2, averages: Sequence[Average], *, kept: str, iteration: int, generator: Generator
 ) -> None:
     """Writes what a second stage needs, in one atomic replacement; `averages` are those of the model, in its order, and
-    `generator` is how it makes images."""
+    `generator` says at which levels one makes images, and whether these are clamped."""
     states = {
         "generator": _state(model.generator_optimizer),
         "fake_score": _state(model.guidance_optimizer),
@@ -51,8 +58,7 @@ def save_networks(
         "averages": [average.name for average in averages],
         "kept": kept,
         "iterations": iteration,
-        "generator_sigmas": generator.sigmas,
-        "clamped": generator.clamped,
+        **generator_metadata(generator),
         "version": __version__,
     }
     tensors = {
@@ -74,11 +80,10 @@ class Stage:
     head: State | None
     averages: Mapping[str, State]
     kept: State  # the average that was the run's result
-    generator_sigmas: tuple[float, ...]
-    clamped: bool
+    sampler: Generator  # at which levels its generator makes images, and whether they are clamped
 
-    def fill(self, model: DMD2, averages: Sequence[Average], generator: Generator) -> list[str]:
-        """Starts a model, whose averages and whose way to images are given, from it; returns what to say, a line each.
+    def fill(self, model: DMD2, averages: Sequence[Average], sampler: Generator) -> list[str]:
+        """Starts a model, whose averages and sampler are given, from it; returns what to say of it, a line each.
 
         An average of the same name goes on, another one starts from that which the run kept. Raises ValueError for a
         head of other shapes, and for weights that are not finite.
@@ -98,12 +103,13 @@ class Stage:
                 said.append(
                     f"{self.folder} has no average of {', '.join(others)}: it starts from the one that was kept"
                 )
-        if self.generator_sigmas != generator.sigmas:
-            levels, own_levels = (", ".join(f"{s:g}" for s in k) for k in (self.generator_sigmas, generator.sigmas))
-            said.append(f"the generator of {self.folder} starts from sigma {levels}, here from {own_levels}")
-        if self.clamped != generator.clamped:
-            how, own_how = ("clamped" if clamped else "not clamped" for clamped in (self.clamped, generator.clamped))
-            said.append(f"the images of {self.folder} are {how} to [-1, 1], here they are {own_how}")
+        samplers = self.sampler, sampler
+        if self.sampler.sigmas != sampler.sigmas:
+            before, now = (", ".join(f"{sigma:g}" for sigma in each.sigmas) for each in samplers)
+            said.append(f"the generator of {self.folder} makes images at sigma {before}, here at {now}")
+        if self.sampler.clamped != sampler.clamped:
+            before, now = ("are" if each.clamped else "are not" for each in samplers)
+            said.append(f"images of the generator of {self.folder} {before} clamped to [-1, 1], here they {now}")
         if model.head_optimizer is not None and self.head is not None:
             require_same(model.head_optimizer.network.state_dict(), self.head, f"the head of {self.folder}")
             _fill(model.head_optimizer, self.head)
@@ -145,8 +151,7 @@ def read_stage(folder: Path, teacher: DenoisingNetwork) -> Stage:
         states.get("head"),
         averages,
         averages[metadata["kept"]],
-        tuple(metadata["generator_sigmas"]),
-        metadata["clamped"],
+        generator_of(teacher, metadata),
     )
 
 
@@ -164,22 +169,20 @@ def _from_generator(folder: Path, teacher: DenoisingNetwork) -> Stage:
     # Code that was named is not of the network; what the file lacks of others, a description has.
     _require_network(teacher, metadata["network"] if code is not None else generator.describe(), path)
     state = generator.state_dict()
-    found = generator_of(generator, metadata)
-    return Stage(folder, state, None, None, {}, state, found.sigmas, found.clamped)
+    return Stage(folder, state, None, None, {}, state, generator_of(generator, metadata))
 
 
 def _metadata(found: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(found.get(METADATA_KEY, "null"))
-        names, sigmas = metadata["averages"], metadata["generator_sigmas"]
+        names = metadata["averages"]
         is_whole = metadata["kind"] == KIND and isinstance(metadata["network"], dict)
-        is_whole = is_whole and isinstance(sigmas, list) and all(type(s) in (int, float) for s in sigmas)
-        is_whole = is_whole and isinstance(metadata["clamped"], bool)
         is_whole = is_whole and isinstance(names, list) and metadata["kept"] in names and len({*names}) == len(names)
     except (ValueError, TypeError, KeyError, RecursionError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"expected the networks of a run in {path}, got other metadata than fastdmd.train writes")
+    check_generator(metadata | {"kind": "generator"}, path)
     return metadata
 
 

@@ -110,6 +110,14 @@ def trace_once():
         yield
 
 
+def test_a_program_is_written_without_a_remark(generator_files, tmp_path, monkeypatch):
+    """PyTorch warns on stderr of a path without a suffix, as the file has before it is in its place."""
+    load, given = torch.export.load, []
+    monkeypatch.setattr(torch.export, "load", lambda file: load(given.append(file) or file))
+    export.export_generator(load_generator(generator_files[-1]), tmp_path / "generator.pt2")
+    assert [isinstance(file, (str, Path)) for file in given] == [False] and (tmp_path / "generator.pt2").exists()
+
+
 def export_and_run_elsewhere(generator_files, suffix, code):
     """Exports each generator and runs what was written, in a process without fastdmd, at a batch size of its own.
 

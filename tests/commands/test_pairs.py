@@ -1,5 +1,7 @@
 """`fastdmd.pairs`, and runs of `fastdmd.train` by other methods than DMD2."""
 
+import copy
+import dataclasses
 import json
 import os
 import signal
@@ -13,8 +15,12 @@ import torch
 
 from fastdmd import pairs, quality, teachers, train
 from fastdmd.data.pairs import load_pairs
+from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.networks.identity import identity
+from fastdmd.networks.unet import UNet
 from fastdmd.networks.weights import save_network
+from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.distillation import teacher_pairs
 from fastdmd.sampling import HeunSampler
 from tests.helpers.tiny_runs import QUICK, refuses, run_train
 
@@ -45,6 +51,19 @@ def test_pairs_are_those_of_heuns_method(teacher_file, tmp_path, capsys):
         part = slice(start, start + 3)
         assert torch.equal(HeunSampler(teacher, 2)(found.noise[part], found.labels[part]), found.images[part])
     assert found.images.std() > 0.1
+
+
+def test_a_teacher_of_shapes_alone_takes_pairs_of_any(teacher, teacher_file, tmp_path):
+    """As that of a dry run of a preset; but not those of other shapes."""
+    out = run_pairs(teacher_file, tmp_path / "pairs")
+    settings = TrainConfig(method=MethodSettings(regression_weight=1.0, pairs=str(out)))
+    shapes = copy.deepcopy(teacher).to("meta")
+    found = teacher_pairs(settings.for_teacher(teacher), shapes)
+    assert len(found) == 7 and torch.equal(found.images, teacher_pairs(settings.for_teacher(teacher), teacher).images)
+    with torch.device("meta"):
+        other = UNet(dataclasses.replace(teacher.config, image_size=16, attention_resolutions=(4,)))
+    with pytest.raises(ValueError, match="expected images of shape \\(1, 16, 16\\) in .*, got \\(1, 28, 28\\)"):
+        teacher_pairs(settings.for_teacher(other), other)
 
 
 def test_what_is_missing_is_made_again_to_the_bit(teacher_file, tmp_path, monkeypatch):

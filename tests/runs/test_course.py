@@ -66,7 +66,11 @@ class Watched(Scripted):
         self.candidates = Candidates({name: self.sampler(index) for index, name in enumerate(NAMES)})
 
     def sampler(self, index):
-        return lambda judge: judge.distances[int(self.network.weight)][index]
+        def tell(judge):
+            return judge.distances[int(self.network.weight)][index]
+
+        tell.num_evaluations = 1
+        return tell
 
     def save_best(self, iteration, **information):
         content = json.dumps({"iteration": iteration, "average": self.candidates.kept, **information})
@@ -165,6 +169,22 @@ def test_images_that_are_not_finite_are_a_line(tmp_path, capsys):
     assert f"iteration 4: long not measured: {broken}\n" in capsys.readouterr().out
 
 
+def test_the_best_is_measured_where_the_last_is_not_finite(tmp_path):
+    broken = ValueError("fastdmd.quality: expected finite images")
+    summary, _, best, _ = run(tmp_path / "run", {2: (3.0, 2.0), 4: (broken, broken)}, num_iterations=4)
+    assert best["iteration"] == summary["best_iteration"] == 2 and summary["generator"]["frechet_distance"] is None
+    assert summary["best"]["frechet_distance"] == 2.01 and summary["teacher"]["frechet_distance"] == 0.2
+    # Finite in a measurement meanwhile, of fewer images, and not in the last.
+    distances = {2: (3.0, 2.0), 4: (1.0, 1.5)}
+
+    class Fickle(Judge):
+        def measure(self, sampler, *, name, **options):
+            return super().measure((lambda _: broken) if name.startswith("generator") else sampler, **options)
+
+    summary, _, best, _ = run(tmp_path / "other", distances, num_iterations=4, judge=Fickle)
+    assert best["iteration"] == 4 and best["record"]["num_samples"] == 30 and "best" not in summary
+
+
 def test_a_run_without_any_distance_ends_too(tmp_path):
     broken = ValueError("fastdmd.quality: expected finite images")
     summary, *_ = run(tmp_path / "run", {step: (broken, broken) for step in (2, 4, 6)}, stop_after=2)
@@ -198,6 +218,22 @@ def test_what_is_called_best_is_on_the_disk(tmp_path, monkeypatch, capsys):
     summary, lines, best, _ = run(tmp_path / "run", distances, events=events)
     assert "No space left on device" in capsys.readouterr().out and len(lines) == 8
     assert best["iteration"] == summary["best_iteration"] == 6
+
+
+@pytest.mark.parametrize(("num_steps", "words"), [(1, "1 step"), (3, "3 steps")])
+def test_the_title_of_the_drawing_says_of_how_many_steps(tmp_path, num_steps, words, monkeypatch):
+    titles = []
+    monkeypatch.setattr(quality_plot, "draw", lambda *_, title: titles.append(title))
+    sampler = Watched.sampler
+
+    def of_steps(self, index):
+        found = sampler(self, index)
+        found.num_evaluations = num_steps
+        return found
+
+    monkeypatch.setattr(Watched, "sampler", of_steps)
+    run(tmp_path / "run", {2: (3.0, 4.0)}, num_iterations=2)
+    assert {*titles} == {f"run: 30 samples of {words} a measurement"}
 
 
 def test_measurements_meanwhile_need_a_distance(tmp_path):

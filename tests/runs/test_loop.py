@@ -115,6 +115,17 @@ def test_updates_that_stay_bad_end_the_run(tmp_path, bad, num_good, ended_at):
         assert "the losses are not finite" in summary["reason"] and lines[-1]["loss"] is None
 
 
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    """Of finite losses, whose sum float32 does not hold; and whatever else a line may have."""
+    summary, lines, _ = run(tmp_path / "run", [3e38] * 5 + [2.0] * 5)
+    assert [line["loss"] for line in lines] == [None, 2.0] and summary["outcome"] == "complete"
+    folder = RunFolder(tmp_path / "other", {})
+    values = {"a": NAN, "b": -math.inf, "c": 0.5, "d": 7, "e": None, "f": ["x"], "g": "inf", "h": True}
+    folder.log(**values)
+    text = (tmp_path / "other" / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {**values, "a": None, "b": None}
+
+
 def test_a_short_run_of_bad_updates_alone_is_no_success(tmp_path):
     assert run(tmp_path / "run", [1.0, NAN, NAN, NAN])[0]["outcome"] == "diverged"
 

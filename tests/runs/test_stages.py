@@ -86,8 +86,7 @@ def test_heads_averages_and_levels_that_differ_are_said(teacher_file, first, cap
     said = capsys.readouterr().err
     assert f"the discriminator's head of {first} is left out: --gan-guidance-weight is 0\n" in said
     assert f"{first} has no average of decay 0.999999: it starts from the one that was kept\n" in said
-    assert f"the generator of {first} starts from sigma 80, here from 40, 2\n" in said
-    assert f"the images of {first} are clamped to [-1, 1], here they are not clamped\n" in said
+    assert f"the generator of {first} makes images at sigma 80, here at 40\n" in said and "clamped" not in said
     before, after, kept = networks(first), networks(run), load_network(first / "generator.safetensors")[0]
     assert not any(name.startswith("head.") for name in after)
     for name, value in kept.state_dict().items():
@@ -98,6 +97,25 @@ def test_heads_averages_and_levels_that_differ_are_said(teacher_file, first, cap
     assert any(name.startswith("head.") for name in networks(again))
     metadata = metadata_of(run)  # of several levels, whose first is not all
     assert (metadata["generator_sigmas"], metadata["clamped"]) == ([40.0, 2.0], False)
+
+
+def test_other_levels_and_another_clamping_are_said(teacher_file, first, capsys):
+    """From a run of today as from the generator of an older one; where nothing differs, nothing is said."""
+    several = second(teacher_file, first, "--generator-sigmas", "80,5", "--data", str(first.parent / "data.npz"), *GAN)
+    said = capsys.readouterr().err
+    assert f"the generator of {first} makes images at sigma 80, here at 80, 5\n" in said and "clamped" not in said
+    assert metadata_of(several)["generator_sigmas"] == [80.0, 5.0] and "conditioning_sigma" not in metadata_of(several)
+    for number in range(2):
+        again = second(teacher_file, several, "--clamp-images", "False", name=f"{number}")
+        said = capsys.readouterr().err
+        assert f"the generator of {several} makes images at sigma 80, 5, here at 80\n" in said
+        assert f"images of the generator of {several} are clamped to [-1, 1], here they are not\n" in said
+        assert metadata_of(again)["clamped"] is False
+        (several / "networks.safetensors").unlink(missing_ok=True)
+    second(teacher_file, again, name="last")
+    said = capsys.readouterr().err
+    assert f"images of the generator of {again} are not clamped to [-1, 1], here they are\n" in said
+    assert "makes images" not in said
 
 
 def test_a_run_from_before_gives_its_generator(teacher_file, first, capsys):
@@ -165,6 +183,10 @@ def rewrite(path, change=lambda tensors: None, **metadata):
 BROKEN = {
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:1000]), "expected a safetensors file, got"),
     "other metadata": (lambda path: rewrite(path, kept="another"), "expected the networks of a run in .*, got other"),
+    "other levels": (
+        lambda path: rewrite(path, conditioning_sigma="80"),
+        "expected conditioning_sigma from",
+    ),
     "a tensor missing": (
         lambda path: rewrite(path, lambda tensors: tensors.pop(max(n for n in tensors if n.startswith("generator.")))),
         "expected the tensors of generator in .*networks.safetensors, got it without",
