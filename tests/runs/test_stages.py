@@ -86,7 +86,8 @@ def test_heads_averages_and_levels_that_differ_are_said(teacher_file, first, cap
     said = capsys.readouterr().err
     assert f"the discriminator's head of {first} is left out: --gan-guidance-weight is 0\n" in said
     assert f"{first} has no average of decay 0.999999: it starts from the one that was kept\n" in said
-    assert f"the generator of {first} makes images at sigma 80, here at 40\n" in said and "clamped" not in said
+    assert f"the generator of {first} makes images at sigma 80, here at 40, 2\n" in said
+    assert f"images of the generator of {first} are clamped to [-1, 1], here they are not\n" in said
     before, after, kept = networks(first), networks(run), load_network(first / "generator.safetensors")[0]
     assert not any(name.startswith("head.") for name in after)
     for name, value in kept.state_dict().items():
