@@ -80,6 +80,11 @@ class DenoisingNetwork(nn.Module, abc.ABC):
             )
         return self.feature_shape
 
+    def emphasize_labels(self, factor: float) -> None:
+        """Moves the class embeddings `factor` times as far from their mean, in place. Raises ValueError without any."""
+        name = self.foreign_name or type(self).__name__
+        raise ValueError(f"fastdmd.emphasize_labels: expected class embeddings that are known, got a {name}")
+
     @property
     def inner(self) -> nn.Module:
         """The module whose tensors a weight file holds, under its own names."""

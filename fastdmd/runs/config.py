@@ -18,7 +18,7 @@ from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps, Monitor, MonitorSettings
 from fastdmd.runs.precision import Compute, ComputeSettings
-from fastdmd.settings import Input, OmitArgPrefixes, Positional, Settings, Switch, at_least, fail, within
+from fastdmd.settings import Input, OmitArgPrefixes, Positional, Settings, Switch, above, at_least, fail, within
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ class TrainConfig(CommandConfig):
     """Images per iteration."""
     dfake_gen_update_ratio: Annotated[int, at_least(1, 10**6)] = 2
     """Guidance turns per generator turn."""
+    label_emphasis: Annotated[float, above(0, 1000)] = 1.0
+    """Before it is distilled, the teacher's class embeddings move this many times as far from their mean: classes more
+    distinct, variety less. The embedded teacher was made with 1.3; 0.77 takes that back."""
     clamp_images: bool | None = None
     """Whether the generator's images are clamped to [-1, 1], in training and ever after. Default: those of 1 or 3
     channels are, but for a teacher's of your own code or of diffusers, which may have another range."""

@@ -34,8 +34,11 @@ from fastdmd.sampling import Generator, HeunSampler, Sampler, with_fewer_steps
 
 
 def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
-    """The networks and optimizers of one distillation."""
+    """The networks and optimizers of one distillation. Raises ValueError for labels that cannot be emphasized."""
     config = config.for_teacher(teacher)
+    if config.label_emphasis != 1:
+        teacher = copy.deepcopy(teacher)
+        teacher.emphasize_labels(config.label_emphasis)
     optimizer, ratio = config.optimizer, config.dfake_gen_update_ratio
     generator_options = optimizer.of_generator(config.iterations, ratio, config.batch_size)
     if config.init_from is not None:  # what averages start from is not to be forgotten
