@@ -31,8 +31,9 @@ class Averages:
             average = copy.deepcopy(network).requires_grad_(False).eval()
             self.flat.append(flatten(named(average, list(names))))
             self.networks.append(average)
-        if self.flat:
-            self._further = self.flat[0].new_tensor(self.decays[1:], dtype=torch.float64)  # [number of averages - 1]
+        if len(self.flat) > 1:
+            further = torch.tensor(self.decays[1:], dtype=torch.float64)
+            self._further = further.to(self.flat[0].device)  # [number of averages - 1]
 
     def link(self, network: nn.Module, names: Sequence[str], trained: set[nn.Parameter]) -> list[Watch]:
         """Parameters as views of the buffers; again in a copy, whose tensors are apart. Returns who watches them."""
