@@ -278,8 +278,9 @@ def test_the_budget_counts_what_is_simulated(teacher):
 
     one, several, noised = budget(generator_sigmas=None), budget(), budget(generator_inputs="noised-data")
     assert several.forward_flops == noised.forward_flops == one.forward_flops > 0
-    assert several.iteration_flops - one.iteration_flops == 6 * one.forward_flops
-    assert noised.iteration_flops == one.iteration_flops
+    # but for the few of statistics, which are of one of the steps
+    assert several.iteration_flops - one.iteration_flops == pytest.approx(6 * one.forward_flops, rel=1e-3)
+    assert noised.iteration_flops == pytest.approx(one.iteration_flops, rel=1e-3)
     image_bytes = 6 * 8 * 8 * 4
     assert several.state_bytes - one.state_bytes == 2 * 2 * image_bytes  # of the turns and of those made ahead
     assert noised.state_bytes - one.state_bytes == 2 * image_bytes

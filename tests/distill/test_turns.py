@@ -22,6 +22,7 @@ CONFIG = TrainConfig().replace(
     iterations=12,
     generator_lr=1e-3,
     fake_score_lr=2e-3,
+    beta1=0.9,  # without, the first updates are the signs of gradients, where those are near zero of their rounding
     ema_decay=0.9,
 )
 CPU = torch.device("cpu")

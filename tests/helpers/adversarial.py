@@ -16,6 +16,7 @@ CONFIG = TrainConfig().replace(
     iterations=20,
     generator_lr=1e-3,
     fake_score_lr=2e-3,
+    beta1=0.9,  # without, the first updates are the signs of gradients, where those are near zero of their rounding
     ema_decay=0.9,
     gan_generator_weight=3e-2,
     gan_guidance_weight=0.1,
