@@ -28,10 +28,10 @@ class DMD2:
     """Teacher, generator and fake score, and the two turns that alternate (Yin et al. 2024, DMD2).
 
     Generator and fake score start as copies of the teacher, all in eval mode: dropout would be noise that the other
-    networks do not see. The generator makes images at `generator_sigmas`, the highest first; of several, the draws of
-    an iteration say which. With `clamp_images` they stay in [-1, 1], see `sampling.clamp_images`. `generator_options`
-    and `guidance_options` go to `AdamWEMA`. The teacher never requires gradients, and no flag is toggled between turns:
-    each turn differentiates only through the network that it trains.
+    networks do not see. The generator makes images at `generator_sigmas`, the highest first, or at `conditioning_sigma`
+    alone; of several, the draws of an iteration say which. With `clamp_images` they stay in [-1, 1], see
+    `sampling.clamp_images`. `generator_options` and `guidance_options` go to `AdamWEMA`. The teacher never requires
+    gradients, and no flag is toggled between turns: each turn differentiates only through the network that it trains.
 
     `execution`: "eager"; "compiled", every network by `torch.compile`; "captured" (CUDA), compiled networks and each
     whole turn, from noising to the average of the weights, one CUDA graph. All three give the same numbers to rounding.
@@ -45,7 +45,8 @@ class DMD2:
         self,
         teacher: DenoisingNetwork,
         *,
-        generator_sigmas: tuple[float, ...],
+        generator_sigmas: tuple[float, ...] | None = None,
+        conditioning_sigma: float | None = None,
         sigma_data: float,
         dfake_gen_update_ratio: int,
         clamp_images: bool = False,
@@ -63,6 +64,11 @@ class DMD2:
         ):
             if count < 1:
                 raise ValueError(f"fastdmd.DMD2: expected {name} >= 1, got {count}")
+        if (generator_sigmas is None) == (conditioning_sigma is None):
+            raise ValueError("fastdmd.DMD2: expected either generator_sigmas or conditioning_sigma, got both or none")
+        if conditioning_sigma is not None:
+            generator_sigmas = (conditioning_sigma,)
+        assert generator_sigmas is not None
         self.device = next(teacher.parameters()).device
         self.executor = Executor(execution, self.device)
         self.method: Method = Matched(sigma_data) if method is None else method
