@@ -36,6 +36,7 @@ class Loop:
             .replace(
                 batch_size=arguments.batch_size,
                 dfake_gen_update_ratio=arguments.ratio,
+                clamp_images=False,  # as the other loops
                 lr_schedule="constant",
                 precision=arguments.precision,
                 execution=execution or arguments.execution,
@@ -181,8 +182,8 @@ def make_teacher(preset: str, device: torch.device) -> UNet:
 
 @contextlib.contextmanager
 def clocks(loop: Loop):
-    """Seconds by part of an eager cycle: the model's functions, each under a clock."""
-    seconds, model, undo = defaultdict(float), loop.model, []
+    """Seconds by part of an eager cycle: what networks and optimizers offer, each under a clock."""
+    seconds, model = defaultdict(float), loop.model
 
     def timed(part, function):
         def call(*arguments, **options):
@@ -195,22 +196,22 @@ def clocks(loop: Loop):
 
         return call
 
-    for owner, attribute, part in (
-        (model, "_generator", "x_gen"),
-        (model, "_teacher", "teacher"),
-        (model, "_fake_score", "fake forward"),
-        (model, "_backward", "backward"),
+    clocked = (
+        (model.generator, "forward", "x_gen"),
+        (model.teacher, "forward", "teacher"),
+        (model.fake_score, "forward", "fake forward"),
+        (model.generator_optimizer, "backward", "backward"),
+        (model.guidance_optimizer, "backward", "backward"),
         (model.generator_optimizer, "update", "optimizer"),
         (model.guidance_optimizer, "update", "optimizer"),
-    ):
-        undo.append((owner, attribute, getattr(owner, attribute)))
-        function = timed(part, getattr(owner, attribute))
-        if attribute == "_fake_score":
-            function.dynamics = model.fake_score.dynamics
-        setattr(owner, attribute, function)
-    yield seconds
-    for owner, attribute, function in undo:
-        setattr(owner, attribute, function)
+    )
+    for owner, name, part in clocked:
+        setattr(owner, name, timed(part, getattr(owner, name)))
+    try:
+        yield seconds
+    finally:
+        for owner, name, _ in clocked:
+            delattr(owner, name)  # the class has it
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -155,7 +155,7 @@ def main():
     )
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    config = TrainConfig().replace(batch_size=arguments.batch_size, lr_schedule="constant")
+    config = TrainConfig().replace(batch_size=arguments.batch_size, lr_schedule="constant", clamp_images=False)
     device = resolve_device(arguments.device)
     teacher = teachers.load("mnist", device=device)
     draws = distillation.make_draws(config, teacher, device)

@@ -252,7 +252,6 @@ class Distillation:
         )
 
     def measurements(self) -> Iterator[tuple[str, Sampler, dict | None]]:
-        yield "generator", self.candidates.sampler, None
-        for name, sampler in list(with_fewer_steps("generator", self.candidates.sampler).items())[1:]:
+        for name, sampler in with_fewer_steps("generator", self.candidates.sampler).items():
             yield name, sampler, None
         yield "teacher", HeunSampler(self._teacher, self.config.evaluation.teacher_steps), self._teacher_record
