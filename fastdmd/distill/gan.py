@@ -46,8 +46,9 @@ class GANSettings(Settings):
     """Weight, within the discriminator's loss, of its change under a little noise on real images (approximate R1)."""
     gan_max_sigma: NoiseLevel | None = None
     """Images are judged at noise levels of the schedule up to this one. Default: at all of them."""
-    gan_features: Literal["fake", "teacher"] = "fake"
-    """Whose encoder the discriminator sees images through: the fake score's, which learns with it, or the teacher's."""
+    gan_features: Literal["fake", "teacher", "images"] = "fake"
+    """What the discriminator sees images through: the fake score's encoder, which learns with it, the teacher's, or
+    none: noised images as they are, by a small network of its own."""
     gan_lr: Rate | None = None
     """Learning rate of the discriminator's head. Default: the fake score's."""
     divergence: Divergence = "reverse-kl"
@@ -78,7 +79,8 @@ class GANSettings(Settings):
         }
         gan = GAN(**(vars(self) | found))
         if gan.is_on:
-            teacher.require_features()
+            if self.gan_features != "images":
+                teacher.require_features()
             num_levels, last = gan.num_levels(levels), noise.step_range[1]
             if num_levels == 0:
                 fail(self, "gan_max_sigma", f">= {levels[0]:.9g}, the least noise level")

@@ -138,11 +138,11 @@ class Adversarial:
 
     Both are judged noised (Wang et al. 2023, Diffusion-GAN). The generator fools the head, and matches distributions in
     the sense of the divergence that was chosen; head and fake score learn by the discriminator's loss. One pass of the
-    fake score's encoder serves all images of a guidance turn.
+    fake score's encoder serves all images of a guidance turn. A head on images themselves learns alone.
     """
 
     gan: GAN
-    head: nn.Module  # features to logits [B]
+    head: nn.Module  # features, or x_t, sigma and class_labels, to logits [B]
     sigma_data: float  # in the weight of `L_fake`, and of images
     matching: Matching = DistributionMatching()
 
@@ -160,10 +160,12 @@ class Adversarial:
         self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser, generate: Generate
     ) -> Terms:
         gan, labels = self.gan, draws.class_labels
-        encoder = teacher if gan.gan_features == "teacher" else fake_score
 
         def judge(sigma: Tensor, noise: Tensor) -> Tensor:
             x_t = ops.add_noise(x_gen, sigma, noise=noise)
+            if gan.gan_features == "images":
+                return self.head(x_t, sigma, labels)
+            encoder = teacher if gan.gan_features == "teacher" else fake_score
             return self.head(encoder.with_features(x_t, sigma, labels, num_denoised=0)[1])
 
         matched = x_gen
@@ -183,20 +185,23 @@ class Adversarial:
         x_gen, num_images = x_gen.detach(), len(x_gen)
         x_t = ops.add_noise(x_gen, draws.fake_sigma, noise=draws.fake_noise)
         judged = self._noised(x_gen, _adversarial(draws))
-        if self.gan.gan_features == "teacher":
-            D_fake = fake_score(x_t, draws.fake_sigma, draws.class_labels)
-            with torch.no_grad():
-                features = teacher.with_features(*_together(judged), num_denoised=0)[1]
-        else:
+        if self.gan.gan_features == "fake":
             batch = _together([(x_t, draws.fake_sigma, draws.class_labels), *judged])
             D_fake, features = fake_score.with_features(*batch, num_denoised=num_images)
             features = features[num_images:]
+            seen: tuple[Tensor | None, ...] = (features.detach(),)
+        else:
+            D_fake = fake_score(x_t, draws.fake_sigma, draws.class_labels)
+            seen = _together(judged)
+            if self.gan.gan_features == "teacher":
+                with torch.no_grad():
+                    seen = (teacher.with_features(*seen, num_denoised=0)[1],)
         loss = denoised_loss(D_fake, x_gen, draws.fake_sigma, dynamics=fake_score.dynamics, sigma_data=self.sigma_data)
         # Each optimizer differentiates a loss of its own: neither walks through the graph of the other.
-        head, scalars = self._discriminate(features.detach(), num_images)
+        head, scalars = self._discriminate(self.head(*seen), num_images)
         total = loss
         if self.gan.gan_features == "fake":
-            total = loss + self._discriminate(features, num_images)[0]
+            total = loss + self._discriminate(self.head(features), num_images)[0]
         return Terms(total, {"loss_fake": loss, **scalars}, head=head)
 
     def _noised(self, x_gen: Tensor, draws: AdversarialDraws) -> list[Batch]:
@@ -212,9 +217,9 @@ class Adversarial:
             batches.append((real + per_sample(deviation) * draws.gan_noise, sigma, draws.real_labels))
         return batches
 
-    def _discriminate(self, features: Tensor, num_images: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _discriminate(self, logits: Tensor, num_images: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of the discriminator, and its parts."""
-        logit_gen, logit_real, *near = self.head(features).split(num_images)
+        logit_gen, logit_real, *near = logits.split(num_images)
         loss = total = discriminator_loss(logit_gen, logit_real)
         right = torch.cat([logit_gen < 0, logit_real > 0]).float().mean()  # the share told apart: of no use is a half
         scalars = {"loss_gan_guidance": loss, "gan_right": right}

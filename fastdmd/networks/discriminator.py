@@ -1,4 +1,4 @@
-"""The head that tells real images from generated ones by an encoder's features."""
+"""What tells real images from generated ones: by an encoder's features, or by the noised images themselves."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdmd.diffusion import per_sample
 from fastdmd.networks.unet_blocks import GroupNormSiLU, num_groups
 
+IMAGE_WIDTH = 48  # channels of the first layer that sees images
+LARGEST_MAP = 8  # pixels a side, which one convolution takes to a vector
 LEAST_WIDTH = 4  # channels: GroupNorm of fewer, on a map of one pixel, leaves little or nothing of what it is given
 
 
@@ -46,3 +49,51 @@ class Discriminator(nn.Module):
         x = self.norm1(self.conv1(F.pad(x, self.padding1)))
         logit = self.conv_out(x)  # [B, 1, h / 8, w / 8]
         return logit.mean(dim=(1, 2, 3), dtype=torch.promote_types(logit.dtype, torch.float32))
+
+
+class ImageDiscriminator(nn.Module):
+    """`x_t [B, C, H, W], sigma [B], class_labels [B] or None -> logit [B]`: `ln(p_real / p_fake)` of noised images.
+
+    Convolutions 4x4 of stride 2, each twice as wide, until a map is at most 8x8, then one over the whole of it, with
+    SiLU between them. `x_t` is divided by its standard deviation `sqrt(sigma^2 + sigma_data^2)`; `ln(sigma) / 4` moves
+    the first features. The logit of a class is a row of its own (Miyato & Koyama 2018, as `num_classes` rows). Small:
+    what it sees is local, strokes and background, which an encoder trained to denoise at every level passes over.
+    `random` draws the weights (Glorot & Bengio 2010).
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        sigma_data: float,
+        width: int = IMAGE_WIDTH,
+        random: torch.Generator | None = None,
+    ):
+        super().__init__()
+        channels, *sizes = image_shape
+        self.sigma_data = sigma_data
+        self.convs = nn.ModuleList()
+        while max(sizes) > LARGEST_MAP:
+            kernel = [4 if size > 2 else size for size in sizes]
+            padding = [1 + size % 2 if size > 2 else 0 for size in sizes]  # of odd sizes, too, no pixel is left over
+            self.convs.append(nn.Conv2d(channels, width, kernel, stride=2, padding=padding))
+            sizes = [(size + 2 * pad - k) // 2 + 1 for size, pad, k in zip(sizes, padding, kernel, strict=True)]
+            channels, width = width, 2 * width
+        self.convs.append(nn.Conv2d(channels, width, sizes))
+        self.noise_level = nn.Linear(1, self.convs[0].out_channels)
+        self.logits = nn.Linear(width, max(num_classes, 1))
+        for layer in (*self.convs, self.noise_level, self.logits):
+            nn.init.xavier_uniform_(layer.weight, generator=random)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x_t: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        dtype = self.logits.weight.dtype
+        x = (x_t * per_sample((sigma**2 + self.sigma_data**2).rsqrt())).to(dtype)
+        x = self.convs[0](x) + self.noise_level((sigma.log() / 4).to(dtype)[:, None])[:, :, None, None]
+        for conv in self.convs[1:]:
+            x = conv(F.silu(x))
+        logits = self.logits(F.silu(x).flatten(1))
+        if class_labels is not None:
+            logits = logits.gather(1, class_labels[:, None])
+        return logits.squeeze(1).to(torch.promote_types(dtype, torch.float32))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdmd.data import Dataset
 from fastdmd.data.pairs import Pairs, load_pairs
@@ -19,7 +19,7 @@ from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.regression import with_pairs
-from fastdmd.networks.discriminator import Discriminator
+from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
 from fastdmd.networks.weights import generator_metadata, save_network
@@ -66,10 +66,16 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
     )
 
 
-def _head(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Discriminator:
+def _head(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> nn.Module:
     """Where the teacher is, its weights a function of the seed."""
     random = random_generator(config.seed, 0, stream=HEAD_STREAM)
-    head = Discriminator(teacher.require_features(), random=random)
+    head: nn.Module
+    if config.gan.gan_features == "images":
+        head = ImageDiscriminator(
+            teacher.image_shape, teacher.num_classes, sigma_data=config.noise.sigma_data, random=random
+        )
+    else:
+        head = Discriminator(teacher.require_features(), random=random)
     return head.to(next(teacher.parameters()).device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

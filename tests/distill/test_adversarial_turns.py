@@ -70,6 +70,8 @@ def per_image(values):
 
 
 def plain_logit(head, network, x, sigma, noise, labels, extra=0.0):
+    if network is None:
+        return head(x + per_image(sigma) * noise + extra, sigma, labels)
     features = []
     handle = network.middle[-1].register_forward_hook(lambda module, arguments, output: features.append(output))
     network(x + per_image(sigma) * noise + extra, sigma, labels)
@@ -91,11 +93,11 @@ def in_float64(teacher, draws, **changes):
 
 
 @pytest.mark.parametrize("divergence", ["reverse-kl", *WEIGHTS])
-@pytest.mark.parametrize("whose", ["fake", "teacher"])
+@pytest.mark.parametrize("whose", ["fake", "teacher", "images"])
 def test_generator_terms_are_the_plain_ones(teacher, whose, divergence):
     drawn = make(teacher)[1](3)
     method, teacher, fake, draws = in_float64(teacher, drawn, gan_features=whose, divergence=divergence)
-    encoder, labels = (fake if whose == "fake" else teacher), draws.class_labels
+    encoder, labels = {"fake": fake, "teacher": teacher, "images": None}[whose], draws.class_labels
     x_gen = torch.randn(6, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     terms = method.generator_terms(x_gen, draws, teacher=teacher, fake_score=fake, generate=None)
 
@@ -119,7 +121,7 @@ def test_generator_terms_are_the_plain_ones(teacher, whose, divergence):
 
 
 @pytest.mark.parametrize("r1_weight", [0.0, 0.5])
-@pytest.mark.parametrize("whose", ["fake", "teacher"])
+@pytest.mark.parametrize("whose", ["fake", "teacher", "images"])
 def test_guidance_terms_are_the_plain_ones(teacher, whose, r1_weight):
     """Gradients of the fake score and of the head, from one pass and from passes apart."""
     drawn = make(teacher)[1](3)
@@ -128,7 +130,7 @@ def test_guidance_terms_are_the_plain_ones(teacher, whose, r1_weight):
     x_gen = torch.randn(6, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     terms = method.guidance_terms(x_gen, draws, teacher=teacher, fake_score=fake)
 
-    sigma, encoder = draws.fake_sigma, fake if whose == "fake" else teacher
+    sigma, encoder = draws.fake_sigma, {"fake": fake, "teacher": teacher, "images": None}[whose]
     D_fake = fake(x_gen.detach() + per_image(sigma) * draws.fake_noise, sigma, draws.class_labels)
     loss_fake = (per_image(sigma**-2 + 0.5**-2) * (D_fake - x_gen.detach()) ** 2).mean()
     logit_gen = plain_logit(head, encoder, x_gen.detach(), draws.gan_sigma, draws.gan_noise, draws.class_labels)
@@ -261,7 +263,7 @@ def test_compiled_equals_eager(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("changes", [{}, {"gan_features": "teacher", "accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"gan_features": "teacher", "accumulation_steps": 2}, {"gan_features": "images"}], ids=str)
 def test_captured_equals_eager_on_a_gpu(teacher, changes, float32_units):
     eager, metrics = run(teacher.cuda(), 20, precision="fp32", execution="eager", **changes)
     captured, same = run(teacher.cuda(), 20, precision="fp32", execution="captured", **changes)

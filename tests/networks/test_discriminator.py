@@ -1,11 +1,11 @@
-"""The head of the adversarial term: plain PyTorch of its layers, maps of any size, precisions."""
+"""What the adversarial term judges by: plain PyTorch of its layers, maps of any size, precisions."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from fastdmd.networks.discriminator import Discriminator
+from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 
 
 def head(feature_shape, seed=0):
@@ -78,3 +78,62 @@ def test_weights_are_a_function_of_the_seed_and_decide_the_precision():
     low = b.bfloat16()(x)
     assert low.dtype == torch.float32 and b.double()(x).dtype == torch.float64
     assert_close(low, a(x), rtol=0.1, atol=0.1)
+
+
+def of_images(image_shape, num_classes=3, width=4):
+    random = torch.Generator().manual_seed(0)
+    return ImageDiscriminator(image_shape, num_classes, sigma_data=0.5, width=width, random=random)
+
+
+def noised(batch_size, image_shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch_size, *image_shape, generator=generator, dtype=dtype)
+    return x, torch.linspace(0.01, 3, batch_size, dtype=dtype), torch.arange(batch_size) % 3
+
+
+def test_the_layers_for_images():
+    """28x28: two convolutions 4x4 of stride 2, one 7x7 to a vector, SiLU between, a row of logits for each class."""
+    network = of_images((1, 28, 28)).double()
+    x, sigma, labels = noised(4, (1, 28, 28))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    own = dict(network.named_parameters())
+    assert [value.shape for name, value in own.items() if name.startswith("convs") and "weight" in name] == [
+        (4, 1, 4, 4),
+        (8, 4, 4, 4),
+        (16, 8, 7, 7),
+    ]
+    h = x / (sigma**2 + 0.25).sqrt()[:, None, None, None]
+    h = F.conv2d(h, own["convs.0.weight"], own["convs.0.bias"], stride=2, padding=1)
+    level = F.linear(sigma.log()[:, None] / 4, own["noise_level.weight"], own["noise_level.bias"])
+    h = F.silu(h + level[:, :, None, None])
+    h = F.silu(F.conv2d(h, own["convs.1.weight"], own["convs.1.bias"], stride=2, padding=1))
+    h = F.silu(F.conv2d(h, own["convs.2.weight"], own["convs.2.bias"])).flatten(1)
+    expected = [F.linear(h[i], own["logits.weight"][y], own["logits.bias"][y]) for i, y in enumerate(labels)]
+    assert_close(network(x, sigma, labels), torch.stack(expected))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 8), (9, 9), (11, 3), (2, 20), (1, 9), (28, 28), (33, 64)])
+def test_every_pixel_of_any_image_counts(size):
+    network = of_images((3, *size), num_classes=0).double()
+    x, sigma, _ = noised(2, (3, *size))
+    logit = network(x.requires_grad_(), sigma)
+    assert logit.shape == (2,)
+    (gradient,) = torch.autograd.grad(logit[0], x)
+    assert (gradient[0].abs().sum(dim=0) > 0).all() and (gradient[1] == 0).all()
+    weights = [conv.weight for conv in network.convs]
+    for gradient in torch.autograd.grad(network(x, sigma).square().sum(), weights):
+        assert (gradient.abs().sum(dim=(0, 1)) > 0).all()  # none sees padding alone
+
+
+def test_labels_and_levels_decide_and_weights_give_the_precision():
+    network, again = of_images((1, 28, 28)), of_images((1, 28, 28))
+    x, sigma, labels = noised(6, (1, 28, 28), torch.float32)
+    logit = network(x, sigma, labels)
+    assert torch.equal(logit, again(x, sigma, labels))
+    assert not torch.isclose(logit, network(x, sigma, (labels + 1) % 3)).any()
+    assert not torch.isclose(logit, network(x, 2 * sigma, labels)).any()
+    low = again.bfloat16()(x, sigma, labels)
+    assert low.dtype == torch.float32 and again.double()(x, sigma, labels).dtype == torch.float64
+    assert_close(low, logit, rtol=0.1, atol=0.1)
