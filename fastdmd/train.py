@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         dataset = config.data.load_named(teacher)
         real = distillation.real_images(config, teacher, dataset)
         pairs = distillation.teacher_pairs(config, teacher)
-        if config.gan.is_on:
+        if config.gan.is_on and config.gan.gan_features != "images":
             teachers.verify_features(teacher)
         if config.method.differentiates_denoisers:
             teachers.verify_derivative(teacher)

@@ -18,6 +18,9 @@ from fastdmd.settings import Settings, at_least, fail
 GAN_STREAM = 4  # of random_generator: the noise at which images are judged
 HEAD_STREAM = 5  # the first weights of the head
 
+LARGEST_JUDGED_AS_THEY_ARE = 32  # pixels a side
+
+Features = Literal["fake", "teacher", "images"]
 Weight = Annotated[float, at_least(0, 1e6)]
 
 
@@ -35,22 +38,26 @@ class AdversarialDraws(Draws):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GANSettings(Settings):
-    """The adversarial term of DMD2; without weights there is none, and no real images are needed."""
+    """The adversarial term; without --gan-guidance-weight there is none, and no real images are needed."""
 
-    gan_generator_weight: Weight = 0.0
-    """Weight of the generator's adversarial loss; DMD2's is 3e-3."""
     gan_guidance_weight: Weight = 0.0
-    """Weight of the discriminator's loss, which trains its head and the fake score's encoder; DMD2's is 1e-2. It needs
-    real images: --data, or the digits beside the embedded teacher."""
-    gan_r1_weight: Weight = 0.0
-    """Weight, within the discriminator's loss, of its change under a little noise on real images (approximate R1)."""
+    """Weight of the discriminator's loss, which turns the adversarial term on; DMD2's is 1e-2. It trains the
+    discriminator, and with `--gan-features fake` the fake score's encoder. It needs real images: --data, or the digits
+    beside the embedded teacher."""
+    gan_generator_weight: Weight | None = None
+    """Weight of the generator's adversarial loss. Default: 0.1 with `--gan-features images`, otherwise DMD2's 3e-3."""
+    gan_features: Features | None = None
+    """What the discriminator sees images through: the fake score's encoder, which learns with it (DMD2), the teacher's,
+    or none: noised images as they are, by a small network of its own. Default: images where they have at most 32x32
+    pixels, or where the teacher offers no features; otherwise fake."""
+    gan_r1_weight: Weight | None = None
+    """Weight, within the discriminator's loss, of its change under a little noise on real images (approximate R1).
+    Default: 4 with `--gan-features images`, otherwise 0."""
     gan_max_sigma: NoiseLevel | None = None
-    """Images are judged at noise levels of the schedule up to this one. Default: at all of them."""
-    gan_features: Literal["fake", "teacher", "images"] = "fake"
-    """What the discriminator sees images through: the fake score's encoder, which learns with it, the teacher's, or
-    none: noised images as they are, by a small network of its own."""
+    """Images are judged at noise levels of the schedule up to this one. Default: twice the data's deviation with
+    `--gan-features images` and reverse-kl, otherwise all of them."""
     gan_lr: Rate | None = None
-    """Learning rate of the discriminator's head. Default: the fake score's."""
+    """Learning rate of the discriminator. Default: the fake score's."""
     divergence: Divergence = "reverse-kl"
     """What distribution matching minimizes; others than reverse-kl weigh each image by the discriminator's ratio of
     densities, whose mean is taken over the images of one accumulation step."""
@@ -73,13 +80,22 @@ class GANSettings(Settings):
         Raises ValueError for a teacher without features, and for levels at which nothing could be judged.
         """
         levels = noise.levels(torch.device("cpu"))
-        found = {
-            "gan_max_sigma": levels[-1].item() if self.gan_max_sigma is None else self.gan_max_sigma,
-            "gan_lr": fake_score_lr if self.gan_lr is None else self.gan_lr,
+        is_small = max(teacher.image_shape[1:]) <= LARGEST_JUDGED_AS_THEY_ARE
+        sees_images = is_small or teacher.feature_shape is None
+        features = ("images" if sees_images else "fake") if self.gan_features is None else self.gan_features
+        max_sigma = levels[-1].item()
+        if features == "images" and self.divergence == "reverse-kl":
+            max_sigma = min(2 * noise.sigma_data, max_sigma)
+        defaults = {
+            "gan_features": features,
+            "gan_generator_weight": 0.1 if features == "images" else 3e-3,
+            "gan_r1_weight": 4.0 if features == "images" else 0.0,
+            "gan_max_sigma": max_sigma,
+            "gan_lr": fake_score_lr,
         }
-        gan = GAN(**(vars(self) | found))
+        gan = GAN(**{name: defaults[name] if value is None else value for name, value in vars(self).items()})
         if gan.is_on:
-            if self.gan_features != "images":
+            if gan.gan_features != "images":
                 teacher.require_features()
             num_levels, last = gan.num_levels(levels), noise.step_range[1]
             if num_levels == 0:
@@ -95,6 +111,9 @@ class GANSettings(Settings):
 class GAN(GANSettings):
     """`GANSettings` with nothing left open."""
 
+    gan_generator_weight: float = dataclasses.field()
+    gan_features: Features = dataclasses.field()
+    gan_r1_weight: float = dataclasses.field()
     gan_max_sigma: float = dataclasses.field()
     gan_lr: float = dataclasses.field()
 

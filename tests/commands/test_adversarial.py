@@ -1,5 +1,6 @@
 """`fastdmd.train` with an adversarial term: what it reads and writes, and what it refuses in one line."""
 
+import dataclasses
 import json
 import re
 
@@ -9,9 +10,12 @@ import torch
 
 from fastdmd import train
 from fastdmd.data import Dataset
+from fastdmd.runs.config import TrainConfig
+from tests.helpers.adversarial import TINY
+from tests.helpers.networks import make_network
 from tests.helpers.tiny_runs import QUICK, digits, refuses, run_train
 
-ON = ["--gan-guidance-weight", "1e-2", "--gan-generator-weight", "3e-3", "--num-samples", "0"]
+ON = ["--gan-guidance-weight", "1e-2", "--gan-features", "fake", "--num-samples", "0"]
 
 
 @pytest.fixture
@@ -46,6 +50,42 @@ def test_a_run_with_the_term(teacher_file, labelled, tmp_path):
         "gan_lr": 5e-4,
         "divergence": "hellinger",
     }
+
+
+SMALL_IMAGES = {"gan_features": "images", "gan_generator_weight": 0.1, "gan_r1_weight": 4.0, "gan_max_sigma": 1.0}
+PUBLISHED = {"gan_features": "fake", "gan_generator_weight": 3e-3, "gan_r1_weight": 0.0, "gan_max_sigma": 80.0}
+
+
+@pytest.mark.parametrize(
+    ("size", "has_features", "given", "expected"),
+    [
+        (32, True, {}, SMALL_IMAGES),
+        (40, True, {}, PUBLISHED),
+        (40, False, {}, SMALL_IMAGES),
+        (32, True, {"gan_features": "fake"}, PUBLISHED),
+        (
+            40,
+            True,
+            {"gan_features": "teacher", "gan_r1_weight": 2.0},
+            PUBLISHED | {"gan_features": "teacher", "gan_r1_weight": 2.0},
+        ),
+        (32, True, {"divergence": "hellinger"}, SMALL_IMAGES | {"gan_max_sigma": 80.0}),
+        (
+            32,
+            True,
+            {"gan_generator_weight": 0.0, "gan_lr": 1e-4},
+            SMALL_IMAGES | {"gan_generator_weight": 0.0, "gan_lr": 1e-4},
+        ),
+    ],
+)
+def test_defaults_depend_on_what_is_judged(size, has_features, given, expected):
+    teacher = make_network(dataclasses.replace(TINY, image_size=size))
+    if not has_features:
+        teacher.feature_shape = None
+    gan = TrainConfig().replace(gan_guidance_weight=1e-2, guidance_lr=7e-4, **given).for_teacher(teacher).gan
+    for name, value in ({"gan_lr": 7e-4} | expected).items():
+        found = getattr(gan, name)
+        assert found == (pytest.approx(value, rel=1e-6) if name == "gan_max_sigma" else value), name
 
 
 def test_the_embedded_teacher_has_its_digits(tmp_path):
@@ -123,9 +163,12 @@ def foreign(tmp_path):
     return [*QUICK, *ON, *arguments, "--out", str(tmp_path / "run")]
 
 
-@pytest.mark.parametrize("whose", ["fake", "teacher"])
-def test_a_foreign_network_with_features(foreign, whose, tmp_path):
-    train.main([*foreign, "--teacher", "tests.helpers.foreign:with_features", "--gan-features", whose])
+@pytest.mark.parametrize(
+    ("kind", "whose"), [("with_features", "fake"), ("with_features", "teacher"), ("build", "images")]
+)
+@pytest.mark.filterwarnings("ignore:Network")  # which nobody has trained
+def test_a_foreign_network_with_features_or_without(foreign, kind, whose, tmp_path):
+    train.main([*foreign, "--teacher", f"tests.helpers.foreign:{kind}", "--gan-features", whose])
     assert all(0 < line["loss_gan_guidance"] < 10 and line["head_grad_norm"] > 0 for line in lines(tmp_path / "run"))
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from fastdmd import ops
+from fastdmd.distill.gan import GANSettings
 from fastdmd.distill.methods import R1_DEVIATION, Matched
 from fastdmd.distill.starts import map_tensors, same_start
 from fastdmd.distill.turns import DMD2
@@ -20,7 +21,7 @@ from tests.helpers.adversarial import CONFIG, TINY, real_images
 from tests.helpers.networks import make_network
 
 CPU = torch.device("cpu")
-OFF = {"gan_generator_weight": 0, "gan_guidance_weight": 0, "gan_r1_weight": 0, "divergence": "reverse-kl"}
+OFF = {"gan": GANSettings()}
 
 
 @pytest.fixture
@@ -263,7 +264,9 @@ def test_compiled_equals_eager(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("changes", [{}, {"gan_features": "teacher", "accumulation_steps": 2}, {"gan_features": "images"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"gan_features": "teacher", "accumulation_steps": 2}, {"gan_features": "images"}], ids=str
+)
 def test_captured_equals_eager_on_a_gpu(teacher, changes, float32_units):
     eager, metrics = run(teacher.cuda(), 20, precision="fp32", execution="eager", **changes)
     captured, same = run(teacher.cuda(), 20, precision="fp32", execution="captured", **changes)

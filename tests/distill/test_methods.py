@@ -12,7 +12,7 @@ from fastdmd.data.pairs import Pairs
 from fastdmd.diffusion import DenoisingNetwork, karras_sigmas
 from fastdmd.distill import budget, methods
 from fastdmd.distill.draws import Draws, draw
-from fastdmd.distill.gan import AdversarialDraws
+from fastdmd.distill.gan import AdversarialDraws, GANSettings
 from fastdmd.distill.matching import DistributionMatching, ScoreIdentity
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.methods import Adversarial, Matched, Regressed
@@ -25,7 +25,7 @@ from tests.helpers.adversarial import TINY, real_images
 from tests.helpers.networks import make_network
 
 CPU = torch.device("cpu")
-OFF = {"gan_generator_weight": 0, "gan_guidance_weight": 0, "gan_r1_weight": 0, "divergence": "reverse-kl"}
+OFF = {"gan": GANSettings()}
 CONFIG = ADVERSARIAL.replace(**OFF)
 WITH_PAIRS = {"regression_weight": 0.25, "pairs": "somewhere"}
 

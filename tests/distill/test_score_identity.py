@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from fastdmd import ops
+from fastdmd.distill.gan import GANSettings
 from fastdmd.distill.score_identity import score_identity_loss
 from fastdmd.runs import distillation
 from tests.helpers.adversarial import CONFIG as ADVERSARIAL
@@ -16,9 +17,7 @@ from tests.helpers.adversarial import TINY, real_images
 from tests.helpers.networks import make_network
 
 CPU = torch.device("cpu")
-CONFIG = ADVERSARIAL.replace(
-    gan_generator_weight=0, gan_guidance_weight=0, gan_r1_weight=0, divergence="reverse-kl", method="sid"
-)
+CONFIG = ADVERSARIAL.replace(gan=GANSettings(), method="sid")
 B = 4
 
 

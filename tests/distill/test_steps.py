@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from fastdmd.data import Dataset
 from fastdmd.distill.budget import estimate
 from fastdmd.distill.draws import START_STREAM
+from fastdmd.distill.gan import GANSettings
 from fastdmd.runs import distillation
 from tests.helpers.adversarial import CONFIG as ADVERSARIAL
 from tests.helpers.adversarial import TINY, real_images
@@ -19,7 +20,7 @@ from tests.helpers.networks import make_network
 
 SIGMAS = (80.0, 5.0, 0.5)
 CPU = torch.device("cpu")
-OFF = {"gan_generator_weight": 0, "gan_guidance_weight": 0, "gan_r1_weight": 0, "divergence": "reverse-kl"}
+OFF = {"gan": GANSettings()}
 CONFIG = ADVERSARIAL.replace(**OFF, generator_sigmas=SIGMAS, clamp_images=False)
 INPUTS = ["simulated", "noised-data"]
 

@@ -21,6 +21,7 @@ CONFIG = TrainConfig().replace(
     gan_generator_weight=3e-2,
     gan_guidance_weight=0.1,
     gan_r1_weight=0.5,
+    gan_features="fake",
     divergence="jensen-shannon",
 )
 
