@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdmd.diffusion import Denoiser, karras_sigmas
 
 SAMPLING_STREAM = 2  # random_generator's stream for evaluation, apart from those of training
+CLAMP_MARGIN = 0.25  # beyond [-1, 1], up to which a gradient leads clamped images further out
 
 
 class Sampler(Protocol):
@@ -199,10 +200,11 @@ def draw_step_noise(num_step_noises: int, noise: Tensor, random: torch.Generator
 
 
 def clamp_images(images: Tensor) -> Tensor:
-    """`images` of any shape clamped to [-1, 1], the range of pictures, with the gradient projected on it.
+    """`images` of any shape clamped to [-1, 1], the range of pictures; the gradient passes up to a little beyond.
 
-    What of a gradient would lead further out by descent is zero; what leads back is kept, where `torch.clamp` has zero
-    for both. So a value that is out for the moment is not lost to learning.
+    Beyond by `CLAMP_MARGIN`, what of a gradient would lead further out by descent is zero; what leads back is kept,
+    where `torch.clamp` has zero for both. So a value that is out is not lost to learning; and with the margin, the noise
+    of gradients does not drift back into the range what belongs at its end, as black does.
     """
     if torch.is_grad_enabled() and images.requires_grad:
         return _Clamp.apply(images)
@@ -218,7 +220,8 @@ class _Clamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad,), (images,) = grads, ctx.saved_tensors
-        leads_out = ((images < -1) & (grad > 0)) | ((images > 1) & (grad < 0))
+        end = 1 + CLAMP_MARGIN
+        leads_out = ((images < -end) & (grad > 0)) | ((images > end) & (grad < 0))
         return grad.masked_fill(leads_out, 0)
 
 

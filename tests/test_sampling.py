@@ -133,8 +133,8 @@ def test_a_generator_is_differentiable():
 
 
 def test_clamped_images_and_their_gradient():
-    """Of descent, what leads further out is left away and what leads back is kept."""
-    images = torch.tensor([-1.5, -1.5, -1.0, 0.2, 1.0, 1.5, 1.5, math.nan], requires_grad=True)
+    """Of descent, what leads further out than the margin is left away and what leads back is kept."""
+    images = torch.tensor([-1.5, -1.5, -1.2, 0.2, 1.2, 1.5, 1.5, math.nan], requires_grad=True)
     grad = torch.tensor([2.0, -2.0, 2.0, 3.0, -4.0, -5.0, 5.0, 6.0])
     clamped = clamp_images(images)
     assert_close(clamped.detach(), torch.tensor([-1.0, -1.0, -1.0, 0.2, 1.0, 1.0, 1.0, math.nan]), equal_nan=True)
