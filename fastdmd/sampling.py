@@ -203,8 +203,8 @@ def clamp_images(images: Tensor) -> Tensor:
     """`images` of any shape clamped to [-1, 1], the range of pictures; the gradient passes up to a little beyond.
 
     Beyond by `CLAMP_MARGIN`, what of a gradient would lead further out by descent is zero; what leads back is kept,
-    where `torch.clamp` has zero for both. So a value that is out is not lost to learning; and with the margin, the noise
-    of gradients does not drift back into the range what belongs at its end, as black does.
+    where `torch.clamp` has zero for both. So a value that is out is not lost to learning; and with the margin, the
+    noise of gradients does not carry back into the range what belongs at its end, as black does.
     """
     if torch.is_grad_enabled() and images.requires_grad:
         return _Clamp.apply(images)

@@ -40,19 +40,19 @@ class AdversarialDraws(Draws):
 class GANSettings(Settings):
     """The adversarial term; without --gan-guidance-weight there is none, and no real images are needed."""
 
-    gan_guidance_weight: Weight = 0.0
+    gan_guidance_weight: Weight | None = 0.0
     """Weight of the discriminator's loss, which turns the adversarial term on; DMD2's is 1e-2. It trains the
     discriminator, and with `--gan-features fake` the fake score's encoder. It needs real images: --data, or the digits
-    beside the embedded teacher."""
+    beside the embedded teacher. None, of --preset mnist: 1e-2 for that teacher, 0 for others."""
     gan_generator_weight: Weight | None = None
     """Weight of the generator's adversarial loss. Default: 0.1 with `--gan-features images`, otherwise DMD2's 3e-3."""
     gan_features: Features | None = None
     """What the discriminator sees images through: the fake score's encoder, which learns with it (DMD2), the teacher's,
     or none: noised images as they are, by a small network of its own. Default: images where they have at most 32x32
     pixels, or where the teacher offers no features; otherwise fake."""
-    gan_r1_weight: Weight | None = None
-    """Weight, within the discriminator's loss, of its change under a little noise on real images (approximate R1).
-    Default: 4 with `--gan-features images`, otherwise 0."""
+    gan_r1_weight: Weight = 0.0
+    """Weight, within the discriminator's loss, of its change under a little noise on real images (approximate R1). It
+    makes the discriminator blind to noise of that size, which one step leaves."""
     gan_max_sigma: NoiseLevel | None = None
     """Images are judged at noise levels of the schedule up to this one. Default: twice the data's deviation with
     `--gan-features images` and reverse-kl, otherwise all of them."""
@@ -64,8 +64,8 @@ class GANSettings(Settings):
 
     @property
     def is_on(self) -> bool:
-        """Whether there is a discriminator."""
-        return self.gan_guidance_weight > 0
+        """Whether there is a discriminator, or may be."""
+        return self.gan_guidance_weight != 0
 
     def check(self) -> None:
         super().check()
@@ -74,11 +74,16 @@ class GANSettings(Settings):
             if not self.is_on and getattr(self, field.name) != field.default:
                 fail(self, field.name, "together with --gan-guidance-weight, which trains the discriminator")
 
-    def for_teacher(self, teacher: DenoisingNetwork, noise: Noise, fake_score_lr: float) -> GAN:
-        """With the defaults that depend on others filled in.
+    def for_teacher(self, teacher: DenoisingNetwork, noise: Noise, fake_score_lr: float, *, is_embedded: bool) -> GAN:
+        """With the defaults that depend on others filled in, such as whether the teacher is the embedded one.
 
-        Raises ValueError for a teacher without features, and for levels at which nothing could be judged.
+        Raises ValueError for a teacher without features, for levels at which nothing could be judged, and as `check`
+        does.
         """
+        if self.gan_guidance_weight is None:
+            decided = dataclasses.replace(self, gan_guidance_weight=1e-2 if is_embedded else 0.0)
+            decided.check()
+            return decided.for_teacher(teacher, noise, fake_score_lr, is_embedded=is_embedded)
         levels = noise.levels(torch.device("cpu"))
         is_small = max(teacher.image_shape[1:]) <= LARGEST_JUDGED_AS_THEY_ARE
         sees_images = is_small or teacher.feature_shape is None
@@ -89,7 +94,6 @@ class GANSettings(Settings):
         defaults = {
             "gan_features": features,
             "gan_generator_weight": 0.1 if features == "images" else 3e-3,
-            "gan_r1_weight": 4.0 if features == "images" else 0.0,
             "gan_max_sigma": max_sigma,
             "gan_lr": fake_score_lr,
         }
@@ -111,9 +115,9 @@ class GANSettings(Settings):
 class GAN(GANSettings):
     """`GANSettings` with nothing left open."""
 
+    gan_guidance_weight: float = dataclasses.field()
     gan_generator_weight: float = dataclasses.field()
     gan_features: Features = dataclasses.field()
-    gan_r1_weight: float = dataclasses.field()
     gan_max_sigma: float = dataclasses.field()
     gan_lr: float = dataclasses.field()
 

@@ -127,7 +127,9 @@ class TrainConfig(CommandConfig):
         noise = self.noise.for_teacher(teacher)
         resolved = {
             "noise": noise,
-            "gan": self.gan.for_teacher(teacher, noise, self.optimizer.fake_score_lr),
+            "gan": self.gan.for_teacher(
+                teacher, noise, self.optimizer.fake_score_lr, is_embedded=self.teacher == "mnist"
+            ),
             "compute": self.compute.for_device(device),
             "clamp_images": _makes_pictures(teacher) if self.clamp_images is None else self.clamp_images,
             "monitor": self.monitor.of(self.evaluation.num_samples),

@@ -164,7 +164,7 @@ def test_meta_networks_are_published_ones():
 def test_a_head_is_counted(teacher):
     """Its weights, moments and gradients, and the encoder's work on images of its own."""
     plain = estimate(teacher, batch_size=8)
-    judged = estimate(teacher, batch_size=8, gan_guidance_weight=1e-2, gan_generator_weight=3e-3, gan_r1_weight=1.0)
+    judged = estimate(teacher, batch_size=8, gan_guidance_weight=1e-2, gan_features="fake", gan_r1_weight=1.0)
     head = sum(p.numel() for p in Discriminator(teacher.feature_shape).parameters())
     images = 4 * 8 * 28 * 28
     assert 16 * head < judged.state_bytes - plain.state_bytes < 16 * head + 5 * images
