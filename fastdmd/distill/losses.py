@@ -32,26 +32,36 @@ def generator_loss(
 
 
 def denoising_loss(
-    images: Tensor, denoiser: Denoiser, class_labels: Tensor | None, *, sigma: Tensor, noise: Tensor, sigma_data: float
+    images: Tensor,
+    denoiser: Denoiser,
+    class_labels: Tensor | None,
+    *,
+    sigma: Tensor,
+    noise: Tensor,
+    sigma_data: float | None,
 ) -> Tensor:
     """`mean(weight * (D(images + sigma * noise, sigma, class_labels) - images)^2)`, differentiable in the weights of D.
 
     It trains teachers and, on generated images, the fake score (`L_fake`). The weight is EDM's, `sigma^-2 + sd^-2`
     (Karras et al. 2022, eq. 8), or for a velocity network `t^-2` with `t = sigma / (1 + sigma)`, which makes it the
-    loss of flow matching, `mean((v - (noise - images))^2)`. The images count as constants. `images` and `noise` are
-    `[B, C, H, W]`, `sigma` `[B]`, `class_labels` int64 `[B]` or None; the result is 0-dim. Raises ValueError or
-    TypeError for shapes, dtypes and devices that do not fit each other.
+    loss of flow matching, `mean((v - (noise - images))^2)`; with `sigma_data` None it is 1. The images count as
+    constants. `images` and `noise` are `[B, C, H, W]`, `sigma` `[B]`, `class_labels` int64 `[B]` or None; the result is
+    0-dim. Raises ValueError or TypeError for shapes, dtypes and devices that do not fit each other.
     """
     images = images.detach()
     D_x = denoiser(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
     return denoised_loss(D_x, images, sigma, dynamics=denoiser.dynamics, sigma_data=sigma_data)
 
 
-def denoised_loss(D_x: Tensor, images: Tensor, sigma: Tensor, *, dynamics: Dynamics, sigma_data: float) -> Tensor:
+def denoised_loss(
+    D_x: Tensor, images: Tensor, sigma: Tensor, *, dynamics: Dynamics, sigma_data: float | None
+) -> Tensor:
     """`denoising_loss` of what was denoised, `D_x` and `images` `[B, C, H, W]`, `sigma` `[B]`; 0-dim.
 
     Differentiable in `D_x`. `dynamics` is "edm" or "flow", the denoiser's. Raises as `denoising_loss` does.
     """
+    if sigma_data is None:
+        return ops.denoising_loss(D_x, images, torch.ones_like(sigma))
     if dynamics == "flow":
         *_, t = velocity_preconditioning(sigma)
         return ops.denoising_loss(D_x, images, t**-2)

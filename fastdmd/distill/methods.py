@@ -38,10 +38,10 @@ Generate = Callable[[Tensor, Tensor | None], Tensor]  # images of noise and clas
 
 def make(settings: MethodSettings, *, sigma_data: float, gan: GAN, make_head: Callable[[], nn.Module]) -> Method:
     """The method of these settings, with `sigma_data` in the weight of `L_fake`; a head is made where one is needed."""
-    matching = MATCHINGS[settings.name](settings)
-    method: Method = Matched(sigma_data, matching)
+    matching, is_weighted = MATCHINGS[settings.name](settings), not settings.unweighted_fake_loss
+    method: Method = Matched(sigma_data, matching, is_weighted)
     if gan.is_on:
-        method = Adversarial(gan, make_head(), sigma_data, matching)
+        method = Adversarial(gan, make_head(), sigma_data, matching, is_weighted)
     return Regressed(method, settings.regression_weight) if settings.has_regression else method
 
 
@@ -105,6 +105,7 @@ class Matched:
 
     sigma_data: float  # in the weight of `L_fake`
     matching: Matching = DistributionMatching()
+    is_weighted: bool = True  # whether `L_fake` has one
 
     head = None
     draws = Draws
@@ -127,7 +128,7 @@ class Matched:
             draws.class_labels,
             sigma=draws.fake_sigma,
             noise=draws.fake_noise,
-            sigma_data=self.sigma_data,
+            sigma_data=self.sigma_data if self.is_weighted else None,
         )
         return Terms(loss, {"loss_fake": loss})
 
@@ -145,6 +146,7 @@ class Adversarial:
     head: nn.Module  # features, or x_t, sigma and class_labels, to logits [B]
     sigma_data: float  # in the weight of `L_fake`, and of images
     matching: Matching = DistributionMatching()
+    is_weighted: bool = True  # whether `L_fake` has a weight
 
     draws = AdversarialDraws
 
@@ -196,7 +198,8 @@ class Adversarial:
             if self.gan.gan_features == "teacher":
                 with torch.no_grad():
                     seen = (teacher.with_features(*seen, num_denoised=0)[1],)
-        loss = denoised_loss(D_fake, x_gen, draws.fake_sigma, dynamics=fake_score.dynamics, sigma_data=self.sigma_data)
+        sigma_data = self.sigma_data if self.is_weighted else None
+        loss = denoised_loss(D_fake, x_gen, draws.fake_sigma, dynamics=fake_score.dynamics, sigma_data=sigma_data)
         # Each optimizer differentiates a loss of its own: neither walks through the graph of the other.
         head, scalars = self._discriminate(self.head(*seen), num_images)
         total = loss

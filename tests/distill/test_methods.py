@@ -103,6 +103,18 @@ def test_what_settings_make(teacher):
         assert model.method.draws is type(draws(0)) is kind
 
 
+@pytest.mark.parametrize("config", [CONFIG, ADVERSARIAL], ids=["alone", "with an adversarial term"])
+@pytest.mark.parametrize("dynamics", ["edm", "flow"])
+def test_a_fake_loss_without_weight_is_the_mean_square(config, dynamics):
+    teacher = make_network(dataclasses.replace(TINY, dynamics=dynamics))
+    model, draws = make(teacher, config, unweighted_fake_loss=True)
+    drawn, x_gen = draws(0), torch.randn(6, 1, 8, 8)
+    terms = model.method.guidance_terms(x_gen, drawn, teacher=teacher, fake_score=model.fake_score)
+    sigma = drawn.fake_sigma.view(-1, 1, 1, 1)
+    expected = (model.fake_score(x_gen + sigma * drawn.fake_noise, drawn.fake_sigma, drawn.class_labels) - x_gen) ** 2
+    assert_close(terms.scalars["loss_fake"], expected.mean())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
