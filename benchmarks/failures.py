@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastdmd.distill import DMD2, Draws
 
 Fault = Callable[[DMD2], None]
-WITH_GAN = {"gan_guidance_weight": 1e-2, "gan_generator_weight": 3e-3}
+WITH_GAN = {"gan_guidance_weight": 1e-2}
+PUBLISHED_GAN = {**WITH_GAN, "gan_features": "fake"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,9 @@ FAILURES = [
     Case("teacher told shuffled labels", fault=labelled(shuffled)),
     Case("teacher constant", fault=denoised(lambda x, sigma, D_x: torch.zeros_like(D_x))),
     Case("teacher noisy at high levels", fault=denoised(noisy)),
-    Case("adversarial weight 30", {"gan_guidance_weight": 1e-2, "gan_generator_weight": 30.0}),
-    Case("discriminator stands still", {**WITH_GAN, "gan_features": "teacher", "gan_lr": 1e-20}),
+    Case("adversarial weight 30", {**PUBLISHED_GAN, "gan_generator_weight": 30.0}),
+    Case("adversarial weight 30, of images", {**WITH_GAN, "gan_generator_weight": 30.0}),
+    Case("discriminator stands still", {**PUBLISHED_GAN, "gan_features": "teacher", "gan_lr": 1e-20}),
     Case("collapsed from the start", fault=collapsed),
     Case("generator deaf to noise", fault=deaf),
     Case("labels of one class", fault=redrawn(one_class)),
@@ -128,6 +130,7 @@ HEALTHY = [
     Case("rates x 2", {"generator_lr": 1.2e-3, "fake_score_lr": 2.4e-3}),
     Case("rates / 2", {"generator_lr": 3e-4, "fake_score_lr": 6e-4}),
     Case("with the adversarial term", WITH_GAN),
+    Case("with the published one", PUBLISHED_GAN),
     Case("constant rates", {"lr_schedule": "constant"}),
     Case("four steps", {"generator_sigmas": (80.0, 24.4, 5.8, 0.9)}),
 ]
