@@ -45,7 +45,7 @@ class OptimizerSettings(Settings):
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Rate = 1.0
     """Gradients of either network are clipped to this global norm."""
-    ema_decay: Decay = 0.98
+    ema_decay: Decay = 0.993
     """Decay of the average of the generator's weights, per generator update. The average is the result."""
     ema_halflives: Annotated[tuple[float, ...] | None, above(0, 1e15), commas()] = None
     """Instead of --ema-decay: half-lives of averages, in images that generator updates see, separated by commas. There

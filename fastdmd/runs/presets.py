@@ -50,8 +50,8 @@ ADM = UNetConfig(
     dropout=0.1,
 )
 
-# `TrainConfig()` needs nothing but a teacher; the embedded one comes with real digits.
-MNIST = TrainConfig(gan=GANSettings(gan_guidance_weight=None))
+# `TrainConfig()` suits any teacher; with the embedded one come real digits, and how it was made.
+MNIST = TrainConfig(label_emphasis=None, gan=GANSettings(gan_guidance_weight=None))
 # DMD2 on ImageNet-64 (Yin et al. 2024): learning rates, ratio, batch (there 40 on each of 7 GPUs, here in 7 parts),
 # AdamW, clipping and warm-up are published. The number of iterations and the average of the weights, which DMD2 does
 # without, are ours.
