@@ -6,6 +6,7 @@
     features.pt          TorchScript of a classifier: images in [-1, 1] to features [B, 64] and logits [B, 8]
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdmd import data
+from fastdmd.data import Dataset
 from fastdmd.files import write_atomically
 from fastdmd.runs.cli import user_errors
 
 CLASSES = ("circle", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
+SPLITS = ("train", "test")
 SIZE = 32
 SUBPIXELS = 4  # per side of a pixel: 17 steps from background to shape
 CHUNK = 500  # images drawn at once: 33 MB an array
@@ -55,9 +59,8 @@ def draw(num: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     """
     labels = generator.permutation(np.arange(num) % len(CLASSES))
     images = np.empty((num, SIZE, SIZE, 3), np.uint8)
-    order = np.argsort(labels, kind="stable")  # so that a chunk is of one class
     for label in range(len(CLASSES)):
-        members = order[labels[order] == label]
+        members = np.flatnonzero(labels == label)
         for start in range(0, len(members), CHUNK):
             chunk = members[start : start + CHUNK]
             images[chunk] = _draw_class(label, len(chunk), generator)
@@ -106,38 +109,36 @@ class ShapeClassifier(nn.Module):
         return features, self.head(features)
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
-    """Images uint8 [B, 32, 32, 3] to float [B, 3, 32, 32] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def train_classifier(images: np.ndarray, labels: np.ndarray, *, epochs: int, seed: int) -> ShapeClassifier:
-    torch.manual_seed(seed)
-    classifier, batch_size = ShapeClassifier(), min(len(images), 128)
-    num_batches = len(images) // batch_size
+def train_classifier(dataset: Dataset, *, iterations: int, seed: int, batch_size: int = 128) -> ShapeClassifier:
+    torch.manual_seed(seed)  # the first weights
+    classifier = ShapeClassifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * num_batches)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(images))[: num_batches * batch_size].view(num_batches, batch_size).numpy():
-            _, logits = classifier(to_tensor(images[chosen]))
-            loss = F.cross_entropy(logits, torch.from_numpy(labels[chosen]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=iterations)
+    for step in range(iterations):
+        images, labels = dataset.random_batch(batch_size, seed=seed, step=step, device="cpu")
+        loss = F.cross_entropy(classifier(images)[1], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return classifier.eval()
 
 
 @torch.no_grad()
-def accuracy(classifier: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
-    found = [
-        classifier(to_tensor(part))[1].argmax(1).numpy() for part in np.array_split(images, -(-len(images) // 500))
-    ]
-    return float((np.concatenate(found) == labels).mean())
+def accuracy(classifier: nn.Module, dataset: Dataset) -> float:
+    num_right = 0
+    for indices in torch.arange(len(dataset)).split(500):
+        images, labels = dataset.batch(indices)
+        num_right += int((classifier(images)[1].argmax(1) == labels).sum())
+    return num_right / len(dataset)
 
 
 def main(
-    out: tyro.conf.Positional[Path], num_train: int = 20_000, num_test: int = 5_000, epochs: int = 8, seed: int = 0
+    out: tyro.conf.Positional[Path],
+    num_train: int = 20_000,
+    num_test: int = 5_000,
+    iterations: int = 1_500,
+    seed: int = 0,
 ) -> float:
     """Draws coloured shapes and trains a feature network on them; returns its accuracy on the test images.
 
@@ -145,28 +146,26 @@ def main(
         out: folder for train.npz, test.npz and features.pt.
         num_train: images to train on.
         num_test: images of other draws, to measure with.
-        epochs: passes of the classifier over the training images.
+        iterations: updates of the feature network, of 128 images each.
         seed: of every draw.
     """
-    for name, value, least in (("num-train", num_train, 2), ("num-test", num_test, 1), ("epochs", epochs, 1)):
+    least = len(CLASSES)  # one of each
+    for name, value in (("num-train", num_train), ("num-test", num_test), ("iterations", iterations)):
         if value < least:
             raise ValueError(f"expected --{name} of at least {least}, got {value}")
     out.mkdir(parents=True, exist_ok=True)
-    splits = []
     for split, num in enumerate((num_train, num_test)):
         images, labels = draw(num, np.random.default_rng([seed, split]))
-        splits.append((images, labels))
-        write_atomically(
-            out / ("train.npz", "test.npz")[split],
-            lambda file, images=images, labels=labels: np.savez_compressed(file, images=images, labels=labels),
-        )
-    (train, test) = splits
-    classifier = train_classifier(*train, epochs=epochs, seed=seed)
-    script = torch.jit.trace(classifier, torch.zeros(2, 3, SIZE, SIZE))
-    write_atomically(out / "features.pt", lambda file: torch.jit.save(script, file))
-    found = accuracy(classifier, *test)
-    print(f"{out}: {num_train} and {num_test} images; the classifier is right about {found:.2%} of the test images")
-    return found
+        arrays = {"images": images, "labels": labels}
+        write_atomically(out / f"{SPLITS[split]}.npz", lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
+    train, test = (data.load(out / f"{split}.npz") for split in SPLITS)
+    classifier = train_classifier(train, iterations=iterations, seed=seed)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # that torch.jit will go one day
+        script = torch.jit.trace(classifier, torch.zeros(2, *train.image_shape))
+        write_atomically(out / "features.pt", lambda file: torch.jit.save(script, file))
+    share = accuracy(classifier, test)
+    print(f"{out}: {num_train} and {num_test} images; the classifier knows {share:.2%} of the test images")
+    return share
 
 
 if __name__ == "__main__":
