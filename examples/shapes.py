@@ -149,11 +149,12 @@ def main(
         iterations: updates of the feature network, of 128 images each.
         seed: of every draw.
     """
-    least = len(CLASSES)  # one of each
-    for name, value in (("num-train", num_train), ("num-test", num_test), ("iterations", iterations)):
-        if value < least:
-            raise ValueError(f"expected --{name} of at least {least}, got {value}")
-    out.mkdir(parents=True, exist_ok=True)
+    least = {"num-train": len(CLASSES), "num-test": len(CLASSES), "iterations": 8, "seed": 0}
+    with user_errors("examples/shapes.py"):
+        for (name, bound), value in zip(least.items(), (num_train, num_test, iterations, seed), strict=True):
+            if value < bound:
+                raise ValueError(f"expected --{name} of at least {bound}, got {value}")
+        out.mkdir(parents=True, exist_ok=True)
     for split, num in enumerate((num_train, num_test)):
         images, labels = draw(num, np.random.default_rng([seed, split]))
         arrays = {"images": images, "labels": labels}
@@ -169,5 +170,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with user_errors("examples/shapes.py"):
-        tyro.cli(main)
+    tyro.cli(main)

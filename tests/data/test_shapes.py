@@ -1,7 +1,5 @@
 """The coloured shapes of examples/shapes.py: what the folder holds, a function of the seed, whole or not there."""
 
-import runpy
-
 import numpy as np
 import pytest
 import torch
@@ -92,10 +90,10 @@ def test_images_are_plain_but_for_the_edge():
     assert len(np.unique(flat[:, 0, 0], axis=0)) == len(flat)
 
 
-@pytest.mark.parametrize("flag", ["--num-train", "--num-test", "--iterations"])
-def test_too_few(tmp_path, flag, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["examples/shapes.py", str(tmp_path / "shapes"), flag, "7"])
+@pytest.mark.parametrize(("flag", "least"), [("num-train", 8), ("num-test", 8), ("iterations", 8), ("seed", 0)])
+def test_too_few(tmp_path, flag, least, capsys):
     with pytest.raises(SystemExit) as exit:
-        runpy.run_path(shapes.__file__, run_name="__main__")
+        shapes.main(tmp_path / "shapes", **{flag.replace("-", "_"): least - 1})
     assert exit.value.code == 2 and not any(tmp_path.iterdir())
-    assert capsys.readouterr().err == f"examples/shapes.py: error: expected {flag} of at least 8, got 7\n"
+    line = f"examples/shapes.py: error: expected --{flag} of at least {least}, got {least - 1}\n"
+    assert capsys.readouterr().err == line
