@@ -54,8 +54,8 @@ def inside(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def draw(num: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [num, 32, 32, 3] and labels [num], each class as often as the others, in random order.
 
-    A shape near the middle, upright within 17 degrees, of a random size, in one colour; behind it one colour or, half of the time, two that shade
-    into each other along a random direction.
+    A shape near the middle, upright within 17 degrees, of a random size, in one colour; behind it one colour or, half
+    of the time, two that shade into each other along a random direction.
     """
     labels = generator.permutation(np.arange(num) % len(CLASSES))
     images = np.empty((num, SIZE, SIZE, 3), np.uint8)
@@ -149,7 +149,7 @@ def main(
         iterations: updates of the feature network, of 128 images each.
         seed: of every draw.
     """
-    least = {"num-train": len(CLASSES), "num-test": len(CLASSES), "iterations": 8, "seed": 0}
+    least = {"num-train": len(CLASSES), "num-test": len(CLASSES), "iterations": 1, "seed": 0}
     with user_errors("examples/shapes.py"):
         for (name, bound), value in zip(least.items(), (num_train, num_test, iterations, seed), strict=True):
             if value < bound:

@@ -14,7 +14,7 @@ FILES = ["features.pt", "test.npz", "train.npz"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "shapes"
-    shapes.main(folder, num_train=80, num_test=16, iterations=8, seed=3)
+    shapes.main(folder, num_train=80, num_test=16, iterations=2, seed=3)
     return folder
 
 
@@ -31,8 +31,8 @@ def test_images_and_labels(folder):
 
 
 def test_all_is_a_function_of_the_seed(folder, tmp_path):
-    shapes.main(tmp_path / "again", num_train=80, num_test=16, iterations=8, seed=3)
-    shapes.main(tmp_path / "other", num_train=80, num_test=16, iterations=8, seed=4)
+    shapes.main(tmp_path / "again", num_train=80, num_test=16, iterations=2, seed=3)
+    shapes.main(tmp_path / "other", num_train=80, num_test=16, iterations=2, seed=4)
     networks = [load_feature_network(path / "features.pt") for path in (folder, tmp_path / "again", tmp_path / "other")]
     images, _ = data.load(folder / "test.npz").batch(torch.arange(16))
     features = [network(images)[0] for network in networks]
@@ -90,7 +90,7 @@ def test_images_are_plain_but_for_the_edge():
     assert len(np.unique(flat[:, 0, 0], axis=0)) == len(flat)
 
 
-@pytest.mark.parametrize(("flag", "least"), [("num-train", 8), ("num-test", 8), ("iterations", 8), ("seed", 0)])
+@pytest.mark.parametrize(("flag", "least"), [("num-train", 8), ("num-test", 8), ("iterations", 1), ("seed", 0)])
 def test_too_few(tmp_path, flag, least, capsys):
     with pytest.raises(SystemExit) as exit:
         shapes.main(tmp_path / "shapes", **{flag.replace("-", "_"): least - 1})
