@@ -6,7 +6,6 @@
     features.pt          TorchScript of a classifier: images in [-1, 1] to features [B, 64] and logits [B, 8]
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from fastdmd import data
 from fastdmd.data import Dataset
 from fastdmd.files import write_atomically
+from fastdmd.quality.metrics import dataset_batches, evaluate, load_feature_network
 from fastdmd.runs.cli import user_errors
 
 CLASSES = ("circle", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
@@ -124,15 +124,6 @@ def train_classifier(dataset: Dataset, *, iterations: int, seed: int, batch_size
     return classifier.eval()
 
 
-@torch.no_grad()
-def accuracy(classifier: nn.Module, dataset: Dataset) -> float:
-    num_right = 0
-    for indices in torch.arange(len(dataset)).split(500):
-        images, labels = dataset.batch(indices)
-        num_right += int((classifier(images)[1].argmax(1) == labels).sum())
-    return num_right / len(dataset)
-
-
 def main(
     out: tyro.conf.Positional[Path],
     num_train: int = 20_000,
@@ -161,10 +152,9 @@ def main(
         write_atomically(out / f"{SPLITS[split]}.npz", lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
     train, test = (data.load(out / f"{split}.npz") for split in SPLITS)
     classifier = train_classifier(train, iterations=iterations, seed=seed)
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # that torch.jit will go one day
-        script = torch.jit.trace(classifier, torch.zeros(2, *train.image_shape))
-        write_atomically(out / "features.pt", lambda file: torch.jit.save(script, file))
-    share = accuracy(classifier, test)
+    script = torch.jit.trace(classifier, torch.zeros(2, *train.image_shape))
+    write_atomically(out / "features.pt", lambda file: torch.jit.save(script, file))
+    share = evaluate(dataset_batches(test), load_feature_network(out / "features.pt"), None).class_accuracy
     print(f"{out}: {num_train} and {num_test} images; the classifier knows {share:.2%} of the test images")
     return share
 
