@@ -1,10 +1,12 @@
 """Distils MNIST once per variant and seed, and keeps what each result scores: recipes and ablations.
 
-    python -m benchmarks.quality recipe|terms|steps [--seeds 0,1,2] [--variants NAME,...] [--json FILE]
+    python -m benchmarks.quality recipe|terms|steps [--seeds 0,1,2] [--variants NAME,...] [--iterations 800]
+        [--jobs 2] [--json FILE]
 
-Every run is `python -m fastdmd.train` with the flags of its variant, in a process of its own, one after the other. With
-`--json` each result is written as it comes, and a run that the file has is not made again: it may be called as often as
-needed. The table has the mean over the seeds and, behind it, the standard deviation between them.
+Every run is `python -m fastdmd.train` with the flags of its variant, a third as long as by default, in a process of its
+own; `--jobs` says how many at once. With `--json` each result is written as it comes, and a run that the file has is
+not made again: it may be called as often as needed. The table has the mean over the seeds and, behind it, the standard
+deviation between them.
 """
 
 from __future__ import annotations
@@ -12,42 +14,54 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.environment import ROOT, describe
 from fastdmd.files import write_atomically
 
 Flags = dict[str, Any]  # of `fastdmd.train`, without their dashes
-GAN: Flags = {"gan-guidance-weight": 1e-2, "gan-generator-weight": 3e-3}
 STUDIES: dict[str, dict[str, Flags]] = {
     "recipe": {
         "default": {},
         "not clamped": {"clamp-images": "False"},
         "beta1 0.9": {"beta1": 0.9},
-        "ratio 1": {"dfake-gen-update-ratio": 1},
-        "ratio 5": {"dfake-gen-update-ratio": 5},
+        "all of the emphasis": {"label-emphasis": 1},
+        "adversarial weight 0.03": {"gan-generator-weight": 0.03},
+        "adversarial weight 0.3": {"gan-generator-weight": 0.3},
+        "judged at all levels": {"gan-max-sigma": 80},
+        "approximate R1 4": {"gan-r1-weight": 4},
         "generator's rate 3e-4": {"generator-lr": 3e-4},
         "generator's rate 1e-3": {"generator-lr": 1e-3},
         "fake score's rate 6e-4": {"guidance-lr": 6e-4},
         "batch 24": {"batch-size": 24},
         "batch 96": {"batch-size": 96},
         "sigma from 2 % to 80 %": {"max-step-percent": 0.8},
+        "average's decay 0.98": {"ema-decay": 0.98},
         "bfloat16": {"precision": "bf16"},
     },
     "terms": {
-        "DMD2 without its adversarial term": {},
-        "with it": GAN,
-        "forward KL": {**GAN, "divergence": "forward-kl"},
-        "Jensen-Shannon": {**GAN, "divergence": "jensen-shannon"},
-        "Hellinger": {**GAN, "divergence": "hellinger"},
+        "default": {},
+        "no adversarial term": {"gan-guidance-weight": 0},
+        "DMD2's adversarial term": {"gan-features": "fake"},
+        "forward KL": {"divergence": "forward-kl"},
+        "Jensen-Shannon": {"divergence": "jensen-shannon"},
+        "Hellinger": {"divergence": "hellinger"},
         "SiD": {"method": "sid"},
-        "SiD, alpha 1.2": {"method": "sid", "sid-alpha": 1.2},
-        "SiD with an adversarial term": {"method": "sid", **GAN},
+        "SiD, no adversarial term": {"method": "sid", "gan-guidance-weight": 0},
+        "ratio 1": {"dfake-gen-update-ratio": 1},
+        "ratio 5": {"dfake-gen-update-ratio": 5},
+        "ratio 10": {"dfake-gen-update-ratio": 10},
+        "no weight in the fake loss": {"fake-loss-weight": "none"},
+        "no average": {"ema-decay": 0},
     },
     "steps": {
         "1 step": {},
@@ -67,15 +81,16 @@ FIGURES = (  # of a row: key, heading, factor, format
 )
 
 
-def run(flags: Flags, seed: int) -> dict:
+def run(flags: Flags, seed: int, num_threads: int) -> dict:
     """The figures of the generator that comes of one distillation."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         command = [sys.executable, "-m", "fastdmd.train", "--seed", str(seed), "--out", str(out), *options]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         summary = json.loads((out / "summary.json").read_text())
     return {**summary["generator"], "train_seconds": summary["train_seconds"]}
 
@@ -99,6 +114,8 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variants", help="some of the study's, separated by commas (default: all)")
+    parser.add_argument("--iterations", type=int, default=800, help="of every run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the threads")
     parser.add_argument("--json", type=Path, help="where to keep the figures, and to find those of earlier calls")
     arguments = parser.parse_args()
     variants = STUDIES[arguments.study]
@@ -108,16 +125,30 @@ def main() -> None:
     rows: list[dict] = []
     if arguments.json and arguments.json.exists():
         rows = json.loads(arguments.json.read_text())["rows"]
-    for seed, variant in itertools.product(map(int, arguments.seeds.split(",")), chosen):
-        wanted = {"variant": variant, "flags": variants[variant], "seed": seed}
-        if any(row.items() >= wanted.items() for row in rows):
-            continue
-        rows.append(wanted | run(variants[variant], seed) | describe("cpu"))
-        print(table(rows[-1:]), flush=True)
-        if arguments.json:
-            content = json.dumps({"study": arguments.study, "rows": rows}, indent=1) + "\n"
-            write_atomically(arguments.json, lambda file, content=content: file.write(content.encode()))
-    print(table([row for variant in chosen for row in rows if row["variant"] == variant]))
+    length, num_threads = {"iterations": arguments.iterations}, max(1, torch.get_num_threads() // arguments.jobs)
+    wanted = [
+        {"variant": variant, "flags": variants[variant] | length, "seed": seed}
+        for seed, variant in itertools.product(map(int, arguments.seeds.split(",")), chosen)
+    ]
+    missing = [one for one in wanted if not any(row.items() >= one.items() for row in rows)]
+    jobs, num_failed = ThreadPoolExecutor(arguments.jobs), 0
+    try:
+        runs = {jobs.submit(run, one["flags"], one["seed"], num_threads): one for one in missing}
+        for done in as_completed(runs):
+            if (error := done.exception()) is not None:
+                num_failed += 1
+                print(error, file=sys.stderr, flush=True)
+                continue
+            rows.append(runs[done] | done.result() | {"threads": num_threads} | describe("cpu"))
+            print(table(rows[-1:]), flush=True)
+            if arguments.json:
+                content = json.dumps({"study": arguments.study, "rows": rows}, indent=1) + "\n"
+                write_atomically(arguments.json, lambda file, content=content: file.write(content.encode()))
+    finally:
+        jobs.shutdown(cancel_futures=True)
+    print(table([row for one in wanted for row in rows if row.items() >= one.items()]))
+    if num_failed:
+        raise SystemExit(f"{num_failed} of {len(missing)} runs failed")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from fastdmd.settings import Input, Settings, Switch, arg, at_least, fail, within
+from fastdmd.settings import Input, Settings, arg, at_least, fail, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,9 @@ class MethodSettings(Settings):
     distillation)."""
     sid_alpha: Annotated[float, within(-10, 10)] = 1.0
     """Of --method sid: the alpha of its loss; its authors published 1.0 and 1.2."""
-    unweighted_fake_loss: Switch = False
-    """All noise levels count alike in the fake score's loss, `mean((D_fake - x_gen)^2)`, without the weight that its
-    network was trained with. For comparison: it learns little of small levels then."""
+    fake_loss_weight: Literal["as-trained", "none"] = "as-trained"
+    """How noise levels count in the fake score's loss: as in the training of such a network (EDM's weight, or flow
+    matching's), or, for comparison, alike: `mean((D_fake - x_gen)^2)`, which tells little of small levels."""
     regression_weight: Annotated[float, at_least(0, 1e6)] = 0.0
     """Weight of DMD's regression to images of the teacher, those of --pairs."""
     pairs: Annotated[str | None, Input] = None

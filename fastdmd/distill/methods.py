@@ -38,7 +38,7 @@ Generate = Callable[[Tensor, Tensor | None], Tensor]  # images of noise and clas
 
 def make(settings: MethodSettings, *, sigma_data: float, gan: GAN, make_head: Callable[[], nn.Module]) -> Method:
     """The method of these settings, with `sigma_data` in the weight of `L_fake`; a head is made where one is needed."""
-    matching, is_weighted = MATCHINGS[settings.name](settings), not settings.unweighted_fake_loss
+    matching, is_weighted = MATCHINGS[settings.name](settings), settings.fake_loss_weight != "none"
     method: Method = Matched(sigma_data, matching, is_weighted)
     if gan.is_on:
         method = Adversarial(gan, make_head(), sigma_data, matching, is_weighted)

@@ -107,7 +107,7 @@ def test_what_settings_make(teacher):
 @pytest.mark.parametrize("dynamics", ["edm", "flow"])
 def test_a_fake_loss_without_weight_is_the_mean_square(config, dynamics):
     teacher = make_network(dataclasses.replace(TINY, dynamics=dynamics))
-    model, draws = make(teacher, config, unweighted_fake_loss=True)
+    model, draws = make(teacher, config, fake_loss_weight="none")
     drawn, x_gen = draws(0), torch.randn(6, 1, 8, 8)
     terms = model.method.guidance_terms(x_gen, drawn, teacher=teacher, fake_score=model.fake_score)
     sigma = drawn.fake_sigma.view(-1, 1, 1, 1)
