@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastdmd.diffusion import per_sample
 from fastdmd.networks.unet_blocks import GroupNormSiLU, num_groups
 
-IMAGE_WIDTH = 48  # channels of the first layer that sees images
+IMAGE_WIDTH, LARGEST_WIDTH = 48, 384  # channels of the first layer that sees images, and of any later one
 LARGEST_MAP = 8  # pixels a side, which one convolution takes to a vector
 LEAST_WIDTH = 4  # channels: GroupNorm of fewer, on a map of one pixel, leaves little or nothing of what it is given
 
@@ -56,9 +56,9 @@ class ImageDiscriminator(nn.Module):
 
     Convolutions 4x4 of stride 2, each twice as wide, until a map is at most 8x8, then one over the whole of it, with
     SiLU between them. `x_t` is divided by its standard deviation `sqrt(sigma^2 + sigma_data^2)`; `ln(sigma) / 4` moves
-    the first features. The logit of a class is a row of its own (Miyato & Koyama 2018, as `num_classes` rows). Small:
-    what it sees is local, strokes and background, which an encoder trained to denoise at every level passes over.
-    `random` draws the weights (Glorot & Bengio 2010).
+    the first features. Each class has weights of its own for its logit, as in a projection discriminator (Miyato &
+    Koyama 2018). `random` draws the weights (Glorot & Bengio 2010); their precision is that of the network, and the
+    logit is float32 at least.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ImageDiscriminator(nn.Module):
             padding = [1 + size % 2 if size > 2 else 0 for size in sizes]  # of odd sizes, too, no pixel is left over
             self.convs.append(nn.Conv2d(channels, width, kernel, stride=2, padding=padding))
             sizes = [(size + 2 * pad - k) // 2 + 1 for size, pad, k in zip(sizes, padding, kernel, strict=True)]
-            channels, width = width, 2 * width
+            channels, width = width, min(2 * width, LARGEST_WIDTH)
         self.convs.append(nn.Conv2d(channels, width, sizes))
         self.noise_level = nn.Linear(1, self.convs[0].out_channels)
         self.logits = nn.Linear(width, max(num_classes, 1))
@@ -90,7 +90,8 @@ class ImageDiscriminator(nn.Module):
     def forward(self, x_t: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         dtype = self.logits.weight.dtype
         x = (x_t * per_sample((sigma**2 + self.sigma_data**2).rsqrt())).to(dtype)
-        x = self.convs[0](x) + self.noise_level((sigma.log() / 4).to(dtype)[:, None])[:, :, None, None]
+        level = self.noise_level((sigma.log() / 4).to(dtype)[:, None])  # [B, width]
+        x = self.convs[0](x) + level[:, :, None, None]
         for conv in self.convs[1:]:
             x = conv(F.silu(x))
         logits = self.logits(F.silu(x).flatten(1))
