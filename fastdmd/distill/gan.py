@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class GANSettings(Settings):
         max_sigma = levels[-1].item()
         if features == "images" and self.divergence == "reverse-kl":
             max_sigma = min(2 * noise.sigma_data, max_sigma)
-        defaults = {
+        defaults: dict[str, Any] = {
             "gan_features": features,
             "gan_generator_weight": 0.1 if features == "images" else 3e-3,
             "gan_max_sigma": max_sigma,

@@ -73,17 +73,20 @@ class ImageDiscriminator(nn.Module):
         super().__init__()
         channels, *sizes = image_shape
         self.sigma_data = sigma_data
-        self.convs = nn.ModuleList()
+        convs: list[nn.Conv2d] = []
         while max(sizes) > LARGEST_MAP:
             kernel = [4 if size > 2 else size for size in sizes]
             padding = [1 + size % 2 if size > 2 else 0 for size in sizes]  # of odd sizes, too, no pixel is left over
-            self.convs.append(nn.Conv2d(channels, width, kernel, stride=2, padding=padding))
+            convs.append(nn.Conv2d(channels, width, _pair(kernel), stride=2, padding=_pair(padding)))
             sizes = [(size + 2 * pad - k) // 2 + 1 for size, pad, k in zip(sizes, padding, kernel, strict=True)]
             channels, width = width, min(2 * width, LARGEST_WIDTH)
-        self.convs.append(nn.Conv2d(channels, width, sizes))
-        self.noise_level = nn.Linear(1, self.convs[0].out_channels)
+        convs.append(nn.Conv2d(channels, width, _pair(sizes)))
+        self.convs = nn.ModuleList(convs)
+        self.noise_level = nn.Linear(1, convs[0].out_channels)
         self.logits = nn.Linear(width, max(num_classes, 1))
-        for layer in (*self.convs, self.noise_level, self.logits):
+        layers: list[nn.Conv2d | nn.Linear] = [*convs, self.noise_level, self.logits]
+        for layer in layers:
+            assert layer.bias is not None  # as torch makes it
             nn.init.xavier_uniform_(layer.weight, generator=random)
             nn.init.zeros_(layer.bias)
 
@@ -98,3 +101,8 @@ class ImageDiscriminator(nn.Module):
         if class_labels is not None:
             logits = logits.gather(1, class_labels[:, None])
         return logits.squeeze(1).to(torch.promote_types(dtype, torch.float32))
+
+
+def _pair(sizes: list[int]) -> tuple[int, int]:
+    height, width = sizes
+    return height, width
