@@ -204,7 +204,13 @@ def test_a_run_with_a_regression(teacher_file, tmp_path):
     assert run_train(teacher_file, tmp_path / "run", *options)["outcome"] == "complete"
     assert all(line["loss_regression"] > 1e-3 and "loss_dm" in line for line in lines(tmp_path / "run"))
     config = json.loads((tmp_path / "run" / "config.json").read_text())["method"]
-    assert config == {"name": "dmd2", "sid_alpha": 1.0, "regression_weight": 0.25, "pairs": str(out)}
+    assert config == {
+        "name": "dmd2",
+        "sid_alpha": 1.0,
+        "fake_loss_weight": "as-trained",
+        "regression_weight": 0.25,
+        "pairs": str(out),
+    }
 
 
 def test_a_run_of_sid_with_everything_beside_it(tmp_path):

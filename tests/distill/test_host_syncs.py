@@ -23,7 +23,7 @@ from fastdmd.distill.matching import ScoreIdentity
 from fastdmd.distill.methods import Adversarial, Regressed
 from fastdmd.distill.regression import AdversarialPairDraws
 from fastdmd.distill.turns import DMD2
-from fastdmd.networks.discriminator import Discriminator
+from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.unet import UNetConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,13 +61,15 @@ def draws(step, with_everything=False, num_steps=1):
 
 executed = set()
 network = make_network()
-heads = [Discriminator(network.feature_shape) for _ in range(2)]
+heads = [ImageDiscriminator(network.image_shape, network.num_classes, sigma_data=0.5),
+         Discriminator(network.feature_shape)]
 with FakeTensorMode():
     gan = GAN(gan_generator_weight=1e-2, gan_guidance_weight=1e-2, gan_r1_weight=1.0, divergence="forward-kl",
-              gan_max_sigma=80.0, gan_lr=1e-3)
+              gan_features="fake", gan_max_sigma=80.0, gan_lr=1e-3)
     low = {{"compute_dtype": torch.bfloat16, "accumulation_steps": 2}}
     heads = [fake_cuda.fake(head) for head in heads]
-    sid = Adversarial(dataclasses.replace(gan, divergence="reverse-kl"), heads[0], 0.5, ScoreIdentity(1.2))
+    of_images = dataclasses.replace(gan, divergence="reverse-kl", gan_features="images")
+    sid = Adversarial(of_images, heads[0], 0.5, ScoreIdentity(1.2))
     everything = {{"method": Regressed(sid, 0.25), "compute_dtype": torch.bfloat16}}
     for sigmas, options in (
         ((80.0,), {{}}),
