@@ -3,10 +3,10 @@
     python -m benchmarks.quality recipe|terms|steps [--seeds 0,1,2] [--variants NAME,...] [--iterations 800]
         [--jobs 2] [--json FILE]
 
-Every run is `python -m fastdmd.train` with the flags of its variant, a third as long as by default, in a process of its
-own; `--jobs` says how many at once. With `--json` each result is written as it comes, and a run that the file has is
-not made again: it may be called as often as needed. The table has the mean over the seeds and, behind it, the standard
-deviation between them.
+Every run is `python -m fastdmd.train` with the flags of its variant, a third as long as by default, and `python -m
+fastdmd.evaluate` of what it leaves, on the same noise for every seed, in processes of their own; `--jobs` says how many
+runs at once. With `--json` each result is written as it comes, and a run that the file has is not made again: it may be
+called as often as needed. The table has the mean over the seeds and, behind it, the standard deviation between them.
 """
 
 from __future__ import annotations
@@ -87,13 +87,19 @@ def run(flags: Flags, seed: int, num_threads: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "fastdmd.train", "--seed", str(seed), "--out", str(out), *options]
-        environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-        summary = json.loads((out / "summary.json").read_text())
-    return {**summary["generator"], "train_seconds": summary["train_seconds"]}
+        options += ["--seed", str(seed), "--num-samples", "0", "--out", str(out)]  # nothing of the teacher's is wanted
+        figures = Path(folder) / "figures.json"
+        for command in (
+            ["fastdmd.train", *options],
+            ["fastdmd.evaluate", str(out / "generator.safetensors"), "--out", str(figures)],
+        ):
+            environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+            command = [sys.executable, "-m", *command]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        found, summary = (json.loads(file.read_text()) for file in (figures, out / "summary.json"))
+    return {**found["generator"], "train_seconds": summary["train_seconds"]}
 
 
 def table(rows: list[dict]) -> str:
