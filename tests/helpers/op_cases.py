@@ -94,7 +94,7 @@ def in_float64(arguments):
     ]
 
 
-def assert_within_budget(result, same_dtype, truth, tolerance, scale=0.0):
+def assert_within_budget(result, same_dtype, truth, tolerance, scale=0.0, implementation=""):
     """The error may be that of the reference plus `tolerance`, relative to the largest value, or to `scale`."""
     assert result.shape == truth.shape and result.dtype == same_dtype.dtype
     if result.numel() == 0:
@@ -104,7 +104,8 @@ def assert_within_budget(result, same_dtype, truth, tolerance, scale=0.0):
         assert result.isnan().all()
         return
     error, allowed = ((r.double() - truth).abs().max() for r in (result, same_dtype))
-    assert error <= allowed + tolerance * max(scale, truth.abs().max()), f"error {error:.2e}, reference {allowed:.2e}"
+    limit = allowed + tolerance * max(scale, truth.abs().max())
+    assert error <= limit, f"error {error:.2e}, at most {limit:.2e}, reference {allowed:.2e} {implementation}"
 
 
 def assert_all_within_budget(name, arguments, device, dtype, scale=0.0):
@@ -125,7 +126,7 @@ def assert_all_within_budget(name, arguments, device, dtype, scale=0.0):
         for result, expected, exact, size in zip(found_now, same_dtype, truth, scales, strict=True):
             rounding = min(expected.dtype, dtype, key=lambda d: torch.finfo(d).bits)
             tolerance = slack(implementation, device) * TOLERANCES[rounding]
-            assert_within_budget(result, expected, exact, tolerance, size)
+            assert_within_budget(result, expected, exact, tolerance, size, implementation)
 
 
 def largest_partial_sum(grad_y, x, mean, rstd):

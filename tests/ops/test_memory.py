@@ -97,7 +97,7 @@ def test_far_more_calls_than_there_are_places_to_count_blocks(device):
     for name in available("dm_loss", device):
         if (name, device) == ("triton", "cpu"):  # interpreted, and without counters
             continue
-        with ops.use_backend(name):
+        with ops.use_backend(name, device):
             results = torch.stack(
                 [
                     torch.stack(
