@@ -17,6 +17,7 @@ from fastdmd.distill.gan import GAN, GANSettings
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps, Monitor, MonitorSettings
+from fastdmd.runs.checkpoints import CheckpointSettings
 from fastdmd.runs.precision import Compute, ComputeSettings
 from fastdmd.settings import Input, OmitArgPrefixes, Positional, Settings, Switch, above, at_least, fail, within
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
@@ -93,6 +94,7 @@ class TrainConfig(CommandConfig):
     gan: Annotated[GANSettings, OmitArgPrefixes] = GANSettings()
     compute: Annotated[ComputeSettings, OmitArgPrefixes] = ComputeSettings()
     monitor: Annotated[MonitorSettings, OmitArgPrefixes] = MonitorSettings()
+    checkpoint: Annotated[CheckpointSettings, OmitArgPrefixes] = CheckpointSettings()
     log_every: Iterations = 50
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10
@@ -109,6 +111,8 @@ class TrainConfig(CommandConfig):
         if self.method.name != "dmd2" and self.gan.divergence != "reverse-kl":
             fail(self.gan, "divergence", f"reverse-kl with --method {self.method.name}")
         self.optimizer.averages(self.batch_size)  # raises where one is too long for it
+        if self.checkpoint.resume is not None and self.out is None:
+            fail(self.checkpoint, "resume", "together with --out")
         if self.monitor.eval_every and not self.evaluation.num_samples:
             fail(self.monitor, "eval_every", "0 with --num-samples 0")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.regression import with_pairs
+from fastdmd.distill.states import load_state, state_of
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
@@ -216,6 +217,14 @@ class Distillation:
 
     def iterate(self, iteration: int) -> None:
         self.model.iterate(iteration, self._draws)
+
+    def state_dict(self) -> dict[str, Any]:
+        """And a digest of what the next iteration draws: images that are others by then would be no continuation."""
+        return {"model": state_of(self.model), "candidates": self.candidates.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        load_state(self.model, state["model"])
+        self.candidates.load_state_dict(state["candidates"])
 
     def finish(self) -> None:
         pass

@@ -56,6 +56,26 @@ def deferred() -> Iterator[Callable[[], int | None]]:
         restore()
 
 
+@contextlib.contextmanager
+def asked() -> Iterator[Callable[[], bool]]:
+    """Inside, the yielded function says whether SIGUSR1, which asks for a checkpoint, has come since it was called."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1"):
+        yield lambda: False
+        return
+    received: list[int] = []
+
+    def take() -> bool:
+        is_asked = bool(received)
+        received.clear()
+        return is_asked
+
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    try:
+        yield take
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
 def _heeded() -> list[signal.Signals]:
     """All but those that whoever started this process chose to ignore, as nohup does."""
     if threading.current_thread() is not threading.main_thread():

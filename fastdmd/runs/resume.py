@@ -1,0 +1,174 @@
+"""`--resume`: what a folder holds of a run, with which settings it may go on, and with which it may not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdmd import __version__
+from fastdmd.diffusion import DenoisingNetwork
+from fastdmd.networks.identity import identity
+from fastdmd.networks.tensor_files import read_json
+from fastdmd.runs import checkpoint
+from fastdmd.runs.checkpoints import found
+from fastdmd.runs.cli import to_json
+from fastdmd.runs.config import ResolvedTrainConfig
+from fastdmd.runs.folder import CONFIG, EVALUATIONS, METRICS, SUMMARY, holds_run
+from fastdmd.runs.lock import locked
+from fastdmd.runs.progress import ENDED_EARLY
+from fastdmd.settings import flags
+
+AUTO = "auto"
+
+# What may be another when a run goes on: what is written, how often, and what is measured at the end. All else, and with
+# it every number of the training, stays.
+MAY_CHANGE = {
+    "--out",
+    "--device",  # what it computes in and how stay
+    "--log-every",
+    "--snapshots",
+    "--checkpoint-every",
+    "--keep-last",
+    "--resume",
+    "--num-samples",
+    "--measure-teacher",
+    "--eval-every",
+    "--stop-after",
+    "--verbose",
+    "--dry-run",
+}
+UNTIL_MEASURED = {"--eval-samples", "--feature-network", "--reference"}  # later, distances are compared with earlier ones
+WITHOUT_END = {"--iterations"}  # where no learning rate falls towards it
+
+
+def with_those_of_run(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command; of `--resume RUN` those that the run was begun with, and then these.
+
+    Raises ValueError where there is no run to ask, or `--out` is another folder.
+    """
+    folder = _value(arguments, "--resume")
+    if folder in (None, AUTO):
+        return list(arguments)
+    given = [*arguments, "--out", folder, "--resume", AUTO]
+    if (out := _value(arguments, "--out")) is not None and os.path.realpath(out) != os.path.realpath(folder):
+        raise ValueError(f"expected no --out beside --resume {folder}, got {out}")
+    fault: Exception = ValueError(f"expected --resume to be the folder of a run with a checkpoint, got {folder}")
+    for path in found(Path(folder)):
+        try:
+            return [*checkpoint.read_rest(path)["origin"]["arguments"], *given]
+        except (ValueError, KeyError) as error:
+            fault = error
+    raise fault
+
+
+def origin_of(arguments: Sequence[str], config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> dict[str, Any]:
+    """What a checkpoint says of the run that it is of."""
+    return {
+        "version": __version__,
+        "arguments": _without_resume(arguments),
+        "config": to_json(config),
+        "teacher": identity(teacher),
+    }
+
+
+def require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], config: ResolvedTrainConfig) -> None:
+    """Raises ValueError where a checkpoint is of another version, teacher or settings than the run of `now`."""
+    if origin["version"] != now["version"]:
+        raise ValueError(f"expected a checkpoint of fastdmd {now['version']}, got one of {origin['version']}")
+    if origin["teacher"] != now["teacher"]:
+        raise ValueError(
+            f"expected --teacher with the weights that the run was begun with, {origin['teacher']}, got {now['teacher']}"
+        )
+    _require_same_settings(config, origin["config"], is_measured=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What a folder holds of a run."""
+
+    path: Path
+    config: Mapping[str, Any] | None  # None: it was ended before that was written
+    summary: Mapping[str, Any] | None
+    checkpoints: Sequence[Path]
+
+    @classmethod
+    def of(cls, path: Path) -> Past | None:
+        """None where there is nothing of a run. Raises OSError where a process writes to it."""
+        if not holds_run(path):
+            return None
+        if (path / METRICS).exists():
+            locked(path / METRICS).close()
+        return cls(path, _read(path / CONFIG), _read(path / SUMMARY), found(path))
+
+    def require_same(self, config: ResolvedTrainConfig) -> None:
+        """Raises ValueError for a setting that may not change, and where there is a run but nothing to go on from."""
+        if self.config is None:
+            if self.checkpoints:
+                raise ValueError(f"expected {CONFIG} in {self.path}, got checkpoints without")
+            return
+        _require_same_settings(config, self.config, is_measured=(self.path / EVALUATIONS).exists())
+        if self.checkpoints and config.iterations < (reached := int(self.checkpoints[0].name)):
+            raise ValueError(f"expected --iterations >= {reached}, which the run has reached, got {config.iterations}")
+        never = self.config["checkpoint"]["checkpoint_every"].rstrip("m").strip("0") == ""
+        if not self.checkpoints and not self.is_complete(config) and never and (self.path / METRICS).stat().st_size:
+            raise ValueError(f"expected a checkpoint in {self.path}, got a run with --checkpoint-every 0")
+
+    def is_complete(self, config: ResolvedTrainConfig) -> bool:
+        """Whether there is nothing left to do for a run with these settings."""
+        if self.summary is None or self.summary["outcome"] != "complete":
+            return False
+        was_ended = (self.summary["reason"] or "").startswith(ENDED_EARLY)
+        return was_ended or self.summary["iterations"] >= config.iterations
+
+
+def _require_same_settings(config: ResolvedTrainConfig, recorded: Mapping[str, Any], *, is_measured: bool) -> None:
+    may_change = set(MAY_CHANGE)
+    if not is_measured:
+        may_change |= UNTIL_MEASURED
+    if config.optimizer.lr_schedule == "constant":
+        may_change |= WITHOUT_END
+    if "mnist" not in (config.teacher, recorded.get("teacher")):  # beside which there are digits
+        may_change.add("--teacher")  # by its weights it is known
+    current = to_json(config)
+    others = []
+    for place, flag in flags(config):
+        now, then = _at(current, place), _at(recorded, place)
+        if now != then and flag not in may_change:
+            others.append(f"{flag} {then}, got {now}")
+    if others:
+        raise ValueError(f"expected the settings that the run was begun with: {'; '.join(others)}")
+
+
+def _at(config: Mapping[str, Any], place: Sequence[str]) -> Any:
+    found: Any = config
+    for name in place:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+def _value(arguments: Sequence[str], flag: str) -> str | None:
+    """That of the last one, as on any command line."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument == flag and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"{flag}="):
+            value = argument.removeprefix(f"{flag}=")
+    return value
+
+
+def _without_resume(arguments: Sequence[str]) -> list[str]:
+    left: list[str] = []
+    is_value = False
+    for argument in arguments:
+        if not is_value and argument != "--resume" and not argument.startswith("--resume="):
+            left.append(argument)
+        is_value = not is_value and argument == "--resume"
+    return left
