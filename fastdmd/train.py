@@ -93,7 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(advice)
             print(f"{advice} (an estimate)")
         evaluation = cli.make_evaluation(config, teacher, dataset, device)
-        folder = (RunFolder if past is None else ReopenedFolder)(config.out, cli.to_json(config))
+        folder: RunFolder
+        if past is None:
+            folder = RunFolder(config.out, cli.to_json(config))
+        else:
+            folder = ReopenedFolder(config.out, cli.to_json(config), begins=not past.checkpoints)
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():

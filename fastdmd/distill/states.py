@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdmd.distill.draws import Draws
 from fastdmd.distill.turns import DMD2
 from fastdmd.optim import AdamWEMA
 
@@ -46,6 +48,16 @@ def load_optimizer_state(optimizer: AdamWEMA, state: Mapping[str, Any]) -> None:
     for name, own in _untrained(optimizer).items():  # first: the averages take them from the network
         own.copy_(state["untrained"][name].view_as(own))
     optimizer.load_state_dict(state["optimizer"])
+
+
+def digest(draws: Draws) -> str:
+    """Of the random inputs of an iteration, real images among them, in hexadecimal; waits for the device."""
+    sha256 = hashlib.sha256()
+    for name, value in sorted(vars(draws).items()):
+        sha256.update(name.encode())
+        if isinstance(value, Tensor):
+            sha256.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()[:16]
 
 
 def _optimizers(model: DMD2) -> dict[str, AdamWEMA]:

@@ -1,9 +1,9 @@
 """One checkpoint on the disk: a folder of tensors, of everything else and of their checksums; whole, or not there.
 
-    state.safetensors    tensors, by their place in the state: training.model.generator.optimizer.param.conv_in.weight
-    state.json           the state, with the names of tensors where these were
-    best.safetensors     the run's, as it was at that moment, if there was one
-    SHA256SUMS           of these files, as `sha256sum -c` reads it
+state.safetensors    tensors, by their place in the state: training.model.generator.optimizer.param.conv_in.weight
+state.json           the state, with the names of tensors where these were
+best.safetensors     the run's, as it was at that moment, if there was one
+SHA256SUMS           of these files, as `sha256sum -c` reads it
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class CheckpointSettings(Settings):
     keep_last: Annotated[int, at_least(1, 10**6)] = 2
     """Of these checkpoints, the last so many are kept."""
     resume: str | None = None
-    """Folder of a run that was ended or killed, to go on with it, by itself as if nothing had been; or `auto`: with what
-    is in --out, if there is a run."""
+    """Folder of a run that was ended or killed, to go on with it as if nothing had been; or `auto`: with that in --out
+    if there is one, and with a new one if there is none."""
 
     def check(self) -> None:
         super().check()
@@ -51,8 +51,8 @@ class CheckpointSettings(Settings):
 
 
 class Checkpoints:
-    """Those of one run. `origin` says what it is made from, as JSON has it; `require_same(origin)` raises ValueError for
-    another one than a run may go on from."""
+    """Those of one run. `origin` says what it is made from, as JSON has it; `require_same(origin)` raises ValueError
+    for another one than a run may go on from."""
 
     def __init__(
         self,

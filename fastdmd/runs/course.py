@@ -123,7 +123,9 @@ class Course:
         return {"curves": self._curves, "num_worse": self._num_worse, "best": best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._curves = {name: [(images, distance) for images, distance in state["curves"][name]] for name in self._curves}
+        self._curves = {
+            name: [(images, distance) for images, distance in state["curves"][name]] for name in self._curves
+        }
         self._num_worse = state["num_worse"]
         self.best = None if state["best"] is None else Best(**state["best"])
 

@@ -19,7 +19,7 @@ from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.regression import with_pairs
-from fastdmd.distill.states import load_state, state_of
+from fastdmd.distill.states import digest, load_state, state_of
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
@@ -208,6 +208,7 @@ class Distillation:
         self._teacher, self._teacher_record = teacher, teacher_record
         self._folder = folder.path
         self._networks_of: tuple[int, str] | None = None  # iteration and kept average of the networks on the disk
+        self._next = 0  # iteration
         self._draws = make_draws(config, teacher, device, real, pairs)
         self._sheet = SampleSheet(teacher, config.seed, device)
 
@@ -216,13 +217,25 @@ class Distillation:
         return self._networks[self.candidates.kept]
 
     def iterate(self, iteration: int) -> None:
+        self._next = iteration + 1
         self.model.iterate(iteration, self._draws)
 
     def state_dict(self) -> dict[str, Any]:
         """And a digest of what the next iteration draws: images that are others by then would be no continuation."""
-        return {"model": state_of(self.model), "candidates": self.candidates.state_dict()}
+        return {
+            "model": state_of(self.model),
+            "candidates": self.candidates.state_dict(),
+            "next": self._next,
+            "draws": digest(self._draws(self._next)),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._next = state["next"]
+        if digest(self._draws(self._next)) != state["draws"]:
+            raise ValueError(
+                f"expected iteration {self._next} to draw what it would have, got other draws: of other data, another "
+                "kind of device, or another torch"
+            )
         load_state(self.model, state["model"])
         self.candidates.load_state_dict(state["candidates"])
 

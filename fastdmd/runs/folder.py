@@ -49,7 +49,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict[str, Any]):
         require_new(path)
-        self.path = path
+        self.path, self._config = path, config
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]  # deepest first
         with files.undone_on_failure(self._remove_made):
             path.mkdir(parents=True, exist_ok=True)
@@ -105,23 +105,6 @@ class RunFolder:
             files.flush(path)
         return {path.name: path.stat().st_size for path in paths}
 
-
-class ReopenedFolder(RunFolder):
-    """The folder of a run that goes on. It stays as it is until `go_back` or `begin`.
-
-    Raises OSError where it cannot be written, or somebody else writes to it.
-    """
-
-    def __init__(self, path: Path, config: dict[str, Any]):
-        outputs.require_folder(path)
-        self.path = path
-        self._config = config
-        self._lock = locked(path / METRICS)
-
-    def discard(self) -> None:
-        """Nothing of what there is."""
-        self.close()
-
     def require(self, lengths: Mapping[str, int]) -> None:
         """Raises ValueError where a file lacks some of what it had when it was so long."""
         for name, length in lengths.items():
@@ -130,30 +113,46 @@ class ReopenedFolder(RunFolder):
                 raise ValueError(f"expected at least {length} bytes of {path}, got {got}")
 
     def go_back(self, lengths: Mapping[str, int], best: Path | None) -> None:
-        """To a moment at which its files had these lengths, and `best` was the best. Killed inside, it goes back again."""
+        """To when its files had these lengths, and `best` was the best. Killed inside, it goes back once more."""
         files.remove_partial(self.path)
         files.remove_partial(self.path / CHECKPOINTS)
         for name in (METRICS, EVALUATIONS):
             if (self.path / name).exists():
                 os.truncate(self.path / name, lengths.get(name, 0))
+        own = self.path / BEST
         if best is None:
-            (self.path / BEST).unlink(missing_ok=True)
-        else:
-            with files.replacing(self.path / BEST) as partial:
+            own.unlink(missing_ok=True)
+        elif not own.exists() or not own.samefile(best):  # of two names of one file, none replaces the other
+            with files.replacing(own) as partial:
                 files.copy(best, partial)
         self._start()
 
-    def begin(self) -> None:
-        """As a new one, where nothing is to go on from."""
-        files.remove_partial(self.path)
-        for name in set(NAMES) - {CONFIG, METRICS}:
-            (self.path / name).unlink(missing_ok=True)
-        os.truncate(self.path / METRICS, 0)
-        self._start()
-
     def _start(self) -> None:
+        """A run that has ended goes on, perhaps with other settings."""
         (self.path / SUMMARY).unlink(missing_ok=True)
         self.write_json(CONFIG, self._config)
+
+
+class ReopenedFolder(RunFolder):
+    """The folder of a run that goes on: it stays as it is until it goes back, or `begins` where nothing was reached.
+
+    Raises OSError where it cannot be written, or somebody else writes to it.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], *, begins: bool):
+        outputs.require_folder(path)
+        self.path, self._config = path, config
+        self._lock = locked(path / METRICS)
+        if begins:
+            files.remove_partial(path)
+            for name in {*NAMES} - {CONFIG, METRICS}:
+                (path / name).unlink(missing_ok=True)
+            os.truncate(path / METRICS, 0)
+            self._start()
+
+    def discard(self) -> None:
+        """Nothing of what there is."""
+        self.close()
 
 
 def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:

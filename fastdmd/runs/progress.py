@@ -35,14 +35,13 @@ class Progress:
     def goes_on(self) -> bool:
         return self.outcome == "complete" and self.reason is None
 
-
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has behind it; not how a part of it ended."""
         left = ("outcome", "reason", "signal", "train_seconds")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state | {"alarms": [Alarm(**alarm) for alarm in state["alarms"]]})
+        vars(self).update(state, alarms=[Alarm(**alarm) for alarm in state["alarms"]])
 
 
 class Interrupted(Exception):

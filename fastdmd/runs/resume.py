@@ -23,8 +23,8 @@ from fastdmd.settings import flags
 
 AUTO = "auto"
 
-# What may be another when a run goes on: what is written, how often, and what is measured at the end. All else, and with
-# it every number of the training, stays.
+# What may be another when a run goes on: what is written, how often, and what is measured at the end. All else stays,
+# and with it every number of the training.
 MAY_CHANGE = {
     "--out",
     "--device",  # what it computes in and how stay
@@ -40,7 +40,11 @@ MAY_CHANGE = {
     "--verbose",
     "--dry-run",
 }
-UNTIL_MEASURED = {"--eval-samples", "--feature-network", "--reference"}  # later, distances are compared with earlier ones
+UNTIL_MEASURED = {
+    "--eval-samples",
+    "--feature-network",
+    "--reference",
+}  # later, distances are compared with earlier ones
 WITHOUT_END = {"--iterations"}  # where no learning rate falls towards it
 
 
@@ -80,7 +84,8 @@ def require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], confi
         raise ValueError(f"expected a checkpoint of fastdmd {now['version']}, got one of {origin['version']}")
     if origin["teacher"] != now["teacher"]:
         raise ValueError(
-            f"expected --teacher with the weights that the run was begun with, {origin['teacher']}, got {now['teacher']}"
+            f"expected the teacher that the run was begun with, {origin['teacher']}, got one of other weights or of "
+            f"another network, {now['teacher']}"
         )
     _require_same_settings(config, origin["config"], is_measured=False)
 
