@@ -88,7 +88,8 @@ def _timeless(value: Any) -> Any:
 
 def prepare(folder: Path) -> list[str]:
     """Writes what a training is made of; returns its arguments, but for `--out`."""
-    config = UNetConfig(image_size=28, num_classes=10, model_channels=8, channel_multipliers=(1, 2), num_blocks=1)
+    shape = {"image_size": 28, "num_classes": 10, "patch_size": 2}
+    config = UNetConfig(**shape, model_channels=8, channel_multipliers=(1, 2), num_blocks=1, attention_resolutions=(7,))
     torch.manual_seed(0)
     save_network(folder / "teacher.safetensors", UNet(config), kind="teacher")
     rng = np.random.default_rng(0)
@@ -128,6 +129,7 @@ def main() -> None:
         place = folder / f"training-{trainings}"
         is_over = False
         while not is_over:
+            before = partial(place / "run")
             process = start(arguments, place, "--resume", "auto")
             try:
                 _, error = process.communicate(timeout=None if kills >= options.kills else rng.uniform(0, longest))
@@ -135,7 +137,7 @@ def main() -> None:
                 process.kill()
                 process.communicate()
                 kills += 1
-                reached[where(place / "run")] += 1
+                reached[where(place / "run", before)] += 1
                 continue
             is_over = True
             if process.returncode != 0:
@@ -149,14 +151,17 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def where(run: Path) -> str:
-    """What a kill has left."""
+def partial(run: Path) -> set[Path]:
+    """What is half written."""
+    return {*run.glob(".fastdmd-*"), *run.glob("checkpoints/.fastdmd-*")}
+
+
+def where(run: Path, before: set[Path]) -> str:
+    """What a kill has left that was not there before."""
     if not run.exists():
         return "before there was a folder"
-    if any(path.is_dir() for path in run.glob("checkpoints/.fastdmd-*")):
-        return "inside a checkpoint"
-    if any(run.glob(".fastdmd-*")):
-        return "inside another file"
+    if new := partial(run) - before:
+        return "inside a checkpoint" if any(path.is_dir() for path in new) else "inside another file"
     if (run / "summary.json").exists():
         return "after the end"
     return "between" if any(run.glob("checkpoints/*")) else "before the first checkpoint"

@@ -1,5 +1,6 @@
 """Trainings in processes of their own that end in the middle: at a touch of a file, or by what a test does to them."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,54 +13,63 @@ TOUCHES = {"open", "os.rename", "os.remove", "os.truncate", "os.link", "os.mkdir
 FAILED = 99
 
 
-def training(folder, arguments, *, kill_at=None, at_iteration=None):
+def training(folder, arguments, *, kill_at=None, sends=None):
     """Runs `fastdmd.train` with `--out run` in a folder, in a fork; returns its exit code and what it said on stderr.
 
-    Before it touches a file of its run for the `kill_at`-th time, SIGKILL ends it; without, how often it did is in the
-    file `touches`. `at_iteration` is a number and a function that is called before the iteration of that number.
+    Before it touches a file of its run for the `kill_at`-th time, SIGKILL ends it. `sends` are signals that it gets
+    before the iterations of these numbers.
     """
     folder.mkdir(exist_ok=True)
     process = os.fork()
     if process == 0:
-        os._exit(_run(folder, arguments, kill_at, at_iteration))
+        os._exit(_forked(folder, arguments, kill_at, sends or {}))
     _, status = os.waitpid(process, 0)
     return os.waitstatus_to_exitcode(status), (folder / "stderr").read_text()
 
 
-def _run(folder, arguments, kill_at, at_iteration):
+@contextlib.contextmanager
+def counted_touches(kill_at=None):
+    """A list, of which the only number says how often files of the run have been touched inside."""
+    touches = [0]
+    is_over = False  # no such hook is ever removed
+
+    def touch(event, given):
+        if is_over or event not in TOUCHES or not str(given[0]).startswith("run"):
+            return
+        if event == "open" and given[1] in ("r", "rb"):
+            return
+        touches[0] += 1
+        if touches[0] == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(touch)
+    try:
+        yield touches
+    finally:
+        is_over = True
+
+
+def no_budget(*_):
+    """Of what takes a third of the time of so small a run."""
+
+
+def _forked(folder, arguments, kill_at, sends):
+    iterate = distillation.Distillation.iterate
+
+    def iterate_after(self, iteration):
+        if iteration in sends:
+            os.kill(os.getpid(), sends[iteration])
+        iterate(self, iteration)
+
+    distillation.Distillation.iterate = iterate_after
+    train.budget_of = no_budget
     os.chdir(folder)
-    with open("stderr", "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
-        touches = 0
-
-        def touch(event, given):
-            nonlocal touches
-            is_read = event == "open" and given[1] in ("r", "rb")
-            if event not in TOUCHES or is_read or not str(given[0]).startswith("run"):
-                return
-            touches += 1
-            if touches == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        if at_iteration is not None:
-            number, function = at_iteration
-            iterate = distillation.Distillation.iterate
-
-            def iterate_after(self, iteration):
-                if iteration == number:
-                    function()
-                iterate(self, iteration)
-
-            distillation.Distillation.iterate = iterate_after
-        sys.addaudithook(touch)
+    with open("stderr", "w") as sys.stderr, open(os.devnull, "w") as sys.stdout, counted_touches(kill_at):
         try:
             train.main([*arguments, "--out", "run"])
-            code = 0
+            return 0
         except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
+            return exit_.code if isinstance(exit_.code, int) else 1
         except BaseException:
             traceback.print_exc()
-            code = FAILED
-    if kill_at is None:
-        with open("touches", "w") as file:
-            file.write(str(touches))
-    return code
+            return FAILED
