@@ -52,6 +52,7 @@ FLAGS = {
     "ema-halflives": "2,40",
     "gan-guidance-weight": 1e-2,
     "gan-generator-weight": 3e-3,
+    "beta1": 0.9,
     "generator-lr": 1e-2,
     "guidance-lr": 1e-2,
     "checkpoint-every": 2,

@@ -62,8 +62,8 @@ class Tally:
         return dict(zip(self.names, self.latest, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its own tensors, to be read at once."""
-        return {"latest": self.latest, "sums": self._sums, "weighted": self._weighted, "counts": self._counts}
+        """Its own tensors, to be read at once; the scalars of the last turn have no future."""
+        return {"sums": self._sums, "weighted": self._weighted, "counts": self._counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, own in self.state_dict().items():

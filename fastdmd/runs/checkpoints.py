@@ -114,6 +114,7 @@ class Checkpoints:
             for broken, fault in faults.items():
                 terminal.say(f"{broken} left out: {fault}; going on from {path.name}")
                 broken.rename(broken.with_name(f"{broken.name}{BROKEN}"))
+            self._tell_of_versions(content["origin"]["versions"])
             best = path / BEST
             self._folder.go_back(content["lengths"], best if best.exists() else None)
             self._last = int(path.name)
@@ -124,6 +125,13 @@ class Checkpoints:
                 raise fault
             raise ValueError(f"expected a checkpoint of such a run in {path}, got {type(fault).__name__}: {fault}")
         return False
+
+    def _tell_of_versions(self, then: Mapping[str, Any]) -> None:
+        now = self._origin["versions"]
+        if others := [f"{name} {then.get(name)}, now {now[name]}" for name in now if now[name] != then.get(name)]:
+            terminal.say(
+                f"the run was begun with {'; '.join(others)}: from here on it may be another, by its roundings"
+            )
 
 
 def found(run: Path) -> list[Path]:

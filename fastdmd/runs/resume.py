@@ -18,6 +18,7 @@ from fastdmd.runs.cli import to_json
 from fastdmd.runs.config import ResolvedTrainConfig
 from fastdmd.runs.folder import CONFIG, EVALUATIONS, METRICS, SUMMARY, holds_run
 from fastdmd.runs.lock import locked
+from fastdmd.runs.machine import versions
 from fastdmd.runs.progress import ENDED_EARLY
 from fastdmd.settings import flags
 
@@ -75,6 +76,7 @@ def origin_of(arguments: Sequence[str], config: ResolvedTrainConfig, teacher: De
         "arguments": _without_resume(arguments),
         "config": to_json(config),
         "teacher": identity(teacher),
+        "versions": versions(next(teacher.parameters()).device),
     }
 
 
