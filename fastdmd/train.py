@@ -7,7 +7,6 @@ from fastdmd.runs import startup
 if __name__ == "__main__":
     startup.prepare("fastdmd.train")
 
-import functools
 import math
 import sys
 from typing import Any
@@ -22,13 +21,11 @@ from fastdmd.distill.optimization import averages_notice, warm_up_notice
 from fastdmd.memory import require_memory
 from fastdmd.networks.unet import UNet
 from fastdmd.runs import cli, distillation, machine, resume, terminal
-from fastdmd.runs.checkpoints import Checkpoints
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.course import Course
-from fastdmd.runs.folder import BEST, GENERATOR, PLOT, ReopenedFolder, RunFolder, require_new
+from fastdmd.runs.folder import BEST, GENERATOR, PLOT
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
-from fastdmd.runs.resume import Past
 from fastdmd.runs.stages import read_stage
 
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
@@ -45,12 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
     with cli.user_errors("fastdmd.train"):
         device = cli.resolve_device(chosen.device)
-        past = None
-        if not chosen.dry_run and chosen.out is not None:
-            if chosen.checkpoint.resume is not None:
-                past = Past.of(chosen.out)
-            if past is None:
-                require_new(chosen.out)
+        past = None if chosen.dry_run else resume.past_of(chosen)
         if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
             terminal.say(notice)
         averages = chosen.optimizer.averages(chosen.batch_size)
@@ -65,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         if past is not None:
             past.require_same(config)
             if past.is_complete(config):
-                print(f"{config.out} holds a run that is complete; nothing is left to do")
+                print(past.notice)
                 return
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
         dataset = config.data.load_named(teacher)
@@ -93,11 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(advice)
             print(f"{advice} (an estimate)")
         evaluation = cli.make_evaluation(config, teacher, dataset, device)
-        folder: RunFolder
-        if past is None:
-            folder = RunFolder(config.out, cli.to_json(config))
-        else:
-            folder = ReopenedFolder(config.out, cli.to_json(config), begins=not past.checkpoints)
+        folder = resume.open_folder(config, past)
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():
@@ -106,9 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
                 terminal.say(notice)
             course = Course(training, config.monitor, evaluation, folder, config.batch_size)
             watch = distillation.make_watch(config, training.model, dataset)
-            origin = resume.origin_of(arguments, config, teacher)
-            require_same = functools.partial(resume.require_same_origin, now=origin, config=config)
-            checkpoints = Checkpoints(folder, config.checkpoint, origin, require_same)
+            checkpoints = resume.checkpoints_of(config, folder, arguments, device, teacher)
             loop = Loop(training, config, folder, course, watch, checkpoints)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)

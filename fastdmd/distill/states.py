@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdmd.distill.draws import Draws
 from fastdmd.distill.turns import DMD2
 from fastdmd.optim import AdamWEMA
 
@@ -50,14 +49,21 @@ def load_optimizer_state(optimizer: AdamWEMA, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict(state["optimizer"])
 
 
-def digest(draws: Draws) -> str:
-    """Of the random inputs of an iteration, real images among them, in hexadecimal; waits for the device."""
+def digest(*draws: Tensor | None) -> str:
+    """Of what an iteration draws, real images among it, in hexadecimal; waits for the device."""
     sha256 = hashlib.sha256()
-    for name, value in sorted(vars(draws).items()):
-        sha256.update(name.encode())
-        if isinstance(value, Tensor):
-            sha256.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for value in draws:
+        sha256.update(b"none" if value is None else value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()[:16]
+
+
+def require_same_draws(iteration: int, expected: str, *draws: Tensor | None) -> None:
+    """Raises ValueError where these have another digest: training would go on with something else."""
+    if digest(*draws) != expected:
+        raise ValueError(
+            f"expected iteration {iteration} to draw what it would have, got something else: there are other data, "
+            "another kind of device, or another torch"
+        )
 
 
 def _optimizers(model: DMD2) -> dict[str, AdamWEMA]:

@@ -52,8 +52,7 @@ def write(path: Path, state: Mapping[str, Any], beside: Sequence[Path] = ()) -> 
 def read(path: Path) -> dict[str, Any]:
     """The state in a folder. Raises OSError or ValueError for one that is not whole or of another format."""
     with _refusing(path):
-        names = {TENSORS, REST, *_sums(path)}
-        rest = _rest(path, names)
+        rest = _rest(path, dict.fromkeys([REST, TENSORS, *_sums(path)]))
         return _put_together(rest, load_file(path / TENSORS))
 
 

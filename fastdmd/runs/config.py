@@ -75,7 +75,7 @@ class TrainConfig(CommandConfig):
     """Folder of a run to go on from, with other settings: generator, fake score, head and averages start as it left
     them, optimizers anew."""
     out: Path | None = None
-    """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
+    """Run folder; must not hold a run yet, but for --resume auto. Default: runs/PRESET-DATE-TIME."""
     iterations: Iterations = 2400
     """Guidance turns; one in dfake_gen_update_ratio of them comes with a generator turn."""
     batch_size: BatchSize = 48
@@ -115,6 +115,11 @@ class TrainConfig(CommandConfig):
             fail(self.checkpoint, "resume", "together with --out")
         if self.monitor.eval_every and not self.evaluation.num_samples:
             fail(self.monitor, "eval_every", "0 with --num-samples 0")
+
+    @property
+    def has_open_end(self) -> bool:
+        """Whether more iterations would be the same up to the last one of these."""
+        return self.optimizer.lr_schedule == "constant"
 
     def placed(self) -> Self:
         name = f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"

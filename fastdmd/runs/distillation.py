@@ -19,7 +19,8 @@ from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.regression import with_pairs
-from fastdmd.distill.states import digest, load_state, state_of
+from fastdmd.distill.starts import tensors_of
+from fastdmd.distill.states import digest, load_state, require_same_draws, state_of
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
@@ -226,16 +227,12 @@ class Distillation:
             "model": state_of(self.model),
             "candidates": self.candidates.state_dict(),
             "next": self._next,
-            "draws": digest(self._draws(self._next)),
+            "draws": digest(*tensors_of(self._draws(self._next))),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._next = state["next"]
-        if digest(self._draws(self._next)) != state["draws"]:
-            raise ValueError(
-                f"expected iteration {self._next} to draw what it would have, got other draws: of other data, another "
-                "kind of device, or another torch"
-            )
+        require_same_draws(self._next, state["draws"], *tensors_of(self._draws(self._next)))
         load_state(self.model, state["model"])
         self.candidates.load_state_dict(state["candidates"])
 

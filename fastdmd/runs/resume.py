@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from fastdmd import __version__
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.networks.identity import identity
 from fastdmd.networks.tensor_files import read_json
 from fastdmd.runs import checkpoint
-from fastdmd.runs.checkpoints import found
+from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
 from fastdmd.runs.cli import to_json
-from fastdmd.runs.config import ResolvedTrainConfig
-from fastdmd.runs.folder import CONFIG, EVALUATIONS, METRICS, SUMMARY, holds_run
+from fastdmd.runs.folder import CONFIG, EVALUATIONS, METRICS, SUMMARY, ReopenedFolder, RunFolder, holds_run, require_new
 from fastdmd.runs.lock import locked
 from fastdmd.runs.machine import versions
 from fastdmd.runs.progress import ENDED_EARLY
@@ -46,7 +48,7 @@ UNTIL_MEASURED = {
     "--feature-network",
     "--reference",
 }  # later, distances are compared with earlier ones
-WITHOUT_END = {"--iterations"}  # where no learning rate falls towards it
+OPEN_END = {"--iterations"}  # where no learning rate falls towards it
 
 
 def with_those_of_run(arguments: Sequence[str]) -> list[str]:
@@ -69,27 +71,21 @@ def with_those_of_run(arguments: Sequence[str]) -> list[str]:
     raise fault
 
 
-def origin_of(arguments: Sequence[str], config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> dict[str, Any]:
-    """What a checkpoint says of the run that it is of."""
-    return {
-        "version": __version__,
-        "arguments": _without_resume(arguments),
-        "config": to_json(config),
-        "teacher": identity(teacher),
-        "versions": versions(next(teacher.parameters()).device),
-    }
+class RunConfig(Protocol):
+    """What a run that goes on has to know of its configuration."""
 
+    @property
+    def out(self) -> Path | None: ...
 
-def require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], config: ResolvedTrainConfig) -> None:
-    """Raises ValueError where a checkpoint is of another version, teacher or settings than the run of `now`."""
-    if origin["version"] != now["version"]:
-        raise ValueError(f"expected a checkpoint of fastdmd {now['version']}, got one of {origin['version']}")
-    if origin["teacher"] != now["teacher"]:
-        raise ValueError(
-            f"expected the teacher that the run was begun with, {origin['teacher']}, got one of other weights or of "
-            f"another network, {now['teacher']}"
-        )
-    _require_same_settings(config, origin["config"], is_measured=False)
+    @property
+    def iterations(self) -> int: ...
+
+    @property
+    def has_open_end(self) -> bool:
+        """Whether more iterations would be the same up to here."""
+
+    @property
+    def checkpoint(self) -> CheckpointSettings: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +106,7 @@ class Past:
             locked(path / METRICS).close()
         return cls(path, _read(path / CONFIG), _read(path / SUMMARY), found(path))
 
-    def require_same(self, config: ResolvedTrainConfig) -> None:
+    def require_same(self, config: RunConfig) -> None:
         """Raises ValueError for a setting that may not change, and where there is a run but nothing to go on from."""
         if self.config is None:
             if self.checkpoints:
@@ -119,27 +115,82 @@ class Past:
         _require_same_settings(config, self.config, is_measured=(self.path / EVALUATIONS).exists())
         if self.checkpoints and config.iterations < (reached := int(self.checkpoints[0].name)):
             raise ValueError(f"expected --iterations >= {reached}, which the run has reached, got {config.iterations}")
-        never = self.config["checkpoint"]["checkpoint_every"].rstrip("m").strip("0") == ""
-        if not self.checkpoints and not self.is_complete(config) and never and (self.path / METRICS).stat().st_size:
+        kept = self.config.get("checkpoint")  # which runs from before do not have
+        was_kept = kept is not None and not CheckpointSettings(**kept).is_off
+        if not (self.checkpoints or was_kept or self.is_complete(config)) and (self.path / METRICS).stat().st_size:
             raise ValueError(f"expected a checkpoint in {self.path}, got a run with --checkpoint-every 0")
 
-    def is_complete(self, config: ResolvedTrainConfig) -> bool:
+    def is_complete(self, config: RunConfig) -> bool:
         """Whether there is nothing left to do for a run with these settings."""
         if self.summary is None or self.summary["outcome"] != "complete":
             return False
         was_ended = (self.summary["reason"] or "").startswith(ENDED_EARLY)
         return was_ended or self.summary["iterations"] >= config.iterations
 
+    @property
+    def notice(self) -> str:
+        """Of one that is complete."""
+        return f"{self.path} holds a run that is complete; nothing is left to do"
 
-def _require_same_settings(config: ResolvedTrainConfig, recorded: Mapping[str, Any], *, is_measured: bool) -> None:
+
+def past_of(config: RunConfig) -> Past | None:
+    """What is to go on; None for a new run. Raises OSError where `out` is not for one."""
+    if config.out is None:
+        return None
+    past = None if config.checkpoint.resume is None else Past.of(config.out)
+    if past is None:
+        require_new(config.out)
+    return past
+
+
+def open_folder(config: RunConfig, past: Past | None) -> RunFolder:
+    """New, or that of the run. Raises OSError where it cannot be written, or somebody writes to it."""
+    assert config.out is not None
+    if past is None:
+        return RunFolder(config.out, to_json(config))
+    return ReopenedFolder(config.out, to_json(config), begins=not past.checkpoints)
+
+
+def checkpoints_of(
+    config: RunConfig,
+    folder: RunFolder,
+    arguments: Sequence[str],
+    device: torch.device,
+    teacher: DenoisingNetwork | None = None,
+) -> Checkpoints:
+    """Those of a run with these arguments, for which a checkpoint of another run is not whole."""
+    origin = {
+        "version": __version__,
+        "arguments": _without_resume(arguments),
+        "config": to_json(config),
+        "teacher": None if teacher is None else identity(teacher),
+        "versions": versions(device),
+    }
+    require_same = functools.partial(_require_same_origin, now=origin, config=config)
+    return Checkpoints(folder, config.checkpoint, origin, require_same)
+
+
+def _require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig) -> None:
+    """Raises ValueError where a checkpoint is of another version, teacher or settings than the run of `now`."""
+    if origin["version"] != now["version"]:
+        raise ValueError(f"expected a checkpoint of fastdmd {now['version']}, got one of {origin['version']}")
+    if origin["teacher"] != now["teacher"]:
+        raise ValueError(
+            f"expected the teacher that the run was begun with, {origin['teacher']}, got one of other weights or of "
+            f"another network, {now['teacher']}"
+        )
+    _require_same_settings(config, origin["config"], is_measured=False)
+
+
+def _require_same_settings(config: RunConfig, recorded: Mapping[str, Any], *, is_measured: bool) -> None:
     may_change = set(MAY_CHANGE)
     if not is_measured:
         may_change |= UNTIL_MEASURED
-    if config.optimizer.lr_schedule == "constant":
-        may_change |= WITHOUT_END
-    if "mnist" not in (config.teacher, recorded.get("teacher")):  # beside which there are digits
-        may_change.add("--teacher")  # by its weights it is known
+    if config.has_open_end:
+        may_change |= OPEN_END
     current = to_json(config)
+    if "mnist" not in (current.get("teacher"), recorded.get("teacher")):  # beside which there are digits
+        may_change.add("--teacher")  # by its weights it is known
     others = []
     for place, flag in flags(config):
         now, then = _at(current, place), _at(recorded, place)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastdmd.distill.states import digest, load_state, state_of
+from fastdmd.distill.states import digest, load_state, require_same_draws, state_of
 from fastdmd.networks.adapted import Adapted
 from fastdmd.runs import distillation
 from fastdmd.runs.config import TrainConfig
@@ -43,17 +43,17 @@ def test_a_model_goes_on_from_the_state_of_another(name, precision):
     config = CONFIG.replace(precision=precision, gan_guidance_weight=0)
     draws = distillation.make_draws(config, teacher, torch.device("cpu"))
     model, states = distillation.build(config, copy.deepcopy(teacher)), []
-    for step in range(9):
+    for step in range(7):
         for buffer in model.fake_score.buffers():  # as a network's own code may
             buffer.add_(1)
         states.append(saved(model))
         model.iterate(step, draws)
     expected = saved(model)
     assert len(tree_leaves(expected)) > 60
-    for start in (0, 3, 5, 6):
+    for start in (0, 3):
         other = distillation.build(config, copy.deepcopy(teacher))
         load_state(other, states[start])
-        for step in range(start, 9):
+        for step in range(start, 7):
             if step > start:
                 for buffer in other.fake_score.buffers():
                     buffer.add_(1)
@@ -63,9 +63,9 @@ def test_a_model_goes_on_from_the_state_of_another(name, precision):
 
 
 def test_a_digest_tells_draws_apart():
-    teacher = make_network()
-    first, again = (
-        distillation.make_draws(CONFIG.replace(gan_guidance_weight=0), teacher, torch.device("cpu")) for _ in range(2)
-    )
-    other = distillation.make_draws(CONFIG.replace(gan_guidance_weight=0, seed=1), teacher, torch.device("cpu"))
-    assert digest(first(3)) == digest(again(3)) and len({digest(first(3)), digest(first(4)), digest(other(3))}) == 3
+    x, y = torch.rand(2, 3, generator=torch.Generator().manual_seed(0)), torch.arange(3)
+    assert digest(x, None, y) == digest(x.clone(), None, y)
+    assert len({digest(x, y), digest(x + 1e-7, y), digest(y, x), digest(x, None)}) == 4
+    require_same_draws(3, digest(x, y), x, y)
+    with pytest.raises(ValueError, match="expected iteration 3 to draw what it would have, got something else"):
+        require_same_draws(3, digest(x, y), x, y + 1)

@@ -7,14 +7,14 @@ import sys
 import traceback
 
 from fastdmd import train
-from fastdmd.runs import distillation
+from fastdmd.runs import distillation, pretraining
 
 TOUCHES = {"open", "os.rename", "os.remove", "os.truncate", "os.link", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 FAILED = 99
 
 
-def training(folder, arguments, *, kill_at=None, sends=None):
-    """Runs `fastdmd.train` with `--out run` in a folder, in a fork; returns its exit code and what it said on stderr.
+def training(folder, arguments, *, kill_at=None, sends=None, command=train):
+    """Runs a command with `--out run` in a folder, in a fork; returns its exit code and what it said on stderr.
 
     Before it touches a file of its run for the `kill_at`-th time, SIGKILL ends it. `sends` are signals that it gets
     before the iterations of these numbers.
@@ -22,7 +22,7 @@ def training(folder, arguments, *, kill_at=None, sends=None):
     folder.mkdir(exist_ok=True)
     process = os.fork()
     if process == 0:
-        os._exit(_forked(folder, arguments, kill_at, sends or {}))
+        os._exit(_forked(folder, arguments, kill_at, sends or {}, command))
     _, status = os.waitpid(process, 0)
     return os.waitstatus_to_exitcode(status), (folder / "stderr").read_text()
 
@@ -53,20 +53,21 @@ def no_budget(*_):
     """Of what takes a third of the time of so small a run."""
 
 
-def _forked(folder, arguments, kill_at, sends):
-    iterate = distillation.Distillation.iterate
+def _forked(folder, arguments, kill_at, sends, command):
+    owner = distillation.Distillation if command is train else pretraining.Pretraining
+    iterate = owner.iterate
 
     def iterate_after(self, iteration):
         if iteration in sends:
             os.kill(os.getpid(), sends[iteration])
         iterate(self, iteration)
 
-    distillation.Distillation.iterate = iterate_after
+    owner.iterate = iterate_after
     train.budget_of = no_budget
     os.chdir(folder)
     with open("stderr", "w") as sys.stderr, open(os.devnull, "w") as sys.stdout, counted_touches(kill_at):
         try:
-            train.main([*arguments, "--out", "run"])
+            command.main([*arguments, "--out", "run"])
             return 0
         except SystemExit as exit_:
             return exit_.code if isinstance(exit_.code, int) else 1

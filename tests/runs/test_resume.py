@@ -7,9 +7,11 @@ import shutil
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.soak import differences, prepare
-from fastdmd import train
+from fastdmd import pretrain, train
 from fastdmd.networks.weights import save_network
 from fastdmd.runs.lock import locked
 from tests.helpers.kills import counted_touches, no_budget, training
@@ -72,6 +74,10 @@ def test_signals_leave_checkpoints(whole, tmp_path):
     code, error = training(tmp_path, ["--resume", "run", "--log-every", "3"])  # all else it knows
     assert code == 0 and "left out" not in error, error
     assert differences(folder / "run", run) == []
+    seconds = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    assert seconds == sorted(seconds) and seconds[-1] < summary["train_seconds"] < summary["seconds"]
+    assert 0 < summary["first_iteration_seconds"] < summary["seconds"] and summary["evaluation_seconds"] > 0
 
 
 def test_a_run_without_a_checkpoint_begins_again(whole, tmp_path):
@@ -90,6 +96,37 @@ def test_a_run_without_a_checkpoint_begins_again(whole, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     code, error = training(tmp_path, [*arguments, *AUTO])
     assert code == 0 and differences(folder / "run", run) == [], error
+
+
+def test_pretraining_goes_on(whole, tmp_path):
+    """With dropout, which draws from torch's own generator."""
+    data = str(whole[0] / "data.npz")
+    sizes = ["--iterations", "9", "--batch-size", "8", "--model-channels", "8", "--log-every", "2", "--snapshots", "3"]
+    arguments = ["--data", data, *sizes, "--dropout", "0.3", "--label-emphasis", "1.2", "--device", "cpu"]
+    arguments += ["--warmup-iterations", "0", "--num-samples", "30", "--teacher-steps", "2"]
+    code, error = training(tmp_path / "whole", arguments, command=pretrain)
+    assert code == 0, error
+    for sends, expected in (({5: signal.SIGUSR1, 7: signal.SIGKILL}, -signal.SIGKILL), ({}, 0)):
+        code, error = training(tmp_path / "other", [*arguments, *AUTO], sends=sends, command=pretrain)
+        assert code == expected, error
+    assert differences(tmp_path / "whole" / "run", tmp_path / "other" / "run") == []
+    code, error = training(tmp_path / "other", ["--resume", "run", "--dropout", "0.2"], command=pretrain)
+    assert code == 2 and error.endswith("expected the settings that the run was begun with: --dropout 0.3, got 0.2\n")
+
+
+def test_a_run_whose_rates_stay_may_become_longer(whole, tmp_path):
+    """Even one that is complete; it is then as if it had been so long from the start."""
+    _, arguments, _ = whole
+    constant = [*arguments, "--lr-schedule", "constant", "--eval-every", "0", "--num-samples", "0", "--iterations"]
+    for iterations in ("6", "10"):
+        code, error = training(tmp_path / "longer", [*constant, iterations, *AUTO])
+        assert code == 0, error
+    code, error = training(tmp_path / "whole", [*constant, "10"])
+    assert code == 0, error
+    weights = [load_file(tmp_path / name / "run" / "networks.safetensors") for name in ("longer", "whole")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()) and len(weights[0]) > 100
+    code, error = training(tmp_path / "longer", [*constant, "8", *AUTO])
+    assert code == 2 and error.endswith("expected --iterations >= 10, which the run has reached, got 8\n")
 
 
 def test_a_run_that_is_complete_stays_as_it_is(ended, capsys):
