@@ -86,6 +86,7 @@ class Checkpoints:
         if iteration == self._last:
             return
         self._path.mkdir(exist_ok=True)
+        files.flush(self._folder.path)
         best = self._folder.path / BEST
         content = {"origin": self._origin, "lengths": self._folder.lengths(), "run": state()}
         checkpoint.write(self._path / f"{iteration:08d}", content, [best] if best.exists() else [])

@@ -55,6 +55,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = locked(path / METRICS)  # somebody else's files stay, should they have been quicker
         with files.undone_on_failure(self.discard):
+            files.remove_partial(path)
             self.write_json(CONFIG, config)
 
     def discard(self) -> None:
@@ -117,8 +118,10 @@ class RunFolder:
         files.remove_partial(self.path)
         files.remove_partial(self.path / CHECKPOINTS)
         for name in (METRICS, EVALUATIONS):
-            if (self.path / name).exists():
-                os.truncate(self.path / name, lengths.get(name, 0))
+            if name in lengths:
+                os.truncate(self.path / name, lengths[name])
+            else:
+                (self.path / name).unlink(missing_ok=True)
         own = self.path / BEST
         if best is None:
             own.unlink(missing_ok=True)
@@ -164,7 +167,8 @@ def require_new(path: Path) -> None:
     """Raises OSError unless a run can be written there: in a folder without one, or where a folder can be made."""
     if found := _names_in(path):
         raise FileExistsError(
-            f"fastdmd: expected a new folder for --out, got {path}, which already holds a run's {found[0]}"
+            f"fastdmd: expected a new folder for --out, got {path}, which already holds a run's {found[0]}; "
+            "--resume auto goes on with a run"
         )
     outputs.require_folder(path)
 

@@ -29,6 +29,7 @@ from fastdmd.sampling import Sampler
 class Loop:
     """One training in one run folder, measured meanwhile as `course` wants it. To make it is the last part of the
     set-up: the first snapshot is in the folder, or what `checkpoints` have of a run that goes on is where it belongs.
+    With them, `training` is `Resumable`, too.
 
     `watch` looks at what the log tells, for alarms. Raises ValueError where the network gives NaN or infinity before it
     has learned anything, and where no checkpoint is whole.

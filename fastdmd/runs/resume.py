@@ -43,11 +43,8 @@ MAY_CHANGE = {
     "--verbose",
     "--dry-run",
 }
-UNTIL_MEASURED = {
-    "--eval-samples",
-    "--feature-network",
-    "--reference",
-}  # later, distances are compared with earlier ones
+# Later, distances are compared with earlier ones.
+UNTIL_MEASURED = {"--eval-samples", "--feature-network", "--reference"}
 OPEN_END = {"--iterations"}  # where no learning rate falls towards it
 
 
