@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastdmd import files
+from fastdmd.memory import ran_out_of_memory
 from fastdmd.runs import checkpoint, terminal
 from fastdmd.runs.folder import BEST, CHECKPOINTS, RunFolder
 from fastdmd.settings import Settings, at_least, fail
@@ -88,7 +89,7 @@ class Checkpoints:
         self._path.mkdir(exist_ok=True)
         files.flush(self._folder.path)
         best = self._folder.path / BEST
-        content = {"origin": self._origin, "lengths": self._folder.lengths(), "run": state()}
+        content = {"iteration": iteration, "origin": self._origin, "lengths": self._folder.lengths(), "run": state()}
         checkpoint.write(self._path / f"{iteration:08d}", content, [best] if best.exists() else [])
         self._last = iteration
         with contextlib.suppress(OSError):  # what is too much is no reason to end
@@ -106,10 +107,14 @@ class Checkpoints:
         for path in found(self._folder.path):
             try:
                 content = checkpoint.read(path)
+                if content["iteration"] != _iteration(path):
+                    raise ValueError(f"expected a checkpoint of iteration {_iteration(path)} in {path}, got another's")
                 self._require_same(content["origin"])
                 self._folder.require(content["lengths"])
                 load(content["run"])
             except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as error:
+                if ran_out_of_memory(error):
+                    raise
                 faults[path] = error
                 continue
             for broken, fault in faults.items():
@@ -118,7 +123,7 @@ class Checkpoints:
             self._tell_of_versions(content["origin"]["versions"])
             best = path / BEST
             self._folder.go_back(content["lengths"], best if best.exists() else None)
-            self._last = int(path.name)
+            self._last = _iteration(path)
             return True
         if faults:
             path, fault = next(iter(faults.items()))

@@ -222,6 +222,23 @@ def test_a_broken_checkpoint_is_left_out_for_an_older_one(ended, whole, capsys):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["00000012", "00000013"]
 
 
+def test_a_checkpoint_of_another_moment_or_run_is_left_out(ended, capsys):
+    run, arguments = ended
+    interrupted(run)
+    checkpoints = run / "checkpoints"
+    (checkpoints / "00000013").rename(checkpoints / "00000012.mine")
+    (checkpoints / "00000012").rename(checkpoints / "00000013")
+    before = contents(run)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        train.main(arguments)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2 and contents(run) == before
+    assert last == (
+        "fastdmd.train: error: expected a checkpoint of iteration 13 in run/checkpoints/00000013, got another's"
+    )
+
+
 def test_where_no_checkpoint_fits_nothing_changes(ended, capsys):
     run, arguments = ended
     interrupted(run)
