@@ -165,7 +165,7 @@ def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_new(path: Path) -> None:
     """Raises OSError unless a run can be written there: in a folder without one, or where a folder can be made."""
-    if found := _names_in(path):
+    if found := names_in(path):
         raise FileExistsError(
             f"fastdmd: expected a new folder for --out, got {path}, which already holds a run's {found[0]}; "
             "--resume auto goes on with a run"
@@ -173,10 +173,6 @@ def require_new(path: Path) -> None:
     outputs.require_folder(path)
 
 
-def holds_run(path: Path) -> bool:
-    """Or something of one."""
-    return bool(_names_in(path))
-
-
-def _names_in(path: Path) -> list[str]:
+def names_in(path: Path) -> list[str]:
+    """What a folder holds of a run, or may hold of one."""
     return [name for name in (*NAMES, CHECKPOINTS) if (path / name).exists()]

@@ -18,7 +18,7 @@ from fastdmd.networks.tensor_files import read_json
 from fastdmd.runs import checkpoint
 from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
 from fastdmd.runs.cli import to_json
-from fastdmd.runs.folder import CONFIG, EVALUATIONS, METRICS, SUMMARY, ReopenedFolder, RunFolder, holds_run, require_new
+from fastdmd.runs.folder import CONFIG, EVALUATIONS, METRICS, SUMMARY, ReopenedFolder, RunFolder, names_in, require_new
 from fastdmd.runs.lock import locked
 from fastdmd.runs.machine import versions
 from fastdmd.runs.progress import ENDED_EARLY
@@ -97,7 +97,7 @@ class Past:
     @classmethod
     def of(cls, path: Path) -> Past | None:
         """None where there is nothing of a run. Raises OSError where a process writes to it."""
-        if not holds_run(path):
+        if not names_in(path):
             return None
         if (path / METRICS).exists():
             locked(path / METRICS).close()
@@ -106,8 +106,8 @@ class Past:
     def require_same(self, config: RunConfig) -> None:
         """Raises ValueError for a setting that may not change, and where there is a run but nothing to go on from."""
         if self.config is None:
-            if self.checkpoints:
-                raise ValueError(f"expected {CONFIG} in {self.path}, got checkpoints without")
+            if names_in(self.path) != [METRICS] or (self.path / METRICS).stat().st_size:  # not killed as it was made
+                raise ValueError(f"expected a run's {CONFIG} in {self.path}, got {names_in(self.path)[0]} without")
             return
         _require_same_settings(config, self.config, is_measured=(self.path / EVALUATIONS).exists())
         if self.checkpoints and config.iterations < (reached := int(self.checkpoints[0].name)):
@@ -198,10 +198,10 @@ def _require_same_settings(config: RunConfig, recorded: Mapping[str, Any], *, is
 
 
 def _at(config: Mapping[str, Any], place: Sequence[str]) -> Any:
-    found: Any = config
+    value: Any = config
     for name in place:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _read(path: Path) -> dict[str, Any] | None:

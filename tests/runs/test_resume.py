@@ -129,6 +129,23 @@ def test_a_run_whose_rates_stay_may_become_longer(whole, tmp_path):
     assert code == 2 and error.endswith("expected --iterations >= 10, which the run has reached, got 8\n")
 
 
+def test_what_is_no_run_is_neither_gone_on_with_nor_touched(ended, capsys):
+    """What a run that was killed as it was made leaves is empty; all else somebody may want."""
+    run, arguments = ended
+    for keep in ("generator.safetensors", "metrics.jsonl", "checkpoints"):
+        folder = run.parent / f"only-{keep}"
+        (folder if keep != "checkpoints" else folder / keep).mkdir(parents=True)
+        if keep != "checkpoints":
+            shutil.copy(run / keep, folder / keep)
+        before = contents(folder)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            train.main([*arguments, "--out", folder.name])
+        assert exit_.value.code == 2 and contents(folder) == before
+        expected = f"expected a run's config.json in {folder.name}, got {keep} without\n"
+        assert capsys.readouterr().err.endswith(expected)
+
+
 def test_a_run_that_is_complete_stays_as_it_is(ended, capsys):
     run, arguments = ended
     before = contents(run)
