@@ -104,8 +104,14 @@ def start(arguments: list[str], folder: Path, *options: str) -> subprocess.Popen
     command = [sys.executable, "-W", "ignore", "-m", "fastdmd.train", *arguments]
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, "--out", "run", *options], cwd=folder, env=environment, **quiet)  # type: ignore[call-overload]
+    return subprocess.Popen(
+        [*command, "--out", "run", *options],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def main() -> None:
