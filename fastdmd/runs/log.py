@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from fastdmd.distill.tally import Reading
@@ -53,7 +54,7 @@ class Log:
         self._judge(readings, progress, num_iterations)
         self._iteration, self._written = progress.iterations, now
 
-    def see_average(self, samples: Any) -> None:
+    def see_average(self, samples: Tensor) -> None:
         """Samples of a snapshot, of which the watch wants to know."""
         if self._watch is not None:
             self._watch.see_average(samples)
