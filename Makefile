@@ -10,7 +10,7 @@ TORCHES := 2.11.0 2.14.1
 TORCH ?= $(lastword $(TORCHES))
 OTHER = build/torch-$(TORCH)
 
-.PHONY: train test sanitize test-torch test-matrix test-cuda-build lint bench gpu gpu-kit clean
+.PHONY: train test sanitize test-torch test-matrix test-cuda-build lint bench soak gpu gpu-kit clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
@@ -55,6 +55,10 @@ lint: .venv/ready-dev
 
 bench: .venv/ready-dev
 	$(VENV) -m benchmarks.bench_ops $(ARGS)
+
+# A real training, killed a hundred times at random moments, and compared with one that was not.
+soak: .venv/ready
+	$(VENV) -m benchmarks.soak $(ARGS)
 
 # Takes the Python that has a CUDA torch; what else that lacks comes from .gpu-kit, if it is there.
 gpu:

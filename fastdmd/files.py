@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+PARTIAL = ".fastdmd-"  # how the name of what is half written begins
 
 _undo: list[Callable[[], None]] = []  # of what is half done at this moment
 
@@ -27,15 +30,72 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` that nobody uses: the file that is made there takes the place of `path` at the end."""
-    partial = path.with_name(f".fastdmd-{secrets.token_hex(8)}")
-    with undone_on_failure(lambda: partial.unlink(missing_ok=True)):
-        try:
-            yield partial
-            os.replace(partial, path)
-        except OSError as error:
-            if error.errno is not None and error.filename in (None, str(partial)):
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            raise
+    partial = _beside(path)
+    with undone_on_failure(lambda: partial.unlink(missing_ok=True)), _named(path, partial):
+        yield partial
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that nobody uses: with the files that are put there it becomes `path`, which is new, when
+    the disk has all of it. Raises as `write_atomically` does."""
+    partial = _beside(path)
+    with undone_on_failure(lambda: shutil.rmtree(partial)), _named(path, partial):
+        partial.mkdir()
+        yield partial
+        for part in (*partial.iterdir(), partial):
+            flush(part)
+        os.rename(partial, path)
+        flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Nobody sees half of it left."""
+    partial = _beside(path)
+    os.rename(path, partial)
+    shutil.rmtree(partial)
+
+
+def remove_partial(folder: Path) -> None:
+    """What processes that were killed have left half written there; for the only one that writes there."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def copy(source: Path, target: Path) -> None:
+    """Under a second name where the disk knows such: it stays when another file takes the place of the source."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def flush(path: Path) -> None:
+    """Waits until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+
+
+@contextlib.contextmanager
+def _named(path: Path, partial: Path) -> Iterator[None]:
+    """Errors name `path`, of which nobody knows another name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(partial)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 @contextlib.contextmanager

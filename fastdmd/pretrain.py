@@ -8,6 +8,7 @@ if __name__ == "__main__":
     startup.prepare("fastdmd.pretrain")
 
 import dataclasses
+import sys
 
 import torch
 
@@ -16,8 +17,7 @@ from fastdmd.distill.budget import training_bytes
 from fastdmd.distill.optimization import warm_up_notice
 from fastdmd.memory import require_memory
 from fastdmd.networks.unet import UNet, UNetConfig
-from fastdmd.runs import cli, machine, terminal
-from fastdmd.runs.folder import RunFolder, require_new
+from fastdmd.runs import cli, machine, resume, terminal
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.pretraining import PretrainConfig, Pretraining
 
@@ -26,11 +26,13 @@ ADVICE = "a smaller --batch-size or --model-channels needs less"
 
 @terminal.command("fastdmd.pretrain")
 def main(arguments: list[str] | None = None) -> None:
+    with cli.user_errors("fastdmd.pretrain"):
+        arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
     config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
     with cli.user_errors("fastdmd.pretrain", advice=ADVICE):
         device = cli.resolve_device(config.device)
-        if not config.dry_run:
-            require_new(config.out)
+        past = None if config.dry_run else resume.past_of(config)
+        config = config.replace(resume=None)
         if (notice := warm_up_notice(config.iterations, config.warmup_iterations)) is not None:
             terminal.say(notice)
         machine.prepare(device, batch_size=config.batch_size)
@@ -44,6 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
             network = UNet(architecture)
         else:
             dataset = config.data.load(image_shape=network.image_shape, num_classes=network.num_classes, device=device)
+        if past is not None:
+            past.require_same(config)
+            if past.is_complete(config):
+                print(past.notice)
+                return
         if config.dry_run:
             cli.print_resolved(config, network)
             return
@@ -51,9 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
         if config.label_emphasis != 1 and network.num_classes == 0:
             raise ValueError(f"expected --label-emphasis 1 without class labels, got {config.label_emphasis}")
         evaluation = cli.make_evaluation(config, network, dataset if config.data.path else None, device)
-        folder = RunFolder(config.out, cli.to_json(config))
+        folder = resume.open_folder(config, past)
         with folder.being_set_up():
-            loop = Loop(Pretraining(config, network, dataset, folder), config, folder)
+            training = Pretraining(config, network, dataset, folder)
+            checkpoints = resume.checkpoints_of(config, folder, arguments, device)
+            loop = Loop(training, config, folder, checkpoints=checkpoints)
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {folder.path}, on {device}")
     with cli.run_errors("fastdmd.pretrain", "training", ADVICE):
         summary = loop.run(evaluation)

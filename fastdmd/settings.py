@@ -37,6 +37,7 @@ __all__ = [
     "check",
     "commas",
     "fail",
+    "flags",
     "inputs",
     "within",
 ]
@@ -87,6 +88,16 @@ def inputs(settings: Any) -> Iterator[str | Path]:
             yield from inputs(value)
         elif value is not None and Input in _metadata(hints[field.name]):
             yield value
+
+
+def flags(settings: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every field, by the names that lead to it from room to room, and its flag."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flags(value, (*place, field.name))
+        else:
+            yield (*place, field.name), f"--{_flag(settings, field.name)}"
 
 
 def fail(settings: Any, name: str, expected: str) -> NoReturn:

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     startup.prepare("fastdmd.train")
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from fastdmd.distill.budget import Budget, estimate
 from fastdmd.distill.optimization import averages_notice, warm_up_notice
 from fastdmd.memory import require_memory
 from fastdmd.networks.unet import UNet
-from fastdmd.runs import cli, distillation, machine, terminal
+from fastdmd.runs import cli, distillation, machine, resume, terminal
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.course import Course
-from fastdmd.runs.folder import BEST, GENERATOR, PLOT, RunFolder, require_new
+from fastdmd.runs.folder import BEST, GENERATOR, PLOT
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
 from fastdmd.runs.stages import read_stage
@@ -36,11 +37,12 @@ BYTES_PER_PAIR = 3 * 4  # more with a regression: noise, the teacher's images, a
 @terminal.command("fastdmd.train")
 def main(arguments: list[str] | None = None) -> None:
     presets = {name: preset.config for name, preset in PRESETS.items()}
+    with cli.user_errors("fastdmd.train"):
+        arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
     chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
     with cli.user_errors("fastdmd.train"):
         device = cli.resolve_device(chosen.device)
-        if not chosen.dry_run and chosen.out is not None:
-            require_new(chosen.out)
+        past = None if chosen.dry_run else resume.past_of(chosen)
         if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
             terminal.say(notice)
         averages = chosen.optimizer.averages(chosen.batch_size)
@@ -48,8 +50,15 @@ def main(arguments: list[str] | None = None) -> None:
         if chosen.init_from is None and (notice := averages_notice(averages, updates)) is not None:
             terminal.say(notice)
         teacher, metadata = load_teacher(chosen, device)
-        stage = None if chosen.init_from is None else read_stage(chosen.init_from, teacher)
-        config = chosen.for_teacher(teacher, device)
+        stage = None
+        if chosen.init_from is not None and not (past and past.checkpoints):
+            stage = read_stage(chosen.init_from, teacher)
+        config = chosen.replace(resume=None).for_teacher(teacher, device)
+        if past is not None:
+            past.require_same(config)
+            if past.is_complete(config):
+                print(past.notice)
+                return
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
         dataset = config.data.load_named(teacher)
         real = distillation.real_images(config, teacher, dataset)
@@ -76,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(advice)
             print(f"{advice} (an estimate)")
         evaluation = cli.make_evaluation(config, teacher, dataset, device)
-        folder = RunFolder(config.out, cli.to_json(config))
+        folder = resume.open_folder(config, past)
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
         with folder.being_set_up():
@@ -84,7 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
             for notice in training.notices:
                 terminal.say(notice)
             course = Course(training, config.monitor, evaluation, folder, config.batch_size)
-            loop = Loop(training, config, folder, course, distillation.make_watch(config, training.model, dataset))
+            watch = distillation.make_watch(config, training.model, dataset)
+            checkpoints = resume.checkpoints_of(config, folder, arguments, device, teacher)
+            loop = Loop(training, config, folder, course, watch, checkpoints)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:

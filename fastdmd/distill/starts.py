@@ -66,6 +66,10 @@ def copy_tensors(source: Start, target: Start) -> None:
             value.copy_(getattr(source, name))
 
 
+def tensors_of(values: Start) -> list[Tensor]:
+    return [value for value in vars(values).values() if isinstance(value, Tensor)]
+
+
 def start_of(values: Start) -> Start:
     """That much of it."""
     return Start(**{field.name: getattr(values, field.name) for field in dataclasses.fields(Start)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -116,6 +117,14 @@ class ClassSums:
         means = sums[:, :-1] / sums[:, -1:].clamp(min=1)
         apart = rows[:, :-1] - members.T @ means * rows[:, -1:]  # zero of what is left out
         self._within += torch.stack([apart.square().sum(), (sums[:, -1] - 1).clamp(min=0).sum()])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its own tensors, to be read at once."""
+        return {"sums": self._sums, "within": self._within}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, own in self.state_dict().items():
+            own.copy_(state[name].view_as(own))
 
     def read(self, least_images: int = 1) -> ClassFigures | None:
         """Waits for the device; the next reading starts from here. None, and nothing starts, of fewer images."""

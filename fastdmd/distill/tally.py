@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ class Tally:
     def scalars(self) -> dict[str, Tensor]:
         """Those of the last turn, 0-dim each, until the next one."""
         return dict(zip(self.names, self.latest, strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its own tensors, to be read at once; the scalars of the last turn have no future."""
+        return {"sums": self._sums, "weighted": self._weighted, "counts": self._counts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, own in self.state_dict().items():
+            own.copy_(state[name].view_as(own))
 
     def read(self) -> Reading:
         """Waits for the device; the next reading starts from here."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastdmd.ops.adamw_ema import check_options
 from fastdmd.optim.averages import Averages, decays_of
@@ -253,13 +254,17 @@ class AdamWEMA(FlatOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, by parameter name, whatever the layout of the buffers."""
+        return tree_map_only(Tensor, torch.clone, self.state_views())
+
+    def state_views(self) -> dict[str, Any]:
+        """`state_dict()` whose tensors are the optimizer's own: no second copy on a device; to be read, and at once."""
         self._adopt()
         kinds = self._buffers.by_name(self._names, self._masters)
         return {
             "num_updates": self.num_updates,
-            "steps": [group.step.clone() for group in self._groups],
+            "steps": [group.step for group in self._groups],
             "param_groups": list(map(without_parameters, self.param_groups)),
-            **{kind: {name: view.clone() for name, view in own.items()} for kind, own in kinds.items()},
+            **kinds,
         }
 
     @torch.no_grad()

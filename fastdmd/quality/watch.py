@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -72,6 +74,25 @@ class Watch:
             return
         self._average = image_statistics(samples.flatten(0, 1))[IMAGE_STATISTICS.index("spread")].item()
         self._spread_then = self._history[-1].get("spread") if self._history else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and texts alone, some of which JSON has only as Python writes it: NaN and infinity."""
+        return {
+            "history": list(self._history),
+            "pool": list(self._pool),
+            "seen": dict(self._seen),
+            "told": sorted(self._told),
+            "average": self._average,
+            "spread_then": self._spread_then,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._history = deque(state["history"], maxlen=LONGEST_HISTORY)
+        self._pool = [(num_images, num_judged, known) for num_images, num_judged, known in state["pool"]]
+        self._seen = dict(state["seen"])
+        self._told = set(state["told"])
+        self._average = state["average"]
+        self._spread_then = state["spread_then"]
 
     def _judge(self, iteration: int, reading: Reading) -> list[Alarm]:
         begin = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastdmd.quality import Measurement
 from fastdmd.sampling import Sampler
@@ -29,3 +30,11 @@ class Candidates:
         if distances:
             self.kept = min(distances, key=distances.__getitem__)
         return measured.get(self.kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["kept"] not in self.samplers:
+            raise ValueError(f"fastdmd: expected one of {', '.join(self.samplers)} to be kept, got {state['kept']}")
+        self.kept = state["kept"]

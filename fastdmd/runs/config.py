@@ -17,6 +17,7 @@ from fastdmd.distill.gan import GAN, GANSettings
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps, Monitor, MonitorSettings
+from fastdmd.runs.checkpoints import CheckpointSettings
 from fastdmd.runs.precision import Compute, ComputeSettings
 from fastdmd.settings import Input, OmitArgPrefixes, Positional, Settings, Switch, above, at_least, fail, within
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
@@ -74,7 +75,7 @@ class TrainConfig(CommandConfig):
     """Folder of a run to go on from, with other settings: generator, fake score, head and averages start as it left
     them, optimizers anew."""
     out: Path | None = None
-    """Run folder; must not hold a run yet. Default: runs/PRESET-DATE-TIME."""
+    """Run folder; must not hold a run yet, but for --resume auto. Default: runs/PRESET-DATE-TIME."""
     iterations: Iterations = 2400
     """Guidance turns; one in dfake_gen_update_ratio of them comes with a generator turn."""
     batch_size: BatchSize = 48
@@ -93,6 +94,7 @@ class TrainConfig(CommandConfig):
     gan: Annotated[GANSettings, OmitArgPrefixes] = GANSettings()
     compute: Annotated[ComputeSettings, OmitArgPrefixes] = ComputeSettings()
     monitor: Annotated[MonitorSettings, OmitArgPrefixes] = MonitorSettings()
+    checkpoint: Annotated[CheckpointSettings, OmitArgPrefixes] = CheckpointSettings()
     log_every: Iterations = 50
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10
@@ -109,8 +111,15 @@ class TrainConfig(CommandConfig):
         if self.method.name != "dmd2" and self.gan.divergence != "reverse-kl":
             fail(self.gan, "divergence", f"reverse-kl with --method {self.method.name}")
         self.optimizer.averages(self.batch_size)  # raises where one is too long for it
+        if self.checkpoint.resume is not None and self.out is None:
+            fail(self.checkpoint, "resume", "together with --out")
         if self.monitor.eval_every and not self.evaluation.num_samples:
             fail(self.monitor, "eval_every", "0 with --num-samples 0")
+
+    @property
+    def has_open_end(self) -> bool:
+        """Whether more iterations would be the same up to the last one of these."""
+        return self.optimizer.lr_schedule == "constant"
 
     def placed(self) -> Self:
         name = f"{self.preset}-{time.strftime('%Y%m%d-%H%M%S')}"

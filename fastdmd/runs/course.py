@@ -117,6 +117,18 @@ class Course:
             f"{self._num_worse} measurements"
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The weights of the best are a file of the run's folder."""
+        best = None if self.best is None else dataclasses.asdict(self.best)
+        return {"curves": self._curves, "num_worse": self._num_worse, "best": best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._curves = {
+            name: [(images, distance) for images, distance in state["curves"][name]] for name in self._curves
+        }
+        self._num_worse = state["num_worse"]
+        self.best = None if state["best"] is None else Best(**state["best"])
+
     # At the end.
 
     def choose(self, name: str, measure: Measure) -> Measurement | None:

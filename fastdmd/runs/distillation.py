@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,8 @@ from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.regression import with_pairs
+from fastdmd.distill.starts import tensors_of
+from fastdmd.distill.states import digest, load_state, require_same_draws, state_of
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
@@ -207,6 +209,7 @@ class Distillation:
         self._teacher, self._teacher_record = teacher, teacher_record
         self._folder = folder.path
         self._networks_of: tuple[int, str] | None = None  # iteration and kept average of the networks on the disk
+        self._next = 0  # iteration
         self._draws = make_draws(config, teacher, device, real, pairs)
         self._sheet = SampleSheet(teacher, config.seed, device)
 
@@ -215,7 +218,23 @@ class Distillation:
         return self._networks[self.candidates.kept]
 
     def iterate(self, iteration: int) -> None:
+        self._next = iteration + 1
         self.model.iterate(iteration, self._draws)
+
+    def state_dict(self) -> dict[str, Any]:
+        """And a digest of what the next iteration draws: images that are others by then would be no continuation."""
+        return {
+            "model": state_of(self.model),
+            "candidates": self.candidates.state_dict(),
+            "next": self._next,
+            "draws": digest(*tensors_of(self._draws(self._next))),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._next = state["next"]
+        require_same_draws(self._next, state["draws"], *tensors_of(self._draws(self._next)))
+        load_state(self.model, state["model"])
+        self.candidates.load_state_dict(state["candidates"])
 
     def finish(self) -> None:
         pass

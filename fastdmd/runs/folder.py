@@ -5,25 +5,34 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastdmd import files
 from fastdmd.runs import outputs
+from fastdmd.runs.lock import locked
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 GENERATOR = "generator.safetensors"  # the average that a run keeps, as it was last
 BEST = "best.safetensors"  # as it was when it measured best
 NETWORKS = "networks.safetensors"  # what a second stage starts from, see `stages`; optimizers are not in it
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"  # which is locked, too, as long as somebody writes here
 EVALUATIONS = "evaluation.jsonl"
 PLOT = "quality.png"
+SUMMARY = "summary.json"  # of a run that has ended
+CHECKPOINTS = "checkpoints"  # a folder
 NAMES = (
-    "config.json",
-    "metrics.jsonl",
+    CONFIG,
+    METRICS,
     EVALUATIONS,
     "samples.png",
     PLOT,
-    "summary.json",
+    SUMMARY,
     GENERATOR,
     BEST,
     NETWORKS,
@@ -40,17 +49,33 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict[str, Any]):
         require_new(path)
-        self.path = path
+        self.path, self._config = path, config
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]  # deepest first
-        with files.undone_on_failure(self.discard):
+        with files.undone_on_failure(self._remove_made):
             path.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", config)
-            (path / "metrics.jsonl").touch()
+            self._lock = locked(path / METRICS)  # somebody else's files stay, should they have been quicker
+        with files.undone_on_failure(self.discard):
+            files.remove_partial(path)
+            self.write_json(CONFIG, config)
 
     def discard(self) -> None:
         """Leaves the place as it was before."""
         for name in NAMES:
             (self.path / name).unlink(missing_ok=True)
+        self.close()
+        self._remove_made()
+
+    def close(self) -> None:
+        """From here on another process may write to it."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _remove_made(self) -> None:
         for folder in self._made:
             folder.rmdir()  # fails, as it should, where somebody has put something else
 
@@ -66,13 +91,71 @@ class RunFolder:
 
     def log(self, **values: Any) -> None:
         """A line of metrics.jsonl. Raises OSError where it cannot be written, in a folder that is gone too."""
-        self.append("metrics.jsonl", [values])
+        self.append(METRICS, [values])
 
     def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         """Lines of JSON, which has no NaN and no infinity: such a number is null. Raises as `log` does."""
         text = "".join(json.dumps(_as_json(line), allow_nan=False) + "\n" for line in lines)
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text)
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of the files that grow, all of which the disk has by then."""
+        paths = [path for name in (METRICS, EVALUATIONS) if (path := self.path / name).exists()]
+        for path in paths:
+            files.flush(path)
+        return {path.name: path.stat().st_size for path in paths}
+
+    def require(self, lengths: Mapping[str, int]) -> None:
+        """Raises ValueError where a file lacks some of what it had when it was so long."""
+        for name, length in lengths.items():
+            path = self.path / name
+            if name not in (METRICS, EVALUATIONS) or (got := path.stat().st_size if path.exists() else 0) < length:
+                raise ValueError(f"expected at least {length} bytes of {path}, got {got}")
+
+    def go_back(self, lengths: Mapping[str, int], best: Path | None) -> None:
+        """To when its files had these lengths, and `best` was the best. Killed inside, it goes back once more."""
+        files.remove_partial(self.path)
+        files.remove_partial(self.path / CHECKPOINTS)
+        for name in (METRICS, EVALUATIONS):
+            if name in lengths:
+                os.truncate(self.path / name, lengths[name])
+            else:
+                (self.path / name).unlink(missing_ok=True)
+        own = self.path / BEST
+        if best is None:
+            own.unlink(missing_ok=True)
+        elif not own.exists() or not own.samefile(best):  # of two names of one file, none replaces the other
+            with files.replacing(own) as partial:
+                files.copy(best, partial)
+        self._start()
+
+    def _start(self) -> None:
+        """A run that has ended goes on, perhaps with other settings."""
+        (self.path / SUMMARY).unlink(missing_ok=True)
+        self.write_json(CONFIG, self._config)
+
+
+class ReopenedFolder(RunFolder):
+    """The folder of a run that goes on: it stays as it is until it goes back, or `begins` where nothing was reached.
+
+    Raises OSError where it cannot be written, or somebody else writes to it.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], *, begins: bool):
+        outputs.require_folder(path)
+        self.path, self._config = path, config
+        self._lock = locked(path / METRICS)
+        if begins:
+            files.remove_partial(path)
+            for name in {*NAMES} - {CONFIG, METRICS}:
+                (path / name).unlink(missing_ok=True)
+            os.truncate(path / METRICS, 0)
+            self._start()
+
+    def discard(self) -> None:
+        """Nothing of what there is."""
+        self.close()
 
 
 def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +165,14 @@ def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_new(path: Path) -> None:
     """Raises OSError unless a run can be written there: in a folder without one, or where a folder can be made."""
-    if found := [name for name in NAMES if (path / name).exists()]:
+    if found := names_in(path):
         raise FileExistsError(
-            f"fastdmd: expected a new folder for --out, got {path}, which already holds a run's {found[0]}"
+            f"fastdmd: expected a new folder for --out, got {path}, which already holds a run's {found[0]}; "
+            "--resume auto goes on with a run"
         )
     outputs.require_folder(path)
+
+
+def names_in(path: Path) -> list[str]:
+    """What a folder holds of a run, or may hold of one."""
+    return [name for name in (*NAMES, CHECKPOINTS) if (path / name).exists()]

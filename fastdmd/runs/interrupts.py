@@ -12,6 +12,7 @@ from types import FrameType
 
 from fastdmd import files
 
+ASKS = getattr(signal, "SIGUSR1", None)  # for a checkpoint
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -30,6 +31,8 @@ def exit_on_signals(command: str) -> None:
 
     for number in _heeded():
         signal.signal(number, leave)
+    if ASKS is not None:
+        signal.signal(ASKS, signal.SIG_IGN)  # too early, it would end the process
 
 
 @contextlib.contextmanager
@@ -54,6 +57,26 @@ def deferred() -> Iterator[Callable[[], int | None]]:
         yield lambda: received[0] if received else None
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[Callable[[], bool]]:
+    """Inside, the yielded function says whether SIGUSR1, which asks for a checkpoint, has come since it was called."""
+    received: list[int] = []
+
+    def take() -> bool:
+        is_asked = bool(received)
+        received.clear()
+        return is_asked
+
+    if ASKS is None or threading.current_thread() is not threading.main_thread():
+        yield take
+        return
+    previous = signal.signal(ASKS, lambda number, frame: received.append(number))
+    try:
+        yield take
+    finally:
+        signal.signal(ASKS, previous)
 
 
 def _heeded() -> list[signal.Signals]:

@@ -6,75 +6,33 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdmd.distill.tally import Reading, Tally
 from fastdmd.networks.user_code import reason
 from fastdmd.quality import Evaluation, Measurement, table
-from fastdmd.quality.alarms import Alarm
 from fastdmd.quality.watch import Watch
-from fastdmd.runs import interrupts
+from fastdmd.runs import interrupts, randomness
+from fastdmd.runs.checkpoints import Checkpoints
 from fastdmd.runs.course import Course
 from fastdmd.runs.folder import RunFolder
+from fastdmd.runs.log import Log
 from fastdmd.runs.machine import versions
 from fastdmd.runs.pictures import SampleHistory
-from fastdmd.runs.progress import Interrupted, Progress, Received, show, stop_if_interrupted
+from fastdmd.runs.progress import ENDED_EARLY, Interrupted, Progress, Received, stop_if_interrupted
+from fastdmd.runs.training import LoopSettings, Resumable, Training
 from fastdmd.sampling import Sampler
-
-BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
-
-
-class LoopSettings(Protocol):
-    """What the loop reads of a configuration."""
-
-    @property
-    def iterations(self) -> int: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def log_every(self) -> int: ...
-
-    @property
-    def snapshots(self) -> int: ...
-
-
-class Training(Protocol):
-    """What the loop is given: one step of it, and what to keep, to show and to measure."""
-
-    @property
-    def network(self) -> nn.Module:
-        """The one that is kept, shown and measured."""
-
-    @property
-    def tallies(self) -> Sequence[Tally]:
-        """Of its kinds of turns."""
-
-    def iterate(self, iteration: int) -> None: ...
-
-    def finish(self) -> None:
-        """What is left to do to the network when no iteration follows."""
-
-    def samples(self) -> Tensor:
-        """For samples.png: `[rows, columns, C, H, W]`; column 0 keeps its noise from call to call."""
-
-    def save(self, iteration: int, **information: Any) -> None: ...
-
-    def measurements(self) -> Iterable[tuple[str, Sampler, dict | None]]:
-        """Rows of the table, `network` first: name, sampler, what is on record of it."""
 
 
 class Loop:
     """One training in one run folder, measured meanwhile as `course` wants it. To make it is the last part of the
-    set-up: the first snapshot is in the folder.
+    set-up: the first snapshot is in the folder, or what `checkpoints` have of a run that goes on is where it belongs.
+    With them, `training` is `Resumable`, too.
 
     `watch` looks at what the log tells, for alarms. Raises ValueError where the network gives NaN or infinity before it
-    has learned anything.
+    has learned anything, and where no checkpoint is whole.
     """
 
     def __init__(
@@ -84,12 +42,17 @@ class Loop:
         folder: RunFolder,
         course: Course | None = None,
         watch: Watch | None = None,
+        checkpoints: Checkpoints | None = None,
     ):
         self._training, self._settings, self._folder = training, settings, folder
-        self._course, self._watch = course, watch
+        self._course, self._checkpoints = course, checkpoints
+        self._log = Log(training, settings, folder, watch)
         self._history = SampleHistory(folder.path / "samples.png")
+        self._progress = Progress()
         self._started = time.perf_counter()
         self._unwritten: str | None = None  # what the disk said last
+        if checkpoints is not None and checkpoints.restore(self.load_state_dict):
+            return
         if (fault := self._snapshot(0)) is not None:
             raise ValueError(f"fastdmd: expected a network to start from, got {fault}")
 
@@ -101,12 +64,12 @@ class Loop:
         whatever a network of the user's own or a lack of memory raises: then the outcome in the folder is "failed", and
         what was reached is saved.
         """
-        progress = Progress()
+        progress = self._progress
         rows: dict[str, Measurement] = {}
         floor = evaluation.floor if evaluation else Measurement(None, None)
-        with interrupts.deferred() as received:
+        with self._folder, interrupts.deferred() as received, interrupts.asked() as is_asked:
             try:
-                self._train(progress, received)
+                self._train(progress, received, is_asked)
                 self._measure(evaluation, progress, rows, received)
             except (Exception, SystemExit) as error:
                 progress.outcome, progress.reason = "failed", reason(error)
@@ -136,45 +99,72 @@ class Loop:
         self._folder.write_json("summary.json", summary)
         return summary
 
-    def _train(self, progress: Progress, received: Received) -> None:
-        settings, logged_at = self._settings, 0
-        snapshot_every = -(-settings.iterations // settings.snapshots)
-        started = logged = time.perf_counter()
-        with tqdm(total=settings.iterations, unit="it", dynamic_ncols=True) as bar:
+    def _train(self, progress: Progress, received: Received, is_asked: Callable[[], bool]) -> None:
+        settings = self._settings
+        self._log.start()
+        with tqdm(total=settings.iterations, initial=progress.iterations, unit="it", dynamic_ncols=True) as bar:
+            if progress.iterations > 0:
+                self._attend(progress, received, bar)  # to what was due when the checkpoint was written
             while progress.iterations < settings.iterations and progress.goes_on:
                 self._training.iterate(progress.iterations)
                 progress.iterations += 1
                 bar.update()
-                iteration, is_last = progress.iterations, progress.iterations == settings.iterations
-                if iteration == 1:
+                if progress.iterations == 1:
                     self._training.tallies[0].latest.tolist()  # waits for the device
                     progress.first_iteration_seconds = time.perf_counter() - self._started
                     bar.write(f"first iteration done after {progress.first_iteration_seconds:.1f} s")
-                if (number := received()) is not None:
-                    progress.outcome, progress.signal = "interrupted", number
-                elif self._course is not None and self._course.is_due(iteration, is_last=is_last):
-                    seconds = self._evaluate(self._course, progress, received, bar)
-                    started += seconds
-                    logged += seconds
-                if iteration % settings.log_every == 0 or is_last or not progress.goes_on:
-                    readings = [tally.read() for tally in self._training.tallies]
-                    num_images, now = (iteration - logged_at) * settings.batch_size, time.perf_counter()
-                    line = self._line(readings, progress)
-                    alarms = self._look(readings, line, progress)
-                    line |= {"seconds": now - started, "images_per_second": num_images / (now - logged)}
-                    self._keep(functools.partial(self._folder.log, **line), bar)
-                    show(bar, line, alarms)
-                    self._judge(readings, progress, iteration - logged_at)
-                    logged_at, logged = iteration, now
-                if iteration % snapshot_every == 0 and not is_last and progress.goes_on:
-                    self._keep(lambda: self._snapshot_or_end(progress), bar)
+                is_last = progress.iterations == settings.iterations
+                if self._checkpoints is not None:
+                    if self._checkpoints.is_due(progress.iterations, is_last=is_last, is_asked=is_asked()):
+                        self._write_checkpoint(self._checkpoints, bar)
+                self._attend(progress, received, bar)
         if progress.outcome != "diverged":
             self._training.finish()
             self._snapshot_or_end(progress)
         progress.train_seconds = time.perf_counter() - self._started - progress.evaluation_seconds
 
-    def _evaluate(self, course: Course, progress: Progress, received: Received, bar: tqdm) -> float:
-        """A measurement of `course`, after which the run may end; the seconds that it took."""
+    def _attend(self, progress: Progress, received: Received, bar: tqdm) -> None:
+        """To what is due after an iteration, all of which comes after its checkpoint: a measurement, a line of the log,
+        a snapshot. A run that a signal ends leaves a checkpoint from before that."""
+        settings, iteration = self._settings, progress.iterations
+        is_last = iteration == settings.iterations
+        if (number := received()) is not None:
+            progress.outcome, progress.signal = "interrupted", number
+        elif self._course is not None and self._course.is_due(iteration, is_last=is_last):
+            self._evaluate(self._course, progress, received, bar)
+        if progress.outcome == "interrupted" and self._checkpoints is not None and not self._checkpoints.is_off:
+            self._write_checkpoint(self._checkpoints, bar)
+        keep = functools.partial(self._keep, bar=bar)
+        if iteration % settings.log_every == 0 or is_last or not progress.goes_on:
+            self._log.write(progress, bar, keep)
+        snapshot_every = -(-settings.iterations // settings.snapshots)
+        if iteration % snapshot_every == 0 and not is_last and progress.goes_on:
+            keep(lambda: self._snapshot_or_end(progress))
+
+    def _write_checkpoint(self, checkpoints: Checkpoints, bar: tqdm) -> None:
+        self._keep(lambda: checkpoints.write(self._progress.iterations, self.state_dict), bar)
+
+    def state_dict(self) -> dict[str, Any]:
+        """After an iteration, before what is due then."""
+        return {
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            "seconds": time.perf_counter() - self._started,
+            "random": randomness.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self._started = time.perf_counter() - state["seconds"]
+        randomness.restore(state["random"])
+
+    def _parts(self) -> dict[str, Resumable]:
+        parts: dict[str, Any] = {"progress": self._progress, "log": self._log, "samples": self._history}
+        parts["training"] = self._training
+        return parts if self._course is None else {**parts, "course": self._course}
+
+    def _evaluate(self, course: Course, progress: Progress, received: Received, bar: tqdm) -> None:
+        """A measurement of `course`, after which the run may end."""
         before = time.perf_counter()
         try:
             course.evaluate(
@@ -187,11 +177,11 @@ class Loop:
             progress.outcome, progress.signal = "interrupted", received()
         is_last = progress.iterations == self._settings.iterations
         if progress.goes_on and not is_last and (verdict := course.verdict) is not None:
-            progress.reason = f"ended early: {verdict}"
+            progress.reason = f"{ENDED_EARLY}: {verdict}"
             bar.write(progress.reason)
         seconds = time.perf_counter() - before
         progress.evaluation_seconds += seconds
-        return seconds
+        self._log.pause(seconds)
 
     def _measure(
         self,
@@ -231,44 +221,6 @@ class Loop:
         except Interrupted:
             progress.outcome, progress.signal = "interrupted", received()
 
-    def _line(self, readings: list[Reading], progress: Progress) -> dict[str, Any]:
-        """For metrics.jsonl; what never happens is not mentioned."""
-        line: dict[str, Any] = {"iteration": progress.iterations}
-        for reading in readings:
-            if reading.num_good + reading.num_bad:
-                line |= reading.means
-        skipped = sum(reading.num_bad for reading in readings)
-        left_out = round(sum(reading.left_out for reading in readings) * self._settings.batch_size)
-        progress.skipped_updates += skipped
-        progress.left_out_images += left_out
-        counts = {"skipped_updates": skipped, "left_out_images": left_out}
-        return line | {name: count for name, count in counts.items() if count}
-
-    def _look(self, readings: list[Reading], line: dict[str, Any], progress: Progress) -> list[Alarm]:
-        """The alarms that begin, which the line then holds, too; the first tally is that of the watched images, the
-        second that of the turns in which a discriminator judges as many real and generated ones."""
-        if self._watch is None:
-            return []
-        num_images, num_judged = (
-            num_turns * self._settings.batch_size for num_turns in (readings[0].num_watched, 2 * readings[1].num_good)
-        )
-        figures, alarms = self._watch.read(progress.iterations, line, num_images, num_judged)
-        line |= figures | ({"alarms": [alarm.kind for alarm in alarms]} if alarms else {})
-        progress.alarms += alarms
-        return alarms
-
-    def _judge(self, readings: list[Reading], progress: Progress, num_iterations: int) -> None:
-        """Ends a run whose last turns of a kind all came to nothing; the readings are of so many iterations."""
-        for reading in readings:
-            num_turns = (reading.num_good + reading.num_bad) * self._settings.iterations // num_iterations  # of the run
-            if reading.num_bad_in_a_row >= min(BAD_IN_A_ROW, max(2, num_turns // 2)):
-                progress.outcome = "diverged"
-                what = "the losses are not finite"
-                if any(other.left_out for other in readings):
-                    what = "the teacher or the fake score gives NaN or infinity for most images"
-                progress.reason = f"{what}, {reading.num_bad_in_a_row} updates in a row"
-                return
-
     def _snapshot_or_end(self, progress: Progress) -> None:
         if (fault := self._snapshot(progress.iterations)) is not None:
             progress.outcome, progress.reason = "diverged", f"there is {fault}"
@@ -286,8 +238,7 @@ class Loop:
         except ValueError as error:  # weights beyond what the file's precision holds
             return str(error)
         self._history.add(samples)
-        if self._watch is not None:
-            self._watch.see_average(samples)
+        self._log.see_average(samples)
         return None
 
     def _keep(self, write: Callable[[], None], bar: tqdm) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,3 +76,9 @@ class SampleHistory:
         grid = image_grid(picture.flatten(0, 1), picture.shape[1])
         grid = grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST)
         write_atomically(self.path, lambda file: grid.save(file, format="PNG"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"columns": self.columns}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.columns = list(state["columns"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -16,10 +16,12 @@ from fastdmd.diffusion import Dynamics, lognormal_sigma, random_generator
 from fastdmd.distill.draws import DataDeviation, LogDeviation, LogMean
 from fastdmd.distill.losses import denoising_loss
 from fastdmd.distill.optimization import Decay, Rate, WarmUp, WeightDecay
+from fastdmd.distill.states import digest, load_optimizer_state, optimizer_state, require_same_draws
 from fastdmd.distill.tally import Tally
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 from fastdmd.optim import AdamWEMA
+from fastdmd.runs.checkpoints import CheckpointSettings
 from fastdmd.runs.config import BatchSize, CommandConfig, Iterations, Snapshots
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.machine import versions
@@ -91,7 +93,7 @@ class PretrainConfig(CommandConfig):
     --weights-dtype float16."""
 
     out: Path = Path("runs/teacher")
-    """Run folder; must not hold a run yet."""
+    """Run folder; must not hold a run yet, but for --resume auto."""
     init: Annotated[str | None, Input] = None
     """Weight file of a teacher to go on from, or `mnist`: the embedded one. Its architecture overrules these flags."""
     iterations: Iterations = 11_500
@@ -110,6 +112,7 @@ class PretrainConfig(CommandConfig):
     """Decay of the average of the weights, per update. The average is the teacher."""
     objective: Annotated[ObjectiveSettings, OmitArgPrefixes] = ObjectiveSettings()
     architecture: Annotated[ArchitectureSettings, OmitArgPrefixes] = ArchitectureSettings()
+    checkpoint: Annotated[CheckpointSettings, OmitArgPrefixes] = CheckpointSettings()
     log_every: Iterations = 100
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10
@@ -120,6 +123,8 @@ class PretrainConfig(CommandConfig):
     """Precision of the weights in the file; float16 halves it. What is measured is what the file holds."""
     dry_run: Switch = False
     """Print the resolved configuration and stop."""
+
+    has_open_end = False  # the learning rate falls towards it
 
 
 class Pretraining:
@@ -146,12 +151,12 @@ class Pretraining:
         self._sheet = SampleSheet(network, config.seed, self._device)
         self._weights_dtype = getattr(torch, config.weights_dtype)
         self._started = time.perf_counter()
+        self._next = 0  # iteration
 
     def iterate(self, iteration: int) -> None:
+        self._next = iteration + 1
         config = self.config
-        images, class_labels = self._dataset.random_batch(
-            config.batch_size, seed=config.seed, step=iteration, device=self._device
-        )
+        images, class_labels = self._batch(iteration)
         generator = random_generator(config.seed, iteration, self._device)
         normal = torch.randn(len(images), device=self._device, generator=generator)
         loss = denoising_loss(
@@ -164,6 +169,27 @@ class Pretraining:
         )
         self._optimizer.backward(loss)
         self.tallies[0].add(loss, self._optimizer.step())
+
+    def _batch(self, iteration: int) -> tuple[Tensor, Tensor | None]:
+        config = self.config
+        return self._dataset.random_batch(config.batch_size, seed=config.seed, step=iteration, device=self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """And a digest of the images that come next: others would be no continuation."""
+        return {
+            "optimizer": optimizer_state(self._optimizer),
+            "tally": self.tallies[0].state_dict(),
+            "next": self._next,
+            "draws": digest(*self._batch(self._next)),
+            "seconds": time.perf_counter() - self._started,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._next = state["next"]
+        require_same_draws(self._next, state["draws"], *self._batch(self._next))
+        load_optimizer_state(self._optimizer, state["optimizer"])
+        self.tallies[0].load_state_dict(state["tally"])
+        self._started = time.perf_counter() - state["seconds"]
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from fastdmd.quality.alarms import Alarm
+
+ENDED_EARLY = "ended early"  # how the reason of a complete run begins that did not reach its last iteration
 
 Received = Callable[[], int | None]  # the signal that has come
 
@@ -32,6 +34,14 @@ class Progress:
     @property
     def goes_on(self) -> bool:
         return self.outcome == "complete" and self.reason is None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on has behind it; not how a part of it ended."""
+        left = ("outcome", "reason", "signal", "train_seconds")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state, alarms=[Alarm(**alarm) for alarm in state["alarms"]])
 
 
 class Interrupted(Exception):

@@ -89,13 +89,13 @@ def test_mistakes_get_one_line_and_exit_code_2(options, message, teacher_file, t
 def test_a_folder_that_cannot_be_made_or_holds_a_run_is_left_alone(teacher_file, tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
     run_train(teacher_file, tmp_path / "run", "--num-samples", "0")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for out, message in (("file/run", "Not a directory"), ("run", "expected a new folder for --out")):
         with pytest.raises(SystemExit) as exit_:
             run_train(teacher_file, tmp_path / out)
         assert exit_.value.code == 2 and message in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "precious"
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["train", "pretrain", "pairs", "sample", "evaluate", "export"])

@@ -24,6 +24,7 @@ def test_run_folder_holds_what_it_should(teacher_file, tmp_path, capsys):
     out = tmp_path / "run"
     summary = run_train(teacher_file, out)
     assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints",
         "config.json",
         "generator.safetensors",
         "metrics.jsonl",

@@ -1,0 +1,178 @@
+"""A real training, killed at random moments as often as asked, and held against one that nobody killed.
+
+    python -m benchmarks.soak [--kills 100] [--seed 0] [--out FOLDER]
+
+Each process is `python -m fastdmd.train ... --resume auto` on a tiny network, with an adversarial term, two averages
+and measurements meanwhile. It gets SIGKILL at a moment between its start and the time that a whole run takes, and the
+same command is run again; where it ends by itself, the next training begins. Each has to leave, to the bit and but for
+times, what the one without kills has left. Exit code 1, and the folder stays, where one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from benchmarks.environment import ROOT
+from fastdmd.networks.unet import UNet, UNetConfig
+from fastdmd.networks.weights import save_network
+
+LEFT_OUT = {  # times, and the settings that decide when a checkpoint is written
+    "seconds",
+    "train_seconds",
+    "evaluation_seconds",
+    "first_iteration_seconds",
+    "images_per_second",
+    "checkpoint",
+}
+FLAGS = {
+    "iterations": 40,
+    "batch-size": 8,
+    "dfake-gen-update-ratio": 3,
+    "warmup-iterations": 0,
+    "log-every": 3,
+    "snapshots": 7,
+    "num-samples": 40,
+    "teacher-steps": 2,
+    "eval-every": 4,
+    "ema-halflives": "2,40",
+    "gan-guidance-weight": 1e-2,
+    "gan-generator-weight": 3e-3,
+    "beta1": 0.9,
+    "generator-lr": 1e-2,
+    "guidance-lr": 1e-2,
+    "checkpoint-every": 2,
+    "device": "cpu",
+}
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """What two runs have left that is not the same, but for times."""
+    names = {path.name for folder in (run, other) for path in folder.iterdir()} - {"checkpoints"}
+    return sorted(name for name in names if content(run / name) != content(other / name))
+
+
+def content(path: Path) -> Any:
+    """What a file holds that has to be the same; None where there is none."""
+    if not path.exists():
+        return None
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = _timeless(json.loads(file.metadata()["fastdmd"]))
+        return {name: (array.shape, array.tobytes()) for name, array in arrays.items()}, metadata
+    if path.suffix in (".json", ".jsonl"):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        return [_timeless(json.loads(line)) for line in lines]
+    return path.read_bytes()
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _timeless(inner) for name, inner in value.items() if name not in LEFT_OUT}
+    return [_timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def prepare(folder: Path) -> list[str]:
+    """Writes what a training is made of; returns its arguments, but for `--out`."""
+    shape = {"image_size": 28, "num_classes": 10, "patch_size": 2}
+    config = UNetConfig(**shape, model_channels=8, channel_multipliers=(1, 2), num_blocks=1, attention_resolutions=(7,))
+    torch.manual_seed(0)
+    save_network(folder / "teacher.safetensors", UNet(config), kind="teacher")
+    rng = np.random.default_rng(0)
+    np.savez(folder / "data.npz", images=rng.integers(0, 256, (60, 1, 28, 28), np.uint8), labels=np.arange(60) % 10)
+    named = {"teacher": folder / "teacher.safetensors", "data": folder / "data.npz", **FLAGS}
+    return [text for name, value in named.items() for text in (f"--{name}", str(value))]
+
+
+def start(arguments: list[str], folder: Path, *options: str) -> subprocess.Popen:
+    """In a folder of its own, so that all runs have one name."""
+    command = [sys.executable, "-W", "ignore", "-m", "fastdmd.train", *arguments]
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "--out", "run", *options],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    folder = options.out or Path(tempfile.mkdtemp(prefix="fastdmd-soak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments, rng = prepare(folder.resolve()), random.Random(options.seed)
+    began = time.monotonic()
+    whole = start(arguments, folder / "whole")
+    _, error = whole.communicate()
+    if whole.returncode != 0:
+        sys.exit(f"the run without kills: {error}")
+    longest = time.monotonic() - began
+    kills = trainings = 0
+    reached: collections.Counter[str] = collections.Counter()
+    while kills < options.kills:
+        trainings += 1
+        place = folder / f"training-{trainings}"
+        is_over = False
+        while not is_over:
+            before = partial(place / "run")
+            process = start(arguments, place, "--resume", "auto")
+            try:
+                _, error = process.communicate(timeout=None if kills >= options.kills else rng.uniform(0, longest))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+                reached[where(place / "run", before)] += 1
+                continue
+            is_over = True
+            if process.returncode != 0:
+                sys.exit(f"training {trainings}, after {kills} kills, in {place}: {process.returncode}: {error}")
+        if others := differences(folder / "whole" / "run", place / "run"):
+            sys.exit(f"training {trainings}, after {kills} kills, in {place}: other {', '.join(others)}")
+        print(f"training {trainings} as without kills, after {kills}", flush=True)
+    print(f"{kills} kills in {trainings} trainings, all of which left what the one without kills has left")
+    print("of the kills:", ", ".join(f"{count} {name}" for name, count in sorted(reached.items())))
+    if options.out is None:
+        shutil.rmtree(folder)
+
+
+def partial(run: Path) -> set[Path]:
+    """What is half written."""
+    return {*run.glob(".fastdmd-*"), *run.glob("checkpoints/.fastdmd-*")}
+
+
+def where(run: Path, before: set[Path]) -> str:
+    """What a kill has left that was not there before."""
+    if not run.exists():
+        return "before there was a folder"
+    if new := partial(run) - before:
+        return "inside a checkpoint" if any(path.is_dir() for path in new) else "inside another file"
+    if (run / "summary.json").exists():
+        return "after the end"
+    return "between" if any(run.glob("checkpoints/*")) else "before the first checkpoint"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""All that the next iteration of a model depends on, besides the random inputs: for checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdmd.distill.turns import DMD2
+from fastdmd.optim import AdamWEMA
+
+
+def state_of(model: DMD2) -> dict[str, Any]:
+    """Tensors, the model's own and to be read at once, and numbers, by name.
+
+    What its buffers hold is not among them: inputs are loaded at the start of an iteration, and images that were made
+    ahead come again, to the bit, from the generator, which rests between its turns.
+    """
+    state = {name: optimizer_state(optimizer) for name, optimizer in _optimizers(model).items()}
+    return state | {name: part.state_dict() for name, part in _sums(model).items()}
+
+
+def load_state(model: DMD2, state: Mapping[str, Any]) -> None:
+    """Takes over what `state_of` gave of a model like this one. Raises KeyError, ValueError, TypeError or RuntimeError
+    for any other state, and then has taken over some of it."""
+    for name, optimizer in _optimizers(model).items():
+        load_optimizer_state(optimizer, state[name])
+    for name, part in _sums(model).items():
+        part.load_state_dict(state[name])
+
+
+def optimizer_state(optimizer: AdamWEMA) -> dict[str, Any]:
+    """Of an optimizer and of its network: moments, averages, weights, and what of the network is not trained.
+
+    The options of its groups are left to the configuration.
+    """
+    state = optimizer.state_views()
+    del state["param_groups"]
+    return {"optimizer": state, "untrained": _untrained(optimizer)}
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: AdamWEMA, state: Mapping[str, Any]) -> None:
+    for name, own in _untrained(optimizer).items():  # first: the averages take them from the network
+        own.copy_(state["untrained"][name].view_as(own))
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def digest(*draws: Tensor | None) -> str:
+    """Of what an iteration draws, real images among it, in hexadecimal; waits for the device."""
+    sha256 = hashlib.sha256()
+    for value in draws:
+        sha256.update(b"none" if value is None else value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()[:16]
+
+
+def require_same_draws(iteration: int, expected: str, *draws: Tensor | None) -> None:
+    """Raises ValueError where these have another digest: training would go on with something else."""
+    if digest(*draws) != expected:
+        raise ValueError(
+            f"expected iteration {iteration} to draw what it would have, got something else: there are other data, "
+            "another kind of device, or another torch"
+        )
+
+
+def _optimizers(model: DMD2) -> dict[str, AdamWEMA]:
+    optimizers = {"generator": model.generator_optimizer, "fake_score": model.guidance_optimizer}
+    return optimizers if model.head_optimizer is None else {**optimizers, "head": model.head_optimizer}
+
+
+def _sums(model: DMD2) -> dict[str, Any]:
+    sums = {"generator_tally": model.generator_tally, "guidance_tally": model.guidance_tally}
+    return sums if model.class_sums is None else {**sums, "class_sums": model.class_sums}
+
+
+def _untrained(optimizer: AdamWEMA) -> dict[str, Tensor]:
+    """Buffers and fixed parameters."""
+    trained = optimizer.weights
+    state = optimizer.network.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in trained}

@@ -1,0 +1,129 @@
+"""One checkpoint on the disk: a folder of tensors, of everything else and of their checksums; whole, or not there.
+
+state.safetensors    tensors, by their place in the state: training.model.generator.optimizer.param.conv_in.weight
+state.json           the state, with the names of tensors where these were
+best.safetensors     the run's, as it was at that moment, if there was one
+SHA256SUMS           of these files, as `sha256sum -c` reads it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastdmd.files import copy, new_folder
+from fastdmd.networks.weights import stored
+
+TENSORS, REST, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+FORMAT = 1  # of what is in here; another one is refused
+TENSOR = "$tensor"  # the one key of what stands for a tensor in state.json
+
+
+def write(path: Path, state: Mapping[str, Any], beside: Sequence[Path] = ()) -> None:
+    """Writes a state, dictionaries and lists of tensors, numbers and texts, to a folder that is new.
+
+    Files named in `beside` are kept with it, as they are now: by a second name where the disk knows such, else by copy.
+    Raises OSError, and leaves nothing then.
+    """
+    tensors: dict[str, Tensor] = {}
+    rest = json.dumps({"format": FORMAT, "state": _taken_apart(state, "", tensors)})
+    with new_folder(path) as folder:
+        try:
+            save_file({name: stored(name, value, value.dtype) for name, value in tensors.items()}, folder / TENSORS)
+        except SafetensorError as error:  # which has no errno, of a full disk neither
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        (folder / REST).write_text(rest, encoding="utf-8")
+        for file in beside:
+            copy(file, folder / file.name)
+        names = sorted(file.name for file in folder.iterdir())
+        sums = "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
+        (folder / SUMS).write_text(sums, encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in a folder. Raises OSError or ValueError for one that is not whole or of another format."""
+    with _refusing(path):
+        rest = _rest(path, dict.fromkeys([REST, TENSORS, *_sums(path)]))
+        return _put_together(rest, load_file(path / TENSORS))
+
+
+def read_rest(path: Path) -> dict[str, Any]:
+    """The state without tensors, at which nobody has looked. Raises as `read` does."""
+    with _refusing(path):
+        return _rest(path, {REST})
+
+
+def _rest(path: Path, names: Iterable[str]) -> Any:
+    sums = _sums(path)
+    for name in names:
+        if name not in sums:
+            raise _refusal(path, f"{SUMS} without {name}")
+        if _digest(path / name) != sums[name]:
+            raise _refusal(path, f"another {name} than its {SUMS} says")
+    content = json.loads((path / REST).read_text(encoding="utf-8"))
+    found = content.get("format") if isinstance(content, dict) else content
+    if found != FORMAT:
+        raise ValueError(f"expected a checkpoint of format {FORMAT} in {path}, got {found!s:.40}")
+    return content["state"]
+
+
+def _sums(path: Path) -> dict[str, str]:
+    lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """One line that names the checkpoint, whatever is wrong with it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise _refusal(path, f"it without {Path(error.filename).name}") from error
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        if str(error).startswith("expected "):
+            raise
+        raise _refusal(path, f"{type(error).__name__}: {error}") from error
+
+
+def _taken_apart(part: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(part, Tensor):
+        assert place not in tensors
+        tensors[place] = part
+        return {TENSOR: place}
+    inside = f"{place}." if place else ""
+    if isinstance(part, Mapping):
+        return {key: _taken_apart(value, f"{inside}{key}", tensors) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [_taken_apart(value, f"{inside}{index}", tensors) for index, value in enumerate(part)]
+    return part
+
+
+def _put_together(part: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(part, dict):
+        if part.keys() == {TENSOR}:
+            return tensors[part[TENSOR]]
+        return {key: _put_together(value, tensors) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_put_together(value, tensors) for value in part]
+    return part
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _refusal(path: Path, got: str) -> ValueError:
+    return ValueError(f"expected a whole checkpoint in {path}, got {got}")

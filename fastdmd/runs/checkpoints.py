@@ -1,0 +1,150 @@
+"""The checkpoints of a run: when one is due, how many are kept, and which one a run goes on from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastdmd import files
+from fastdmd.memory import ran_out_of_memory
+from fastdmd.runs import checkpoint, terminal
+from fastdmd.runs.folder import BEST, CHECKPOINTS, RunFolder
+from fastdmd.settings import Settings, at_least, fail
+
+BROKEN = ".broken"  # at the end of the name of a checkpoint that was left out; it goes when there is a new one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(Settings):
+    """How a run that is killed goes on."""
+
+    checkpoint_every: str = "10m"
+    """How often all that a run depends on is written: 10m, every ten minutes; 500, every 500 iterations; 0: never."""
+    keep_last: Annotated[int, at_least(1, 10**6)] = 2
+    """Of these checkpoints, the last so many are kept."""
+    resume: str | None = None
+    """Folder of a run that was ended or killed, to go on with it as if nothing had been; or `auto`: with that in --out
+    if there is one, and with a new one if there is none."""
+
+    def check(self) -> None:
+        super().check()
+        if not re.fullmatch(r"\d{1,9}m?", self.checkpoint_every):
+            fail(self, "checkpoint_every", "as minutes (10m), iterations (500) or 0")
+
+    @property
+    def iterations(self) -> int:
+        """Between two checkpoints; 0: another rule holds."""
+        return 0 if self.checkpoint_every.endswith("m") else int(self.checkpoint_every)
+
+    @property
+    def seconds(self) -> float:
+        """Between two checkpoints; 0: another rule holds."""
+        return 60.0 * int(self.checkpoint_every[:-1]) if self.checkpoint_every.endswith("m") else 0.0
+
+    @property
+    def is_off(self) -> bool:
+        return not self.iterations and not self.seconds
+
+
+class Checkpoints:
+    """Those of one run. `origin` says what it is made from, as JSON has it; `require_same(origin)` raises ValueError
+    for another one than a run may go on from."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        settings: CheckpointSettings,
+        origin: Mapping[str, Any],
+        require_same: Callable[[Mapping[str, Any]], None],
+    ):
+        self._folder, self._settings = folder, settings
+        self._origin, self._require_same = origin, require_same
+        self._path = folder.path / CHECKPOINTS
+        self._last: int | None = None  # iteration of the one on the disk
+        self._written = time.monotonic()
+
+    def is_due(self, iteration: int, *, is_last: bool, is_asked: bool) -> bool:
+        """Whether after this iteration; at the last one, too, as the measurements that follow may take long. One that
+        somebody asks for is due in any case."""
+        if self._settings.is_off or is_asked:
+            return is_asked
+        every, seconds = self._settings.iterations, self._settings.seconds
+        is_time = seconds > 0 and time.monotonic() - self._written >= seconds
+        return is_last or is_time or (every > 0 and iteration % every == 0)
+
+    @property
+    def is_off(self) -> bool:
+        return self._settings.is_off
+
+    def write(self, iteration: int, state: Callable[[], Mapping[str, Any]]) -> None:
+        """Writes the state of this iteration, then lets the oldest ones go. Raises OSError where the disk fails."""
+        self._written = time.monotonic()  # of an attempt, too: where the disk is full, training is not to be held up
+        if iteration == self._last:
+            return
+        self._path.mkdir(exist_ok=True)
+        files.flush(self._folder.path)
+        best = self._folder.path / BEST
+        content = {"iteration": iteration, "origin": self._origin, "lengths": self._folder.lengths(), "run": state()}
+        checkpoint.write(self._path / f"{iteration:08d}", content, [best] if best.exists() else [])
+        self._last = iteration
+        with contextlib.suppress(OSError):  # what is too much is no reason to end
+            old = found(self._folder.path)[self._settings.keep_last :]
+            for path in (*old, *self._path.glob(f"*{BROKEN}")):
+                files.remove_folder(path)
+
+    def restore(self, load: Callable[[Mapping[str, Any]], None]) -> bool:
+        """Goes on from the newest one that is whole; False where there is none at all, and the run is to begin.
+
+        What is newer and broken is left out, with a word. The folder becomes what it was at that moment. Raises
+        ValueError where none is whole.
+        """
+        faults: dict[Path, Exception] = {}
+        for path in found(self._folder.path):
+            try:
+                content = checkpoint.read(path)
+                if content["iteration"] != _iteration(path):
+                    raise ValueError(f"expected a checkpoint of iteration {_iteration(path)} in {path}, got another's")
+                self._require_same(content["origin"])
+                self._folder.require(content["lengths"])
+                load(content["run"])
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as error:
+                if ran_out_of_memory(error):
+                    raise
+                faults[path] = error
+                continue
+            for broken, fault in faults.items():
+                terminal.say(f"{broken} left out: {fault}; going on from {path.name}")
+                broken.rename(broken.with_name(f"{broken.name}{BROKEN}"))
+            self._tell_of_versions(content["origin"]["versions"])
+            best = path / BEST
+            self._folder.go_back(content["lengths"], best if best.exists() else None)
+            self._last = _iteration(path)
+            return True
+        if faults:
+            path, fault = next(iter(faults.items()))
+            if isinstance(fault, (ValueError, OSError)):
+                raise fault
+            raise ValueError(f"expected a checkpoint of such a run in {path}, got {type(fault).__name__}: {fault}")
+        return False
+
+    def _tell_of_versions(self, then: Mapping[str, Any]) -> None:
+        now = self._origin["versions"]
+        if others := [f"{name} {then.get(name)}, now {now[name]}" for name in now if now[name] != then.get(name)]:
+            terminal.say(
+                f"the run was begun with {'; '.join(others)}: from here on it may be another, by its roundings"
+            )
+
+
+def found(run: Path) -> list[Path]:
+    """The checkpoints in the folder of a run, the newest first."""
+    paths = (run / CHECKPOINTS).glob("*")
+    return sorted((path for path in paths if re.fullmatch(r"\d{8,}", path.name)), key=_iteration, reverse=True)
+
+
+def _iteration(path: Path) -> int:
+    return int(path.name)

@@ -1,0 +1,71 @@
+"""The state of a model: another one goes on from it as the first does."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastdmd.distill.states import digest, load_state, require_same_draws, state_of
+from fastdmd.networks.adapted import Adapted
+from fastdmd.runs import distillation
+from fastdmd.runs.config import TrainConfig
+from tests.helpers import foreign
+from tests.helpers.networks import make_network
+
+CONFIG = TrainConfig().replace(
+    teacher="another",
+    batch_size=4,
+    dfake_gen_update_ratio=4,
+    warmup_iterations=3,
+    iterations=12,
+    beta1=0.9,
+    ema_halflives=(3.0, 50.0),
+)
+
+
+def networks():
+    torch.manual_seed(0)
+    options = {"parameterization": "x0", "image_shape": (1, 8, 8), "num_classes": 3, "sigma_data": 0.5}
+    return {"ours": make_network(), "somebody's": Adapted(foreign.build(), **options).eval()}
+
+
+def saved(model):
+    """As a checkpoint keeps it."""
+    return tree_map_only(torch.Tensor, lambda value: value.detach().clone().contiguous(), state_of(model))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["ours", "somebody's"])
+def test_a_model_goes_on_from_the_state_of_another(name, precision):
+    """At any iteration, images made ahead among them; with buffers that change, ties and weights of low precision."""
+    teacher = networks()[name]
+    config = CONFIG.replace(precision=precision, gan_guidance_weight=0)
+    draws = distillation.make_draws(config, teacher, torch.device("cpu"))
+    model, states = distillation.build(config, copy.deepcopy(teacher)), []
+    for step in range(7):
+        for buffer in model.fake_score.buffers():  # as a network's own code may
+            buffer.add_(1)
+        states.append(saved(model))
+        model.iterate(step, draws)
+    expected = saved(model)
+    assert len(tree_leaves(expected)) > 60
+    for start in (0, 3):
+        other = distillation.build(config, copy.deepcopy(teacher))
+        load_state(other, states[start])
+        for step in range(start, 7):
+            if step > start:
+                for buffer in other.fake_score.buffers():
+                    buffer.add_(1)
+            other.iterate(step, draws)
+        leaves = zip(tree_leaves(expected), tree_leaves(saved(other)), strict=True)
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in leaves), start
+
+
+def test_a_digest_tells_draws_apart():
+    x, y = torch.rand(2, 3, generator=torch.Generator().manual_seed(0)), torch.arange(3)
+    assert digest(x, None, y) == digest(x.clone(), None, y)
+    assert len({digest(x, y), digest(x + 1e-7, y), digest(y, x), digest(x, None)}) == 4
+    require_same_draws(3, digest(x, y), x, y)
+    with pytest.raises(ValueError, match="expected iteration 3 to draw what it would have, got something else"):
+        require_same_draws(3, digest(x, y), x, y + 1)
