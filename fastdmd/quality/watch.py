@@ -22,8 +22,8 @@ class Watch:
 
     An alarm is told once, when its rule has held for some readings in a row, and again after as many without.
     `class_sums` are those of the generator turns, None without classes; nothing is looked at before `settled_at`
-    iterations, which the learning rate takes to warm up. `follows_average`: the readings are of images as sampling
-    makes them, and those of the average are held against them.
+    iterations, which the learning rate takes to warm up. The generator's gradient is clipped to `max_grad_norm`.
+    `follows_average`: the readings are of images as sampling makes them; those of the average are held against them.
     """
 
     def __init__(
@@ -32,9 +32,11 @@ class Watch:
         class_sums: ClassSums | None = None,
         *,
         settled_at: int = 0,
+        max_grad_norm: float = math.inf,
         follows_average: bool = True,
     ):
         self.reference, self._class_sums, self._settled_at = reference, class_sums, settled_at
+        self._max_grad_norm = max_grad_norm
         self._follows_average = follows_average
         self._history: deque[Reading] = deque(maxlen=LONGEST_HISTORY)
         self._pool: list[tuple[int, int, Reading]] = []  # images, images judged, and what is known of them
@@ -56,7 +58,9 @@ class Watch:
         if self._class_sums is not None and right is not None:
             if (found := self._class_sums.read(self.reference.least_images)) is not None:
                 figures |= {name: value for name, value in class_figures(found, right).items() if math.isfinite(value)}
-        known = {"spread_then": self._spread_then}
+        grad_norm = reading.get("generator_grad_norm")
+        times_clipped = None if grad_norm is None else grad_norm / self._max_grad_norm
+        known = {"spread_then": self._spread_then, "times_clipped": times_clipped}
         self._pool.append((num_images, num_judged, {**known, **reading, **figures}))
         if sum(num for num, *_ in self._pool) < LEAST_POOLED:
             return figures, []
