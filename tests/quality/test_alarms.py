@@ -94,6 +94,12 @@ CASES = [
     ),
     ("teacher errs", {"fake_error_above_5": 0.125}, {"fake_error_above_5": 0.21}, "above 5 it errs 8 times"),
     ("teacher errs", {"fake_error_0.2_1": 0.02}, {"fake_error_0.2_1": 0.21}, "at sigma 0.2 to 1 it errs 50 times"),
+    (
+        "teacher errs",
+        {"fake_error_1_5": 0.35, "fake_error_below_0.2": 1.8},
+        {"fake_error_1_5": 0.37, "fake_error_below_0.2": 1.8},
+        "at sigma 1 to 5 it errs 3 times",
+    ),
     ("gradient clipped", {"generator_grad_norm": 4.1}, {"generator_grad_norm": 3.9}, "is 8 times as long as --max"),
     ("average lags", {"average_spread": 0.29}, {"average_spread": 0.31}, "spread 0.29 in the average's images, 0.4 in"),
 ]
