@@ -51,19 +51,23 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Nobody sees half of it left."""
+    """Nobody sees half of it left. A file of that name goes, too."""
     partial = _beside(path)
     os.rename(path, partial)
-    shutil.rmtree(partial)
+    _remove(partial)
 
 
 def remove_partial(folder: Path) -> None:
     """What processes that were killed have left half written there; for the only one that writes there."""
     for path in folder.glob(f"{PARTIAL}*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def copy(source: Path, target: Path) -> None:

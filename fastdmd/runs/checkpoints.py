@@ -16,6 +16,8 @@ from fastdmd.runs import checkpoint, terminal
 from fastdmd.runs.folder import BEST, CHECKPOINTS, RunFolder
 from fastdmd.settings import Settings, at_least, fail
 
+# What a state that is none of this run's makes whoever takes it over raise.
+FAULTS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, OSError)
 BROKEN = ".broken"  # at the end of the name of a checkpoint that was left out; it goes when there is a new one
 
 
@@ -33,7 +35,7 @@ class CheckpointSettings(Settings):
 
     def check(self) -> None:
         super().check()
-        if not re.fullmatch(r"\d{1,9}m?", self.checkpoint_every):
+        if not re.fullmatch("[0-9]{1,9}m?", self.checkpoint_every):
             fail(self, "checkpoint_every", "as minutes (10m), iterations (500) or 0")
 
     @property
@@ -89,12 +91,12 @@ class Checkpoints:
         self._path.mkdir(exist_ok=True)
         files.flush(self._folder.path)
         best = self._folder.path / BEST
-        content = {"iteration": iteration, "origin": self._origin, "lengths": self._folder.lengths(), "run": state()}
+        content = {"iteration": iteration, "origin": self._origin, "reached": self._folder.reached(), "run": state()}
         checkpoint.write(self._path / f"{iteration:08d}", content, [best] if best.exists() else [])
         self._last = iteration
-        with contextlib.suppress(OSError):  # what is too much is no reason to end
-            old = found(self._folder.path)[self._settings.keep_last :]
-            for path in (*old, *self._path.glob(f"*{BROKEN}")):
+        own = [path for path in found(self._folder.path) if _iteration(path) <= iteration]
+        for path in (*own[self._settings.keep_last :], *self._path.glob(f"*{BROKEN}")):
+            with contextlib.suppress(OSError):  # what is too much is no reason to end
                 files.remove_folder(path)
 
     def restore(self, load: Callable[[Mapping[str, Any]], None]) -> bool:
@@ -110,19 +112,24 @@ class Checkpoints:
                 if content["iteration"] != _iteration(path):
                     raise ValueError(f"expected a checkpoint of iteration {_iteration(path)} in {path}, got another's")
                 self._require_same(content["origin"])
-                self._folder.require(content["lengths"])
+                self._folder.require(content["reached"])
+                versions = dict(content["origin"]["versions"])
                 load(content["run"])
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as error:
+            except FAULTS as error:
                 if ran_out_of_memory(error):
                     raise
                 faults[path] = error
                 continue
             for broken, fault in faults.items():
                 terminal.say(f"{broken} left out: {fault}; going on from {path.name}")
-                broken.rename(broken.with_name(f"{broken.name}{BROKEN}"))
-            self._tell_of_versions(content["origin"]["versions"])
+                aside = broken.with_name(f"{broken.name}{BROKEN}")
+                with contextlib.suppress(OSError):
+                    if aside.exists():
+                        files.remove_folder(aside)
+                    broken.rename(aside)
+            self._tell_of_versions(versions)
             best = path / BEST
-            self._folder.go_back(content["lengths"], best if best.exists() else None)
+            self._folder.go_back(content["reached"], best if best.exists() else None)
             self._last = _iteration(path)
             return True
         if faults:
@@ -142,8 +149,8 @@ class Checkpoints:
 
 def found(run: Path) -> list[Path]:
     """The checkpoints in the folder of a run, the newest first."""
-    paths = (run / CHECKPOINTS).glob("*")
-    return sorted((path for path in paths if re.fullmatch(r"\d{8,}", path.name)), key=_iteration, reverse=True)
+    paths = [path for path in (run / CHECKPOINTS).glob("*") if re.fullmatch("[0-9]{8,}", path.name) and path.is_dir()]
+    return sorted(paths, key=_iteration, reverse=True)
 
 
 def _iteration(path: Path) -> int:

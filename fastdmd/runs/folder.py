@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -99,27 +100,33 @@ class RunFolder:
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text)
 
-    def lengths(self) -> dict[str, int]:
-        """Bytes of the files that grow, all of which the disk has by then."""
+    def reached(self) -> dict[str, dict[str, Any]]:
+        """How far the files that grow have come, all of which the disk has by then: their bytes, and a checksum."""
         paths = [path for name in (METRICS, EVALUATIONS) if (path := self.path / name).exists()]
         for path in paths:
             files.flush(path)
-        return {path.name: path.stat().st_size for path in paths}
+        return {
+            path.name: {"bytes": (length := path.stat().st_size), "sha256": _digest(path, length)} for path in paths
+        }
 
-    def require(self, lengths: Mapping[str, int]) -> None:
-        """Raises ValueError where a file lacks some of what it had when it was so long."""
-        for name, length in lengths.items():
-            path = self.path / name
-            if name not in (METRICS, EVALUATIONS) or (got := path.stat().st_size if path.exists() else 0) < length:
+    def require(self, reached: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises ValueError where a file does not begin with what it had when it had come so far."""
+        if METRICS not in reached or not reached.keys() <= {METRICS, EVALUATIONS}:
+            raise ValueError(f"expected what {METRICS} had come to, got {', '.join(reached) or 'nothing'}")
+        for name, then in reached.items():
+            path, length = self.path / name, then["bytes"]
+            if (got := path.stat().st_size if path.exists() else 0) < length:
                 raise ValueError(f"expected at least {length} bytes of {path}, got {got}")
+            if _digest(path, length) != then["sha256"]:
+                raise ValueError(f"expected {path} to begin with what the run had logged, got something else")
 
-    def go_back(self, lengths: Mapping[str, int], best: Path | None) -> None:
-        """To when its files had these lengths, and `best` was the best. Killed inside, it goes back once more."""
+    def go_back(self, reached: Mapping[str, Mapping[str, Any]], best: Path | None) -> None:
+        """To when its files had come so far, and `best` was the best. Killed inside, it goes back once more."""
         files.remove_partial(self.path)
         files.remove_partial(self.path / CHECKPOINTS)
         for name in (METRICS, EVALUATIONS):
-            if name in lengths:
-                os.truncate(self.path / name, lengths[name])
+            if name in reached:
+                os.truncate(self.path / name, reached[name]["bytes"])
             else:
                 (self.path / name).unlink(missing_ok=True)
         own = self.path / BEST
@@ -137,25 +144,36 @@ class RunFolder:
 
 
 class ReopenedFolder(RunFolder):
-    """The folder of a run that goes on: it stays as it is until it goes back, or `begins` where nothing was reached.
+    """The folder of a run that goes on: it stays as it is until it goes back, or begins where nothing was reached.
 
     Raises OSError where it cannot be written, or somebody else writes to it.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], *, begins: bool):
+    def __init__(self, path: Path, config: dict[str, Any]):
         outputs.require_folder(path)
         self.path, self._config = path, config
         self._lock = locked(path / METRICS)
-        if begins:
-            files.remove_partial(path)
-            for name in {*NAMES} - {CONFIG, METRICS}:
-                (path / name).unlink(missing_ok=True)
-            os.truncate(path / METRICS, 0)
-            self._start()
+
+    def begin(self) -> None:
+        files.remove_partial(self.path)
+        for name in {*NAMES} - {CONFIG, METRICS}:
+            (self.path / name).unlink(missing_ok=True)
+        os.truncate(self.path / METRICS, 0)
+        self._start()
 
     def discard(self) -> None:
         """Nothing of what there is."""
         self.close()
+
+
+def _digest(path: Path, length: int) -> str:
+    """Of so many bytes of its beginning, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while length > 0 and (chunk := file.read(min(length, 1 << 22))):
+            digest.update(chunk)
+            length -= len(chunk)
+    return digest.hexdigest()
 
 
 def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:

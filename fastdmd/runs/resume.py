@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,20 @@ from fastdmd import __version__
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.networks.identity import identity
 from fastdmd.networks.tensor_files import read_json
-from fastdmd.runs import checkpoint
+from fastdmd.runs import checkpoint, terminal
 from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
 from fastdmd.runs.cli import to_json
-from fastdmd.runs.folder import CONFIG, EVALUATIONS, METRICS, SUMMARY, ReopenedFolder, RunFolder, names_in, require_new
+from fastdmd.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    SUMMARY,
+    ReopenedFolder,
+    RunFolder,
+    names_in,
+    require_new,
+)
 from fastdmd.runs.lock import locked
 from fastdmd.runs.machine import versions
 from fastdmd.runs.progress import ENDED_EARLY
@@ -101,6 +112,14 @@ class Past:
             return None
         if (path / METRICS).exists():
             locked(path / METRICS).close()
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Past:
+        """Raises ValueError where something is no part of a run."""
+        folder = path / CHECKPOINTS
+        if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+            raise ValueError(f"expected a folder of checkpoints in {folder}, got something else, or a link to nothing")
         return cls(path, _read(path / CONFIG), _read(path / SUMMARY), found(path))
 
     def require_same(self, config: RunConfig) -> None:
@@ -110,19 +129,45 @@ class Past:
                 raise ValueError(f"expected a run's {CONFIG} in {self.path}, got {names_in(self.path)[0]} without")
             return
         _require_same_settings(config, self.config, is_measured=(self.path / EVALUATIONS).exists())
-        if self.checkpoints and config.iterations < (reached := int(self.checkpoints[0].name)):
-            raise ValueError(f"expected --iterations >= {reached}, which the run has reached, got {config.iterations}")
-        kept = self.config.get("checkpoint")  # which runs from before do not have
-        was_kept = kept is not None and not CheckpointSettings(**kept).is_off
-        if not (self.checkpoints or was_kept or self.is_complete(config)) and (self.path / METRICS).stat().st_size:
+        whole = [int(path.name) for path in self.checkpoints if (path / checkpoint.SUMS).exists()]
+        if whole and config.iterations < whole[0]:
+            raise ValueError(f"expected --iterations >= {whole[0]}, which the run has reached, got {config.iterations}")
+        if not self.checkpoints and not self.is_complete(config):
+            self._require_nothing_lost()
+
+    def _require_nothing_lost(self) -> None:
+        """Raises ValueError where a run has come further than one without a checkpoint can have; it would begin again,
+        over its results."""
+        iteration, seconds = _logged(self.path / METRICS)
+        if iteration == 0:
+            return
+        assert self.config is not None
+        kept = self.config.get("checkpoint")
+        settings = None
+        if kept is not None:  # which runs from before do not have
+            try:
+                settings = CheckpointSettings(**kept)
+                settings.check()
+            except (TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"expected a run's settings in {self.path / CONFIG}, got {kept!s:.80}") from error
+        if settings is None or settings.is_off:
             raise ValueError(f"expected a checkpoint in {self.path}, got a run with --checkpoint-every 0")
+        is_past = 0 < settings.iterations <= iteration or 0 < settings.seconds <= seconds
+        if is_past or (self.summary or {}).get("outcome") == "complete":
+            raise ValueError(
+                f"expected a checkpoint in {self.path}, got none of a run of {iteration} iterations; begin anew in "
+                "another --out"
+            )
+        terminal.say(f"{self.path} has no checkpoint yet: the run begins again, with its first {iteration} iterations")
 
     def is_complete(self, config: RunConfig) -> bool:
         """Whether there is nothing left to do for a run with these settings."""
-        if self.summary is None or self.summary["outcome"] != "complete":
+        summary = self.summary or {}
+        if summary.get("outcome") != "complete":
             return False
-        was_ended = (self.summary["reason"] or "").startswith(ENDED_EARLY)
-        return was_ended or self.summary["iterations"] >= config.iterations
+        reason, reached = summary.get("reason"), summary.get("iterations")
+        was_ended = isinstance(reason, str) and reason.startswith(ENDED_EARLY)
+        return was_ended or (isinstance(reached, int) and reached >= config.iterations)
 
     @property
     def notice(self) -> str:
@@ -145,7 +190,16 @@ def open_folder(config: RunConfig, past: Past | None) -> RunFolder:
     assert config.out is not None
     if past is None:
         return RunFolder(config.out, to_json(config))
-    return ReopenedFolder(config.out, to_json(config), begins=not past.checkpoints)
+    folder = ReopenedFolder(config.out, to_json(config))
+    try:
+        if Past.read(config.out) != past:
+            raise BlockingIOError(f"expected {config.out} to stay as it was, got changes by another process meanwhile")
+        if not past.checkpoints:
+            folder.begin()
+    except BaseException:
+        folder.close()
+        raise
+    return folder
 
 
 def checkpoints_of(
@@ -206,6 +260,16 @@ def _at(config: Mapping[str, Any], place: Sequence[str]) -> Any:
 
 def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
+
+
+def _logged(path: Path) -> tuple[int, float]:
+    """Iteration and seconds of the last line of metrics.jsonl, zeros where there is none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        line = json.loads(lines[-1])
+        return int(line["iteration"]), float(line["seconds"])
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        return len(lines), 0.0  # at least: a line that was cut
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:

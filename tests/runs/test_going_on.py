@@ -67,7 +67,7 @@ class Remembered(Watched):
 
 def run(path, *, stop_after=0, every="1000", events=None):
     """What it leaves, but for times."""
-    folder = ReopenedFolder(path, {}, begins=False) if path.exists() else RunFolder(path, {})
+    folder = ReopenedFolder(path, {}) if path.exists() else RunFolder(path, {})
     training = Remembered(folder, events=events)
     judge = Judge(DISTANCES)
     course = Course(
