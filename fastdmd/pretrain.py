@@ -18,6 +18,7 @@ from fastdmd.distill.optimization import warm_up_notice
 from fastdmd.memory import require_memory
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.runs import cli, machine, resume, terminal
+from fastdmd.runs.contents import contents
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.pretraining import PretrainConfig, Pretraining
 
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         if past is not None:
             past.require_same(config)
             if past.is_complete(config):
+                resume.require_same_places(config, past)
                 print(past.notice)
                 return
         if config.dry_run:
@@ -57,11 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
         network = network.to(device).in_best_layout()
         if config.label_emphasis != 1 and network.num_classes == 0:
             raise ValueError(f"expected --label-emphasis 1 without class labels, got {config.label_emphasis}")
-        evaluation = cli.make_evaluation(config, network, dataset if config.data.path else None, device)
+        named = dataset if config.data.path else None
+        evaluation = cli.make_evaluation(config, network, named, device)
         folder = resume.open_folder(config, past)
         with folder.being_set_up():
             training = Pretraining(config, network, dataset, folder)
-            checkpoints = resume.checkpoints_of(config, folder, arguments, device)
+            made_of = contents(config.evaluation, named, init=network if config.init else None)
+            checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of)
             loop = Loop(training, config, folder, checkpoints=checkpoints)
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {folder.path}, on {device}")
     with cli.run_errors("fastdmd.pretrain", "training", ADVICE):

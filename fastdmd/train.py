@@ -22,6 +22,7 @@ from fastdmd.memory import require_memory
 from fastdmd.networks.unet import UNet
 from fastdmd.runs import cli, distillation, machine, resume, terminal
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
+from fastdmd.runs.contents import contents
 from fastdmd.runs.course import Course
 from fastdmd.runs.folder import BEST, GENERATOR, PLOT
 from fastdmd.runs.loop import Loop
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         if past is not None:
             past.require_same(config)
             if past.is_complete(config):
+                resume.require_same_places(config, past)
                 print(past.notice)
                 return
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
@@ -94,7 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
                 terminal.say(notice)
             course = Course(training, config.monitor, evaluation, folder, config.batch_size)
             watch = distillation.make_watch(config, training.model, dataset)
-            checkpoints = resume.checkpoints_of(config, folder, arguments, device, teacher)
+            made_of = contents(config.evaluation, dataset, pairs=pairs)
+            checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of, teacher)
             loop = Loop(training, config, folder, course, watch, checkpoints)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)

@@ -73,7 +73,7 @@ def load_feature_network(
         module.load_state_dict(load_file(ASSETS / "feature_network.safetensors"), assign=True)
     elif isinstance(source, torch.nn.Module):
         module, name = source, type(source).__name__
-    elif Path(source).suffix in (".pt", ".ts"):
+    elif is_script(source):
         module = _load_script(Path(source))
     elif not all(str(source).partition(":")):
         raise _error("a .pt or .ts file or 'package.module:name'", repr(source))
@@ -94,6 +94,11 @@ def load_feature_network(
         return features, logits
 
     return feature_network
+
+
+def is_script(source: str | Path) -> bool:
+    """Whether it names a TorchScript file, not code to import."""
+    return Path(source).suffix in (".pt", ".ts")
 
 
 def verify(feature_network: FeatureNetwork, image_shape: tuple[int, int, int], name: str) -> int:

@@ -54,8 +54,8 @@ MAY_CHANGE = {
     "--verbose",
     "--dry-run",
 }
-# Later, distances are compared with earlier ones.
-UNTIL_MEASURED = {"--eval-samples", "--feature-network", "--reference"}
+MAY_MOVE = {"--data", "--labels", "--pairs", "--feature-network", "--reference"}  # by their content they are known
+UNTIL_MEASURED = {"--eval-samples"}  # later, distances are compared with earlier ones
 OPEN_END = {"--iterations"}  # where no learning rate falls towards it
 
 
@@ -207,14 +207,16 @@ def checkpoints_of(
     folder: RunFolder,
     arguments: Sequence[str],
     device: torch.device,
+    contents: Mapping[str, Any],
     teacher: DenoisingNetwork | None = None,
 ) -> Checkpoints:
-    """Those of a run with these arguments, for which a checkpoint of another run is not whole."""
+    """Those of a run with these arguments and contents, for which a checkpoint of another run is not whole."""
     origin = {
         "version": __version__,
         "arguments": _without_resume(arguments),
         "config": to_json(config),
         "teacher": None if teacher is None else identity(teacher),
+        "contents": contents,
         "versions": versions(device),
     }
     require_same = functools.partial(_require_same_origin, now=origin, config=config)
@@ -222,7 +224,7 @@ def checkpoints_of(
 
 
 def _require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig) -> None:
-    """Raises ValueError where a checkpoint is of another version, teacher or settings than the run of `now`."""
+    """Raises ValueError where a checkpoint is of another version, teacher, settings or contents than that of `now`."""
     if origin["version"] != now["version"]:
         raise ValueError(f"expected a checkpoint of fastdmd {now['version']}, got one of {origin['version']}")
     if origin["teacher"] != now["teacher"]:
@@ -231,17 +233,31 @@ def _require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], conf
             f"another network, {now['teacher']}"
         )
     _require_same_settings(config, origin["config"], is_measured=False)
+    then, current = origin["contents"], now["contents"]
+    names = [name for name in {**then, **current} if then.get(name) != current.get(name)]
+    if others := [f"{name} {then.get(name)}, got {current.get(name)}" for name in names]:
+        raise ValueError(f"expected what the run was begun with: {'; '.join(others)}")
 
 
-def _require_same_settings(config: RunConfig, recorded: Mapping[str, Any], *, is_measured: bool) -> None:
+def require_same_places(config: RunConfig, past: Past) -> None:
+    """Of a run that is complete, whose contents nobody compares. Raises ValueError for a file of another name."""
+    assert past.config is not None
+    _require_same_settings(config, past.config, is_measured=False, may_move=False)
+
+
+def _require_same_settings(
+    config: RunConfig, recorded: Mapping[str, Any], *, is_measured: bool, may_move: bool = True
+) -> None:
     may_change = set(MAY_CHANGE)
     if not is_measured:
         may_change |= UNTIL_MEASURED
     if config.has_open_end:
         may_change |= OPEN_END
     current = to_json(config)
-    if "mnist" not in (current.get("teacher"), recorded.get("teacher")):  # beside which there are digits
-        may_change.add("--teacher")  # by its weights it is known
+    if may_move:
+        may_change |= MAY_MOVE
+        if "mnist" not in (current.get("teacher"), recorded.get("teacher")):  # beside which there are digits
+            may_change.add("--teacher")  # by its weights it is known
     others = []
     for place, flag in flags(config):
         now, then = _at(current, place), _at(recorded, place)
