@@ -47,12 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
             network = UNet(architecture)
         else:
             dataset = config.data.load(image_shape=network.image_shape, num_classes=network.num_classes, device=device)
-        if past is not None:
-            past.require_same(config)
-            if past.is_complete(config):
-                resume.require_same_places(config, past)
-                print(past.notice)
-                return
+        if past is not None and past.has_nothing_left(config):
+            return
         if config.dry_run:
             cli.print_resolved(config, network)
             return

@@ -55,12 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
         if chosen.init_from is not None and not (past and past.checkpoints):
             stage = read_stage(chosen.init_from, teacher)
         config = chosen.replace(resume=None).for_teacher(teacher, device)
-        if past is not None:
-            past.require_same(config)
-            if past.is_complete(config):
-                resume.require_same_places(config, past)
-                print(past.notice)
-                return
+        if past is not None and past.has_nothing_left(config):
+            return
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
         dataset = config.data.load_named(teacher)
         real = distillation.real_images(config, teacher, dataset)

@@ -169,10 +169,18 @@ class Past:
         was_ended = isinstance(reason, str) and reason.startswith(ENDED_EARLY)
         return was_ended or (isinstance(reached, int) and reached >= config.iterations)
 
-    @property
-    def notice(self) -> str:
-        """Of one that is complete."""
-        return f"{self.path} holds a run that is complete; nothing is left to do"
+    def has_nothing_left(self, config: RunConfig) -> bool:
+        """Whether it is complete, which it then says. Raises ValueError for what it may not go on with.
+
+        Nobody compares the contents of a run that is complete: its files have to have the names that they had.
+        """
+        self.require_same(config)
+        if not self.is_complete(config):
+            return False
+        assert self.config is not None
+        _require_same_settings(config, self.config, is_measured=False, may_move=False)
+        print(f"{self.path} holds a run that is complete; nothing is left to do")
+        return True
 
 
 def past_of(config: RunConfig) -> Past | None:
@@ -237,12 +245,6 @@ def _require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], conf
     names = [name for name in {**then, **current} if then.get(name) != current.get(name)]
     if others := [f"{name} {then.get(name)}, got {current.get(name)}" for name in names]:
         raise ValueError(f"expected what the run was begun with: {'; '.join(others)}")
-
-
-def require_same_places(config: RunConfig, past: Past) -> None:
-    """Of a run that is complete, whose contents nobody compares. Raises ValueError for a file of another name."""
-    assert past.config is not None
-    _require_same_settings(config, past.config, is_measured=False, may_move=False)
 
 
 def _require_same_settings(
