@@ -19,40 +19,17 @@ from typing import Any
 import torch
 
 from benchmarks.failures import FAILURES, HEALTHY, Case
-from fastdmd import teachers
-from fastdmd.runs import distillation, machine
-from fastdmd.runs.config import TrainConfig
-from fastdmd.runs.pictures import SampleSheet
-from fastdmd.sampling import Generator
-
-SNAPSHOT = 32  # iterations
-SETTINGS = {"batch_size": 24, "warmup_iterations": 20, "log_every": 8}
+from benchmarks.short_runs import SETTINGS, SNAPSHOT, lines
+from fastdmd.quality.alarms import Alarm
+from fastdmd.runs import machine
 
 
 def run(case: Case, seed: int, iterations: int, *, until_alarm: bool, **settings: Any) -> dict:
     """Which alarms came, and when; of a run that ends with the first of them if it is `until_alarm`."""
     started = time.perf_counter()
-    teacher = teachers.load("mnist")
-    settings = SETTINGS | {"iterations": iterations} | settings | case.options
-    config = TrainConfig(seed=seed).replace(**settings).for_teacher(teacher)
-    real = distillation.real_images(config, teacher, None)
-    draws = distillation.make_draws(config, teacher, torch.device("cpu"), real)
-    model = distillation.build(config, teacher)
-    watch, sheet = distillation.make_watch(config, model, None), SampleSheet(teacher, seed, torch.device("cpu"))
-    sampler = Generator(model.average, config.noise.generator_sigmas, config.clamp_images)
-    alarms = []
-    watch.see_average(sheet.of(sampler))
-    for step in range(iterations):
-        if step == case.at and case.fault is not None:
-            case.fault(model)
-        model.iterate(step, draws)
-        if (step + 1) % config.log_every == 0:
-            readings = [tally.read() for tally in (model.generator_tally, model.guidance_tally)]
-            means = {name: value for reading in readings for name, value in reading.means.items()}
-            num_images, num_judged = readings[0].num_watched, 2 * readings[1].num_good  # in batches
-            alarms += watch.read(step + 1, means, num_images * config.batch_size, num_judged * config.batch_size)[1]
-        if (step + 1) % SNAPSHOT == 0:
-            watch.see_average(sheet.of(sampler))
+    alarms: list[Alarm] = []
+    for line in lines(case, seed, iterations, **settings):
+        alarms += line.alarms
         if until_alarm and alarms:
             break
     found = [{"iteration": alarm.iteration, "kind": alarm.kind} for alarm in alarms]
