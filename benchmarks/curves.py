@@ -3,9 +3,9 @@ docs/training.md.
 
     python -m benchmarks.curves [--run RUN] [--json FILE] [--out docs/curves]
 
-Short runs of the embedded teacher (`benchmarks/failures.py`), with two healthy ones in grey behind each; and the figures of
-RUN, a finished `fastdmd.train`, from its metrics.jsonl. `--json` keeps what was drawn; from a file that exists, pictures
-are drawn without short runs.
+Short runs of the embedded teacher (`benchmarks/failures.py`), with two healthy ones in grey behind each; and the
+figures of RUN, a finished `fastdmd.train`, from its metrics.jsonl. `--json` keeps what was drawn; from a file that
+exists, pictures are drawn without short runs.
 """
 
 from __future__ import annotations
