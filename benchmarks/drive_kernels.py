@@ -135,8 +135,14 @@ CASES: dict[str, list[Callable[[Inputs], tuple]]] = {
         lambda i: (i.image(), i.level(), i.image(), i.level(), torch.bfloat16),
     ],
     "add_noise_rng": [
-        lambda i: (i.image(), i.level(), ops.rng_state(2**62 + 3, device=i.device), None, i.dtype),
-        lambda i: (i.image(), i.level(), ops.rng_state(5, device=i.device), i.level(), torch.bfloat16),
+        lambda i: (i.image(), i.level(), ops.rng_key(2**62 + 3, stream=2**32 - 1, device=i.device), None, i.dtype),
+        lambda i: (
+            i.image(),
+            i.level(),
+            ops.rng_key(5, first_sample=2**32 - 1, device=i.device),
+            i.level(),
+            torch.bfloat16,
+        ),
     ],
     "dm_gradient": [lambda i: (i.image(), i.image(), i.image(), 1e-6)],
     "dm_loss": [lambda i: (i.image(), i.image(), i.image(), 1e-6)],

@@ -111,7 +111,7 @@ def arguments(case: Case, device: str, seed: int = 0) -> tuple:
         return image(), x, mean, rstd, weight, bias, None, None, NUM_GROUPS, True
     return {
         "add_noise": lambda: (image(), sigma, image(), None, dtype),
-        "add_noise_rng": lambda: (image(), sigma, ops.rng_state(seed, device=device), None, dtype),
+        "add_noise_rng": lambda: (image(), sigma, ops.rng_key(seed, device=device), None, dtype),
         "dm_loss": lambda: (image(), image(), image(), 1e-6),
         "denoising_loss": lambda: (image(), image(), sigma),
         "fake_loss": lambda: (image(), image(), sigma, 0.5),
@@ -145,8 +145,7 @@ def bytes_moved(op: str, given: tuple, returned: tuple[Tensor, ...]) -> int:
     if op == "adamw_ema_":
         param, grad, *moments, step, learning_rate, ema, shadow = given[:8]
         return 2 * total([param, grad, *moments, step, ema]) + total([learning_rate, shadow])
-    advanced = given[2].nbytes if op == "add_noise_rng" else 0
-    return total(given) + total(returned) + advanced
+    return total(given) + total(returned)
 
 
 def bind(case: Case, implementation: str, given: tuple, device: str) -> Callable:
@@ -161,7 +160,7 @@ def bind(case: Case, implementation: str, given: tuple, device: str) -> Callable
     return functools.partial(found[implementation], *given)
 
 
-def _add_noise_rng(x, sigma, rng_state, scale, dtype):
+def _add_noise_rng(x, sigma, rng_key, scale, dtype):
     return eager.add_noise(x, sigma)
 
 

@@ -32,6 +32,18 @@ FASTDMD_INLINE void philox(Word& x0, Word& x1, Word& x2, Word& x3, uint32_t key0
   }
 }
 
+// What the numbers of a draw are a function of, beside sample and element: normal i mod 4 of the Philox counter
+// (i div 4, first_sample + b, iteration, stream) with key = seed is that of element i, in the order (C, H, W), of the
+// b-th image.
+struct RngKey {
+  uint64_t seed;
+  uint32_t stream, iteration, first_sample;
+
+  FASTDMD_INLINE static RngKey read(const int64_t* key /* [4] */) {
+    return {uint64_t(key[0]), uint32_t(key[1]), uint32_t(key[2]), uint32_t(key[3])};
+  }
+};
+
 FASTDMD_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -5,7 +5,7 @@
 STABLE_TORCH_LIBRARY(fastdmd_native, m) {
   m.def("philox(Tensor counter, Tensor key) -> Tensor");
   m.def("add_noise(Tensor x, Tensor sigma, Tensor noise, Tensor? scale, ScalarType dtype) -> Tensor");
-  m.def("add_noise_rng(Tensor x, Tensor sigma, Tensor(a!) rng_state, Tensor? scale, ScalarType dtype) -> Tensor");
+  m.def("add_noise_rng(Tensor x, Tensor sigma, Tensor rng_key, Tensor? scale, ScalarType dtype) -> Tensor");
   m.def("dm_gradient(Tensor x_gen, Tensor D_real, Tensor D_fake, float eps) -> Tensor");
   m.def("dm_loss(Tensor x_gen, Tensor D_real, Tensor D_fake, float eps) -> (Tensor, Tensor)");
   m.def(

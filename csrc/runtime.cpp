@@ -121,16 +121,22 @@ py::array_t<uint32_t> philox_words(const py::object& counter, const py::object& 
 }
 
 py::array_t<float> normals(const py::object& seed,
-                           const py::object& offset,
                            const py::object& size,
+                           const py::object& stream,
+                           const py::object& iteration,
+                           const py::object& sample,
                            const py::object& first) {
-  const uint64_t key = uint64_t(natural("seed", seed, 63));
-  const uint64_t call = uint64_t(natural("offset", offset, 63)) >> 32;
-  const int64_t num = natural("size", size, 60), begin = natural("first", first, 60);
+  const RngKey key{
+      .seed = uint64_t(natural("seed", seed, 63)),
+      .stream = uint32_t(natural("stream", stream, 32)),
+      .iteration = uint32_t(natural("iteration", iteration, 32)),
+      .first_sample = uint32_t(natural("sample", sample, 32)),
+  };
+  const int64_t num = natural("size", size, 33), begin = natural("first", first, 33);
   py::array_t<float> result(num);
   float* out = result.mutable_data();
   py::gil_scoped_release release;
-  kernels().normals(out, key, call, begin, begin + num);
+  kernels().normals(out, key, begin, begin + num);
   return result;
 }
 
@@ -172,15 +178,17 @@ Raises TypeError or ValueError, naming what was expected and what came.)");
   m.def("normals",
         &normals,
         "seed"_a,
-        "offset"_a,
         "size"_a,
         py::kw_only(),
+        "stream"_a = 0,
+        "iteration"_a = 0,
+        "sample"_a = 0,
         "first"_a = 0,
-        R"(normals(seed, offset, size, *, first=0) -> float32 [size]
+        R"(normals(seed, size, *, stream=0, iteration=0, sample=0, first=0) -> float32 [size]
 
-The noise, bit for bit, of elements [first, first + size) in memory order that `ops.add_noise` draws on a CPU from a
-state (seed, offset) of `ops.rng_state`, each in [0, 2^63). Element i is normal i mod 4 of the Philox counter
-(i div 4, offset div 2^32), two words each, and key = seed. Of two random words a, b the normals are
-sqrt(-2 ln u) (cos(pi t), sin(pi t)), u = (a div 2 + 1/2) / 2^31, t = b as a signed number / 2^31 (Box and Muller 1958).
-Raises TypeError or ValueError, naming what was expected and what came.)");
+The noise, bit for bit, of elements [first, first + size), in the order (C, H, W), of an image that `ops.add_noise`
+draws on a CPU with `ops.rng_key(seed, stream=stream, iteration=iteration, first_sample=sample)`. Element i is normal
+i mod 4 of the Philox counter (i div 4, sample, iteration, stream), a word each, and key = seed. Of two random words
+a, b the normals are sqrt(-2 ln u) (cos(pi t), sin(pi t)), u = (a div 2 + 1/2) / 2^31, t = b as a signed number / 2^31
+(Box and Muller 1958). Raises TypeError or ValueError, naming what was expected and what came.)");
 }

@@ -54,6 +54,9 @@ inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// How many channels of dense images alternate in memory: 1 where all of a channel lies in a row.
+inline int64_t alternating_channels(const Tensor& images) { return images.is_contiguous() ? 1 : images.size(1); }
+
 inline void* mutable_data_of(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->mutable_data_ptr() : nullptr;
 }

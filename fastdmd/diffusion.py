@@ -6,7 +6,6 @@ import abc
 import math
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,20 +96,6 @@ class DenoisingNetwork(nn.Module, abc.ABC):
     def in_best_layout(self) -> Self:
         """Itself, its weights in the memory format in which it is fastest."""
         return self
-
-
-def random_generator(seed: int, step: int, device: torch.device | str = "cpu", *, stream: int = 0) -> torch.Generator:
-    """A generator on `device` whose draws are a function of (seed, step, stream), each in [0, 2^32).
-
-    Streams keep apart what must not share numbers: 0 is training, 1 the choice of real images, 2 evaluation,
-    3 the noise behind samples.png, 4 the adversarial term, 5 the weights of its head, 6 what alarms compare with,
-    8 the step of a generator of several, 9 the real images that are noised for it, 10 the noise of pairs, 11 their
-    choice. Raises ValueError for values outside.
-    """
-    if not all(0 <= value < 2**32 for value in (seed, step, stream)):  # wider ones would collide in SeedSequence
-        raise ValueError(f"fastdmd.random_generator: expected values in [0, 2^32), got {(seed, step, stream)}")
-    state = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)  # manual_seed takes 63 bits on every device
 
 
 def karras_sigmas(

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from fastdmd import __version__
-from fastdmd.diffusion import DenoisingNetwork, random_generator
+from fastdmd import __version__, ops
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.files import replacing, write_atomically
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, save_network
+from fastdmd.randomness import Stream, normals
 from fastdmd.runs import cli, outputs, terminal
 from fastdmd.runs.config import CommandSettings
-from fastdmd.sampling import Generator, balanced_labels, draw_step_noise
+from fastdmd.sampling import Generator, balanced_labels, step_normals
 from fastdmd.settings import Input, Positional, above
 
 Inputs = dict[str, Tensor]  # noise, class_labels and step_noise, those that there are, in this order
@@ -130,12 +131,11 @@ def network_of(generator: Generator) -> DenoisingNetwork:
 
 def make_inputs(generator: Generator, batch_size: int) -> Inputs:
     """What a generator takes for so many images: the same for a batch size each time."""
-    random = random_generator(0, batch_size)
-    noise = torch.randn(batch_size, *generator.network.image_shape, generator=random)
+    shape = (batch_size, *generator.network.image_shape)
     inputs = {
-        "noise": noise,
+        "noise": normals(shape, ops.rng_key(0, stream=Stream.EXPORT)),
         "class_labels": balanced_labels(batch_size, generator.network.num_classes),
-        "step_noise": draw_step_noise(generator.num_step_noises, noise, random),
+        "step_noise": step_normals(generator.num_step_noises, shape, ops.rng_key(0, stream=Stream.EXPORT_STEP_NOISE)),
     }
     return {name: value for name, value in inputs.items() if value is not None}
 

@@ -16,13 +16,12 @@ import torch
 
 from fastdmd import quality, teachers
 from fastdmd.data import to_uint8
-from fastdmd.diffusion import random_generator
 from fastdmd.files import write_atomically
 from fastdmd.memory import require_memory
 from fastdmd.runs import cli, machine, outputs, terminal
 from fastdmd.runs.config import SampleConfig
 from fastdmd.runs.pictures import image_grid
-from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels, draw_step_noise
+from fastdmd.sampling import Sampler, balanced_labels, start_noise
 
 BYTES_PER_VALUE = 4 + 1 + 1  # an image as floats, as integers, and in the picture
 
@@ -60,25 +59,15 @@ def parse_labels(text: str | None, num_images: int, num_classes: int) -> torch.T
 
 
 def sample(sampler: Sampler, labels: torch.Tensor | None, config: SampleConfig, device: torch.device) -> torch.Tensor:
-    """`[num, C, H, W]` in [-1, 1] on the CPU; the noise is a function of the seed alone, not of the batch size."""
-    generator = random_generator(config.seed, 0, stream=SAMPLING_STREAM)
-    noise = torch.randn(config.num, *sampler.network.image_shape, generator=generator)
+    """`[num, C, H, W]` in [-1, 1] on the CPU; noise is a function of seed and number, not of the batch size."""
+    shape = sampler.network.image_shape
+    images = torch.empty(config.num, *shape)
     for start in range(0, config.num, config.batch_size):
-        part = slice(start, start + config.batch_size)
+        part = slice(start, min(start + config.batch_size, config.num))
+        noise, step_noise = start_noise(part, shape, sampler.num_step_noises, config.seed, device)
         class_labels = None if labels is None else labels[part].to(device)
-        step_noise = make_step_noise(sampler, noise[part], start, config.seed)
-        step_noise = None if step_noise is None else step_noise.to(device)
-        noise[part] = quality.sample(sampler, noise[part].to(device), class_labels, step_noise).cpu()
-    return noise  # each image where its noise was
-
-
-def make_step_noise(sampler: Sampler, noise: torch.Tensor, start: int, seed: int) -> torch.Tensor | None:
-    """Of images from number `start` on, `[B, num_step_noises, C, H, W]` or None: for each a function of its number."""
-    if sampler.num_step_noises == 0:
-        return None
-    random = (random_generator(seed, 1 + start + i, stream=SAMPLING_STREAM) for i in range(len(noise)))
-    noises = [draw_step_noise(sampler.num_step_noises, noise[:1], generator) for generator in random]
-    return torch.cat([step_noise for step_noise in noises if step_noise is not None])
+        images[part] = quality.sample(sampler, noise, class_labels, step_noise).cpu()
+    return images
 
 
 def write_images(config: SampleConfig, images: torch.Tensor, labels: torch.Tensor | None) -> None:

@@ -11,15 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastdmd import ops
 from fastdmd.diffusion import Denoiser, karras_sigmas
+from fastdmd.randomness import Stream, normals
 
-SAMPLING_STREAM = 2  # random_generator's stream for evaluation, apart from those of training
 CLAMP_MARGIN = 0.25  # beyond [-1, 1], up to which a gradient leads clamped images further out
 
 
 class Sampler(Protocol):
     """`sampler(noise, class_labels, step_noise=step_noise) -> images`, `[B, C, H, W]`: standard normal of that shape,
-    int64 `[B]` or None, and what `draw_step_noise` gives."""
+    int64 `[B]` or None, and what `step_normals` gives."""
 
     @property
     def network(self) -> Denoiser: ...
@@ -197,6 +198,32 @@ def draw_step_noise(num_step_noises: int, noise: Tensor, random: torch.Generator
         return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=random)
 
     return torch.stack([normal() for _ in range(num_step_noises)], dim=1)
+
+
+def start_noise(
+    part: slice, image_shape: Sequence[int], num_step_noises: int, seed: int, device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
+    """What sampled images of the numbers in `part` are made from, `noise` and `step_noise` of a sampler.
+
+    Standard normal `[n, C, H, W]` and `[n, num_step_noises, C, H, W]` (None of none), functions of seed and number.
+    """
+    shape = (part.stop - part.start, *image_shape)
+    noise_key, step_key = (
+        ops.rng_key(seed, stream=stream, first_sample=part.start, device=device)
+        for stream in (Stream.EVALUATION_NOISE, Stream.EVALUATION_STEP_NOISE)
+    )
+    return normals(shape, noise_key), step_normals(num_step_noises, shape, step_key)
+
+
+def step_normals(num_step_noises: int, shape: Sequence[int], rng_key: Tensor) -> Tensor | None:
+    """The same `[B, num_step_noises, C, H, W]` for images of shape (B, C, H, W), a function of a key of `ops.rng_key`.
+
+    A sampler of fewer steps gets the same for those.
+    """
+    if num_step_noises == 0:
+        return None
+    B, C, H, W = shape
+    return normals((B, num_step_noises * C, H, W), rng_key).unflatten(1, (num_step_noises, C))
 
 
 def clamp_images(images: Tensor) -> Tensor:

@@ -19,18 +19,17 @@ Tensor philox_words(Tensor counter,  // [N, 4]
   return words;
 }
 
-Tensor noised(const Tensor& x,      // [B, ...]
-              const Tensor& sigma,  // [B]
-              const void* noise,    // [B, ...], or null: made from seed and call
-              uint64_t seed,
-              uint64_t call,
+Tensor noised(const Tensor& x,                     // [B, ...]
+              const Tensor& sigma,                 // [B]
+              const void* noise,                   // [B, ...], or null
+              const int64_t* key,                  // [4], if noise is null
               const std::optional<Tensor>& scale,  // [B]
               ScalarType dtype) {
   Tensor out = empty_like(x, dtype);
   if (x.numel() == 0) return out;
   const std::vector<double> sigmas = values(sigma);
   const std::vector<double> scales = values(scale);
-  const AddNoise a{
+  AddNoise a{
       .dtype = dtype_of(x),
       .out_dtype = dtype_of(dtype),
       .x = x.const_data_ptr(),
@@ -39,10 +38,16 @@ Tensor noised(const Tensor& x,      // [B, ...]
       .sigma = sigmas.data(),
       .scale = pointer(scales),
       .sample_size = x.numel() / x.size(0),
-      .seed = seed,
-      .call = call,
   };
-  parallel_for(0, x.numel(), GRAIN, [&](int64_t begin, int64_t end) { kernels().add_noise(a, begin, end); });
+  if (noise) {
+    parallel_for(0, x.numel(), GRAIN, [&](int64_t begin, int64_t end) { kernels().add_noise(a, begin, end); });
+    return out;
+  }
+  a.key = RngKey::read(key);
+  a.num_channels = alternating_channels(x);
+  parallel_for(0, x.size(0) * a.num_quads(), GRAIN / 4, [&](int64_t begin, int64_t end) {
+    kernels().add_noise_rng(a, begin, end);
+  });
   return out;
 }
 
@@ -51,19 +56,15 @@ Tensor add_noise(Tensor x,                     // [B, ...]
                  Tensor noise,                 // [B, ...]
                  std::optional<Tensor> scale,  // [B]
                  ScalarType dtype) {
-  return noised(x, sigma, noise.const_data_ptr(), 0, 0, scale, dtype);
+  return noised(x, sigma, noise.const_data_ptr(), nullptr, scale, dtype);
 }
 
 Tensor add_noise_rng(Tensor x,                     // [B, ...]
                      Tensor sigma,                 // [B]
-                     Tensor rng_state,             // [2], seed and offset
+                     Tensor rng_key,               // [4], see RngKey
                      std::optional<Tensor> scale,  // [B]
                      ScalarType dtype) {
-  auto* state = static_cast<int64_t*>(rng_state.mutable_data_ptr());
-  const uint64_t seed = uint64_t(state[0]);
-  const uint64_t call = uint64_t(state[1]) >> 32;
-  state[1] += int64_t(1) << 32;
-  return noised(x, sigma, nullptr, seed, call, scale, dtype);
+  return noised(x, sigma, nullptr, static_cast<const int64_t*>(rng_key.const_data_ptr()), scale, dtype);
 }
 
 // A sample is worked on in blocks of fixed size; body(sample, begin, end) of each returns a partial sum. Small samples

@@ -8,6 +8,7 @@
 
 #include "../adamw_ema.h"
 #include "../dtype.h"
+#include "../formulas.h"
 
 namespace fastdmd {
 
@@ -17,12 +18,15 @@ namespace fastdmd {
 struct AddNoise {
   Dtype dtype, out_dtype;
   const void* x;        // [B * sample_size]
-  const void* noise;    // [B * sample_size], or null: made from seed and call
+  const void* noise;    // [B * sample_size]; null for add_noise_rng
   void* out;            // [B * sample_size], of out_dtype
   const double* sigma;  // [B]
   const double* scale;  // [B], or null for 1
   int64_t sample_size;
-  uint64_t seed, call;
+  RngKey key;            // of add_noise_rng
+  int64_t num_channels;  // likewise, that alternate in memory
+
+  int64_t num_quads() const { return (sample_size + 3) / 4; }  // of normals, of a sample
 };
 
 struct DMLoss {
@@ -99,9 +103,11 @@ struct Kernels {
                  int64_t begin,
                  int64_t end);
   void (*add_noise)(const AddNoise&, int64_t begin, int64_t end);
+  // `begin` and `end` count quads of normals, those of all samples
+  void (*add_noise_rng)(const AddNoise&, int64_t begin, int64_t end);
+  // of elements [begin, end) of sample key.first_sample
   void (*normals)(float* out,  // [end - begin]
-                  uint64_t seed,
-                  uint64_t call,
+                  const RngKey& key,
                   int64_t begin,
                   int64_t end);
   // sum |p_real|
@@ -140,6 +146,7 @@ struct Kernels {
   namespace isa {                                  \
   FASTDMD_DECLARE_KERNEL(philox)                   \
   FASTDMD_DECLARE_KERNEL(add_noise)                \
+  FASTDMD_DECLARE_KERNEL(add_noise_rng)            \
   FASTDMD_DECLARE_KERNEL(normals)                  \
   FASTDMD_DECLARE_KERNEL(dm_weight)                \
   FASTDMD_DECLARE_KERNEL(dm_gradient)              \
@@ -156,6 +163,7 @@ struct Kernels {
   inline constexpr Kernels kernels{                \
       philox,                                      \
       add_noise,                                   \
+      add_noise_rng,                               \
       normals,                                     \
       dm_weight,                                   \
       dm_gradient,                                 \

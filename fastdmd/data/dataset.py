@@ -1,4 +1,4 @@
-"""Datasets of uint8 images held whole, and batches of them as functions of (seed, step)."""
+"""Datasets of uint8 images held whole, and batches of them as functions of seed, step and sample."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from torch import Tensor
 from fastdmd.data.content import Requirement, mismatch
 from fastdmd.data.formats import open_content
 from fastdmd.data.framing import Framing
-from fastdmd.diffusion import random_generator
 from fastdmd.memory import available_memory_bytes
+from fastdmd.randomness import Stream, integers
 
-RANDOM_BATCH_STREAM = 1  # of random_generator: the choice of real images
 EMBEDDED = Path(__file__).parents[1] / "assets" / "mnist"
 
 
@@ -138,11 +137,17 @@ class Dataset:
         seed: int,
         step: int,
         device: torch.device | str | None = None,
-        stream: int = RANDOM_BATCH_STREAM,
+        stream: Stream = Stream.REAL_IMAGE,
+        first_sample: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """`batch` of indices drawn with replacement: a function of (seed, step, stream), the same on every device."""
-        generator = random_generator(seed, step, stream=stream)
-        return self.batch(torch.randint(len(self), (batch_size,), generator=generator), device)
+        """`batch` of indices drawn with replacement, those of samples from `first_sample` on.
+
+        Each is a function of (seed, step, stream, sample), the same on every device.
+        """
+        indices = integers(
+            0, len(self), batch_size, seed=seed, stream=stream, iteration=step, first_sample=first_sample
+        )
+        return self.batch(indices, device)
 
     def require(
         self, *, image_shape: tuple[int, int, int] | None = None, num_classes: int | None = None, least_images: int = 1

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fastdmd import ops
 from fastdmd.data.content import decoding, mismatch
-from fastdmd.diffusion import random_generator
 from fastdmd.files import write_atomically
 from fastdmd.memory import require_memory
+from fastdmd.randomness import Stream, integers, normals
 
-NOISE_STREAM = 10  # of random_generator: the noise of a pair, whose index is the step
-BATCH_STREAM = 11  # the choice of pairs in an iteration
+RANDOM_NUMBERS = "Philox4x32-10"  # what noise is made of; folders of before do not say so
 RECORD = "pairs.json"
 MAX_PAIRS = 10**7
 MAX_RECORD_BYTES = 2**14
@@ -44,6 +44,7 @@ class PairRecord:
     batch_size: int
     seed: int
     device: str
+    random_numbers: str = RANDOM_NUMBERS
 
     @property
     def num_parts(self) -> int:
@@ -56,8 +57,8 @@ class PairRecord:
 
     def noise(self, part: slice) -> Tensor:
         """Standard normal, of the pairs of a part, float32 `[n, C, H, W]`."""
-        generators = (random_generator(self.seed, index, stream=NOISE_STREAM) for index in range(part.start, part.stop))
-        return torch.stack([torch.randn(self.image_shape, generator=generator) for generator in generators])
+        rng_key = ops.rng_key(self.seed, stream=Stream.PAIR_NOISE, first_sample=part.start)
+        return normals((part.stop - part.start, *self.image_shape), rng_key)
 
     def labels(self, part: slice) -> Tensor | None:
         """All classes in turn, int64 `[n]`; None without classes."""
@@ -113,11 +114,20 @@ class Pairs:
         return len(self.images)
 
     def random_batch(
-        self, batch_size: int, *, seed: int, step: int, device: torch.device | str = "cpu"
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        step: int,
+        device: torch.device | str = "cpu",
+        first_sample: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Noise, images and labels of pairs drawn with replacement: a function of (seed, step)."""
-        generator = random_generator(seed, step, stream=BATCH_STREAM)
-        indices = torch.randint(len(self), (batch_size,), generator=generator)
+        """Noise, images and labels of pairs drawn with replacement, those of samples from `first_sample` on.
+
+        Each is a function of (seed, step, sample).
+        """
+        place = {"iteration": step, "first_sample": first_sample}
+        indices = integers(0, len(self), batch_size, seed=seed, stream=Stream.PAIR, **place)
         noise, images = (tensor.index_select(0, indices).to(device) for tensor in (self.noise, self.images))
         return noise, images, None if self.labels is None else self.labels.index_select(0, indices).to(device)
 
@@ -160,6 +170,8 @@ def read_record(path: Path) -> PairRecord:
     file = path / RECORD
     with decoding("JSON", file), open(file, "rb") as stream:
         content = json.loads(stream.read(MAX_RECORD_BYTES))
+        if (found := content.get("random_numbers", "torch's generators")) != RANDOM_NUMBERS:
+            raise mismatch(f"noise of {RANDOM_NUMBERS} in {file}", f"noise of {found}")
         content["image_shape"] = tuple(content["image_shape"])
         record = PairRecord(**content)
         types = get_type_hints(PairRecord)

@@ -18,7 +18,6 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Draws, GeneratorInputs
 from fastdmd.distill.turns import DMD2
 from fastdmd.memory import available_bytes
-from fastdmd.sampling import draw_step_noise
 
 HOPELESS = 2  # times the memory that there is
 
@@ -155,15 +154,17 @@ def _dry_run(
 def _draws(
     network: DenoisingNetwork, batch_size: int, kind: type[Draws], num_steps: int, generator_inputs: GeneratorInputs
 ) -> Draws:
-    """Noise levels, labels and images, as the names of its fields end; and what further steps start from."""
+    """Noise levels, keys, labels and images, as the names of its fields end; and what further steps start from."""
     images = torch.empty(batch_size, *network.image_shape, device="meta")
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta") if network.num_classes else None
-    known: dict[str, Any] = {"sigma": images.new_empty(batch_size), "labels": labels}
+    key = torch.empty(4, dtype=torch.int64, device="meta")
+    known: dict[str, Any] = {"sigma": images.new_empty(batch_size), "key": key, "labels": labels}
     names = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
     draws = kind(**{name: known.get(name.rpartition("_")[2], images) for name in names})
     if generator_inputs == "noised-data":
         return dataclasses.replace(draws, start_images=images)
-    return dataclasses.replace(draws, step_noise=draw_step_noise(num_steps - 1, images, None))
+    step_noise = images.new_empty(batch_size, num_steps - 1, *network.image_shape) if num_steps > 1 else None
+    return dataclasses.replace(draws, step_noise=step_noise)
 
 
 def _flops(run: Callable[[], object]) -> int:

@@ -29,10 +29,8 @@ class Buffers:
         self._form = _form(draws, num_parts, ratio)
         self.inputs = map_tensors(torch.empty_like, draws)
         self.x_gen = torch.empty_like(draws.noise)  # [B, C, H, W]
-        self.parts = [
-            Part(map_tensors(itemgetter(rows), self.inputs), self.x_gen[rows])
-            for rows in parts(len(draws.noise), num_parts)
-        ]
+        self._rows = parts(len(draws.noise), num_parts)
+        self.parts = [Part(_part_of(self.inputs, rows), self.x_gen[rows]) for rows in self._rows]
         self.ahead = Ahead(draws, ratio)
 
     def fit(self, draws: Draws, num_parts: int, ratio: int) -> bool:
@@ -40,12 +38,30 @@ class Buffers:
 
     def load(self, draws: Draws) -> None:
         copy_tensors(draws, self.inputs)
+        for part, rows in zip(self.parts[1:], self._rows[1:], strict=True):
+            for name in _keys(part.draws):  # of another first sample
+                key = getattr(part.draws, name)
+                key.copy_(getattr(draws, name))
+                key[3].add_(rows.start)
         if draws.step_index != self.inputs.step_index:
             self.inputs = dataclasses.replace(self.inputs, step_index=draws.step_index)
             self.parts = [
                 dataclasses.replace(part, draws=dataclasses.replace(part.draws, step_index=draws.step_index))
                 for part in self.parts
             ]
+
+
+def _keys(draws: Draws) -> list[str]:
+    """The names of the keys among the random inputs."""
+    return [name for name in vars(draws) if name.endswith("_key")]
+
+
+def _part_of(draws: Draws, rows: slice) -> Draws:
+    """Views of some rows, and room for keys of their own if they are not the first."""
+    keys = {name: getattr(draws, name) for name in _keys(draws)}
+    if rows.start > 0:
+        keys = {name: torch.empty_like(key) for name, key in keys.items()}
+    return map_tensors(itemgetter(rows), draws, **keys)
 
 
 def _form(draws: Draws, num_parts: int, ratio: int) -> tuple[Any, ...]:

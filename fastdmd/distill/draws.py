@@ -1,4 +1,4 @@
-"""Everything random in an iteration, as a function of seed and iteration, and the noise levels it is drawn from."""
+"""Everything random in an iteration, a function of seed and iteration, and the noise levels it is drawn from."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastdmd.diffusion import Denoiser, Dynamics, karras_sigmas, lognormal_sigmas, random_generator
+from fastdmd import ops
+from fastdmd.diffusion import Denoiser, Dynamics, karras_sigmas, lognormal_sigmas
 from fastdmd.distill.starts import Start
-from fastdmd.sampling import draw_step_noise
+from fastdmd.randomness import Stream, integers, normals
+from fastdmd.sampling import step_normals
 from fastdmd.settings import Settings, above, at_least, commas, fail, within
 
 NoiseLevel = Annotated[float, above(0, 1e9)]
@@ -22,9 +24,6 @@ LogMean = Annotated[float, within(-10, 10)]  # of ln(sigma): the squares of sigm
 LogDeviation = Annotated[float, above(0, 5)]
 DataDeviation = Annotated[float, above(0, 1e6)]
 GeneratorInputs = Literal["simulated", "noised-data"]
-
-STEP_STREAM = 8  # of random_generator: the step of an iteration
-START_STREAM = 9  # the real images that are noised for it
 
 RealImages = Callable[[int], tuple[Tensor, Tensor | None]]  # images and labels of an iteration
 
@@ -141,10 +140,13 @@ class Noise(NoiseSettings):
         seed: int,
         device: torch.device,
         real: RealImages | None = None,
+        *,
+        first_sample: int = 0,
     ) -> Callable[[int], Draws]:
         """The random inputs of every iteration, as a function of its number; `real` gives the images that are noised.
 
-        Raises ValueError where they are needed and not given, or the other way round.
+        They are those of the rows `[first_sample, first_sample + batch_size)` of a larger batch. Raises ValueError
+        where real images are needed and not given, or the other way round.
         """
         if self.uses_real_images != (real is not None):
             given = "none" if real is None else "some"
@@ -155,17 +157,29 @@ class Noise(NoiseSettings):
         sigmas, shape = self.levels(device), (batch_size, *network.image_shape)
         min_step, max_step = self.step_range
         at = functools.partial(draw, shape, network.num_classes, sigmas, min_step, max_step, seed=seed)
-        return lambda step: at(step=step, num_steps=len(self.generator_sigmas), real=real)
+        return lambda step: at(step=step, first_sample=first_sample, num_steps=len(self.generator_sigmas), real=real)
 
 
 @dataclasses.dataclass(frozen=True)
 class Draws(Start):
-    """Everything random in one iteration, a function of (seed, step)."""
+    """Everything random in one iteration, a function of seed, iteration and sample.
+
+    Noise of the turns is made where images are noised, `ops.add_noise(..., rng_key=dm_key)`.
+    """
 
     dm_sigma: Tensor  # [B], noise levels of the generator turn
-    dm_noise: Tensor  # [B, C, H, W]
+    dm_key: Tensor  # [4], of ops.rng_key
     fake_sigma: Tensor  # [B], noise levels of the guidance turn
-    fake_noise: Tensor  # [B, C, H, W]
+    fake_key: Tensor  # [4]
+
+    @property
+    def dm_noise(self) -> Tensor:
+        """What `dm_key` stands for, `[B, C, H, W]`, for loops that want it in memory; `fake_noise` likewise."""
+        return normals(self.noise.shape, self.dm_key)
+
+    @property
+    def fake_noise(self) -> Tensor:
+        return normals(self.noise.shape, self.fake_key)
 
 
 def draw(
@@ -177,39 +191,40 @@ def draw(
     *,
     seed: int,
     step: int,
+    first_sample: int = 0,
     num_steps: int = 1,
     real: RealImages | None = None,
 ) -> Draws:
-    """The random inputs of iteration `step`.
+    """The random inputs of iteration `step`, of samples from `first_sample` on.
 
     `shape` is (B, C, H, W), `sigmas` are the noise levels `[N]`, on whose device the draws will be. The generator turn
     takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the guidance turn from all of
     `sigmas`; labels are uniform over `num_classes` (None if 0). A generator of several steps takes one of them, uniform
-    over `num_steps`, on the host. With `real` it starts from these images and noise, and has their labels, but at its
-    first step, which starts from noise.
+    over `num_steps`, the same for all samples. With `real` it starts from these images and noise, and has their labels,
+    but at its first step, which starts from noise.
     """
     device = sigmas.device
-    generator = random_generator(seed, step, device)
 
-    def normal() -> Tensor:
-        return torch.randn(shape, device=device, generator=generator)
+    def key(stream: Stream) -> Tensor:
+        return ops.rng_key(seed, stream=stream, iteration=step, first_sample=first_sample, device=device)
 
-    def integers(low: int, high: int) -> Tensor:
-        return torch.randint(low, high, shape[:1], device=device, generator=generator)
+    def uniform(low: int, high: int, stream: Stream) -> Tensor:
+        place: dict[str, Any] = {"iteration": step, "first_sample": first_sample, "device": device}
+        return integers(low, high, shape[0], seed=seed, stream=stream, **place)
 
     draws = Draws(
-        noise=normal(),
-        class_labels=integers(0, num_classes) if num_classes else None,
-        dm_sigma=sigmas[integers(min_step, max_step + 1)],
-        dm_noise=normal(),
-        fake_sigma=sigmas[integers(0, len(sigmas))],
-        fake_noise=normal(),
+        noise=normals(shape, key(Stream.GENERATOR_NOISE)),
+        class_labels=uniform(0, num_classes, Stream.CLASS) if num_classes else None,
+        dm_sigma=sigmas[uniform(min_step, max_step + 1, Stream.DM_LEVEL)],
+        dm_key=key(Stream.DM_NOISE),
+        fake_sigma=sigmas[uniform(0, len(sigmas), Stream.FAKE_LEVEL)],
+        fake_key=key(Stream.FAKE_NOISE),
     )
     if num_steps == 1:
         return draws
-    index = int(torch.randint(num_steps, (), generator=random_generator(seed, step, stream=STEP_STREAM)))
+    index = int(integers(0, num_steps, 1, seed=seed, stream=Stream.STEP_INDEX, iteration=step))
     if real is None:
-        step_noise = draw_step_noise(num_steps - 1, draws.noise, generator)
+        step_noise = step_normals(num_steps - 1, shape, key(Stream.STEP_NOISE))
         return dataclasses.replace(draws, step_index=index, step_noise=step_noise)
     images, labels = real(step)
     return dataclasses.replace(

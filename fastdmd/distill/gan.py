@@ -9,14 +9,13 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from fastdmd.diffusion import DenoisingNetwork, random_generator
+from fastdmd import ops
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.adversarial import Divergence
 from fastdmd.distill.draws import Draws, Noise, NoiseLevel, RealImages
 from fastdmd.distill.optimization import Rate
+from fastdmd.randomness import Stream, integers, normals
 from fastdmd.settings import Settings, at_least, fail
-
-GAN_STREAM = 4  # of random_generator: the noise at which images are judged
-HEAD_STREAM = 5  # the first weights of the head
 
 LARGEST_JUDGED_AS_THEY_ARE = 32  # pixels a side
 
@@ -29,11 +28,20 @@ class AdversarialDraws(Draws):
     """With what the adversarial term needs."""
 
     gan_sigma: Tensor  # [B], noise levels at which generated images are judged
-    gan_noise: Tensor  # [B, C, H, W]
+    gan_key: Tensor  # [4], of ops.rng_key
     real_images: Tensor  # [B, C, H, W]
     real_labels: Tensor | None  # int64 [B]
     real_sigma: Tensor  # [B], noise levels at which they are judged
-    real_noise: Tensor  # [B, C, H, W]
+    real_key: Tensor  # [4]
+
+    @property
+    def gan_noise(self) -> Tensor:
+        """As `dm_noise` is of `dm_key`; `real_noise` likewise."""
+        return normals(self.noise.shape, self.gan_key)
+
+    @property
+    def real_noise(self) -> Tensor:
+        return normals(self.noise.shape, self.real_key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,14 +130,22 @@ class GAN(GANSettings):
     gan_lr: float = dataclasses.field()
 
     def draws(
-        self, draws: Callable[[int], Draws], real: RealImages, levels: Tensor, seed: int
+        self,
+        draws: Callable[[int], Draws],
+        real: RealImages,
+        levels: Tensor,
+        seed: int,
+        *,
+        first_sample: int = 0,
     ) -> Callable[[int], AdversarialDraws]:
-        """Those of every iteration with what the adversarial term needs; noise is a function of (seed, iteration).
+        """Those of every iteration with what the adversarial term needs, of samples from `first_sample` on.
 
         Both kinds of images are noised to levels that are uniform among `levels`, ascending, up to `gan_max_sigma`.
         """
         judged = levels[: self.num_levels(levels)]
-        return lambda step: _with_real_images(draws(step), *real(step), judged, seed=seed, step=step)
+        return lambda step: _with_real_images(
+            draws(step), *real(step), judged, seed=seed, step=step, first_sample=first_sample
+        )
 
     def num_levels(self, levels: Tensor) -> int:
         """Of these, ascending, up to `gan_max_sigma`; waits for the device."""
@@ -137,22 +153,26 @@ class GAN(GANSettings):
 
 
 def _with_real_images(
-    draws: Draws, images: Tensor, class_labels: Tensor | None, sigmas: Tensor, *, seed: int, step: int
+    draws: Draws,
+    images: Tensor,
+    class_labels: Tensor | None,
+    sigmas: Tensor,
+    *,
+    seed: int,
+    step: int,
+    first_sample: int,
 ) -> AdversarialDraws:
-    generator = random_generator(seed, step, sigmas.device, stream=GAN_STREAM)
+    place: dict[str, Any] = {"iteration": step, "first_sample": first_sample, "device": sigmas.device}
 
-    def level() -> Tensor:
-        return sigmas[torch.randint(len(sigmas), draws.dm_sigma.shape, device=sigmas.device, generator=generator)]
-
-    def normal() -> Tensor:
-        return torch.randn(draws.noise.shape, device=sigmas.device, generator=generator)
+    def level(stream: Stream) -> Tensor:
+        return sigmas[integers(0, len(sigmas), len(draws.noise), seed=seed, stream=stream, **place)]
 
     return AdversarialDraws(
         **vars(draws),
-        gan_sigma=level(),
-        gan_noise=normal(),
+        gan_sigma=level(Stream.GAN_LEVEL),
+        gan_key=ops.rng_key(seed, stream=Stream.GAN_NOISE, **place),
         real_images=images,
         real_labels=class_labels,
-        real_sigma=level(),
-        real_noise=normal(),
+        real_sigma=level(Stream.REAL_LEVEL),
+        real_key=ops.rng_key(seed, stream=Stream.REAL_NOISE, **place),
     )

@@ -14,17 +14,25 @@ Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, class
 
 
 def generator_loss(
-    x_gen: Tensor, teacher: Denoise, fake_score: Denoise, class_labels: Tensor | None, *, sigma: Tensor, noise: Tensor
+    x_gen: Tensor,
+    teacher: Denoise,
+    fake_score: Denoise,
+    class_labels: Tensor | None,
+    *,
+    sigma: Tensor,
+    noise: Tensor | None = None,
+    rng_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The distribution-matching loss `L_dm`, differentiable in `x_gen` alone, and the share of samples it left out.
 
-    Noises `x_gen` `[B, C, H, W]` by `noise`, of its shape, at the levels `sigma` `[B]`, lets both networks denoise it,
-    and compares (see `ops.dm_loss`, which takes a sample for which one of them gives NaN or infinity as one that is
-    right); Yin et al. 2024, eq. 3. `class_labels` are int64 `[B]` or None. Both results are 0-dim, on the device.
-    Raises ValueError or TypeError for shapes, dtypes and devices that do not fit each other.
+    Noises `x_gen` `[B, C, H, W]` by `noise`, of its shape, or by that of `rng_key` (see `ops.add_noise`), at the levels
+    `sigma` `[B]`, lets both networks denoise it, and compares (see `ops.dm_loss`, which takes a sample for which one of
+    them gives NaN or infinity as one that is right); Yin et al. 2024, eq. 3. `class_labels` are int64 `[B]` or None.
+    Both results are 0-dim, on the device. Raises ValueError or TypeError for shapes, dtypes and devices that do not fit
+    each other.
     """
     with torch.no_grad():
-        x_t = ops.add_noise(x_gen, sigma, noise=noise)
+        x_t = ops.add_noise(x_gen, sigma, noise=noise, rng_key=rng_key)
         D_real = teacher(x_t, sigma, class_labels)
         D_fake = fake_score(x_t, sigma, class_labels)
         left_out = 1 - (D_real + D_fake).sum(dim=(1, 2, 3), dtype=torch.float32).isfinite().float().mean()
@@ -37,7 +45,8 @@ def denoising_loss(
     class_labels: Tensor | None,
     *,
     sigma: Tensor,
-    noise: Tensor,
+    noise: Tensor | None = None,
+    rng_key: Tensor | None = None,
     sigma_data: float | None,
 ) -> Tensor:
     """`mean(weight * (D(images + sigma * noise, sigma, class_labels) - images)^2)`, differentiable in the weights of D.
@@ -45,11 +54,12 @@ def denoising_loss(
     It trains teachers and, on generated images, the fake score (`L_fake`). The weight is EDM's, `sigma^-2 + sd^-2`
     (Karras et al. 2022, eq. 8), or for a velocity network `t^-2` with `t = sigma / (1 + sigma)`, which makes it the
     loss of flow matching, `mean((v - (noise - images))^2)`; with `sigma_data` None it is 1. The images count as
-    constants. `images` and `noise` are `[B, C, H, W]`, `sigma` `[B]`, `class_labels` int64 `[B]` or None; the result is
-    0-dim. Raises ValueError or TypeError for shapes, dtypes and devices that do not fit each other.
+    constants. `images` and `noise` are `[B, C, H, W]`, `sigma` `[B]`, `class_labels` int64 `[B]` or None; instead of
+    `noise` there may be `rng_key`, see `ops.add_noise`. The result is 0-dim. Raises ValueError or TypeError for shapes,
+    dtypes and devices that do not fit each other.
     """
     images = images.detach()
-    D_x = denoiser(ops.add_noise(images, sigma, noise=noise), sigma, class_labels)
+    D_x = denoiser(ops.add_noise(images, sigma, noise=noise, rng_key=rng_key), sigma, class_labels)
     return denoised_loss(D_x, images, sigma, dynamics=denoiser.dynamics, sigma_data=sigma_data)
 
 

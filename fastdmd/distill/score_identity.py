@@ -19,7 +19,8 @@ def score_identity_loss(
     class_labels: Tensor | None,
     *,
     sigma: Tensor,
-    noise: Tensor,
+    noise: Tensor | None = None,
+    rng_key: Tensor | None = None,
     alpha: float,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
@@ -34,13 +35,14 @@ def score_identity_loss(
     The gradient reaches `x_gen` through both networks too, not their weights; its part `-weight * delta / numel` is
     that of `L_dm`. A sample whose loss or gradient is NaN or infinite counts as zero, as one that is right.
 
-    `x_gen` and `noise` are `[B, C, H, W]`, `sigma` `[B]`, `class_labels` int64 `[B]` or None; both results are 0-dim,
-    on the device. There is no second derivative. Raises ValueError for a denoised image of another shape or dtype than
-    `x_gen`, for a teacher without a gradient in the images, and ValueError or TypeError as `ops.add_noise` does.
+    `x_gen` and `noise` are `[B, C, H, W]`, `sigma` `[B]`, `class_labels` int64 `[B]` or None; instead of `noise` there
+    may be `rng_key`, see `ops.add_noise`. Both results are 0-dim, on the device. There is no second derivative. Raises
+    ValueError for a denoised image of another shape or dtype than `x_gen`, for a teacher without a gradient in the
+    images, and ValueError or TypeError as `ops.add_noise` does.
     """
     with torch.enable_grad():
         x = x_gen.detach().requires_grad_(True)
-        x_t = ops.add_noise(x, sigma, noise=noise)
+        x_t = ops.add_noise(x, sigma, noise=noise, rng_key=rng_key)
         D_real = teacher(x_t, sigma, class_labels)
         D_fake = fake_score(x_t, sigma, class_labels)
         for name, D_x in (("D_real", D_real), ("D_fake", D_fake)):

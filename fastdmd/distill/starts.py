@@ -53,10 +53,10 @@ def make_images(generator: Generator, start: Start) -> Tensor:
 Values = TypeVar("Values", bound=Start)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], values: Values) -> Values:
-    """With the function of each tensor in its place."""
+def map_tensors(function: Callable[[Tensor], Tensor], values: Values, **others: Tensor) -> Values:
+    """With the function of each tensor in its place, but where there are `others`."""
     found: dict[str, Any] = {name: function(x) for name, x in vars(values).items() if isinstance(x, Tensor)}
-    return dataclasses.replace(values, **found)
+    return dataclasses.replace(values, **(found | others))
 
 
 def copy_tensors(source: Start, target: Start) -> None:

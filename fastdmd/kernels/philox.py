@@ -11,18 +11,23 @@ ROWS = 256  # of a program
 
 
 @triton.jit
-def normals(quad, seed, call):
-    """Four standard normals for each counter `quad` [N] (int64), by Box and Muller."""
+def normals(
+    key_ptr,  # [4]: seed, stream, iteration and first sample
+    sample,  # [N], of which
+    quad,  # [N]: elements 4 * quad to 4 * quad + 3, in the order (C, H, W)
+):
+    """Four standard normals for each [N, 4], by Box and Muller."""
+    zero = tl.zeros_like(quad)
     x0, x1, x2, x3 = tl.philox(
-        seed,
+        tl.load(key_ptr),
         quad.to(tl.uint32),
-        (quad >> 32).to(tl.uint32),
-        tl.zeros_like(quad).to(tl.uint32),
-        (tl.zeros_like(quad) + call).to(tl.uint32),
+        (sample + tl.load(key_ptr + 3)).to(tl.uint32),
+        (zero + tl.load(key_ptr + 2)).to(tl.uint32),
+        (zero + tl.load(key_ptr + 1)).to(tl.uint32),
     )
     n0, n1 = box_muller(x0, x1)
     n2, n3 = box_muller(x2, x3)
-    return n0, n1, n2, n3
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [quad.shape[0], 4])
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from fastdmd.ops.dm_gradient import dm_gradient
 from fastdmd.ops.dm_loss import dm_loss, dm_loss_raw
 from fastdmd.ops.fake_loss import denoising_loss, fake_loss, fake_loss_raw
 from fastdmd.ops.group_norm_silu import group_norm, group_norm_silu
-from fastdmd.ops.philox import philox, rng_state
+from fastdmd.ops.philox import philox, rng_key, rng_state
 
 __all__ = [
     "adamw_ema_",
@@ -30,6 +30,7 @@ __all__ = [
     "names",
     "philox",
     "require_environment",
+    "rng_key",
     "rng_state",
     "unavailable",
     "use_backend",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 _DRAWN: WeakKeyDictionary[object, list[Tensor]] = WeakKeyDictionary()  # by checkpoint: the states of its draws
 _NUM_REPLAYED: WeakKeyDictionary[Callable, int] = WeakKeyDictionary()  # by the hook of a recomputation
-_REPLAYS: ContextVar[bool] = ContextVar("fastdmd_replays", default=False)
 
 
 def drawn_before(rng_state: Tensor) -> Tensor | None:
@@ -44,25 +42,17 @@ def _closure(hook: Callable) -> dict[str, Any]:
     return dict(zip(hook.__code__.co_freevars, (cell.cell_contents for cell in hook.__closure__), strict=True))
 
 
-def replay(op: Callable, *arguments) -> Tensor:
-    before = _REPLAYS.set(True)
-    try:
-        return op(*arguments)
-    finally:
-        _REPLAYS.reset(before)
-
-
 def check_first_run() -> None:
     """Raises RuntimeError in a backward pass: a recomputation would draw other noise than the forward pass did.
 
-    Every op that draws calls it, where it runs and where it is traced, so that compiled functions are covered too.
+    The op that takes a key from a state calls it, where it runs and where it is traced: so compiled functions, too.
     """
-    if torch._C._current_graph_task_id() != -1 and not _REPLAYS.get():
+    if torch._C._current_graph_task_id() != -1:
         raise _refusal()
 
 
 def _refusal() -> RuntimeError:
     return RuntimeError(
         "fastdmd.add_noise: expected rng_state outside of a backward pass, got it in one, where a recomputation draws"
-        " other noise: give noise, or checkpoint eagerly, without nesting and with use_reentrant=False"
+        " other noise: give noise or rng_key, or checkpoint eagerly, without nesting and with use_reentrant=False"
     )

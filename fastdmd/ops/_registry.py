@@ -37,15 +37,13 @@ def define(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-    before: Callable | None = None,
     cpu_only: bool = False,
 ) -> Any:
     """Registers an op with `torch.library` and returns it.
 
     `reference` is its default implementation, on every device. CPU and CUDA choose at the first call; `kernels/MODULE`
     has the Triton function and `csrc/*/MODULE` the native one, all of the op's own name and with the same arguments.
-    `before` is called first, without arguments. With `cpu_only` there is the native one for CPUs alone. Without
-    `backward`, asking for a derivative is an error.
+    With `cpu_only` there is the native one for CPUs alone. Without `backward`, asking for a derivative is an error.
     """
     name = schema.split("(")[0]
     _OPS[name] = (module, reference)
@@ -55,7 +53,7 @@ def define(
     arguments = op._schema.arguments
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
     for device_type in ORDER:
-        _LIBRARY.impl(name, _chooser(name, device_type, before, written), device_type.upper())
+        _LIBRARY.impl(name, _chooser(name, device_type, written), device_type.upper())
     return op
 
 
@@ -112,12 +110,10 @@ def no_second_derivative(name: str) -> NotImplementedError:
     )
 
 
-def _chooser(name: str, device_type: str, before: Callable | None, written: list[int]) -> Callable:
+def _chooser(name: str, device_type: str, written: list[int]) -> Callable:
     """Calls the implementation chosen; what it writes in place counts as changed, so that a stale graph raises."""
 
     def call(*arguments):
-        if before is not None:
-            before()
         result = _chosen(name, device_type)(*arguments)
         for index in written:
             if arguments[index] is not None and not arguments[index].is_inference():

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of (seed, call, element): Philox4x32-10 and standard normals from it."""
+"""Random numbers that are a function of what names them: Philox4x32-10, its keys, and standard normals from it."""
 
 from __future__ import annotations
 
@@ -11,32 +11,52 @@ from torch import Tensor
 from fastdmd.ops._registry import define
 from fastdmd.ops._validate import check_tensor
 
-CALL = 1 << 32  # by how much each call advances the offset; the low word is the kernels' ticket counter
+STATES = 2**32 - 1  # the stream of states
+
+
+def rng_key(
+    seed: int, *, stream: int = 0, iteration: int = 0, first_sample: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """What a draw is a function of: int64 `[4]`, seed, stream, iteration and first sample, on `device`.
+
+    An op that draws with it, as often as it does, takes for element i of image b, in the order (C, H, W), normal i
+    mod 4 of the Philox counter (i div 4, first_sample + b, iteration, stream) with key = seed. So images [a, b) of a
+    batch, drawn by themselves with `first_sample` a, are what they are within it. A captured graph draws by what the
+    key holds when it is replayed.
+
+    The seed is in [0, 2^63), the others are in [0, 2^32). Raises TypeError or ValueError for others.
+    """
+    values = {"seed": seed, "stream": stream, "iteration": iteration, "first_sample": first_sample}
+    checked = [_natural("rng_key", name, value, 63 if name == "seed" else 32) for name, value in values.items()]
+    return torch.tensor(checked, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def rng_state(seed: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """The state of a random stream: int64 `[2]`, seed and offset, on `device`.
+    """The state of a random stream, on `device`: a key, whose iteration counts the calls that drew from it.
 
-    Every op that draws from it advances the offset by 2^32 on the device, so a captured graph draws fresh noise at
-    every replay, and a state that was saved draws again what it drew. Seeds are in [0, 2^63).
-    Raises TypeError or ValueError for other seeds.
+    It is advanced on the device, so a captured graph draws fresh noise at every replay, and a state that was saved
+    draws again what it drew. Seeds are in [0, 2^63). Raises TypeError or ValueError for other seeds.
     """
+    return rng_key(_natural("rng_state", "seed", seed, 63), stream=STATES, device=device)
+
+
+def _natural(op: str, name: str, value: int, bits: int) -> int:
     try:
-        seed = operator.index(seed)
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(f"fastdmd.rng_state: expected seed to be an int, got {type(seed).__name__} {seed}") from None
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"fastdmd.rng_state: expected seed in [0, 2^63), got {seed}")
-    return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+        raise TypeError(f"fastdmd.{op}: expected {name} to be an int, got {type(value).__name__} {value}") from None
+    if not 0 <= number < 1 << bits:
+        raise ValueError(f"fastdmd.{op}: expected {name} in [0, 2^{bits}), got {number}")
+    return number
 
 
-def check_rng_state(op: str, state: Tensor, x: Tensor) -> None:
-    check_tensor(op, "rng_state", state)
-    if state.dtype != torch.int64 or state.shape != (2,) or not state.is_contiguous():
-        got = f"{state.dtype} {tuple(state.shape)} of strides {state.stride()}"
-        raise ValueError(f"fastdmd.{op}: expected rng_state of ops.rng_state, int64 (2,), got {got}")
-    if state.device != x.device:
-        raise ValueError(f"fastdmd.{op}: expected rng_state on {x.device}, got it on {state.device}")
+def check_rng_key(op: str, name: str, key: Tensor, x: Tensor) -> None:
+    check_tensor(op, name, key)
+    if key.dtype != torch.int64 or key.shape != (4,) or not key.is_contiguous():
+        got = f"{key.dtype} {tuple(key.shape)} of strides {key.stride()}"
+        raise ValueError(f"fastdmd.{op}: expected {name} of ops.{name}, int64 (4,), got {got}")
+    if key.device != x.device:
+        raise ValueError(f"fastdmd.{op}: expected {name} on {x.device}, got it on {key.device}")
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
@@ -77,14 +97,13 @@ def reference(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack([x0, x1, x2, x3], dim=1)
 
 
-def reference_normals(like: Tensor, rng_state: Tensor) -> Tensor:
-    """Standard normals float32, shaped and laid out as `like`; Box and Muller 1958.
-
-    Element i in memory order takes normal i mod 4 of counter (i div 4, call), key = seed.
-    """
-    quad = torch.arange(-(-like.numel() // 4), device=like.device)
-    seed, offset = rng_state.unbind(0)
-    counter = torch.stack([quad, quad >> 32, torch.zeros_like(quad), (offset >> 32).expand_as(quad)], dim=1)
+def reference_normals(like: Tensor, rng_key: Tensor) -> Tensor:
+    """Standard normals float32, shaped and laid out as `like` `[B, ...]`, see `rng_key`; Box and Muller 1958."""
+    size = like.shape[1:].numel()
+    seed, stream, iteration, first_sample = rng_key.unbind(0)
+    quad = torch.arange(-(-size // 4), device=like.device)
+    sample = first_sample + torch.arange(like.shape[0], device=like.device)[:, None]
+    counter = torch.stack(torch.broadcast_tensors(quad, sample, iteration, stream), dim=-1).flatten(0, 1)  # [B * Q, 4]
     words = reference(counter, torch.stack([seed, seed >> 32]))
     a, b = words[:, 0::2], words[:, 1::2]  # [Q, 2]: two pairs of words
     u = (a >> 1).float() * 2**-31 + 2**-32
@@ -92,7 +111,8 @@ def reference_normals(like: Tensor, rng_state: Tensor) -> Tensor:
     angle = signed.float().double() * (2**-31 * math.pi)
     radius = (-2 * u.double().log()).sqrt()
     normals = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2)  # [Q, 2, 2]
-    return normals.float().flatten()[: like.numel()].as_strided(like.shape, like.stride())
+    rows = normals.float().view(like.shape[0], 4 * len(quad))[:, :size]
+    return torch.empty_like(like, dtype=torch.float32).copy_(rows.reshape(like.shape))
 
 
 _philox = define(

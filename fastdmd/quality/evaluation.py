@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdmd import data
-from fastdmd.diffusion import random_generator
 from fastdmd.memory import require_memory
 from fastdmd.networks.user_code import user_code
 from fastdmd.quality import features, metrics
 from fastdmd.quality.frechet import COVARIANCES
 from fastdmd.quality.measurement import Measurement
-from fastdmd.sampling import SAMPLING_STREAM, Sampler, balanced_labels, draw_step_noise
+from fastdmd.randomness import Stream, permutation
+from fastdmd.sampling import Sampler, balanced_labels, start_noise
 
 BATCH_SIZE = 250  # images per forward pass
 COPIES = 4  # of the features kept: of both sides, and while they are compared
@@ -106,7 +106,7 @@ class Evaluation:
         has_own_reference = reference is not None or (is_digits and is_embedded)
         if self._reference is None and has_own_reference:
             self._reference = metrics.reference_statistics()
-        order = torch.randperm(len(dataset), generator=random_generator(seed, 0, stream=SAMPLING_STREAM))
+        order = permutation(len(dataset), seed=seed, stream=Stream.EVALUATION_ORDER)
         whole = self._survey_all(dataset, network, order[: metrics.MAX_KEPT])
         self._reference = self._reference or whole.statistics
         if is_digits and not is_embedded:
@@ -182,8 +182,7 @@ class Evaluation:
         """
         evaluations = sampler.num_evaluations
         settings = self._settings(evaluations)
-        # A record that names no real images is from before figures were compared with them: it has none of those.
-        if record is not None and {"real_images": self._real_images, **record["settings"]} == settings:
+        if record is not None and record["settings"] == settings:
             num_images = min(SPEED_IMAGES, self.num_samples)
             *_, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
             known = Measurement(**record["quality"])
@@ -202,13 +201,10 @@ class Evaluation:
 
         def batches():
             nonlocal seconds
-            for index, start in enumerate(tqdm(starts, desc=f"sampling {name}", unit="batch", leave=False)):
+            for start in tqdm(starts, desc=f"sampling {name}", unit="batch", leave=False):
                 before_batch()
                 part = slice(start, min(start + BATCH_SIZE, num_images))
-                generator = random_generator(self.seed, index, self.device, stream=SAMPLING_STREAM)
-                shape = (part.stop - part.start, *self.image_shape)
-                noise = torch.randn(shape, device=self.device, generator=generator)
-                step_noise = draw_step_noise(sampler.num_step_noises, noise, generator)
+                noise, step_noise = start_noise(part, self.image_shape, sampler.num_step_noises, self.seed, self.device)
                 class_labels = None if labels is None else labels[part]
                 started = time.perf_counter()
                 images = sample(sampler, noise, class_labels, step_noise)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from fastdmd.data import Dataset, to_uint8
-from fastdmd.diffusion import random_generator
 from fastdmd.quality.class_figures import class_variance, classifier_score
 from fastdmd.quality.features import ASSETS, DigitClassifier, FeatureNetwork, load_feature_network
 from fastdmd.quality.frechet import FeatureStatistics, frechet_distance, frechet_parts
 from fastdmd.quality.kernel_distance import kernel_distance
 from fastdmd.quality.measurement import Measurement
 from fastdmd.quality.precision_recall import NUM_NEIGHBOURS, precision_recall
-from fastdmd.sampling import SAMPLING_STREAM
+from fastdmd.randomness import Stream, generator, permutation
 
 __all__ = [
     "ASSETS",
@@ -107,7 +106,7 @@ def compare(features: Tensor, real: Tensor, seed: int) -> dict[str, Any]:
         return {}
     features, real = features[:num_compared], real[:num_compared]
     precision, recall = precision_recall(real, features)
-    random = random_generator(seed, 0, stream=SAMPLING_STREAM)
+    random = generator(seed, Stream.KERNEL_DISTANCE)
     distance = _known(kernel_distance(features, real, random=random))
     return {"precision": precision, "recall": recall, "kernel_distance": distance, "num_compared": num_compared}
 
@@ -216,7 +215,7 @@ def dataset_batches(
         raise _error("dataset_batches", f"num_images in 1 to {len(dataset)}", num_images)
     indices = torch.arange(len(dataset))
     if seed is not None:
-        indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        indices = permutation(len(dataset), seed=seed, stream=Stream.EVALUATION_ORDER)
     for batch in indices[:num_images].split(batch_size):
         yield dataset.batch(batch)
 

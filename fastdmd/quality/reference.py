@@ -8,17 +8,17 @@ import math
 import torch
 from torch import Tensor
 
+from fastdmd import ops
 from fastdmd.data import Dataset
-from fastdmd.diffusion import random_generator
 from fastdmd.distill.statistics import IMAGE_STATISTICS, ClassFigures, ClassSums, image_statistics
 from fastdmd.quality.evaluation import sample
+from fastdmd.randomness import Stream, normals, permutation
 from fastdmd.sampling import HeunSampler, balanced_labels
 
 LEAST_IMAGES = 8  # per class, on average, that figures by class are of
 REAL_IMAGES = 2000  # enough to know each figure to a few percent
 REAL_VALUES = 2**26  # that these may have, where images are large
 TEACHER_IMAGES = 64  # as many evaluations as a few iterations have
-REFERENCE_STREAM = 6  # of random_generator: which real images, and the noise behind the teacher's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Reference:
     @classmethod
     def of_dataset(cls, dataset: Dataset, num_classes: int, seed: int) -> Reference | None:
         """Of 2000 images at most, drawn at random. Its labels have to be those of the network, or none."""
-        drawn = torch.randperm(len(dataset), generator=random_generator(seed, 0, stream=REFERENCE_STREAM))
+        drawn = permutation(len(dataset), seed=seed, stream=Stream.REFERENCE_ORDER)
         num_images = min(REAL_IMAGES, max(TEACHER_IMAGES, REAL_VALUES // math.prod(dataset.image_shape)))
         return cls.of(*dataset.batch(drawn[:num_images]), num_classes)
 
@@ -70,8 +70,8 @@ class Reference:
         """Of 64 images that it samples; fewer than eight a class have no figures by class."""
         network = sampler.network
         device = next(network.parameters()).device  # type: ignore[attr-defined]
-        shape = TEACHER_IMAGES, *network.image_shape
-        noise = torch.randn(shape, device=device, generator=random_generator(seed, 0, device, stream=REFERENCE_STREAM))
+        rng_key = ops.rng_key(seed, stream=Stream.REFERENCE_NOISE, device=device)
+        noise = normals((TEACHER_IMAGES, *network.image_shape), rng_key)
         labels = balanced_labels(TEACHER_IMAGES, network.num_classes, device)
         images = [
             sample(sampler, noise[part], None if labels is None else labels[part])

@@ -24,7 +24,7 @@ from fastdmd.files import copy, new_folder
 from fastdmd.networks.weights import stored
 
 TENSORS, REST, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
-FORMAT = 1  # of what is in here; another one is refused
+FORMAT = 2  # of what is in here, and of the random numbers of a run (1: torch's); another one is refused
 TENSOR = "$tensor"  # the one key of what stands for a tensor in state.json
 
 

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from fastdmd.data import Dataset
 from fastdmd.data.pairs import Pairs, load_pairs
-from fastdmd.diffusion import DenoisingNetwork, random_generator
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill import DMD2, Draws, methods
-from fastdmd.distill.draws import START_STREAM
-from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.regression import with_pairs
 from fastdmd.distill.starts import tensors_of
 from fastdmd.distill.states import digest, load_state, require_same_draws, state_of
@@ -27,6 +25,7 @@ from fastdmd.networks.states import load_weights
 from fastdmd.networks.weights import generator_metadata, save_network
 from fastdmd.quality.reference import Reference
 from fastdmd.quality.watch import Watch
+from fastdmd.randomness import Stream, generator
 from fastdmd.runs.candidates import Candidates
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import BEST, GENERATOR, NETWORKS, RunFolder
@@ -70,7 +69,7 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
 
 def _head(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> nn.Module:
     """Where the teacher is, its weights a function of the seed."""
-    random = random_generator(config.seed, 0, stream=HEAD_STREAM)
+    random = generator(config.seed, Stream.HEAD_WEIGHTS)
     head: nn.Module
     if config.gan.gan_features == "images":
         head = ImageDiscriminator(
@@ -87,11 +86,13 @@ def make_draws(
     device: torch.device,
     real: Dataset | None = None,
     pairs: Pairs | None = None,
+    *,
+    first_sample: int = 0,
 ) -> Callable[[int], Draws]:
     """The random inputs of every iteration, as a function of its number; `real` for what needs real images, `pairs` for
     a regression.
 
-    Raises ValueError for either without.
+    They are those of samples from `first_sample` on, of a larger batch. Raises ValueError for either without.
     """
     config = config.for_teacher(network, device)
     uses = uses_of_real_images(config)
@@ -99,16 +100,22 @@ def make_draws(
     if uses:
         if real is None:
             raise ValueError(f"fastdmd.make_draws: expected real images for {uses[0]}, got none")
-        batch = functools.partial(real.random_batch, config.batch_size, seed=config.seed, device=device)
-        starts = (lambda step: batch(step=step, stream=START_STREAM)) if config.noise.uses_real_images else None
+        batch = functools.partial(
+            real.random_batch, config.batch_size, seed=config.seed, device=device, first_sample=first_sample
+        )
+        starts = (lambda step: batch(step=step, stream=Stream.START_IMAGE)) if config.noise.uses_real_images else None
         judged = (lambda step: batch(step=step)) if config.gan.is_on else None
-    draws: Callable[[int], Draws] = config.noise.draws(network, config.batch_size, config.seed, device, starts)
+    draws: Callable[[int], Draws] = config.noise.draws(
+        network, config.batch_size, config.seed, device, starts, first_sample=first_sample
+    )
     if judged is not None:
-        draws = config.gan.draws(draws, judged, config.noise.levels(device), config.seed)
+        draws = config.gan.draws(draws, judged, config.noise.levels(device), config.seed, first_sample=first_sample)
     if config.method.has_regression:
         if pairs is None:
             raise ValueError("fastdmd.make_draws: expected pairs for the regression, got none")
-        drawn = functools.partial(pairs.random_batch, config.batch_size, seed=config.seed, device=device)
+        drawn = functools.partial(
+            pairs.random_batch, config.batch_size, seed=config.seed, device=device, first_sample=first_sample
+        )
         draws = with_pairs(draws, lambda step: drawn(step=step))
     return draws
 

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastdmd import ops
 from fastdmd.data import to_uint8
-from fastdmd.diffusion import Denoiser, random_generator
+from fastdmd.diffusion import Denoiser
 from fastdmd.files import write_atomically
 from fastdmd.quality import sample
-from fastdmd.sampling import Sampler, draw_step_noise
+from fastdmd.randomness import Stream, normals
+from fastdmd.sampling import Sampler, step_normals
 
-PICTURES_STREAM = 3  # of random_generator: the noise behind samples.png
 NUM_ROWS = 10  # of samples.png, at most: one row per class
 NUM_COLUMNS = 11  # the first repeats its noise through the run
 
@@ -46,16 +47,16 @@ class SampleSheet:
     def __init__(self, network: Denoiser, seed: int, device: torch.device):
         self._seed = seed
         num_rows = min(NUM_ROWS, network.num_classes or NUM_ROWS)
-        generator = random_generator(seed, 0, device, stream=PICTURES_STREAM)
-        self.noise = torch.randn(num_rows * NUM_COLUMNS, *network.image_shape, device=device, generator=generator)
+        rng_key = ops.rng_key(seed, stream=Stream.PICTURE_NOISE, device=device)
+        self.noise = normals((num_rows * NUM_COLUMNS, *network.image_shape), rng_key)
         self.class_labels: Tensor | None = None
         if network.num_classes:
             self.class_labels = torch.arange(num_rows, device=device).repeat_interleave(NUM_COLUMNS)
 
     def of(self, sampler: Sampler) -> Tensor:
         """The images that a sampler makes of them, `[rows, columns, C, H, W]`, for `SampleHistory`."""
-        random = random_generator(self._seed, 1, self.noise.device, stream=PICTURES_STREAM)
-        step_noise = draw_step_noise(sampler.num_step_noises, self.noise, random)
+        rng_key = ops.rng_key(self._seed, stream=Stream.PICTURE_STEP_NOISE, device=self.noise.device)
+        step_noise = step_normals(sampler.num_step_noises, self.noise.shape, rng_key)
         return sample(sampler, self.noise, self.class_labels, step_noise).unflatten(0, (-1, NUM_COLUMNS))
 
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from torch import Tensor
 
+from fastdmd import ops
 from fastdmd.data import Dataset
-from fastdmd.diffusion import Dynamics, lognormal_sigma, random_generator
+from fastdmd.diffusion import Dynamics, lognormal_sigma
 from fastdmd.distill.draws import DataDeviation, LogDeviation, LogMean
 from fastdmd.distill.losses import denoising_loss
 from fastdmd.distill.optimization import Decay, Rate, WarmUp, WeightDecay
@@ -21,6 +22,7 @@ from fastdmd.distill.tally import Tally
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 from fastdmd.optim import AdamWEMA
+from fastdmd.randomness import Stream, normals
 from fastdmd.runs.checkpoints import CheckpointSettings
 from fastdmd.runs.config import BatchSize, CommandConfig, Iterations, Snapshots
 from fastdmd.runs.folder import RunFolder
@@ -157,14 +159,17 @@ class Pretraining:
         self._next = iteration + 1
         config = self.config
         images, class_labels = self._batch(iteration)
-        generator = random_generator(config.seed, iteration, self._device)
-        normal = torch.randn(len(images), device=self._device, generator=generator)
+
+        def key(stream: Stream) -> Tensor:
+            return ops.rng_key(config.seed, stream=stream, iteration=iteration, device=self._device)
+
+        normal = normals((len(images), 1, 1, 1), key(Stream.TRAINING_LEVEL)).flatten()
         loss = denoising_loss(
             images,
             self._trained,
             class_labels,
             sigma=lognormal_sigma(normal, config.objective.sigma_mean, config.objective.sigma_std),
-            noise=torch.randn(images.shape, device=self._device, generator=generator),
+            rng_key=key(Stream.TRAINING_NOISE),
             sigma_data=self._trained.sigma_data,
         )
         self._optimizer.backward(loss)
@@ -172,7 +177,9 @@ class Pretraining:
 
     def _batch(self, iteration: int) -> tuple[Tensor, Tensor | None]:
         config = self.config
-        return self._dataset.random_batch(config.batch_size, seed=config.seed, step=iteration, device=self._device)
+        return self._dataset.random_batch(
+            config.batch_size, seed=config.seed, step=iteration, device=self._device, stream=Stream.TRAINING_IMAGE
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """And a digest of the images that come next: others would be no continuation."""

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdmd import evaluate, pretrain, sample, train
+from fastdmd import evaluate, ops, pretrain, sample, train
 from fastdmd.networks.weights import load_network, save_network
+from fastdmd.randomness import Stream, normals
 from tests.helpers.networks import make_network
 from tests.helpers.tiny_runs import run_train
 
@@ -61,9 +62,7 @@ def test_sample_writes_pictures_and_arrays(teacher_file, tmp_path):
 
 
 def sample_noise(num):
-    from fastdmd.diffusion import random_generator
-
-    return torch.randn(num, 1, 28, 28, generator=random_generator(0, 0, stream=2))
+    return normals((num, 1, 28, 28), ops.rng_key(0, stream=Stream.EVALUATION_NOISE))
 
 
 @pytest.mark.parametrize(

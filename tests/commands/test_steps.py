@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastdmd import evaluate, load_generator, sample, train
+from fastdmd import evaluate, load_generator, ops, sample, train
 from fastdmd.networks.weights import load_network, save_network
+from fastdmd.randomness import Stream, normals
 from fastdmd.runs import distillation
 from fastdmd.runs.config import TrainConfig
 from tests.helpers.networks import make_network
@@ -70,9 +71,8 @@ def test_samples_are_of_their_number_and_seed(tmp_path):
     assert np.abs(images - arrays(weights, tmp_path / "c.npz", "--seed", "1")).max() > 10
 
     generator, labels = load_generator(weights), torch.tensor([3, 5] * 4)[:7]
-    noise = torch.randn(7, 1, 28, 28, generator=sample.random_generator(0, 0, stream=2))
-    fresh = [sample.random_generator(0, 1 + image, stream=2) for image in range(7)]
-    step_noise = torch.stack([torch.stack([torch.randn(1, 28, 28, generator=one) for _ in range(2)]) for one in fresh])
+    noise = normals((7, 1, 28, 28), ops.rng_key(0, stream=Stream.EVALUATION_NOISE))
+    step_noise = normals((7, 2, 28, 28), ops.rng_key(0, stream=Stream.EVALUATION_STEP_NOISE))[:, :, None]
     x = 80 * noise
     for sigma, added in zip(SIGMAS, (*step_noise.unbind(1), None), strict=True):
         x_0 = network(x, torch.full((7,), sigma), labels)

@@ -123,6 +123,10 @@ def test_files_that_are_not_whole(spoil, message, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            lambda text: text.replace("random_numbers", "seeded_by"),
+            "expected noise of Philox4x32-10 in .*pairs.json, got noise of torch's generators",
+        ),
         (lambda text: text[:-9], "expected a readable JSON file, got .*pairs.json: "),
         (lambda text: "[]", "expected a readable JSON file"),
         (lambda text: text.replace('"seed"', '"seeds"'), "expected a readable JSON file, .* 'seeds'"),

@@ -192,8 +192,8 @@ def test_draws_are_a_function_of_seed_and_step(teacher):
         value = getattr(draws(5), name)
         assert torch.equal(value, getattr(again(5), name))
         assert not torch.equal(value, getattr(draws(6), name)) and not torch.equal(value, getattr(other(5), name))
-    noises = [getattr(draws(5), name) for name in names if name.endswith("noise")]
-    assert len(noises) == 5 and all(not torch.equal(a, b) for a in noises for b in noises if a is not b)
+    noises = [getattr(draws(5), f"{name}noise") for name in ("", "dm_", "fake_", "gan_", "real_")]
+    assert all(not torch.equal(a, b) for a in noises for b in noises if a is not b)
 
 
 def test_levels_are_those_up_to_the_greatest(teacher):
@@ -242,7 +242,8 @@ def test_a_head_of_its_own_rate(teacher):
 def test_the_discriminator_learns(teacher):
     """Real images of noise, which no generator makes: told apart within a few iterations."""
     _, metrics = run(teacher, 20, gan_max_sigma=1.0, gan_guidance_weight=1.0, divergence="reverse-kl")
-    assert metrics[-1]["loss_gan_guidance"] < 0.5 * metrics[0]["loss_gan_guidance"]
+    losses = [metric["loss_gan_guidance"] for metric in metrics]
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(teacher):

@@ -48,15 +48,15 @@ def execute(name, run):
 def draws(step, with_everything=False, num_steps=1):
     image, level = lambda: torch.empty(4, 1, 28, 28, device="cuda"), lambda: torch.empty(4, device="cuda")
     labels = torch.empty(4, device="cuda", dtype=torch.int64)
-    own = dict(noise=image(), class_labels=labels, dm_sigma=level(), dm_noise=image(), fake_sigma=level(),
-               fake_noise=image())
+    key = lambda: torch.empty(4, device="cuda", dtype=torch.int64)
+    own = dict(noise=image(), class_labels=labels, dm_sigma=level(), dm_key=key(), fake_sigma=level(), fake_key=key())
     if num_steps > 1:
         own |= dict(step_index=(step + step // 3) % num_steps,
                     step_noise=torch.empty(4, num_steps - 1, 1, 28, 28, device="cuda"))
     if not with_everything:
         return Draws(**own)
-    return AdversarialPairDraws(**own, gan_sigma=level(), gan_noise=image(), real_images=image(), real_labels=labels,
-                                real_sigma=level(), real_noise=image(), pair_noise=image(), pair_images=image(),
+    return AdversarialPairDraws(**own, gan_sigma=level(), gan_key=key(), real_images=image(), real_labels=labels,
+                                real_sigma=level(), real_key=key(), pair_noise=image(), pair_images=image(),
                                 pair_labels=labels)
 
 executed = set()

@@ -251,8 +251,8 @@ def test_draws_are_a_function_of_seed_and_step():
 
     first, again, later, other = drawn(), drawn(), drawn(step=6), drawn(seed=4)
     names = {name for name, value in vars(first).items() if isinstance(value, torch.Tensor)}
-    assert names == {"noise", "class_labels", "dm_sigma", "dm_noise", "fake_sigma", "fake_noise"}
-    for name in names:
+    assert names == {"noise", "class_labels", "dm_sigma", "dm_key", "fake_sigma", "fake_key"}
+    for name in (*names, "dm_noise", "fake_noise"):
         value = getattr(first, name)
         assert torch.equal(value, getattr(again, name))
         assert not torch.equal(value, getattr(later, name)) and not torch.equal(value, getattr(other, name))

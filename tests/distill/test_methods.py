@@ -151,7 +151,7 @@ class Gaussian(DenoisingNetwork):
 
 @pytest.mark.parametrize("matching", [DistributionMatching(), ScoreIdentity()], ids=str)
 def test_a_generator_comes_to_have_the_distribution_of_its_teacher(matching):
-    """From N(0.5, 0.0125^2), what the teacher of N(0.5, 1) gives in one step; measured: std 0.998 and 1.001."""
+    """From N(0.5, 0.0125^2), what the teacher of N(0.5, 1) gives in one step; measured: std 0.990 and 0.995."""
     options = {"learning_rate": 2e-2, "weight_decay": 0.0}
     model = DMD2(
         Gaussian(),
@@ -170,7 +170,7 @@ def test_a_generator_comes_to_have_the_distribution_of_its_teacher(matching):
 
     assert images().std() == pytest.approx(0.0125, rel=0.02)
     for step in range(400):
-        model.iterate(step, lambda step: draw((32, 1, 4, 4), 0, sigmas, 20, 980, seed=0, step=step))
+        model.iterate(step, lambda step: draw((32, 1, 4, 4), 0, sigmas, 20, 980, seed=1, step=step))
     assert images().std() == pytest.approx(1, abs=0.03) and images().mean() == pytest.approx(0.5, abs=0.03)
 
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from fastdmd.data import Dataset
 from fastdmd.distill.budget import estimate
-from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import GANSettings
+from fastdmd.randomness import Stream
 from fastdmd.runs import distillation
 from tests.helpers.adversarial import CONFIG as ADVERSARIAL
 from tests.helpers.adversarial import TINY, real_images
@@ -21,7 +21,7 @@ from tests.helpers.networks import make_network
 SIGMAS = (80.0, 5.0, 0.5)
 CPU = torch.device("cpu")
 OFF = {"gan": GANSettings()}
-CONFIG = ADVERSARIAL.replace(**OFF, generator_sigmas=SIGMAS, clamp_images=False)
+CONFIG = ADVERSARIAL.replace(**OFF, generator_sigmas=SIGMAS, clamp_images=False, seed=1)  # all steps come at once
 INPUTS = ["simulated", "noised-data"]
 
 
@@ -74,7 +74,7 @@ def steps_of_each_index(draws):
 def test_the_step_is_drawn_on_the_host_and_nothing_else_depends_on_it(teacher):
     """Uniform, whatever was asked for before; all that an iteration of one step draws is the same beside it."""
     draws, again = make_draws(teacher), make_draws(teacher)
-    other = make_draws(teacher, CONFIG.replace(seed=1))
+    other = make_draws(teacher, CONFIG.replace(seed=2))
     single = make_draws(teacher, CONFIG.replace(generator_sigmas=None))
     indices = [draws(step).step_index for step in range(300)]
     assert all(type(index) is int for index in indices) and [indices.count(i) > 70 for i in range(3)] == [True] * 3
@@ -93,9 +93,9 @@ def test_the_step_is_drawn_on_the_host_and_nothing_else_depends_on_it(teacher):
 def test_real_images_come_with_their_labels_and_are_those_of_no_discriminator(teacher):
     noised = CONFIG.replace(generator_inputs="noised-data")
     draws, simulated = make_draws(teacher, noised), make_draws(teacher)
-    both = make_draws(teacher, ADVERSARIAL.replace(generator_sigmas=SIGMAS, generator_inputs="noised-data"))
+    both = make_draws(teacher, ADVERSARIAL.replace(generator_sigmas=SIGMAS, generator_inputs="noised-data", seed=1))
     for index, step in steps_of_each_index(draws).items():
-        images, labels = real_images().random_batch(6, seed=0, step=step, stream=START_STREAM)
+        images, labels = real_images().random_batch(6, seed=1, step=step, stream=Stream.START_IMAGE)
         found = draws(step)
         assert found.step_index == simulated(step).step_index == index and found.step_noise is None
         assert torch.equal(found.start_images, images)

@@ -167,7 +167,7 @@ def test_a_new_function_of_the_same_draws_makes_no_image_again():
     assert iterate(lambda draws: draws) == iterate(lambda draws: lambda step: draws(step))
 
 
-@pytest.mark.parametrize("change", ["noise", "fake_noise", "everything"])
+@pytest.mark.parametrize("change", ["noise", "fake_key", "everything"])
 @pytest.mark.parametrize("others_at", [{1}, {2, 3}], ids=str)
 def test_a_new_function_of_other_draws_is_followed(change, others_at):
     """In the middle of a chunk, whichever of its tensors differs, there and back: as one function all along."""

@@ -34,7 +34,7 @@ needs_interpreter = pytest.mark.skipif(
 )
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTERPRETED = (
-    "budget or golden or special or philox or broken_gradient or torch_adamw or seed_call or far_apart or gradcheck"
+    "budget or golden or special or philox or broken_gradient or torch_adamw or its_key or far_apart or gradcheck"
     " or opcheck or compile or layouts or derivative or penalties or hessian or infinite or float16 or not_dense"
     " or draw or recomputation"
 )
@@ -125,7 +125,7 @@ def launches(dtype):
     x, a, b = images(dtype)
     yield "philox", "philox", (torch.empty(1000, 4, dtype=torch.int64), torch.empty(2, dtype=torch.int64))
     yield "add_noise", "add_noise", (x, sigma, a, sigma, torch.bfloat16)
-    yield "add_noise_rng", "add_noise", (x, sigma, torch.empty(2, dtype=torch.int64), None, dtype)
+    yield "add_noise_rng", "add_noise", (x, sigma, torch.empty(4, dtype=torch.int64), None, dtype)
     yield "dm_gradient", "dm_gradient", (x, a, b, 1e-6)
     yield "dm_loss", "dm_loss", (x, a, b, 1e-6)
     yield "dm_loss_raw", "dm_loss", (x, a, sigma, a, b, 0.5, 1e-6)
@@ -170,7 +170,7 @@ def edges():
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         sigma, vector, moments = torch.empty(B, dtype=torch.bfloat16), torch.empty(C, dtype=dtype), torch.empty(B, 1)
         yield "add_noise", "add_noise", (x, sigma, a, sigma.double(), torch.float16)
-        yield "add_noise_rng", "add_noise", (x, sigma, torch.empty(2, dtype=torch.int64), None, dtype)
+        yield "add_noise_rng", "add_noise", (x, sigma, torch.empty(4, dtype=torch.int64), None, dtype)
         yield "dm_gradient", "dm_gradient", (x, a, b, 1e-6)
         yield "dm_loss", "dm_loss", (x, a, b, 1e-6)
         yield "dm_loss_raw", "dm_loss", (x, a, sigma, a, b, 0.5, 1e-6)

@@ -17,7 +17,7 @@ FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000
 # The kernels of each file: those that move vectors, and the others.
 KERNELS = {
     "philox": ((), ("philox_rows",)),
-    "add_noise": (("add_noise_vectors",), ("add_noise_any",)),
+    "add_noise": (("add_noise_vectors",), ("add_noise_any", "add_noise_quads")),
     "dm_loss": (("dm_loss_vectors",), ("dm_loss_any",)),
     "fake_loss": (("fake_loss_vectors", "scale_gradient_vectors"), ("fake_loss_any", "scale_gradient_any")),
     "group_norm_silu": (

@@ -51,33 +51,36 @@ def test_philox_is_that_of_the_ops():
 
 
 @built
-@pytest.mark.parametrize("seed, call", [(0, 0), (2**62 + 3, 5), (2**63 - 1, 2**31 - 1)])
-def test_normals_are_the_noise_of_the_ops(seed, call, limits):
+@pytest.mark.parametrize("seed, word", [(0, 0), (2**62 + 3, 5), (2**63 - 1, 2**32 - 1)])
+def test_normals_are_the_noise_of_the_ops(seed, word, limits):
     """Of every instruction set bit for bit, of the reference as near as the op is."""
-    shape, offset = (2, 3, 29, 31), call << 32
-    state = torch.tensor([seed, offset])
-    arguments = torch.zeros(shape), torch.ones(2)
+    place = {"stream": word, "iteration": word // 2}
+    key = ops.rng_key(seed, first_sample=word, **place)
+    arguments = torch.zeros(2, 3, 29, 31), torch.ones(2)
     found = ops.implementations("add_noise_rng")
-    expected = found["reference"](*arguments, state.clone(), None, torch.float32).flatten()
+    expected = found["reference"](*arguments, key, None, torch.float32)
     for limit in limits:
         runtime.hold_back(limit)
-        noise = runtime.normals(seed, offset, expected.numel())
-        assert noise.dtype == np.float32
-        assert_close(torch.from_numpy(noise), expected)
-        if "native" in found:
-            with ops.use_backend("native"):
-                drawn = ops.add_noise(*arguments, rng_state=state.clone())
-            assert torch.equal(drawn.flatten(), torch.from_numpy(noise))
-        for first, size in ((0, 0), (5, 1), (777, 1000), (1, 383)):
-            assert np.array_equal(runtime.normals(seed, offset, size, first=first), noise[first : first + size])
+        for row, image in enumerate(expected.flatten(1)):
+            of_image = {"sample": (word + row) % 2**32, **place}
+            noise = runtime.normals(seed, image.numel(), **of_image)
+            assert noise.dtype == np.float32
+            assert_close(torch.from_numpy(noise), image)
+            if "native" in found:
+                with ops.use_backend("native"):
+                    drawn = ops.add_noise(*arguments, rng_key=key)[row]
+                assert torch.equal(drawn.flatten(), torch.from_numpy(noise))
+            for first, size in ((0, 0), (5, 1), (777, 1000), (1, 383)):
+                found_part = runtime.normals(seed, size, first=first, **of_image)
+                assert np.array_equal(found_part, noise[first : first + size])
 
 
 @built
-def test_elements_beyond_32_bits_of_counters():
-    first = 4 * 2**32 + 8
-    low, high = runtime.normals(1, 0, 8, first=8), runtime.normals(1, 0, 8, first=first)
+def test_far_elements_have_counters_of_their_own():
+    first = 2**33 - 8
+    low, high = runtime.normals(1, 8, first=2**32 - 8), runtime.normals(1, 8, first=first)
     assert not np.array_equal(low, high)
-    a, b = runtime.philox(np.array([[2, 1, 0, 0]], np.uint32), np.array([1, 0], np.uint32))[0, :2].tolist()
+    a, b = runtime.philox(np.array([[first // 4, 0, 0, 0]], np.uint32), np.array([1, 0], np.uint32))[0, :2].tolist()
     radius = (-2 * np.log((a // 2 + 0.5) / 2**31)) ** 0.5
     angle = np.pi * np.int32(np.uint32(b)) / 2**31
     np.testing.assert_allclose(high[:2], [radius * np.cos(angle), radius * np.sin(angle)], rtol=1e-5)
@@ -91,13 +94,14 @@ def test_what_is_asked_wrongly_is_said_in_one_line():
         (lambda: runtime.philox(counter.astype(float), key), TypeError, "counter of dtype uint32, got float64"),
         (lambda: runtime.philox(counter[:, :3], key), ValueError, r"counter of shape \(N, 4\), got \(1, 3\)"),
         (lambda: runtime.philox(counter, counter), ValueError, r"key of shape \(2,\), got \(1, 4\)"),
-        (lambda: runtime.normals(-1, 0, 3), ValueError, r"normals: expected seed in \[0, 2\^63\), got -1"),
-        (lambda: runtime.normals(0, 2**63, 3), ValueError, rf"offset in \[0, 2\^63\), got {2**63}"),
-        (lambda: runtime.normals(0, 0, 1.5), TypeError, "size to be an int, got float 1.5"),
-        (lambda: runtime.normals(0, 0, 1, first=2**60), ValueError, rf"first in \[0, 2\^60\), got {2**60}"),
+        (lambda: runtime.normals(-1, 3), ValueError, r"normals: expected seed in \[0, 2\^63\), got -1"),
+        (lambda: runtime.normals(0, 3, stream=2**32), ValueError, rf"stream in \[0, 2\^32\), got {2**32}"),
+        (lambda: runtime.normals(0, 3, sample=-1), ValueError, r"sample in \[0, 2\^32\), got -1"),
+        (lambda: runtime.normals(0, 1.5), TypeError, "size to be an int, got float 1.5"),
+        (lambda: runtime.normals(0, 1, first=2**33), ValueError, rf"first in \[0, 2\^33\), got {2**33}"),
         (lambda: runtime.hold_back("sse"), ValueError, "expected an instruction set out of .*generic, got 'sse'"),
-        (lambda: runtime.normals(10**5000, 0, 1), ValueError, r"seed in \[0, 2\^63\), got one without a text"),
-        (lambda: runtime.normals(0, "a\nb", 1), TypeError, r"offset to be an int, got str 'a\\nb'"),
+        (lambda: runtime.normals(10**5000, 1), ValueError, r"seed in \[0, 2\^63\), got one without a text"),
+        (lambda: runtime.normals(0, 1, iteration="a\nb"), TypeError, r"iteration to be an int, got str 'a\\nb'"),
         (lambda: runtime.hold_back("\ud800"), ValueError, r"out of .*generic, got '\\ud800'"),
         (lambda: runtime.hold_back("avx2\0"), ValueError, r"out of .*generic, got 'avx2\\x00'"),
         (lambda: runtime.hold_back(2), ValueError, "expected an instruction set out of .*generic, got 2"),
@@ -152,14 +156,14 @@ def test_other_threads_run_meanwhile():
 NUMPY_ALONE = """
 import sys
 from fastdmd import _runtime
-print(_runtime.normals(7, 3 << 32, 3).tolist(), "torch" in sys.modules)
+print(_runtime.normals(7, 3, stream=3).tolist(), "torch" in sys.modules)
 """
 
 
 @built
 def test_it_needs_no_torch():
     result = subprocess.run([sys.executable, "-c", NUMPY_ALONE], capture_output=True, text=True)
-    assert result.stdout.strip() == f"{runtime.normals(7, 3 << 32, 3).tolist()} False", result.stderr
+    assert result.stdout.strip() == f"{runtime.normals(7, 3, stream=3).tolist()} False", result.stderr
 
 
 WITHOUT = """

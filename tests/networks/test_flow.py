@@ -90,7 +90,7 @@ def test_a_velocity_network_learns_digits():
     digits, losses = data.load(), []
     for step in range(120):
         images, labels = digits.random_batch(24, seed=0, step=step, device=CPU)
-        generator = diffusion.random_generator(0, step, CPU)
+        generator = torch.Generator().manual_seed(step)
         sigma = diffusion.lognormal_sigma(torch.randn(24, generator=generator), 0.0, 1.0)
         noise = torch.randn(images.shape, generator=generator)
         loss = denoising_loss(images, network, labels, sigma=sigma, noise=noise, sigma_data=0.5)

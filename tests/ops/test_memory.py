@@ -31,8 +31,8 @@ def test_every_pair_of_dtypes(dtype, out_dtype, device):
     x, level, noise, scale = i.image(), i.level(), i.image(), i.level()
     # Computed in float64 or float32, and rounded once; normals are of float32 always.
     assert_all_within_budget("add_noise", (x, level, noise, scale, out_dtype), device, ops_wide(dtype))
-    state = ops.rng_state(1, device=device)
-    assert_all_within_budget("add_noise_rng", (x, level, state, scale, out_dtype), device, torch.float32)
+    key = ops.rng_key(1, device=device)
+    assert_all_within_budget("add_noise_rng", (x, level, key, scale, out_dtype), device, torch.float32)
     factor = level[0].to(ops_wide(dtype))
     assert_all_within_budget("scale_gradient", (x, factor, out_dtype), device, ops_wide(dtype))
 

@@ -8,11 +8,13 @@ from fastdmd import ops
 from tests.helpers.op_cases import CASES, Inputs, adamw_arguments, random
 
 
-@pytest.mark.parametrize("case", [*CASES, "add_noise_rng", "add_noise_drawn", "philox", "adamw_ema_"])
+@pytest.mark.parametrize("case", [*CASES, "add_noise_rng", "take_rng_key", "philox", "adamw_ema_"])
 def test_opcheck(case):
     name = case.split()[0]
-    if case in ("add_noise_rng", "add_noise_drawn"):
-        arguments = (random(2, 3, 4, 4), torch.ones(2), ops.rng_state(1), None, torch.float32)
+    if case == "add_noise_rng":
+        arguments = (random(2, 3, 4, 4), torch.ones(2), ops.rng_key(1), None, torch.float32)
+    elif case == "take_rng_key":
+        arguments = (ops.rng_state(1),)
     elif case == "philox":
         arguments = (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     elif case == "adamw_ema_":
@@ -22,7 +24,7 @@ def test_opcheck(case):
         arguments = CASES[case](Inputs((3, 4, 5, 6), layout=torch.channels_last))
     differentiable = name in (
         "add_noise",
-        "add_noise_drawn",
+        "add_noise_rng",
         "denoising_loss",
         "fake_loss",
         "fake_loss_raw",

@@ -11,6 +11,7 @@ from fastdmd.quality import Measurement, metrics
 from fastdmd.quality.class_figures import class_variance, classifier_score
 from fastdmd.quality.kernel_distance import kernel_distance
 from fastdmd.quality.precision_recall import precision_recall
+from fastdmd.randomness import Stream, generator, permutation
 
 SHAPE = (1, 28, 28)
 COMPARED = ("precision", "recall", "kernel_distance", "num_compared")
@@ -57,12 +58,12 @@ def test_figures_are_those_of_the_features():
     assert row.class_variance == pytest.approx(class_variance(made, torch.arange(300) % 10), rel=1e-5)
     assert row.frechet_means + row.frechet_covariances == pytest.approx(row.frechet_distance)
 
-    order = torch.randperm(400, generator=metrics.random_generator(0, 0, stream=metrics.SAMPLING_STREAM))
+    order = permutation(400, seed=0, stream=Stream.EVALUATION_ORDER)
     real, _ = network(dataset.batch(order)[0])
     for found, a, b in ((row, made, real[:300]), (measured.floor, real[:200], real[200:])):
         assert found.num_compared == len(a) == len(b)
         assert (found.precision, found.recall) == pytest.approx(precision_recall(b, a), abs=1.01 / len(a))
-        random = metrics.random_generator(0, 0, stream=metrics.SAMPLING_STREAM)
+        random = generator(0, Stream.KERNEL_DISTANCE)
         assert found.kernel_distance == pytest.approx(kernel_distance(a, b, random=random), rel=1e-4)
     assert 0 < measured.floor.precision < 1 and 0 < row.recall < 1
 

@@ -49,7 +49,7 @@ def flip(path):
 
 def other_format(path):
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "format": 2}))
+    path.write_text(json.dumps({**content, "format": 1}))
     lines = (path.parent / "SHA256SUMS").read_text().splitlines()
     sums = subprocess.run(["sha256sum", path.name], cwd=path.parent, capture_output=True, text=True, check=True).stdout
     (path.parent / "SHA256SUMS").write_text("\n".join([line for line in lines if "json" not in line]) + f"\n{sums}")
@@ -64,7 +64,7 @@ FAULTS = {
     "sums missing": ("SHA256SUMS", os.remove, "got it without SHA256SUMS"),
     "sums empty": ("SHA256SUMS", lambda path: path.write_text(""), "got SHA256SUMS without state.json"),
     "sums no text": ("SHA256SUMS", lambda path: path.write_bytes(b"\xff\n"), "got UnicodeDecodeError"),
-    "another format": ("state.json", other_format, "expected a checkpoint of format 1 in .*, got 2"),
+    "another format": ("state.json", other_format, "expected a checkpoint of format 2 in .*, got 1"),
 }
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdmd.diffusion import random_generator
+from fastdmd import ops
+from fastdmd.randomness import Stream, normals
 from fastdmd.runs import pictures
 from fastdmd.sampling import Generator
 from tests.helpers.networks import make_network
@@ -27,7 +28,7 @@ def test_a_sheet_has_the_same_noise_throughout_a_run():
     """A row for each class, of a stream of random numbers that nothing else draws from."""
     network = make_network()
     sheet = pictures.SampleSheet(network, 7, torch.device("cpu"))
-    noise = torch.randn(10, 11, *network.image_shape, generator=random_generator(7, 0, stream=3))
+    noise = normals((110, *network.image_shape), ops.rng_key(7, stream=Stream.PICTURE_NOISE)).unflatten(0, (10, 11))
     images = sheet.of(Generator(network, (80.0,)))
     for label in range(10):
         one_class = network(80 * noise[label], torch.full((11,), 80.0), torch.full((11,), label))

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from fastdmd import diffusion, evaluate, pretrain, sample, teachers, train
+from fastdmd import evaluate, ops, pretrain, sample, teachers, train
 from fastdmd.networks.adapted import Adapted
 from fastdmd.networks.weights import load_network, save_network
+from fastdmd.randomness import Stream, normals
 from tests.helpers import edm_pickles, foreign
 from tests.helpers.edm_reference import random_state
 from tests.helpers.tiny_runs import distill, refuses
@@ -56,7 +57,7 @@ def test_a_foreign_teacher_from_the_command_line_and_back(name, options, tmp_pat
     out = tmp_path / "samples.npz"
     sample.main([str(file), "--network", f"{FOREIGN}:{name}", "--num", "5", "--out", str(out), "--device", "cpu"])
     images = np.load(out)["images"]
-    noise = torch.randn(5, *teacher.image_shape, generator=diffusion.random_generator(0, 0, stream=2))
+    noise = normals((5, *teacher.image_shape), ops.rng_key(0, stream=Stream.EVALUATION_NOISE))
     labels = torch.arange(5) % 3 if teacher.num_classes else None
     level = metadata["conditioning_sigma"]
     expected = generator(noise * level, torch.full((5,), level), labels).clamp(-1, 1).permute(0, 2, 3, 1)
