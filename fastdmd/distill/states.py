@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,14 +20,14 @@ def state_of(model: DMD2) -> dict[str, Any]:
     What its buffers hold is not among them: inputs are loaded at the start of an iteration, and images that were made
     ahead come again, to the bit, from the generator, which rests between its turns.
     """
-    state = {name: optimizer_state(optimizer) for name, optimizer in _optimizers(model).items()}
+    state = {name: optimizer_state(optimizer) for name, optimizer in optimizers_of(model).items()}
     return state | {name: part.state_dict() for name, part in _sums(model).items()}
 
 
 def load_state(model: DMD2, state: Mapping[str, Any]) -> None:
     """Takes over what `state_of` gave of a model like this one. Raises KeyError, ValueError, TypeError or RuntimeError
     for any other state, and then has taken over some of it."""
-    for name, optimizer in _optimizers(model).items():
+    for name, optimizer in optimizers_of(model).items():
         load_optimizer_state(optimizer, state[name])
     for name, part in _sums(model).items():
         part.load_state_dict(state[name])
@@ -49,6 +50,28 @@ def load_optimizer_state(optimizer: AdamWEMA, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict(state["optimizer"])
 
 
+def optimizers_of(model: DMD2) -> dict[str, AdamWEMA]:
+    """By the names of what they train."""
+    optimizers = {"generator": model.generator_optimizer, "fake_score": model.guidance_optimizer}
+    return optimizers if model.head_optimizer is None else {**optimizers, "head": model.head_optimizer}
+
+
+def first_not_finite(optimizers: Mapping[str, AdamWEMA]) -> str | None:
+    """The name of a tensor with NaN or infinity among weights, averages, moments and buffers; waits for the device."""
+    for owner, optimizer in optimizers.items():
+        state = optimizer.state_views()
+        kinds = {kind: part for kind, part in state.items() if isinstance(part, Mapping)}
+        for kind, tensors in {**kinds, "untrained": _untrained(optimizer)}.items():
+            floating = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+            if floating:
+                sizes = torch.stack([torch.linalg.vector_norm(x, math.inf).float() for x in floating.values()])
+                if not sizes.isfinite().all():
+                    place = int((~sizes.isfinite()).int().argmax())
+                    what = {"param": "weights", "untrained": "buffers"}.get(kind, kind)
+                    return f"{what} of the {owner.replace('_', ' ')}, {list(floating)[place]}"
+    return None
+
+
 def digest(*draws: Tensor | None) -> str:
     """Of what an iteration draws, real images among it, in hexadecimal; waits for the device."""
     sha256 = hashlib.sha256()
@@ -64,11 +87,6 @@ def require_same_draws(iteration: int, expected: str, *draws: Tensor | None) -> 
             f"expected iteration {iteration} to draw what it would have, got something else: there are other data, "
             "another kind of device, or another torch"
         )
-
-
-def _optimizers(model: DMD2) -> dict[str, AdamWEMA]:
-    optimizers = {"generator": model.generator_optimizer, "fake_score": model.guidance_optimizer}
-    return optimizers if model.head_optimizer is None else {**optimizers, "head": model.head_optimizer}
 
 
 def _sums(model: DMD2) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fastdmd.data.settings import DataSettings
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Noise, NoiseSettings
 from fastdmd.distill.gan import GAN, GANSettings
+from fastdmd.distill.guard import NanPolicy
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps, Monitor, MonitorSettings
@@ -99,6 +100,9 @@ class TrainConfig(CommandConfig):
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10
     """How often, over the run, weights and samples are written."""
+    nan_policy: NanPolicy = "skip"
+    """What NaN or infinity in teacher, fake score, data, loss or gradient comes to. skip: that update is left out, and
+    the run ends after ten in a row; stop: the run ends."""
     measure_teacher: Switch = False
     """Measure the teacher even where its weight file records figures measured in the same way."""
     dry_run: Switch = False

@@ -20,7 +20,14 @@ from fastdmd.distill.draws import START_STREAM
 from fastdmd.distill.gan import HEAD_STREAM
 from fastdmd.distill.regression import with_pairs
 from fastdmd.distill.starts import tensors_of
-from fastdmd.distill.states import digest, load_state, require_same_draws, state_of
+from fastdmd.distill.states import (
+    digest,
+    first_not_finite,
+    load_state,
+    optimizers_of,
+    require_same_draws,
+    state_of,
+)
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
@@ -65,6 +72,7 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
         guidance_options=guidance_options,
         method=method,
         head_options={**guidance_options, "learning_rate": config.gan.gan_lr},
+        nan_policy=config.nan_policy,
     )
 
 
@@ -236,6 +244,9 @@ class Distillation:
         require_same_draws(self._next, state["draws"], *tensors_of(self._draws(self._next)))
         load_state(self.model, state["model"])
         self.candidates.load_state_dict(state["candidates"])
+
+    def fault(self) -> str | None:
+        return first_not_finite(optimizers_of(self.model))
 
     def finish(self) -> None:
         pass

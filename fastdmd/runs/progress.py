@@ -35,6 +35,9 @@ class Progress:
     def goes_on(self) -> bool:
         return self.outcome == "complete" and self.reason is None
 
+    def diverge(self, reason: str) -> None:
+        self.outcome, self.reason = "diverged", reason
+
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has behind it; not how a part of it ended."""
         left = ("outcome", "reason", "signal", "train_seconds")
@@ -58,8 +61,9 @@ def show(bar: tqdm, line: dict[str, Any], alarms: Sequence[Alarm] = ()) -> None:
     shown = {name: value for name, value in line.items() if "loss" in name and value is not None}
     shown["images/s"] = line["images_per_second"]
     bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+    what = line.get("not_finite", "NaN or infinity")
     if "skipped_updates" in line:
-        bar.write(f"iteration {line['iteration']}: NaN or infinity; updates skipped: {line['skipped_updates']}")
+        bar.write(f"iteration {line['iteration']}: first {what}; updates skipped: {line['skipped_updates']}")
     if "left_out_images" in line:
         bar.write(
             f"iteration {line['iteration']}: NaN or infinity of teacher or fake score; images left out: "
