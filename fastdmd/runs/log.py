@@ -49,7 +49,7 @@ class Log:
         line = self._line(readings, progress)
         alarms = self._look(readings, line, progress)
         if (fault := first_fault(reading.fault for reading in readings)) is not None:
-            line["not_finite"] = str(fault)
+            line |= {"not_finite": fault.name, "not_finite_at": fault.iteration}
         images_per_second = num_iterations * self._settings.batch_size / (now - self._written)
         line |= {"seconds": now - self._started, "images_per_second": images_per_second}
         keep(functools.partial(self._folder.log, **line))

@@ -61,9 +61,9 @@ def show(bar: tqdm, line: dict[str, Any], alarms: Sequence[Alarm] = ()) -> None:
     shown = {name: value for name, value in line.items() if "loss" in name and value is not None}
     shown["images/s"] = line["images_per_second"]
     bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
-    what = line.get("not_finite", "NaN or infinity")
     if "skipped_updates" in line:
-        bar.write(f"iteration {line['iteration']}: first {what}; updates skipped: {line['skipped_updates']}")
+        first = f" in {line['not_finite']}, iteration {line['not_finite_at']}" if "not_finite" in line else ""
+        bar.write(f"iteration {line['iteration']}: NaN or infinity{first}; updates skipped: {line['skipped_updates']}")
     if "left_out_images" in line:
         bar.write(
             f"iteration {line['iteration']}: NaN or infinity of teacher or fake score; images left out: "

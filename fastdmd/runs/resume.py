@@ -53,6 +53,7 @@ MAY_CHANGE = {
     "--stop-after",
     "--verbose",
     "--dry-run",
+    "--nan-policy",  # of numbers that are not there
 }
 MAY_MOVE = {"--data", "--labels", "--pairs", "--feature-network", "--reference"}  # by their content they are known
 UNTIL_MEASURED = {"--eval-samples"}  # later, distances are compared with earlier ones
