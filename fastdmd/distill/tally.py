@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fastdmd.distill.guard import NUM_NEEDED, SEEN, Fault, Guard
+from fastdmd.saved import require_tensors, take
 
 MOST_LEFT_OUT = 0.5  # of the samples of a good turn
 GRADIENTS = {  # what a norm is of, as a user calls it
@@ -105,9 +107,14 @@ class Tally:
         """Its own tensors, to be read at once; the scalars of the last turn have no future."""
         return {"sums": self._sums, "weighted": self._weighted, "counts": self._counts, "first": self._first}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name, own in self.state_dict().items():
-            own.copy_(state[name].view_as(own))
+    def load_state_dict(self, state: Mapping[str, Tensor], place: str = "tally") -> None:
+        """Raises ValueError, naming the entry in `place`, for what no tally of these names comes to."""
+        own = self.state_dict()
+        require_tensors(place, own, state)
+        for name, least, num in (("counts", 0, math.inf), ("first", -1, len(SEEN) + len(self.names))):
+            if not (state[name] >= least).all() or not state[name][0] < num:
+                raise ValueError(f"expected {place}.{name} of a tally, got {state[name].tolist()!s:.80}")
+        take(place, own, state)
 
     def read(self) -> Reading:
         """Waits for the device; the next reading starts from here."""

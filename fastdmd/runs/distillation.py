@@ -240,9 +240,9 @@ class Distillation:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._next = state["next"]
+        self._next = state["next"]  # which the loop has looked at
         require_same_draws(self._next, state["draws"], *tensors_of(self._draws(self._next)))
-        load_state(self.model, state["model"])
+        load_state(self.model, state["model"], self._next)
         self.candidates.load_state_dict(state["candidates"])
 
     def fault(self) -> str | None:

@@ -17,6 +17,7 @@ from fastdmd.quality.watch import Watch
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.progress import Progress, show
 from fastdmd.runs.training import LoopSettings, Training
+from fastdmd.saved import AMOUNT, COUNT, MAPPING, one_of, require
 
 BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
 
@@ -72,6 +73,8 @@ class Log:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        watch = one_of(None) if self._watch is None else MAPPING
+        require("log", state, {"iteration": COUNT, "seconds": AMOUNT, "since": AMOUNT, "watch": watch})
         self._iteration = state["iteration"]
         self._seconds, self._since = state["seconds"], state["since"]
         if self._watch is not None:

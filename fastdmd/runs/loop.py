@@ -24,6 +24,7 @@ from fastdmd.runs.pictures import SampleHistory
 from fastdmd.runs.progress import ENDED_EARLY, Interrupted, Progress, Received, stop_if_interrupted
 from fastdmd.runs.training import LoopSettings, Resumable, Training
 from fastdmd.sampling import Sampler
+from fastdmd.saved import AMOUNT, MAPPING, require
 
 
 class Loop:
@@ -170,8 +171,20 @@ class Loop:
             "random": randomness.state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, part in self._parts().items():
+    def load_state_dict(self, state: Mapping[str, Any], iteration: int) -> None:
+        """From a state of this iteration. Raises ValueError for one that is none of it, or of another iteration."""
+        parts = self._parts()
+        require("run", state, {**dict.fromkeys(parts, MAPPING), "seconds": AMOUNT, "random": MAPPING})
+        counts = {
+            "progress.iterations": state["progress"].get("iterations"),
+            "training.next": state["training"].get("next", iteration),
+        }
+        for name, count in counts.items():
+            if type(count) is not int or count != iteration:
+                raise ValueError(f"expected {name} to be {iteration}, which the checkpoint is of, got {count!r:.60}")
+        if iteration > self._settings.iterations:
+            raise ValueError(f"expected a checkpoint of {self._settings.iterations} iterations at most, got {iteration}")
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         self._started = time.perf_counter() - state["seconds"]
         randomness.restore(state["random"])

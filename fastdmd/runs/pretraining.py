@@ -125,8 +125,8 @@ class PretrainConfig(CommandConfig):
     snapshots: Snapshots = 10
     """How often, over the run, weights and samples are written."""
     nan_policy: NanPolicy = "skip"
-    """What NaN or infinity in data, loss or gradient comes to. skip: that update is left out, and the run ends after ten
-    in a row; stop: the run ends."""
+    """What NaN or infinity in data, loss or gradient comes to. skip: that update is left out, and the run ends after
+    ten in a row; stop: the run ends."""
     label_emphasis: Annotated[float, above(0, 1000)] = 1.0
     """After training, class embeddings move this much farther from their mean: classes more distinct, variety less."""
     weights_dtype: Literal["float32", "float16"] = "float32"
@@ -200,9 +200,9 @@ class Pretraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._next = state["next"]
+        self._next = state["next"]  # which the loop has looked at
         require_same_draws(self._next, state["draws"], *self._batch(self._next))
-        load_optimizer_state(self._optimizer, state["optimizer"])
+        load_optimizer_state(self._optimizer, state["optimizer"], self._next, "optimizer")
         self.tallies[0].load_state_dict(state["tally"])
         self._started = time.perf_counter() - state["seconds"]
 

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastdmd.quality.alarms import Alarm
+from fastdmd.saved import AMOUNT, COUNT, MAPPING, list_of, require
 
 ENDED_EARLY = "ended early"  # how the reason of a complete run begins that did not reach its last iteration
 
@@ -44,6 +45,10 @@ class Progress:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for what is none of it."""
+        counts = dict.fromkeys(("iterations", "skipped_updates", "left_out_images"), COUNT)
+        seconds = {"evaluation_seconds": AMOUNT, "first_iteration_seconds": AMOUNT.or_none()}
+        require("progress", state, {**counts, **seconds, "alarms": list_of(MAPPING)})
         vars(self).update(state, alarms=[Alarm(**alarm) for alarm in state["alarms"]])
 
 

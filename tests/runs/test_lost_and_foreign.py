@@ -109,7 +109,7 @@ def test_foreign_names_are_neither_gone_on_from_nor_counted(config):
     Past.of(config.out).require_same(config)  # 99999999 is no iteration that it has reached
     loaded = []
     with ReopenedFolder(config.out, to_json(config)) as folder:
-        assert checkpoints(folder).restore(loaded.append)
+        assert checkpoints(folder).restore(lambda state, iteration: loaded.append(state))
     assert loaded[0]["number"] == 4 and torch.equal(loaded[0]["tensor"], torch.full((3,), 4.0))
 
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_breaks_twice_is_put_aside_twice(config, capsys):
         (config.out / "checkpoints" / "00000004" / "state.json").write_text("{}")
         (config.out / "checkpoints" / "00000004.broken").mkdir()
         (config.out / "checkpoints" / "00000004.broken" / "x").touch()
-        assert checkpoints(folder).restore(lambda state: None)
+        assert checkpoints(folder).restore(lambda state, iteration: None)
     assert "00000004 left out: " in capsys.readouterr().err
     assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == ["00000002", "00000004.broken"]
     assert not (config.out / "checkpoints" / "00000004.broken" / "x").exists()
@@ -141,10 +141,10 @@ def test_a_log_that_does_not_begin_as_it_did_is_not_cut(config, fault):
     with ReopenedFolder(config.out, to_json(config)) as folder:
         before = contents(config.out)
         if fault == "longer":  # by what was logged after the checkpoint
-            assert checkpoints(folder).restore(lambda state: None) and log.read_bytes() == text
+            assert checkpoints(folder).restore(lambda state, iteration: None) and log.read_bytes() == text
             return
         with pytest.raises(ValueError, match=r"expected (at least \d+ bytes of|.*/metrics.jsonl to begin with what)"):
-            checkpoints(folder).restore(lambda state: None)
+            checkpoints(folder).restore(lambda state, iteration: None)
         assert contents(config.out) == before
 
 
