@@ -26,7 +26,7 @@ ADVICE = "a smaller --batch-size needs less"
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PairsConfig, "fastdmd.pairs", arguments)
     with cli.user_errors("fastdmd.pairs", advice=ADVICE):
-        device = cli.resolve_device(config.device)
+        device = cli.resolve_device(config.device, deterministic=config.deterministic)
         outputs.require_folder(config.out)
         machine.prepare(device, batch_size=config.batch_size)
         teacher, metadata = teachers.read(config.teacher, config.adapter, device)

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
     config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
     with cli.user_errors("fastdmd.pretrain", advice=ADVICE):
-        device = cli.resolve_device(config.device)
+        device = cli.resolve_device(config.device, deterministic=config.deterministic)
         past = None if config.dry_run else resume.past_of(config)
         config = config.replace(resume=None)
         if (notice := warm_up_notice(config.iterations, config.warmup_iterations)) is not None:

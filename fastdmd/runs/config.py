@@ -48,15 +48,24 @@ class CommandSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommandConfig(CommandSettings):
+class ComputingSettings(CommandSettings):
+    """Of every command that computes images."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+    deterministic: Switch = False
+    """Take algorithms alone that give the same bits again, on the same machine; slower on a GPU. What has none is an
+    error, and a run goes on only with the device, the number of threads and the versions that it was begun with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandConfig(ComputingSettings):
     """Of every command that measures."""
 
     data: Data = DataSettings()
     evaluation: Evaluation = EvaluationSettings()
     seed: Seed = 0
     """Every random draw is a function of the seed and the iteration."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +194,7 @@ class EvaluateConfig(CommandConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairsConfig(CommandSettings):
+class PairsConfig(ComputingSettings):
     """Make pairs of noise and a teacher's images, for `fastdmd.train --regression-weight`. Run again, it goes on."""
 
     teacher: Annotated[str, Input] = "mnist"
@@ -201,12 +210,10 @@ class PairsConfig(CommandSettings):
     """Heun steps; N steps are 2 N - 1 evaluations."""
     seed: Seed = 0
     """Seed of the noise."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig(CommandSettings):
+class SampleConfig(ComputingSettings):
     """Sample images from a generator or a teacher (Heun)."""
 
     weights: Annotated[str, Positional, Input]
@@ -224,8 +231,6 @@ class SampleConfig(CommandSettings):
     """Images per forward pass; changes no image beyond rounding."""
     teacher_steps: HeunSteps = 18
     """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator has its own."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
     def check(self) -> None:
         super().check()

@@ -183,7 +183,9 @@ class Loop:
             if type(count) is not int or count != iteration:
                 raise ValueError(f"expected {name} to be {iteration}, which the checkpoint is of, got {count!r:.60}")
         if iteration > self._settings.iterations:
-            raise ValueError(f"expected a checkpoint of {self._settings.iterations} iterations at most, got {iteration}")
+            raise ValueError(
+                f"expected a checkpoint of {self._settings.iterations} iterations or less, got {iteration}"
+            )
         for name, part in parts.items():
             part.load_state_dict(state[name])
         self._started = time.perf_counter() - state["seconds"]

@@ -205,7 +205,7 @@ def test_a_checkpoint_beyond_the_run(saved, tmp_path):
         (folder.path / "checkpoints").mkdir()
         checkpoint.write(folder.path / "checkpoints" / "00000003", {**content, "reached": folder.reached()})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    refusal = pytest.raises(ValueError, match="expected a checkpoint of 2 iterations at most, got 3")
+    refusal = pytest.raises(ValueError, match="expected a checkpoint of 2 iterations or less, got 3")
     with ReopenedFolder(tmp_path / "run", {}) as folder, refusal:
         loop(folder, iterations=2)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
