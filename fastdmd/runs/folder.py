@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdmd import files
 from fastdmd.runs import outputs
-from fastdmd.runs.lock import locked
+from fastdmd.runs.lock import locked, require_free
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -183,6 +183,7 @@ def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_new(path: Path) -> None:
     """Raises OSError unless a run can be written there: in a folder without one, or where a folder can be made."""
+    require_free(path / METRICS)  # of two that start at once, the slower one is told of the other
     if found := names_in(path):
         raise FileExistsError(
             f"fastdmd: expected a new folder for --out, got {path}, which already holds a run's {found[0]}; "

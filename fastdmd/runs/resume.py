@@ -31,7 +31,7 @@ from fastdmd.runs.folder import (
     names_in,
     require_new,
 )
-from fastdmd.runs.lock import locked
+from fastdmd.runs.lock import require_free
 from fastdmd.runs.machine import versions
 from fastdmd.runs.progress import ENDED_EARLY
 
@@ -72,8 +72,7 @@ class Past:
         """None where there is nothing of a run. Raises OSError where a process writes to it."""
         if not names_in(path):
             return None
-        if (path / METRICS).exists():
-            locked(path / METRICS).close()
+        require_free(path / METRICS)
         return cls.read(path)
 
     @classmethod

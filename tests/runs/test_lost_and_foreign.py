@@ -1,6 +1,8 @@
 """Folders of runs in which something is lost, foreign or another process's: nothing of a run is overwritten for it."""
 
 import json
+import os
+import threading
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
 from fastdmd.runs.cli import to_json
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.folder import ReopenedFolder, RunFolder
-from fastdmd.runs.resume import Past, open_folder
+from fastdmd.runs.lock import locked
+from fastdmd.runs.resume import Past, open_folder, past_of
 
 LINES = [{"iteration": 50, "seconds": 30.0}, {"iteration": 100, "seconds": 70.0}]
 
@@ -93,6 +96,25 @@ def test_a_folder_that_another_process_has_changed_meanwhile_is_left_alone(confi
     assert contents(config.out) == before
     open_folder(config, Past.of(config.out)).close()  # the lock is free
     assert contents(config.out) == before
+
+
+def test_two_that_begin_at_once(config):
+    """The slower one is told of the other, not of the other's files."""
+    with RunFolder(config.out, {}):
+        before = contents(config.out)
+        for open_ in (lambda: RunFolder(config.out, {}), lambda: Past.of(config.out), lambda: past_of(config)):
+            with pytest.raises(BlockingIOError, match=f"where another run writes, of process {os.getpid()}$"):
+                open_()
+        assert contents(config.out) == before
+    with pytest.raises(FileExistsError, match="which already holds a run's config.json; --resume auto goes on"):
+        RunFolder(config.out, {})
+
+
+def test_who_asks_for_a_lock_keeps_nobody_from_it(config):
+    folder = begun(config)
+    asking = locked(folder.path / "metrics.jsonl")
+    threading.Timer(0.03, asking.close).start()
+    locked(folder.path / "metrics.jsonl").close()
 
 
 def test_foreign_names_are_neither_gone_on_from_nor_counted(config):
