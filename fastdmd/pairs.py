@@ -14,18 +14,18 @@ from tqdm import tqdm
 
 from fastdmd import quality, teachers
 from fastdmd.data.pairs import PairFolder, PairRecord
+from fastdmd.memory import half
 from fastdmd.networks.identity import identity
 from fastdmd.runs import cli, machine, outputs, terminal
 from fastdmd.runs.config import PairsConfig
 from fastdmd.sampling import HeunSampler
 
-ADVICE = "a smaller --batch-size needs less"
-
 
 @terminal.command("fastdmd.pairs")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PairsConfig, "fastdmd.pairs", arguments)
-    with cli.user_errors("fastdmd.pairs", advice=ADVICE):
+    smaller = half(config.batch_size)
+    with cli.user_errors("fastdmd.pairs", advice=smaller):
         device = cli.resolve_device(config.device, deterministic=config.deterministic)
         outputs.require_folder(config.out)
         machine.prepare(device, batch_size=config.batch_size)
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         folder = PairFolder(config.out, record)
         missing = list(folder.missing())
-    with cli.run_errors("fastdmd.pairs", "making pairs", ADVICE):
+    with cli.run_errors("fastdmd.pairs", "making pairs", smaller):
         folder.begin()
         make(folder, missing, sampler, device)
     print(f"{config.out}: {config.num} pairs")
