@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from fastdmd.data.pairs import PairRecord
 from fastdmd.runs.checkpoints import CheckpointSettings
 from fastdmd.runs.cli import to_json
+from fastdmd.runs.config import PairsConfig
 from fastdmd.settings import Settings, flags
 
 Chosen = TypeVar("Chosen", bound=Settings)
@@ -37,6 +39,7 @@ MAY_CHANGE = ROUNDING | {
 MAY_MOVE = {"--data", "--labels", "--pairs", "--feature-network", "--reference"}  # by their content they are known
 UNTIL_MEASURED = {"--eval-samples"}  # later, distances are compared with earlier ones
 OPEN_END = {"--iterations"}  # where no learning rate falls towards it
+PAIRS_KEEP = {"num", "batch_size", "teacher_steps", "seed", "device"}  # all that decides a pair, besides the teacher
 EARLIER = {"--deterministic": False}  # of runs from before there was such a flag
 
 
@@ -85,11 +88,7 @@ def require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], confi
     """Raises ValueError where a checkpoint is of another version, teacher, settings or contents than that of `now`."""
     if origin["version"] != now["version"]:
         raise ValueError(f"expected a checkpoint of fastdmd {now['version']}, got one of {origin['version']}")
-    if origin["teacher"] != now["teacher"]:
-        raise ValueError(
-            f"expected the teacher that the run was begun with, {origin['teacher']}, got one of other weights or of "
-            f"another network, {now['teacher']}"
-        )
+    _require_same_teacher(origin["teacher"], now["teacher"])
     require_same_settings(config, origin["config"], is_measured=False)
     if config.deterministic:
         _require_same_machine(origin["versions"], now["versions"])
@@ -118,14 +117,36 @@ def require_same_settings(
         may_change |= MAY_MOVE
         if "mnist" not in (current.get("teacher"), recorded.get("teacher")):  # beside which there are digits
             may_change.add("--teacher")  # by its weights it is known
-    others = []
+    others = {}
     for place, flag in flags(config):
         now, then = _at(current, place), _at(recorded, place)
         then = EARLIER.get(flag) if then is None else then
-        if now != then and flag not in may_change:
-            others.append(f"{flag} {then}, got {now}")
-    if others:
+        if flag not in may_change:
+            others[flag] = then, now
+    _require_equal(others)
+
+
+def require_same_pairs(config: PairsConfig, then: PairRecord, now: PairRecord) -> None:
+    """Raises ValueError, as for a run, where pairs were begun with other settings, or of another teacher."""
+    names = {place[0]: flag for place, flag in flags(config)}
+    _require_equal(
+        {flag: (getattr(then, name), getattr(now, name)) for name, flag in names.items() if name in PAIRS_KEEP}
+    )
+    _require_same_teacher(then.teacher, now.teacher)
+
+
+def _require_equal(settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Then and now, by their flags."""
+    if others := [f"{flag} {then}, got {now}" for flag, (then, now) in settings.items() if then != now]:
         raise ValueError(f"expected the settings that the run was begun with: {'; '.join(others)}")
+
+
+def _require_same_teacher(then: str | None, now: str | None) -> None:
+    if then != now:
+        raise ValueError(
+            f"expected the teacher that the run was begun with, {then}, got one of other weights or of another "
+            f"network, {now}"
+        )
 
 
 def _at(config: Mapping[str, Any], place: Sequence[str]) -> Any:

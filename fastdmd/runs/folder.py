@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -106,7 +105,8 @@ class RunFolder:
         for path in paths:
             files.flush(path)
         return {
-            path.name: {"bytes": (length := path.stat().st_size), "sha256": _digest(path, length)} for path in paths
+            path.name: {"bytes": (length := path.stat().st_size), "sha256": files.digest(path, length)}
+            for path in paths
         }
 
     def require(self, reached: Mapping[str, Mapping[str, Any]]) -> None:
@@ -117,7 +117,7 @@ class RunFolder:
             path, length = self.path / name, then["bytes"]
             if (got := path.stat().st_size if path.exists() else 0) < length:
                 raise ValueError(f"expected at least {length} bytes of {path}, got {got}")
-            if _digest(path, length) != then["sha256"]:
+            if files.digest(path, length) != then["sha256"]:
                 raise ValueError(f"expected {path} to begin with what the run had logged, got something else")
 
     def go_back(self, reached: Mapping[str, Mapping[str, Any]], best: Path | None) -> None:
@@ -164,16 +164,6 @@ class ReopenedFolder(RunFolder):
     def discard(self) -> None:
         """Nothing of what there is."""
         self.close()
-
-
-def _digest(path: Path, length: int) -> str:
-    """Of so many bytes of its beginning, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while length > 0 and (chunk := file.read(min(length, 1 << 22))):
-            digest.update(chunk)
-            length -= len(chunk)
-    return digest.hexdigest()
 
 
 def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:

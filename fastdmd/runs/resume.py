@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdmd import __version__
+from fastdmd import __version__, files
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.networks.identity import identity
 from fastdmd.networks.tensor_files import read_json
@@ -90,7 +90,7 @@ class Past:
                 raise ValueError(f"expected a run's {CONFIG} in {self.path}, got {names_in(self.path)[0]} without")
             return
         require_same_settings(config, self.config, is_measured=(self.path / EVALUATIONS).exists())
-        whole = [int(path.name) for path in self.checkpoints if (path / checkpoint.SUMS).exists()]
+        whole = [int(path.name) for path in self.checkpoints if (path / files.SUMS).exists()]
         if whole and config.iterations < whole[0]:
             raise ValueError(f"expected --iterations >= {whole[0]}, which the run has reached, got {config.iterations}")
         if not self.checkpoints and not self.is_complete(config):

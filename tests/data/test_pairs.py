@@ -39,6 +39,7 @@ def write(path, record=RECORD):
 def test_what_was_written_is_read(tmp_path):
     pairs = load_pairs(write(tmp_path / "pairs"), **ASKED)
     assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == [
+        "SHA256SUMS",
         "pairs-00000.safetensors",
         "pairs-00001.safetensors",
         "pairs-00002.safetensors",
