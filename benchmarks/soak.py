@@ -186,11 +186,9 @@ def main() -> None:
         if others := differences(folder / "whole" / "run", place / "run"):
             sys.exit(f"training {trainings}, after {kills} kills, in {place}: other {', '.join(others)}")
         print(f"training {trainings} as without kills, after {kills}", flush=True)
+    print(f"{kills} kills in {trainings} trainings, each of which left what the one without kills has left:")
     files = sorted(path.name for path in (folder / "whole" / "run").iterdir() if path.is_file())
-    print(
-        f"{kills} kills in {trainings} trainings, each of which left, to the bit and but for times, what the one without"
-    )
-    print(f"kills has left: {', '.join(files)}")
+    print(f"to the bit, but for times, {', '.join(files)}")
     for name in PHASES:
         print(f"{reached[name]:6d} {name}")
     if options.minutes and (fault := drift.watch(start(arguments + LONG, folder / "long"), folder, options.minutes)):
