@@ -53,9 +53,8 @@ def _one_line(
         if ran_out_of_memory(error):
             line, code = f"out of memory while {doing}; {advice}", 1
         elif isinstance(error, RuntimeError) and NOT_DETERMINISTIC in str(error):
-            line = (
-                f"expected operations that --deterministic allows, got: {str(error).partition('.')[0]}, while {doing}"
-            )
+            operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
+            line = f"expected operations that --deterministic allows, got {operation}, while {doing}"
         elif not isinstance(error, SystemExit) and says_it_all(error):
             line = str(error) if code == 2 else f"{error} (while {doing})"
             code = 1 if isinstance(error, OSError) and error.errno in DISK_ERRORS else code
