@@ -4,7 +4,7 @@
 
 Each process is `python -m fastdmd.train ... --resume auto` on a tiny network, with an adversarial term, two averages
 and measurements meanwhile. It gets SIGKILL at a moment between its start and the time that a whole run takes, one time
-in three as soon as something is half written, and the same command is run again; where it ends by itself, the next
+in three inside of a checkpoint, and the same command is run again; where it ends by itself, the next
 training begins. Each has to leave, to the bit and but for times, what the one without kills has left. Exit code 1, and
 the folder stays, where one does not.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -36,7 +37,7 @@ from benchmarks.environment import ROOT
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 
-AIMED = 3  # of so many kills one is inside of something half written, where the process comes to that
+AIMED = 3  # of so many kills one is inside of a checkpoint, where the process comes to that
 LEFT_OUT = {  # times, and the settings that decide when a checkpoint is written
     "seconds",
     "train_seconds",
@@ -138,10 +139,10 @@ def start(arguments: list[str], folder: Path, *options: str) -> subprocess.Popen
 
 def end_of(process: subprocess.Popen, run: Path, seconds: float | None, *, aims: bool) -> str | None:
     """What the process said if it ended by itself, else None: it was killed after so many seconds, None of them: never;
-    where it `aims`, as soon as something is half written."""
-    before, began = partial(run), time.monotonic()
+    where it `aims`, as soon as a checkpoint is half written."""
+    before, began = checkpoints_begun(run), time.monotonic()
     while seconds is not None and process.poll() is None:
-        if time.monotonic() - began >= seconds or (aims and partial(run) - before):
+        if time.monotonic() - began >= seconds or (aims and checkpoints_begun(run) - before):
             process.kill()
             process.communicate()
             return None
@@ -172,7 +173,7 @@ def main() -> None:
         place = folder / f"training-{trainings}"
         is_over = False
         while not is_over:
-            before = partial(place / "run")
+            before = state_of(place / "run")
             process = start(arguments, place, "--resume", "auto")
             aims = kills % AIMED == AIMED - 1
             seconds = None if kills >= options.kills else longest if aims else rng.uniform(0, longest)
@@ -197,28 +198,41 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def partial(run: Path) -> set[Path]:
-    """What is half written."""
-    return {*run.glob(".fastdmd-*"), *run.glob("checkpoints/.fastdmd-*")}
-
-
 PHASES = (
-    "before there was a folder",
+    "as it started, before it touched anything",
     "before the first checkpoint",
     "inside a checkpoint",
     "inside another file",
-    "between two",
+    "between two files, with a checkpoint there",
     "after the end",
 )
 
 
-def where(run: Path, before: set[Path]) -> str:
-    """What a kill has left that was not there before, out of `PHASES`."""
-    if not run.exists():
+def state_of(run: Path) -> dict[Path, int]:
+    """The files and folders of a run, and when they were written last."""
+    found: dict[Path, int] = {}
+    for path in run.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.lstat().st_mtime_ns
+    return found
+
+
+def checkpoints_begun(run: Path) -> set[Path]:
+    """Those that are half written."""
+    return set(run.glob("checkpoints/.fastdmd-*"))
+
+
+def where(run: Path, before: dict[Path, int]) -> str:
+    """When a kill came, out of `PHASES`, from what it has left and what there was before."""
+    after = state_of(run)
+    if after == before:
         return PHASES[0]
-    if new := partial(run) - before:
-        return PHASES[2] if any(path.is_dir() for path in new) else PHASES[3]
-    if (run / "summary.json").exists():
+    new = {path for path in after.keys() - before.keys() if path.name.startswith(".fastdmd-")}
+    if new & checkpoints_begun(run):
+        return PHASES[2]
+    if new:
+        return PHASES[3]
+    if run / "summary.json" in after:
         return PHASES[5]
     return PHASES[4] if any(run.glob("checkpoints/[0-9]*")) else PHASES[1]
 

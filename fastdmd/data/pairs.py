@@ -92,17 +92,23 @@ class PairFolder:
                 yield index
 
     def begin(self) -> None:
-        """Makes the folder, with its record in it, where it is new."""
+        """Makes the folder, with its record in it, where it is new; checksums, where it is from before there were."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / RECORD).exists():
             text = json.dumps(dataclasses.asdict(self.record), indent=2) + "\n"
             write_atomically(self.path / RECORD, lambda file: file.write(text.encode()))
+        if _sums(self.path) is None:
+            missing = set(self.missing())
+            whole = (_file(self.path, index) for index in range(self.record.num_parts) if index not in missing)
+            self._write_sums({file.name: digest(file) for file in whole})
 
     def write(self, index: int, images: Tensor, labels: Tensor | None) -> None:
         """A file, in one atomic replacement, and its checksum."""
         tensors = {"images": images.float().cpu().contiguous()} | ({} if labels is None else {"labels": labels.cpu()})
         write_atomically(_file(self.path, index), lambda file: file.write(save(tensors)))
-        sums = {**(_sums(self.path) or {}), _file(self.path, index).name: digest(_file(self.path, index))}
+        self._write_sums({**(_sums(self.path) or {}), _file(self.path, index).name: digest(_file(self.path, index))})
+
+    def _write_sums(self, sums: Mapping[str, str]) -> None:
         text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
         write_atomically(self.path / SUMS, lambda file: file.write(text.encode()))
 

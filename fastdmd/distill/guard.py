@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ NanPolicy = Literal["skip", "stop"]
 # What the losses of a turn are made of, in the order in which it is made.
 SEEN = ("real image", "generated image", "teacher's output", "fake score's output")
 NUM_NEEDED = 2  # of these; where teacher or fake score are broken for an image, a loss leaves that out
-Seen = Mapping[str, Tensor | None]  # by these names, as far as there are such
 
 
 class Fault(NamedTuple):
@@ -43,11 +41,10 @@ class Guard:
         self.iteration.fill_(iteration)
 
 
-def marks(seen: Sequence[Seen], device: torch.device) -> Tensor:
-    """Float32 `[len(SEEN)]`: NaN for what is not finite in a part of a batch, else zero; a launch or two a tensor."""
-    nothing = torch.zeros((), device=device)
-    found = ([_mark(x) for part in seen if (x := part.get(name)) is not None] for name in SEEN)
-    return torch.stack([torch.stack(own).sum() if own else nothing for own in found])
+def marks(*seen: Tensor | None) -> Tensor:
+    """Of what there is of `SEEN`, in its order, float32 `[len(SEEN)]`: NaN for one that is not finite, else zero."""
+    nothing = torch.zeros((), device=next(x.device for x in seen if x is not None))
+    return torch.stack([nothing if x is None else _mark(x) for x in seen])
 
 
 def _mark(x: Tensor) -> Tensor:

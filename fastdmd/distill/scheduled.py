@@ -7,7 +7,6 @@ import dataclasses
 from torch import Tensor
 
 from fastdmd.diffusion import Denoiser, Dynamics
-from fastdmd.distill.guard import SEEN, Seen
 from fastdmd.distill.losses import Denoise
 
 
@@ -35,9 +34,3 @@ class Scheduled:
         if num_denoised:
             self.D_x = D_x.detach()
         return D_x, features
-
-
-def seen_by(x_gen: Tensor, real: Tensor | None, teacher: Scheduled | None, fake_score: Scheduled) -> Seen:
-    """What a part of a batch was made of, for its turn's `marks`."""
-    D_real = None if teacher is None else teacher.D_x
-    return dict(zip(SEEN, (real, x_gen, D_real, fake_score.D_x), strict=True))

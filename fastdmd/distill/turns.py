@@ -15,9 +15,9 @@ from fastdmd.distill.ahead import Source
 from fastdmd.distill.buffers import Buffers
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.execution import Executor
-from fastdmd.distill.guard import Guard, NanPolicy, Seen, marks
+from fastdmd.distill.guard import Guard, NanPolicy, marks
 from fastdmd.distill.methods import Matched, Method, Terms
-from fastdmd.distill.scheduled import Scheduled, seen_by
+from fastdmd.distill.scheduled import Scheduled
 from fastdmd.distill.starts import make_images
 from fastdmd.distill.statistics import TURN_STATISTICS, ClassSums, comparison, turn_statistics
 from fastdmd.distill.tally import Tally
@@ -217,7 +217,7 @@ class DMD2:
 
     def _generator_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
-        seen: list[Seen] = []
+        seen: list[Tensor] = []
         comparisons: list[Tensor] = []
         is_watched = buffers.inputs.is_watched(self.num_steps)
         for part in buffers.parts:
@@ -229,7 +229,7 @@ class DMD2:
             )
             self._backward(found.total, self.generator_optimizer, accumulate=bool(terms))
             terms.append(found.detach())
-            seen.append(seen_by(x_gen, part.draws.start_images, teacher, fake_score))
+            seen.append(marks(part.draws.start_images, x_gen, teacher.D_x, fake_score.D_x))
             part.x_gen.copy_(x_gen.detach())
             if is_watched and teacher.D_x is not None and fake_score.D_x is not None:
                 comparisons.append(comparison(part.x_gen, teacher.D_x, fake_score.D_x, part.draws.dm_sigma))
@@ -240,7 +240,7 @@ class DMD2:
 
     def _guidance_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
-        seen: list[Seen] = []
+        seen: list[Tensor] = []
         for part in buffers.parts:
             fake_score = Scheduled(self._fake_score, self._fake_score)
             found = self.method.guidance_terms(part.x_gen, part.draws, teacher=self._teacher, fake_score=fake_score)
@@ -248,7 +248,7 @@ class DMD2:
             if self.head_optimizer is not None and found.head is not None:
                 self._backward(found.head, self.head_optimizer, accumulate=bool(terms))
             terms.append(found.detach())
-            seen.append(seen_by(part.x_gen, getattr(part.draws, "real_images", None), None, fake_score))
+            seen.append(marks(getattr(part.draws, "real_images", None), part.x_gen, None, fake_score.D_x))
         optimizers = [self.guidance_optimizer]
         if self.head_optimizer is not None:
             optimizers.append(self.head_optimizer)
@@ -279,13 +279,14 @@ class DMD2:
         tally: Tally,
         optimizers: list[AdamWEMA],
         terms: list[Terms],
-        seen: list[Seen],
+        seen: list[Tensor],
         statistics: Tensor | None = None,
     ) -> None:
         """Moves what a turn trains, if the tally permits it, which is told the means over the parts."""
         losses = [_mean([part.scalars[name] for part in terms]) for name in tally.names[: -len(optimizers)]]
         shares = [part.left_out for part in terms if part.left_out is not None]
-        left_out, found = _mean(shares) if shares else None, marks(seen, self.device)
+        left_out = _mean(shares) if shares else None
+        found = torch.stack(seen).sum(0)
         permitted = tally.permits(losses, found, left_out)
         norms = [optimizer.update(permitted) for optimizer in optimizers]
         tally.add(*losses, *norms, seen=found, left_out=left_out, statistics=statistics)

@@ -180,7 +180,7 @@ class Pretraining:
             sigma_data=self._trained.sigma_data,
         )
         self._optimizer.backward(loss)
-        seen = marks([{"real image": images}], self._device)
+        seen = marks(images, None, None, None)
         self._optimizer.advance()
         norm = self._optimizer.update(self.tallies[0].permits([loss], seen))
         self.tallies[0].add(loss, norm, seen=seen)

@@ -216,7 +216,7 @@ def test_images_that_are_not_finite_are_not_written(tmp_path, capsys):
         pairs.main(["--out", str(tmp_path / "pairs"), *TINY, *options])
     assert stop.value.code == 1
     assert "expected finite images of the teacher, got NaN or infinity in 3" in capsys.readouterr().err
-    assert sorted(contents(tmp_path / "pairs")) == ["pairs.json"]
+    assert sorted(contents(tmp_path / "pairs")) == ["SHA256SUMS", "pairs.json"]
 
 
 def test_a_run_with_a_regression(teacher_file, tmp_path):

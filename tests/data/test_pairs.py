@@ -83,6 +83,17 @@ def test_pairs_of_another_teacher(name, value, message, tmp_path):
         load_pairs(write(tmp_path / "pairs"), **ASKED | {name: value})
 
 
+def test_a_folder_from_before_there_were_checksums_gets_them(tmp_path):
+    """Of what is whole, when the rest is made; until then it is read without."""
+    path = write(tmp_path / "pairs")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    (path / "SHA256SUMS").unlink()
+    assert len(load_pairs(path, **ASKED)) == 7
+    (path / "pairs-00001.safetensors").unlink()
+    write(path)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-20])
 
