@@ -13,6 +13,7 @@ import numpy as np
 
 SETTLED = 0.25  # of the time, in which caches fill: what was seen then counts for no line
 MOST_GROWTH = 0.05  # of the memory, in all of the time after that
+LEAST_MINUTES = 10.0  # in less, the first measurement and the first picture look like growth, and nothing is judged
 EVERY_SECONDS = 1.0
 
 
@@ -32,7 +33,8 @@ def watch(process: subprocess.Popen, folder: Path, minutes: float) -> str | None
     print(f"{minutes:g} minutes, {log[-1]['iteration']} iterations:")
     growth = tell("memory", memory, "MB")
     tell("throughput", rates, "images/s")
-    return f"memory grew by {growth:.1%}, more than {MOST_GROWTH:.0%}" if growth > MOST_GROWTH else None
+    is_judged = minutes >= LEAST_MINUTES and growth > MOST_GROWTH
+    return f"memory grew by {growth:.1%}, more than {MOST_GROWTH:.0%}" if is_judged else None
 
 
 def resident_bytes(process: int) -> int:

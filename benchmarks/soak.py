@@ -9,7 +9,8 @@ training begins. Each has to leave, to the bit and but for times, what the one w
 the folder stays, where one does not.
 
 `--minutes` lets one training go on for that long, with measurements, snapshots and checkpoints, and fits lines to its
-memory and its throughput: what grows or slows down shows. Exit code 1 where memory grows by more than `MOST_GROWTH`.
+memory and its throughput: what grows or slows down shows. Exit code 1 where in ten
+minutes or more memory grows by more than a twentieth.
 """
 
 from __future__ import annotations
