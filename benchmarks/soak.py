@@ -1,17 +1,23 @@
 """A real training, killed at random moments as often as asked, and held against one that nobody killed.
 
-    python -m benchmarks.soak [--kills 100] [--seed 0] [--out FOLDER]
+    python -m benchmarks.soak [--kills 100] [--minutes 0] [--seed 0] [--out FOLDER]
 
 Each process is `python -m fastdmd.train ... --resume auto` on a tiny network, with an adversarial term, two averages
-and measurements meanwhile. It gets SIGKILL at a moment between its start and the time that a whole run takes, and the
-same command is run again; where it ends by itself, the next training begins. Each has to leave, to the bit and but for
-times, what the one without kills has left. Exit code 1, and the folder stays, where one does not.
+and measurements meanwhile. It gets SIGKILL at a moment between its start and the time that a whole run takes, one time
+in three inside of a checkpoint, and the same command is run again; where it ends by itself, the next
+training begins. Each has to leave, to the bit and but for times, what the one without kills has left. Exit code 1, and
+the folder stays, where one does not.
+
+`--minutes` lets one training go on for that long, with measurements, snapshots and checkpoints, and fits lines to its
+memory and its throughput: what grows or slows down shows. Exit code 1 where in ten
+minutes or more memory grows by more than a twentieth.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -27,10 +33,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from benchmarks import drift
 from benchmarks.environment import ROOT
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 
+AIMED = 3  # of so many kills one is inside of a checkpoint, where the process comes to that
 LEFT_OUT = {  # times, and the settings that decide when a checkpoint is written
     "seconds",
     "train_seconds",
@@ -58,6 +66,22 @@ FLAGS = {
     "checkpoint-every": 2,
     "device": "cpu",
 }
+
+
+LONG = [  # what differs in a training that goes on for long
+    text
+    for name, value in {
+        "iterations": 10**7,
+        "snapshots": 10**5,
+        "log-every": 20,
+        "eval-every": 200,
+        "checkpoint-every": 100,
+        "lr-schedule": "constant",
+        "generator-lr": 1e-6,
+        "guidance-lr": 1e-6,
+    }.items()
+    for text in (f"--{name}", str(value))
+]
 
 
 def differences(run: Path, other: Path) -> list[str]:
@@ -114,9 +138,23 @@ def start(arguments: list[str], folder: Path, *options: str) -> subprocess.Popen
     )
 
 
+def end_of(process: subprocess.Popen, run: Path, seconds: float | None, *, aims: bool) -> str | None:
+    """What the process said if it ended by itself, else None: it was killed after so many seconds, None of them: never;
+    where it `aims`, as soon as a checkpoint is half written."""
+    before, began = checkpoints_begun(run), time.monotonic()
+    while seconds is not None and process.poll() is None:
+        if time.monotonic() - began >= seconds or (aims and checkpoints_begun(run) - before):
+            process.kill()
+            process.communicate()
+            return None
+        time.sleep(0.001 if aims else min(0.05, seconds))
+    return process.communicate()[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=0, help="of a training that nobody kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -136,13 +174,11 @@ def main() -> None:
         place = folder / f"training-{trainings}"
         is_over = False
         while not is_over:
-            before = partial(place / "run")
+            before = state_of(place / "run")
             process = start(arguments, place, "--resume", "auto")
-            try:
-                _, error = process.communicate(timeout=None if kills >= options.kills else rng.uniform(0, longest))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+            aims = kills % AIMED == AIMED - 1
+            seconds = None if kills >= options.kills else longest if aims else rng.uniform(0, longest)
+            if (error := end_of(process, place / "run", seconds, aims=aims)) is None:
                 kills += 1
                 reached[where(place / "run", before)] += 1
                 continue
@@ -152,26 +188,54 @@ def main() -> None:
         if others := differences(folder / "whole" / "run", place / "run"):
             sys.exit(f"training {trainings}, after {kills} kills, in {place}: other {', '.join(others)}")
         print(f"training {trainings} as without kills, after {kills}", flush=True)
-    print(f"{kills} kills in {trainings} trainings, all of which left what the one without kills has left")
-    print("of the kills:", ", ".join(f"{count} {name}" for name, count in sorted(reached.items())))
+    print(f"{kills} kills in {trainings} trainings, each of which left what the one without kills has left:")
+    files = sorted(path.name for path in (folder / "whole" / "run").iterdir() if path.is_file())
+    print(f"to the bit, but for times, {', '.join(files)}")
+    for name in PHASES:
+        print(f"{reached[name]:6d} {name}")
+    if options.minutes and (fault := drift.watch(start(arguments + LONG, folder / "long"), folder, options.minutes)):
+        sys.exit(fault)
     if options.out is None:
         shutil.rmtree(folder)
 
 
-def partial(run: Path) -> set[Path]:
-    """What is half written."""
-    return {*run.glob(".fastdmd-*"), *run.glob("checkpoints/.fastdmd-*")}
+PHASES = (
+    "as it started, before it touched anything",
+    "before the first checkpoint",
+    "inside a checkpoint",
+    "inside another file",
+    "between two files, with a checkpoint there",
+    "after the end",
+)
 
 
-def where(run: Path, before: set[Path]) -> str:
-    """What a kill has left that was not there before."""
-    if not run.exists():
-        return "before there was a folder"
-    if new := partial(run) - before:
-        return "inside a checkpoint" if any(path.is_dir() for path in new) else "inside another file"
-    if (run / "summary.json").exists():
-        return "after the end"
-    return "between" if any(run.glob("checkpoints/*")) else "before the first checkpoint"
+def state_of(run: Path) -> dict[Path, int]:
+    """The files and folders of a run, and when they were written last."""
+    found: dict[Path, int] = {}
+    for path in run.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.lstat().st_mtime_ns
+    return found
+
+
+def checkpoints_begun(run: Path) -> set[Path]:
+    """Those that are half written."""
+    return set(run.glob("checkpoints/.fastdmd-*"))
+
+
+def where(run: Path, before: dict[Path, int]) -> str:
+    """When a kill came, out of `PHASES`, from what it has left and what there was before."""
+    after = state_of(run)
+    if after == before:
+        return PHASES[0]
+    new = {path for path in after.keys() - before.keys() if path.name.startswith(".fastdmd-")}
+    if new & checkpoints_begun(run):
+        return PHASES[2]
+    if new:
+        return PHASES[3]
+    if run / "summary.json" in after:
+        return PHASES[5]
+    return PHASES[4] if any(run.glob("checkpoints/[0-9]*")) else PHASES[1]
 
 
 if __name__ == "__main__":

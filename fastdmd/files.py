@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+SUMS = "SHA256SUMS"
 PARTIAL = ".fastdmd-"  # how the name of what is half written begins
 
 _undo: list[Callable[[], None]] = []  # of what is half done at this moment
@@ -85,6 +87,28 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(path: Path, length: int | None = None) -> str:
+    """SHA-256 of a file, or of so many bytes of its beginning, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size if length is None else length
+        while left > 0 and (chunk := file.read(min(left, 1 << 22))):
+            sha256.update(chunk)
+            left -= len(chunk)
+    return sha256.hexdigest()
+
+
+def sum_line(path: Path) -> str:
+    """Of a file, as `sha256sum` writes it in its folder."""
+    return f"{digest(path)}  {path.name}\n"
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """The digests that a folder's `SHA256SUMS` has, by the names of their files; the last one of a name counts."""
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def _beside(path: Path) -> Path:

@@ -47,6 +47,18 @@ def require_memory(num_bytes: float, device: torch.device, what: str, advice: st
         )
 
 
+def half(batch_size: int, accumulation_steps: int | None = None) -> str:
+    """What to try where a batch did not fit and nothing else is known; `accumulation_steps`, where there are such."""
+    if batch_size // (accumulation_steps or 1) == 1:
+        return f"one image at a time is all that --batch-size {batch_size} leaves; use a larger device"
+    steps = accumulation_steps or 1
+    smaller = f"try --batch-size {batch_size // 2 // steps * steps}"
+    if accumulation_steps is None:
+        return smaller
+    more = next(n for n in range(2 * steps, batch_size + 1) if batch_size % n == 0)
+    return f"{smaller} or --accumulation-steps {more}"
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether this is what Python, numpy, torch, a GPU's libraries or the system raise then."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -13,20 +13,21 @@ import torch
 from tqdm import tqdm
 
 from fastdmd import quality, teachers
-from fastdmd.data.pairs import PairFolder, PairRecord
+from fastdmd.data.pairs import RECORD, PairFolder, PairRecord, read_record
+from fastdmd.memory import half
 from fastdmd.networks.identity import identity
-from fastdmd.runs import cli, machine, outputs, terminal
+from fastdmd.runs import cli, continuity, machine, outputs, terminal
 from fastdmd.runs.config import PairsConfig
+from fastdmd.runs.lock import locked, require_free
 from fastdmd.sampling import HeunSampler
-
-ADVICE = "a smaller --batch-size needs less"
 
 
 @terminal.command("fastdmd.pairs")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PairsConfig, "fastdmd.pairs", arguments)
-    with cli.user_errors("fastdmd.pairs", advice=ADVICE):
-        device = cli.resolve_device(config.device)
+    smaller = half(config.batch_size)
+    with cli.user_errors("fastdmd.pairs", advice=smaller):
+        device = cli.resolve_device(config.device, deterministic=config.deterministic)
         outputs.require_folder(config.out)
         machine.prepare(device, batch_size=config.batch_size)
         teacher, metadata = teachers.read(config.teacher, config.adapter, device)
@@ -44,11 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
             seed=config.seed,
             device=device.type,
         )
+        require_free(config.out / RECORD)
+        if (config.out / RECORD).exists():
+            continuity.require_same_pairs(config, read_record(config.out), record)
         folder = PairFolder(config.out, record)
-        missing = list(folder.missing())
-    with cli.run_errors("fastdmd.pairs", "making pairs", ADVICE):
+    with cli.run_errors("fastdmd.pairs", "making pairs", smaller):
         folder.begin()
-        make(folder, missing, sampler, device)
+        with locked(config.out / RECORD):
+            make(folder, list(folder.missing()), sampler, device)
     print(f"{config.out}: {config.num} pairs")
 
 

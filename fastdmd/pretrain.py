@@ -15,7 +15,7 @@ import torch
 from fastdmd import teachers
 from fastdmd.distill.budget import training_bytes
 from fastdmd.distill.optimization import warm_up_notice
-from fastdmd.memory import require_memory
+from fastdmd.memory import half, require_memory
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.runs import cli, machine, resume, terminal
 from fastdmd.runs.contents import contents
@@ -30,8 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.pretrain"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
     config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
-    with cli.user_errors("fastdmd.pretrain", advice=ADVICE):
-        device = cli.resolve_device(config.device)
+    smaller = f"{half(config.batch_size)} or a smaller --model-channels"
+    with cli.user_errors("fastdmd.pretrain", advice=smaller):
+        device = cli.resolve_device(config.device, deterministic=config.deterministic)
         past = None if config.dry_run else resume.past_of(config)
         config = config.replace(resume=None)
         if (notice := warm_up_notice(config.iterations, config.warmup_iterations)) is not None:
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
             checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of)
             loop = Loop(training, config, folder, checkpoints=checkpoints)
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {folder.path}, on {device}")
-    with cli.run_errors("fastdmd.pretrain", "training", ADVICE):
+    with cli.run_errors("fastdmd.pretrain", "training", smaller):
         summary = loop.run(evaluation)
     print(f"{folder.path}: teacher.safetensors, samples.png, summary.json")
     cli.leave("fastdmd.pretrain", summary, config.iterations)

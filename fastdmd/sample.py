@@ -17,7 +17,7 @@ import torch
 from fastdmd import quality, teachers
 from fastdmd.data import to_uint8
 from fastdmd.files import write_atomically
-from fastdmd.memory import require_memory
+from fastdmd.memory import half, require_memory
 from fastdmd.runs import cli, machine, outputs, terminal
 from fastdmd.runs.config import SampleConfig
 from fastdmd.runs.pictures import image_grid
@@ -29,8 +29,8 @@ BYTES_PER_VALUE = 4 + 1 + 1  # an image as floats, as integers, and in the pictu
 @terminal.command("fastdmd.sample")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(SampleConfig, "fastdmd.sample", arguments)
-    with cli.user_errors("fastdmd.sample", "sampling", "a smaller --batch-size or --num needs less"):
-        device = cli.resolve_device(config.device)
+    with cli.user_errors("fastdmd.sample", "sampling", f"{half(config.batch_size)} or a smaller --num"):
+        device = cli.resolve_device(config.device, deterministic=config.deterministic)
         outputs.require_file(config.out)
         machine.prepare(device, batch_size=config.batch_size)
         network, metadata = teachers.read(config.weights, config.adapter, device)

@@ -18,9 +18,9 @@ from fastdmd.data import Dataset
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.budget import Budget, estimate
 from fastdmd.distill.optimization import averages_notice, warm_up_notice
-from fastdmd.memory import require_memory
+from fastdmd.memory import half, require_memory
 from fastdmd.networks.unet import UNet
-from fastdmd.runs import cli, distillation, machine, resume, terminal
+from fastdmd.runs import cli, continuity, distillation, machine, resume, terminal
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.contents import contents
 from fastdmd.runs.course import Course
@@ -41,8 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.train"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
     chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
-    with cli.user_errors("fastdmd.train"):
-        device = cli.resolve_device(chosen.device)
+    smaller = half(chosen.batch_size, chosen.compute.accumulation_steps)
+    with cli.user_errors("fastdmd.train", advice=smaller):
+        device = cli.resolve_device(chosen.device, deterministic=chosen.deterministic)
         past = None if chosen.dry_run else resume.past_of(chosen)
         if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
             terminal.say(notice)
@@ -54,7 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
         stage = None
         if chosen.init_from is not None and not (past and past.checkpoints):
             stage = read_stage(chosen.init_from, teacher)
-        config = chosen.replace(resume=None).for_teacher(teacher, device)
+        config = continuity.with_defaults_of_run(
+            chosen.replace(resume=None),
+            lambda settings: settings.for_teacher(teacher, device),
+            None if past is None else past.config,
+        )
         if past is not None and past.has_nothing_left(config):
             return
         machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
@@ -95,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
             made_of = contents(config.evaluation, dataset, pairs=pairs)
             checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of, teacher)
             loop = Loop(training, config, folder, course, watch, checkpoints)
-    with cli.run_errors("fastdmd.train", "distilling"):
+    with cli.run_errors("fastdmd.train", "distilling", smaller if budget is None else budget.smaller()):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:
         print(overlap(dataset, "The adversarial term" if config.gan.is_on else "The generator"))

@@ -1,7 +1,8 @@
 """Folders of pairs, noise and what a teacher makes of it: how they are written, continued, checked and read.
 
 `pairs.json` says what the pairs are of, `pairs-00000.safetensors`, ... hold the images `[n, C, H, W]`, float32, and
-the labels `[n]`, int64, of as many pairs as a batch has. Noise is not stored: it is a function of (seed, index).
+the labels `[n]`, int64, of as many pairs as a batch has, `SHA256SUMS` the checksums of these files. Noise is not
+stored: it is a function of (seed, index).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fastdmd import ops
 from fastdmd.data.content import decoding, mismatch
-from fastdmd.files import write_atomically
+from fastdmd.files import SUMS, digest, read_sums, write_atomically
 from fastdmd.memory import require_memory
 from fastdmd.randomness import Stream, integers, normals
 
@@ -82,24 +83,35 @@ class PairFolder:
             raise mismatch(f"{RECORD} beside the pairs in {path}", "none")
 
     def missing(self) -> Iterator[int]:
-        """The files that are not there, or not whole."""
+        """The files that are not there, or not as they were written."""
+        sums = _sums(self.path)
         for index in range(self.record.num_parts):
             try:
                 read_part(self.path, self.record, index)
+                require_as_written(_file(self.path, index), sums)
             except ValueError:
                 yield index
 
     def begin(self) -> None:
-        """Makes the folder, with its record in it, where it is new."""
+        """Makes the folder, with its record in it, where it is new; checksums, where it is from before there were."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / RECORD).exists():
             text = json.dumps(dataclasses.asdict(self.record), indent=2) + "\n"
             write_atomically(self.path / RECORD, lambda file: file.write(text.encode()))
+        if _sums(self.path) is None:
+            missing = set(self.missing())
+            whole = (_file(self.path, index) for index in range(self.record.num_parts) if index not in missing)
+            self._write_sums({file.name: digest(file) for file in whole})
 
     def write(self, index: int, images: Tensor, labels: Tensor | None) -> None:
-        """A file, in one atomic replacement."""
+        """A file, in one atomic replacement, and its checksum."""
         tensors = {"images": images.float().cpu().contiguous()} | ({} if labels is None else {"labels": labels.cpu()})
         write_atomically(_file(self.path, index), lambda file: file.write(save(tensors)))
+        self._write_sums({**(_sums(self.path) or {}), _file(self.path, index).name: digest(_file(self.path, index))})
+
+    def _write_sums(self, sums: Mapping[str, str]) -> None:
+        text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+        write_atomically(self.path / SUMS, lambda file: file.write(text.encode()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,10 +168,12 @@ def load_pairs(
     images = torch.empty(record.num, *image_shape)
     noise = torch.empty_like(images)
     labels = torch.empty(record.num, dtype=torch.int64) if num_classes else None
+    sums = _sums(path)
     for index in range(record.num_parts):
         part = record.part(index)
         noise[part] = record.noise(part)
         images[part], found = read_part(path, record, index)
+        require_as_written(_file(path, index), sums)
         if labels is not None and found is not None:
             labels[part] = found
     return Pairs(noise, images, labels)
@@ -205,6 +219,19 @@ def read_part(path: Path, record: PairRecord, index: int) -> tuple[Tensor, Tenso
     if labels is not None and not 0 <= labels.min() <= labels.max() < record.num_classes:
         raise mismatch(f"labels from 0 to {record.num_classes - 1} in {file}", f"{labels.min()} to {labels.max()}")
     return images, labels
+
+
+def require_as_written(file: Path, sums: Mapping[str, str] | None) -> None:
+    """Raises ValueError where a file has another checksum than there was, or none; None: of a folder without any."""
+    if sums is None or sums.get(file.name) == digest(file):
+        return
+    raise mismatch(f"{file} as it was written", f"another than {SUMS} says; {AGAIN}")
+
+
+def _sums(path: Path) -> dict[str, str] | None:
+    """Of a folder; None where it is from before there were any."""
+    with decoding("text", path / SUMS):
+        return read_sums(path) if (path / SUMS).exists() else None
 
 
 def _file(path: Path, index: int) -> Path:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Draws, GeneratorInputs
 from fastdmd.distill.turns import DMD2
-from fastdmd.memory import available_bytes
+from fastdmd.memory import available_bytes, half
 
 HOPELESS = 2  # times the memory that there is
 
@@ -53,9 +53,15 @@ class Budget:
         need = f"the run needs about {self.peak_bytes / 1e9:.1f} GB, {self.available_bytes / 1e9:.1f} GB are free"
         if self.state_bytes > self.available_bytes or self.largest_batch_size is None:
             return f"{need}: weights and optimizers alone take {self.state_bytes / 1e9:.1f} GB; use a larger device"
+        return f"{need}: {self.smaller()}"
+
+    def smaller(self) -> str:
+        """What fits by this estimate; of what it says to fit and yet does not, half."""
+        if self.fits or self.largest_batch_size is None:
+            return half(self.batch_size, self.accumulation_steps)
         part = self.largest_batch_size // self.accumulation_steps
         steps = (n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0 and self.batch_size // n <= part)
-        return f"{need}: try --batch-size {part * self.accumulation_steps} or --accumulation-steps {next(steps)}"
+        return f"try --batch-size {part * self.accumulation_steps} or --accumulation-steps {next(steps)}"
 
     def report(self) -> dict:
         """Everything, for JSON."""

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastdmd import ops
-from fastdmd.diffusion import Denoiser, Dynamics, velocity_preconditioning
+from fastdmd.diffusion import Dynamics, velocity_preconditioning
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, class_labels)
+
+
+class TrainedDenoiser(Protocol):
+    """Of a `Denoiser`, what a loss needs that trains it."""
+
+    @property
+    def dynamics(self) -> Dynamics: ...
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
 
 
 def generator_loss(
@@ -41,7 +51,7 @@ def generator_loss(
 
 def denoising_loss(
     images: Tensor,
-    denoiser: Denoiser,
+    denoiser: TrainedDenoiser,
     class_labels: Tensor | None,
     *,
     sigma: Tensor,

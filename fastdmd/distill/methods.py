@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdmd import ops
-from fastdmd.diffusion import Denoiser
 from fastdmd.distill.adversarial import (
     approximate_r1,
     discriminator_loss,
@@ -20,7 +19,7 @@ from fastdmd.distill.adversarial import (
 )
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.gan import GAN, AdversarialDraws
-from fastdmd.distill.losses import denoised_loss, denoising_loss
+from fastdmd.distill.losses import TrainedDenoiser, denoised_loss, denoising_loss
 from fastdmd.distill.matching import DistributionMatching, Matching, ScoreIdentity
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.regression import PAIRED, PairDraws, regression_loss
@@ -58,10 +57,8 @@ class Terms:
         return Terms(self.total.detach(), {name: value.detach() for name, value in self.scalars.items()}, self.left_out)
 
 
-class TurnDenoiser(Protocol):
-    """Of a `Denoiser`, what the losses of a generator turn call."""
-
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
+class TurnDenoiser(TrainedDenoiser, Protocol):
+    """Of a `Denoiser`, what the losses of a turn call."""
 
     def with_features(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
@@ -94,7 +91,7 @@ class Method(Protocol):
         """Differentiable in `x_gen`, and in whatever it lets `generate`, the generator, make besides."""
         ...
 
-    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         """Differentiable in the fake score's weights, `head` in those of the head; `x_gen` counts as constant."""
         ...
 
@@ -121,7 +118,7 @@ class Matched:
         loss, left_out = self.matching(x_gen, draws, teacher=teacher, fake_score=fake_score)
         return Terms(loss, {self.matching.scalar: loss}, left_out)
 
-    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         loss = denoising_loss(
             x_gen,
             fake_score,
@@ -183,7 +180,7 @@ class Adversarial:
             total = total + gan.gan_generator_weight * scalars["loss_gan_generator"]
         return Terms(total, scalars, left_out)
 
-    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         x_gen, num_images = x_gen.detach(), len(x_gen)
         x_t = ops.add_noise(x_gen, draws.fake_sigma, rng_key=draws.fake_key)
         judged = self._noised(x_gen, _adversarial(draws))
@@ -266,7 +263,7 @@ class Regressed:
         scalars = terms.scalars | {"loss_regression": loss}
         return dataclasses.replace(terms, total=terms.total + self.weight * loss, scalars=scalars)
 
-    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: Denoiser) -> Terms:
+    def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         return self.method.guidance_terms(x_gen, draws, teacher=teacher, fake_score=fake_score)
 
 

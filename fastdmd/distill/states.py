@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastdmd.distill.turns import DMD2
 from fastdmd.optim import AdamWEMA
+from fastdmd.saved import require_tensors, take
 
 
 def state_of(model: DMD2) -> dict[str, Any]:
@@ -19,17 +21,19 @@ def state_of(model: DMD2) -> dict[str, Any]:
     What its buffers hold is not among them: inputs are loaded at the start of an iteration, and images that were made
     ahead come again, to the bit, from the generator, which rests between its turns.
     """
-    state = {name: optimizer_state(optimizer) for name, optimizer in _optimizers(model).items()}
+    state = {name: optimizer_state(optimizer) for name, optimizer in optimizers_of(model).items()}
     return state | {name: part.state_dict() for name, part in _sums(model).items()}
 
 
-def load_state(model: DMD2, state: Mapping[str, Any]) -> None:
-    """Takes over what `state_of` gave of a model like this one. Raises KeyError, ValueError, TypeError or RuntimeError
-    for any other state, and then has taken over some of it."""
-    for name, optimizer in _optimizers(model).items():
-        load_optimizer_state(optimizer, state[name])
+def load_state(model: DMD2, state: Mapping[str, Any], iteration: int) -> None:
+    """Takes over what `state_of` gave of a model like this one, before this iteration. Raises KeyError, ValueError or
+    TypeError for any other state, and then has taken over some of it."""
+    for name, optimizer in optimizers_of(model).items():
+        is_generator = optimizer is model.generator_optimizer
+        num_updates = -(-iteration // model.dfake_gen_update_ratio) if is_generator else iteration
+        load_optimizer_state(optimizer, state[name], num_updates, name)
     for name, part in _sums(model).items():
-        part.load_state_dict(state[name])
+        part.load_state_dict(state[name], name)
 
 
 def optimizer_state(optimizer: AdamWEMA) -> dict[str, Any]:
@@ -42,11 +46,42 @@ def optimizer_state(optimizer: AdamWEMA) -> dict[str, Any]:
     return {"optimizer": state, "untrained": _untrained(optimizer)}
 
 
-@torch.no_grad()
-def load_optimizer_state(optimizer: AdamWEMA, state: Mapping[str, Any]) -> None:
-    for name, own in _untrained(optimizer).items():  # first: the averages take them from the network
-        own.copy_(state["untrained"][name].view_as(own))
+def load_optimizer_state(optimizer: AdamWEMA, state: Mapping[str, Any], num_updates: int, place: str) -> None:
+    """Of an optimizer that has been asked for so many updates; errors name the entry in `place`."""
+    own, kinds = _untrained(optimizer), optimizer.state_views()
+    require_tensors(f"{place}.untrained", own, state["untrained"])
+    for kind in (kind for kind, part in kinds.items() if isinstance(part, Mapping)):
+        require_tensors(f"{place}.{kind}", kinds[kind], state["optimizer"][kind])
+    if (got := state["optimizer"]["num_updates"]) != num_updates:
+        raise ValueError(f"expected {place}.num_updates to be {num_updates}, got {got!r:.60}")
+    if any(int(step) > num_updates for step in state["optimizer"]["steps"]):
+        raise ValueError(f"expected {place}.steps <= {num_updates}, got {state['optimizer']['steps']!s:.60}")
+    if broken := [name for name, value in state["untrained"].items() if not value.isfinite().all()]:
+        raise ValueError(f"expected {place}.untrained.{broken[0]} to be finite, got NaN or infinity")
+    take(f"{place}.untrained", own, state["untrained"])  # first: the averages take them from the network
     optimizer.load_state_dict(state["optimizer"])
+
+
+def optimizers_of(model: DMD2) -> dict[str, AdamWEMA]:
+    """By the names of what they train."""
+    optimizers = {"generator": model.generator_optimizer, "fake_score": model.guidance_optimizer}
+    return optimizers if model.head_optimizer is None else {**optimizers, "head": model.head_optimizer}
+
+
+def first_not_finite(optimizers: Mapping[str, AdamWEMA]) -> str | None:
+    """The name of a tensor with NaN or infinity among weights, averages, moments and buffers; waits for the device."""
+    for owner, optimizer in optimizers.items():
+        state = optimizer.state_views()
+        kinds = {kind: part for kind, part in state.items() if isinstance(part, Mapping)}
+        for kind, tensors in {**kinds, "untrained": _untrained(optimizer)}.items():
+            floating = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+            if floating:
+                sizes = torch.stack([torch.linalg.vector_norm(x, math.inf).float() for x in floating.values()])
+                if not sizes.isfinite().all():
+                    place = int((~sizes.isfinite()).int().argmax())
+                    what = {"param": "weights", "untrained": "buffers"}.get(kind, kind)
+                    return f"{what} of the {owner.replace('_', ' ')}, {list(floating)[place]}"
+    return None
 
 
 def digest(*draws: Tensor | None) -> str:
@@ -64,11 +99,6 @@ def require_same_draws(iteration: int, expected: str, *draws: Tensor | None) -> 
             f"expected iteration {iteration} to draw what it would have, got something else: there are other data, "
             "another kind of device, or another torch"
         )
-
-
-def _optimizers(model: DMD2) -> dict[str, AdamWEMA]:
-    optimizers = {"generator": model.generator_optimizer, "fake_score": model.guidance_optimizer}
-    return optimizers if model.head_optimizer is None else {**optimizers, "head": model.head_optimizer}
 
 
 def _sums(model: DMD2) -> dict[str, Any]:

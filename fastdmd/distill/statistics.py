@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdmd.saved import require_tensors, take
+
 SATURATED = 0.95  # |x| from which a pixel counts as saturated: a black or a white with a little noise is
 LEVELS = (0.2, 1.0, 5.0)  # sigma: where bins of noise levels meet, each a part of what an image is made of
 MOST_PIXELS = 8  # a side, of the images whose means are kept by class
@@ -122,9 +124,14 @@ class ClassSums:
         """Its own tensors, to be read at once."""
         return {"sums": self._sums, "within": self._within}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name, own in self.state_dict().items():
-            own.copy_(state[name].view_as(own))
+    def load_state_dict(self, state: Mapping[str, Tensor], place: str = "class_sums") -> None:
+        """Raises ValueError, naming the entry in `place`, for what no sums of such images come to."""
+        own = self.state_dict()
+        require_tensors(place, own, state)
+        for name, amounts in (("sums", state["sums"][:, -1]), ("within", state["within"])):
+            if not state[name].isfinite().all() or amounts.lt(0).any():
+                raise ValueError(f"expected {place}.{name} finite, of counts not negative, got other numbers")
+        take(place, own, state)
 
     def read(self, least_images: int = 1) -> ClassFigures | None:
         """Waits for the device; the next reading starts from here. None, and nothing starts, of fewer images."""

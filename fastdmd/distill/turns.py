@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastdmd.diffusion import Denoiser, DenoisingNetwork
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.ahead import Source
 from fastdmd.distill.buffers import Buffers
 from fastdmd.distill.draws import Draws
 from fastdmd.distill.execution import Executor
-from fastdmd.distill.losses import Denoise
+from fastdmd.distill.guard import Guard, NanPolicy, marks
 from fastdmd.distill.methods import Matched, Method, Terms
+from fastdmd.distill.scheduled import Scheduled
 from fastdmd.distill.starts import make_images
 from fastdmd.distill.statistics import TURN_STATISTICS, ClassSums, comparison, turn_statistics
 from fastdmd.distill.tally import Tally
@@ -38,7 +39,8 @@ class DMD2:
     `compute_dtype` is what the networks compute in, see `AdamWEMA`. `accumulation_steps` processes a batch in that many
     parts, with the gradient of the whole: less memory, more time. `method` says which losses the turns add up; by
     default those of DMD2, with `sigma_data` in the weight of the fake score's. What it has for a head is trained in
-    guidance turns by an `AdamWEMA` of its own, with `head_options`.
+    guidance turns by an `AdamWEMA` of its own, with `head_options`. `nan_policy`: an update with NaN or infinity is
+    left out ("skip"), or all that follow are, too ("stop").
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class DMD2:
         accumulation_steps: int = 1,
         method: Method | None = None,
         head_options: Mapping[str, Any] | None = None,
+        nan_policy: NanPolicy = "skip",
     ):
         for name, count in (
             ("dfake_gen_update_ratio", dfake_gen_update_ratio),
@@ -90,11 +93,12 @@ class DMD2:
             self.head_optimizer = AdamWEMA(self.method.head, compute_dtype=compute_dtype, **(head_options or {}))
             guidance_norms += ("head_grad_norm",)
         generator_scalars = (*self.method.generator_scalars, "generator_grad_norm")
-        self.generator_tally = Tally(generator_scalars, self.device, TURN_STATISTICS)
+        self.guard = Guard(self.device, stops=nan_policy == "stop")
+        self.generator_tally = Tally(generator_scalars, self.device, TURN_STATISTICS, self.guard)
         self.class_sums: ClassSums | None = None  # of the images of generator turns
         if teacher.num_classes:
             self.class_sums = ClassSums(teacher.image_shape, teacher.num_classes, self.device)
-        self.guidance_tally = Tally((*self.method.guidance_scalars, *guidance_norms), self.device)
+        self.guidance_tally = Tally((*self.method.guidance_scalars, *guidance_norms), self.device, guard=self.guard)
         self._teacher = self.executor.denoiser(self.teacher)
         self._fake_score = self.executor.denoiser(self.fake_score)
         self._sampler = Generator(self.executor.denoiser(self.generator), generator_sigmas, clamp_images)
@@ -117,6 +121,7 @@ class DMD2:
         `loss_fake` and `fake_grad_norm`, and in an iteration with a generator turn `loss_dm` and `generator_grad_norm`;
         with a head `head_grad_norm`, and whatever else the method tells.
         """
+        self.guard.begin(step)
         buffers = self.load(draws(step) if self.buffers is None else self.buffers.ahead.draws(step, draws))
         ahead, moves = buffers.ahead, step % self.dfake_gen_update_ratio == 0
         if moves:
@@ -212,6 +217,7 @@ class DMD2:
 
     def _generator_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
+        seen: list[Tensor] = []
         comparisons: list[Tensor] = []
         is_watched = buffers.inputs.is_watched(self.num_steps)
         for part in buffers.parts:
@@ -223,28 +229,30 @@ class DMD2:
             )
             self._backward(found.total, self.generator_optimizer, accumulate=bool(terms))
             terms.append(found.detach())
+            seen.append(marks(part.draws.start_images, x_gen, teacher.D_x, fake_score.D_x))
             part.x_gen.copy_(x_gen.detach())
             if is_watched and teacher.D_x is not None and fake_score.D_x is not None:
                 comparisons.append(comparison(part.x_gen, teacher.D_x, fake_score.D_x, part.draws.dm_sigma))
         statistics = turn_statistics(buffers.x_gen, comparisons) if is_watched else None
-        self._tell(self.generator_tally, terms, self.generator_optimizer.update(), statistics=statistics)
+        self._update(self.generator_tally, [self.generator_optimizer], terms, seen, statistics)
         if is_watched and self.class_sums is not None and buffers.inputs.class_labels is not None:
             self.class_sums.add(buffers.x_gen, buffers.inputs.class_labels)
 
     def _guidance_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
+        seen: list[Tensor] = []
         for part in buffers.parts:
-            found = self.method.guidance_terms(
-                part.x_gen, part.draws, teacher=self._teacher, fake_score=self._fake_score
-            )
+            fake_score = Scheduled(self._fake_score, self._fake_score)
+            found = self.method.guidance_terms(part.x_gen, part.draws, teacher=self._teacher, fake_score=fake_score)
             self._backward(found.total, self.guidance_optimizer, accumulate=bool(terms))
             if self.head_optimizer is not None and found.head is not None:
                 self._backward(found.head, self.head_optimizer, accumulate=bool(terms))
             terms.append(found.detach())
-        norms = [self.guidance_optimizer.update()]
+            seen.append(marks(getattr(part.draws, "real_images", None), part.x_gen, None, fake_score.D_x))
+        optimizers = [self.guidance_optimizer]
         if self.head_optimizer is not None:
-            norms.append(self.head_optimizer.update())
-        self._tell(self.guidance_tally, terms, *norms)
+            optimizers.append(self.head_optimizer)
+        self._update(self.guidance_tally, optimizers, terms, seen)
 
     def _generate_ahead(self, start: int, draws: Source) -> None:
         self._loaded("generation").ahead.fill(start, draws)
@@ -266,31 +274,22 @@ class DMD2:
         self.executor.join()
         return D_fake
 
-    @staticmethod
-    def _tell(tally: Tally, terms: list[Terms], *grad_norms: Tensor, statistics: Tensor | None = None) -> None:
-        """The means over the parts."""
-        scalars = [_mean([part.scalars[name] for part in terms]) for name in tally.names[: -len(grad_norms)]]
+    def _update(
+        self,
+        tally: Tally,
+        optimizers: list[AdamWEMA],
+        terms: list[Terms],
+        seen: list[Tensor],
+        statistics: Tensor | None = None,
+    ) -> None:
+        """Moves what a turn trains, if the tally permits it, which is told the means over the parts."""
+        losses = [_mean([part.scalars[name] for part in terms]) for name in tally.names[: -len(optimizers)]]
         shares = [part.left_out for part in terms if part.left_out is not None]
-        tally.add(*scalars, *grad_norms, left_out=_mean(shares) if shares else None, statistics=statistics)
-
-
-@dataclasses.dataclass
-class Scheduled:
-    """A denoiser that denoises by way of `denoise`, beside others; its features come when they are asked for."""
-
-    denoiser: Denoiser
-    denoise: Denoise
-    D_x: Tensor | None = None  # what it gave last, without its graph
-
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        D_x = self.denoise(x, sigma, class_labels)
-        self.D_x = D_x.detach()
-        return D_x
-
-    def with_features(
-        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, num_denoised: int
-    ) -> tuple[Tensor, Tensor]:
-        return self.denoiser.with_features(x, sigma, class_labels, num_denoised=num_denoised)
+        left_out = _mean(shares) if shares else None
+        found = torch.stack(seen).sum(0)
+        permitted = tally.permits(losses, found, left_out)
+        norms = [optimizer.update(permitted) for optimizer in optimizers]
+        tally.add(*losses, *norms, seen=found, left_out=left_out, statistics=statistics)
 
 
 def _of_step(turn: str, index: int) -> str:

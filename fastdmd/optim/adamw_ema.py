@@ -181,13 +181,16 @@ class AdamWEMA(FlatOptimizer):
         self.num_updates += 1
 
     @torch.no_grad()
-    def update(self) -> Tensor:
+    def update(self, permitted: Tensor | None = None) -> Tensor:
         """The device's part of a step, the same launches every time: what a captured graph may hold.
 
-        Only `lr` may change under a graph. A replay runs no Python, so no stale autograd graph raises after it.
+        Only `lr` may change under a graph. A replay runs no Python, so no stale autograd graph raises after it. Where
+        `permitted`, 0-dim, is False on the device, nothing moves and the norm is NaN.
         """
         self._gradients.collect(required=True)
         self._adopt()
+        if permitted is not None:  # what the op does of a gradient that is not finite
+            self._buffers.grad[:1].masked_fill_(~permitted, math.nan)
         return self._update()
 
     def _update(self) -> Tensor:

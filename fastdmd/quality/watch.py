@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdmd.distill.statistics import IMAGE_STATISTICS, ClassSums, image_statistics
 from fastdmd.quality.alarms import RULES, Alarm, Reading
 from fastdmd.quality.reference import Reference, class_figures
+from fastdmd.saved import FIGURES, NUMBER, Rule, list_of, one_of, require
 
 LONGEST_HISTORY = 1000  # readings that rules look back on, however long a run is
 LEAST_POOLED = 96  # images of generator turns that a reading is of: fewer say little, and wait for more
@@ -91,6 +92,12 @@ class Watch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for what is none of it."""
+        kinds = list(self._seen)
+        pooled = Rule("numbers of images, and figures", lambda entry: len(entry) == 3 and FIGURES.allows(entry[2]))
+        rules = {"history": list_of(FIGURES), "pool": list_of(pooled), "seen": FIGURES, "told": list_of(one_of(*kinds))}
+        require("watch", state, {**rules, "average": NUMBER.or_none(), "spread_then": NUMBER.or_none()})
+        require("watch.seen", state["seen"], dict.fromkeys(kinds, NUMBER))
         self._history = deque(state["history"], maxlen=LONGEST_HISTORY)
         self._pool = [(num_images, num_judged, known) for num_images, num_judged, known in state["pool"]]
         self._seen = dict(state["seen"])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdmd.files import copy, new_folder
+from fastdmd.files import SUMS, copy, digest, new_folder, read_sums, sum_line
 from fastdmd.networks.weights import stored
 
-TENSORS, REST, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+TENSORS, REST = "state.safetensors", "state.json"
 FORMAT = 2  # of what is in here, and of the random numbers of a run (1: torch's); another one is refused
 TENSOR = "$tensor"  # the one key of what stands for a tensor in state.json
 
@@ -45,14 +44,14 @@ def write(path: Path, state: Mapping[str, Any], beside: Sequence[Path] = ()) -> 
         for file in beside:
             copy(file, folder / file.name)
         names = sorted(file.name for file in folder.iterdir())
-        sums = "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
+        sums = "".join(sum_line(folder / name) for name in names)
         (folder / SUMS).write_text(sums, encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
     """The state in a folder. Raises OSError or ValueError for one that is not whole or of another format."""
     with _refusing(path):
-        rest = _rest(path, dict.fromkeys([REST, TENSORS, *_sums(path)]))
+        rest = _rest(path, dict.fromkeys([REST, TENSORS, *read_sums(path)]))
         return _put_together(rest, load_file(path / TENSORS))
 
 
@@ -63,22 +62,17 @@ def read_rest(path: Path) -> dict[str, Any]:
 
 
 def _rest(path: Path, names: Iterable[str]) -> Any:
-    sums = _sums(path)
+    sums = read_sums(path)
     for name in names:
         if name not in sums:
             raise _refusal(path, f"{SUMS} without {name}")
-        if _digest(path / name) != sums[name]:
+        if digest(path / name) != sums[name]:
             raise _refusal(path, f"another {name} than its {SUMS} says")
     content = json.loads((path / REST).read_text(encoding="utf-8"))
     found = content.get("format") if isinstance(content, dict) else content
     if found != FORMAT:
         raise ValueError(f"expected a checkpoint of format {FORMAT} in {path}, got {found!s:.40}")
     return content["state"]
-
-
-def _sums(path: Path) -> dict[str, str]:
-    lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 @contextlib.contextmanager
@@ -115,14 +109,6 @@ def _put_together(part: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(part, list):
         return [_put_together(value, tensors) for value in part]
     return part
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _refusal(path: Path, got: str) -> ValueError:

@@ -99,7 +99,7 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # what is too much is no reason to end
                 files.remove_folder(path)
 
-    def restore(self, load: Callable[[Mapping[str, Any]], None]) -> bool:
+    def restore(self, load: Callable[[Mapping[str, Any], int], None]) -> bool:
         """Goes on from the newest one that is whole; False where there is none at all, and the run is to begin.
 
         What is newer and broken is left out, with a word. The folder becomes what it was at that moment. Raises
@@ -114,7 +114,7 @@ class Checkpoints:
                 self._require_same(content["origin"])
                 self._folder.require(content["reached"])
                 versions = dict(content["origin"]["versions"])
-                load(content["run"])
+                load(content["run"], _iteration(path))
             except FAULTS as error:
                 if ran_out_of_memory(error):
                     raise

@@ -17,11 +17,12 @@ from fastdmd.diffusion import Denoiser, DenoisingNetwork
 from fastdmd.memory import SMALLER, ran_out_of_memory
 from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
-from fastdmd.runs import outputs, terminal
+from fastdmd.runs import machine, outputs, terminal
 from fastdmd.runs.config import CommandConfig, CommandSettings
 from fastdmd.settings import inputs
 
 Config = TypeVar("Config", bound=CommandSettings)
+NOT_DETERMINISTIC = "does not have a deterministic implementation"  # in what torch says of an operation
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # that no flag causes
 
 
@@ -51,6 +52,9 @@ def _one_line(
     except (Exception, SystemExit) as error:
         if ran_out_of_memory(error):
             line, code = f"out of memory while {doing}; {advice}", 1
+        elif isinstance(error, RuntimeError) and NOT_DETERMINISTIC in str(error):
+            operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
+            line = f"expected operations that --deterministic allows, got {operation}, while {doing}"
         elif not isinstance(error, SystemExit) and says_it_all(error):
             line = str(error) if code == 2 else f"{error} (while {doing})"
             code = 1 if isinstance(error, OSError) and error.errno in DISK_ERRORS else code
@@ -108,9 +112,11 @@ def parse(
         return config
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, *, deterministic: bool = False) -> torch.device:
     """`auto` takes a GPU if there is one. Raises ValueError for a device that is not there, or lacks the backend that
-    the environment asks for."""
+    the environment asks for, and as `machine.be_deterministic` does, before the device is used."""
+    if deterministic:
+        machine.be_deterministic()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     expected = "expected --device auto, cpu or a CUDA device that is there"

@@ -14,6 +14,7 @@ from fastdmd.data.settings import DataSettings
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.draws import Noise, NoiseSettings
 from fastdmd.distill.gan import GAN, GANSettings
+from fastdmd.distill.guard import NanPolicy
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps, Monitor, MonitorSettings
@@ -47,15 +48,24 @@ class CommandSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommandConfig(CommandSettings):
+class ComputingSettings(CommandSettings):
+    """Of every command that computes images."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+    deterministic: Switch = False
+    """Take algorithms alone that give the same bits again, on the same machine; slower on a GPU. What has none is an
+    error, and a run goes on only with the device, the number of threads and the versions that it was begun with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandConfig(ComputingSettings):
     """Of every command that measures."""
 
     data: Data = DataSettings()
     evaluation: Evaluation = EvaluationSettings()
     seed: Seed = 0
     """Every random draw is a function of the seed and the iteration."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +109,9 @@ class TrainConfig(CommandConfig):
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10
     """How often, over the run, weights and samples are written."""
+    nan_policy: NanPolicy = "skip"
+    """What NaN or infinity in teacher, fake score, data, loss or gradient comes to. skip: that update is left out, and
+    the run ends after ten in a row; stop: the run ends."""
     measure_teacher: Switch = False
     """Measure the teacher even where its weight file records figures measured in the same way."""
     dry_run: Switch = False
@@ -181,7 +194,7 @@ class EvaluateConfig(CommandConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairsConfig(CommandSettings):
+class PairsConfig(ComputingSettings):
     """Make pairs of noise and a teacher's images, for `fastdmd.train --regression-weight`. Run again, it goes on."""
 
     teacher: Annotated[str, Input] = "mnist"
@@ -197,12 +210,10 @@ class PairsConfig(CommandSettings):
     """Heun steps; N steps are 2 N - 1 evaluations."""
     seed: Seed = 0
     """Seed of the noise."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig(CommandSettings):
+class SampleConfig(ComputingSettings):
     """Sample images from a generator or a teacher (Heun)."""
 
     weights: Annotated[str, Positional, Input]
@@ -220,8 +231,6 @@ class SampleConfig(CommandSettings):
     """Images per forward pass; changes no image beyond rounding."""
     teacher_steps: HeunSteps = 18
     """Heun steps of a teacher; N steps are 2 N - 1 evaluations. A generator has its own."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
     def check(self) -> None:
         super().check()

@@ -14,6 +14,7 @@ from fastdmd.runs import quality_plot
 from fastdmd.runs.candidates import Candidates
 from fastdmd.runs.folder import EVALUATIONS, PLOT, RunFolder
 from fastdmd.sampling import Sampler
+from fastdmd.saved import COUNT, MAPPING, NUMBER, Rule, list_of, one_of, require
 
 Keep = Callable[[Callable[[], None]], None]  # writes now; where the disk does not take it, says so and goes on
 Measure = Callable[[str, Sampler], Measurement | None]  # None where there is nothing to say but what was said
@@ -123,6 +124,13 @@ class Course:
         return {"curves": self._curves, "num_worse": self._num_worse, "best": best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for what is none of it."""
+        point = Rule("a place and a distance", lambda value: len(value) == 2 and all(map(NUMBER.allows, value)))
+        require("course", state, {"curves": MAPPING, "num_worse": COUNT, "best": MAPPING.or_none()})
+        require("course.curves", state["curves"], dict.fromkeys(self._curves, list_of(point)))
+        if state["best"] is not None:
+            rules = {"iteration": COUNT, "average": one_of(*self._curves), "frechet_distance": NUMBER}
+            require("course.best", state["best"], rules)
         self._curves = {
             name: [(images, distance) for images, distance in state["curves"][name]] for name in self._curves
         }

@@ -18,7 +18,14 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.regression import with_pairs
 from fastdmd.distill.starts import tensors_of
-from fastdmd.distill.states import digest, load_state, require_same_draws, state_of
+from fastdmd.distill.states import (
+    digest,
+    first_not_finite,
+    load_state,
+    optimizers_of,
+    require_same_draws,
+    state_of,
+)
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
@@ -64,6 +71,7 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
         guidance_options=guidance_options,
         method=method,
         head_options={**guidance_options, "learning_rate": config.gan.gan_lr},
+        nan_policy=config.nan_policy,
     )
 
 
@@ -239,10 +247,13 @@ class Distillation:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._next = state["next"]
+        self._next = state["next"]  # which the loop has looked at
         require_same_draws(self._next, state["draws"], *tensors_of(self._draws(self._next)))
-        load_state(self.model, state["model"])
+        load_state(self.model, state["model"], self._next)
         self.candidates.load_state_dict(state["candidates"])
+
+    def fault(self) -> str | None:
+        return first_not_finite(optimizers_of(self.model))
 
     def finish(self) -> None:
         pass

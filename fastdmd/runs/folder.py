@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdmd import files
 from fastdmd.runs import outputs
-from fastdmd.runs.lock import locked
+from fastdmd.runs.lock import locked, require_free
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -106,7 +105,8 @@ class RunFolder:
         for path in paths:
             files.flush(path)
         return {
-            path.name: {"bytes": (length := path.stat().st_size), "sha256": _digest(path, length)} for path in paths
+            path.name: {"bytes": (length := path.stat().st_size), "sha256": files.digest(path, length)}
+            for path in paths
         }
 
     def require(self, reached: Mapping[str, Mapping[str, Any]]) -> None:
@@ -117,7 +117,7 @@ class RunFolder:
             path, length = self.path / name, then["bytes"]
             if (got := path.stat().st_size if path.exists() else 0) < length:
                 raise ValueError(f"expected at least {length} bytes of {path}, got {got}")
-            if _digest(path, length) != then["sha256"]:
+            if files.digest(path, length) != then["sha256"]:
                 raise ValueError(f"expected {path} to begin with what the run had logged, got something else")
 
     def go_back(self, reached: Mapping[str, Mapping[str, Any]], best: Path | None) -> None:
@@ -166,16 +166,6 @@ class ReopenedFolder(RunFolder):
         self.close()
 
 
-def _digest(path: Path, length: int) -> str:
-    """Of so many bytes of its beginning, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while length > 0 and (chunk := file.read(min(length, 1 << 22))):
-            digest.update(chunk)
-            length -= len(chunk)
-    return digest.hexdigest()
-
-
 def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:
     is_known = {name: not isinstance(value, float) or math.isfinite(value) for name, value in line.items()}
     return {name: value if is_known[name] else None for name, value in line.items()}
@@ -183,6 +173,7 @@ def _as_json(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_new(path: Path) -> None:
     """Raises OSError unless a run can be written there: in a folder without one, or where a folder can be made."""
+    require_free(path / METRICS)  # of two that start at once, the slower one is told of the other
     if found := names_in(path):
         raise FileExistsError(
             f"fastdmd: expected a new folder for --out, got {path}, which already holds a run's {found[0]}; "

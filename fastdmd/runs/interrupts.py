@@ -31,8 +31,6 @@ def exit_on_signals(command: str) -> None:
 
     for number in _heeded():
         signal.signal(number, leave)
-    if ASKS is not None:
-        signal.signal(ASKS, signal.SIG_IGN)  # too early, it would end the process
 
 
 @contextlib.contextmanager

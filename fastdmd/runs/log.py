@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdmd.distill.guard import Fault
 from fastdmd.distill.tally import Reading
 from fastdmd.quality.alarms import Alarm
 from fastdmd.quality.watch import Watch
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.progress import Progress, show
 from fastdmd.runs.training import LoopSettings, Training
+from fastdmd.saved import AMOUNT, COUNT, MAPPING, one_of, require
 
 BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
 
@@ -47,6 +49,8 @@ class Log:
         num_iterations, now = progress.iterations - self._iteration, time.perf_counter()
         line = self._line(readings, progress)
         alarms = self._look(readings, line, progress)
+        if (fault := first_fault(reading.fault for reading in readings)) is not None:
+            line |= {"not_finite": fault.name, "not_finite_at": fault.iteration}
         images_per_second = num_iterations * self._settings.batch_size / (now - self._written)
         line |= {"seconds": now - self._started, "images_per_second": images_per_second}
         keep(functools.partial(self._folder.log, **line))
@@ -69,6 +73,8 @@ class Log:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        watch = one_of(None) if self._watch is None else MAPPING
+        require("log", state, {"iteration": COUNT, "seconds": AMOUNT, "since": AMOUNT, "watch": watch})
         self._iteration = state["iteration"]
         self._seconds, self._since = state["seconds"], state["since"]
         if self._watch is not None:
@@ -102,12 +108,19 @@ class Log:
 
     def _judge(self, readings: list[Reading], progress: Progress, num_iterations: int) -> None:
         """Ends a run whose last turns of a kind all came to nothing; the readings are of so many iterations."""
+        if not progress.goes_on:
+            return
+        if any(reading.num_bad for reading in readings) and (fault := self._training.fault()) is not None:
+            progress.diverge(f"NaN or infinity in {fault}")  # which no update mends
+            return
         for reading in readings:
             num_turns = (reading.num_good + reading.num_bad) * self._settings.iterations // num_iterations  # of the run
             if reading.num_bad_in_a_row >= min(BAD_IN_A_ROW, max(2, num_turns // 2)):
-                progress.outcome = "diverged"
-                what = "the losses are not finite"
-                if any(other.left_out for other in readings):
-                    what = "the teacher or the fake score gives NaN or infinity for most images"
-                progress.reason = f"{what}, {reading.num_bad_in_a_row} updates in a row"
+                what = reading.fault or "NaN or infinity of teacher or fake score for most images"
+                progress.diverge(f"{reading.num_bad_in_a_row} updates in a row left out: {what}")
                 return
+
+
+def first_fault(faults: Iterable[Fault | None]) -> Fault | None:
+    """The earliest; of those of one iteration the first."""
+    return min((fault for fault in faults if fault is not None), key=lambda fault: fault.iteration, default=None)

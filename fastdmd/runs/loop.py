@@ -18,12 +18,13 @@ from fastdmd.runs import interrupts, randomness
 from fastdmd.runs.checkpoints import Checkpoints
 from fastdmd.runs.course import Course
 from fastdmd.runs.folder import RunFolder
-from fastdmd.runs.log import Log
+from fastdmd.runs.log import Log, first_fault
 from fastdmd.runs.machine import versions
 from fastdmd.runs.pictures import SampleHistory
 from fastdmd.runs.progress import ENDED_EARLY, Interrupted, Progress, Received, stop_if_interrupted
 from fastdmd.runs.training import LoopSettings, Resumable, Training
 from fastdmd.sampling import Sampler
+from fastdmd.saved import AMOUNT, MAPPING, require
 
 
 class Loop:
@@ -51,6 +52,7 @@ class Loop:
         self._progress = Progress()
         self._started = time.perf_counter()
         self._unwritten: str | None = None  # what the disk said last
+        self._is_on_cpu = next(training.network.parameters()).device.type == "cpu"
         if checkpoints is not None and checkpoints.restore(self.load_state_dict):
             return
         if (fault := self._snapshot(0)) is not None:
@@ -128,21 +130,38 @@ class Loop:
         a snapshot. A run that a signal ends leaves a checkpoint from before that."""
         settings, iteration = self._settings, progress.iterations
         is_last = iteration == settings.iterations
-        if (number := received()) is not None:
+        is_logged = is_last or iteration % settings.log_every == 0
+        is_shown = not is_last and iteration % -(-settings.iterations // settings.snapshots) == 0
+        is_measured = self._course is not None and self._course.is_due(iteration, is_last=is_last)
+        number = received()
+        self._look(progress, must=is_logged or is_shown or is_measured or number is not None)
+        if progress.goes_on and number is not None:
             progress.outcome, progress.signal = "interrupted", number
-        elif self._course is not None and self._course.is_due(iteration, is_last=is_last):
+        if progress.goes_on and is_measured and self._course is not None:
             self._evaluate(self._course, progress, received, bar)
         if progress.outcome == "interrupted" and self._checkpoints is not None and not self._checkpoints.is_off:
             self._write_checkpoint(self._checkpoints, bar)
         keep = functools.partial(self._keep, bar=bar)
-        if iteration % settings.log_every == 0 or is_last or not progress.goes_on:
+        if is_logged or not progress.goes_on:
             self._log.write(progress, bar, keep)
-        snapshot_every = -(-settings.iterations // settings.snapshots)
-        if iteration % snapshot_every == 0 and not is_last and progress.goes_on:
+        if is_shown and progress.goes_on:
             keep(lambda: self._snapshot_or_end(progress))
 
+    def _look(self, progress: Progress, *, must: bool) -> None:
+        """Ends the run at the first fault with --nan-policy stop. A device that the host would have to wait for is
+        asked where it `must` be; from the fault on it has let nothing move."""
+        if self._settings.nan_policy == "stop" and progress.outcome == "complete" and (must or self._is_on_cpu):
+            if (fault := first_fault(tally.fault() for tally in self._training.tallies)) is not None:
+                progress.diverge(str(fault))
+
     def _write_checkpoint(self, checkpoints: Checkpoints, bar: tqdm) -> None:
-        self._keep(lambda: checkpoints.write(self._progress.iterations, self.state_dict), bar)
+        """Of good numbers: else the run ends, before it takes the place of an older one."""
+        progress = self._progress
+        self._look(progress, must=True)
+        if progress.outcome != "diverged" and (fault := self._training.fault()) is not None:
+            progress.diverge(f"there is NaN or infinity in {fault}")
+        if progress.outcome != "diverged":
+            self._keep(lambda: checkpoints.write(progress.iterations, self.state_dict), bar)
 
     def state_dict(self) -> dict[str, Any]:
         """After an iteration, before what is due then."""
@@ -152,8 +171,22 @@ class Loop:
             "random": randomness.state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, part in self._parts().items():
+    def load_state_dict(self, state: Mapping[str, Any], iteration: int) -> None:
+        """From a state of this iteration. Raises ValueError for one that is none of it, or of another iteration."""
+        parts = self._parts()
+        require("run", state, {**dict.fromkeys(parts, MAPPING), "seconds": AMOUNT, "random": MAPPING})
+        counts = {
+            "progress.iterations": state["progress"].get("iterations"),
+            "training.next": state["training"].get("next", iteration),
+        }
+        for name, count in counts.items():
+            if type(count) is not int or count != iteration:
+                raise ValueError(f"expected {name} to be {iteration}, which the checkpoint is of, got {count!r:.60}")
+        if iteration > self._settings.iterations:
+            raise ValueError(
+                f"expected a checkpoint of {self._settings.iterations} iterations or less, got {iteration}"
+            )
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         self._started = time.perf_counter() - state["seconds"]
         randomness.restore(state["random"])
@@ -227,9 +260,8 @@ class Loop:
 
     def _snapshot(self, iteration: int) -> str | None:
         """Writes weights and samples, unless the network is broken: then it returns how."""
-        for name, tensor in self._training.network.state_dict().items():
-            if not tensor.isfinite().all():
-                return f"NaN or infinity in {name}"
+        if (fault := self._training.fault()) is not None:
+            return f"NaN or infinity in {fault}"
         samples = self._training.samples()
         if not samples.isfinite().all():
             return "NaN or infinity in its samples"

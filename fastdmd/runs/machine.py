@@ -16,6 +16,8 @@ from fastdmd import __version__, _native
 
 CGROUP = Path("/sys/fs/cgroup/cpu.max")  # the CPU time of this container: microseconds of it, and in how many
 MALLOC = {"mmap_threshold": 2**30, "trim_threshold": 2**31 - 1, "top_pad": 2**26}  # bytes
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_WORKSPACES = ":4096:8", ":16:8"  # of cuBLAS's notes on reproducibility
 MALLOPT = {"mmap_threshold": -3, "trim_threshold": -1, "top_pad": -2}  # in glibc's malloc.h
 
 
@@ -24,12 +26,30 @@ def prepare(device: torch.device, *, precision: str = "fp32", batch_size: int | 
     keep_compiled_code()
     if device.type == "cuda":
         set_float32_units(precision)
-        torch.backends.cudnn.benchmark = True  # the first call of a shape measures; a captured turn's are eager
+        # The first call of a shape measures; a captured turn's are eager. Another time it may take another algorithm.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if device.type == "cpu":
         keep_freed_memory()
         use_faster_products()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(suitable_threads(torch.get_num_threads(), batch_size))
+
+
+def be_deterministic() -> None:
+    """Lets torch take algorithms alone that give the same bits again; one that has none raises RuntimeError.
+
+    To be called before a GPU is used: cuBLAS reads its workspace's size once. Raises ValueError where the environment
+    asks for one that it does not give the same bits with.
+    """
+    workspace = os.environ.setdefault(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0])
+    if workspace not in CUBLAS_WORKSPACES:
+        expected = " or ".join(CUBLAS_WORKSPACES)
+        raise ValueError(f"expected {CUBLAS_WORKSPACE} {expected} with --deterministic, got {workspace}")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    from torch._inductor import config  # takes its time
+
+    config.deterministic = True  # no kernel is chosen by how long it takes
 
 
 def suitable_threads(available: int, batch_size: int | None, cgroup: Path = CGROUP) -> int:

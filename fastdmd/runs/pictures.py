@@ -18,6 +18,7 @@ from fastdmd.files import write_atomically
 from fastdmd.quality import sample
 from fastdmd.randomness import Stream, normals
 from fastdmd.sampling import Sampler, step_normals
+from fastdmd.saved import Rule, require
 
 NUM_ROWS = 10  # of samples.png, at most: one row per class
 NUM_COLUMNS = 11  # the first repeats its noise through the run
@@ -82,4 +83,14 @@ class SampleHistory:
         return {"columns": self.columns}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for what are no columns."""
+        columns = Rule(
+            "images [rows, C, H, W] of one shape, float32 and finite",
+            lambda found: (
+                isinstance(found, list)
+                and all(isinstance(x, Tensor) and x.dtype == torch.float32 and x.isfinite().all() for x in found)
+                and all(x.dim() == 4 and x.shape == found[0].shape for x in found)
+            ),
+        )
+        require("samples", state, {"columns": columns})
         self.columns = list(state["columns"])

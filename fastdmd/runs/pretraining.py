@@ -15,9 +15,16 @@ from fastdmd import ops
 from fastdmd.data import Dataset
 from fastdmd.diffusion import Dynamics, lognormal_sigma
 from fastdmd.distill.draws import DataDeviation, LogDeviation, LogMean
+from fastdmd.distill.guard import Guard, NanPolicy, marks
 from fastdmd.distill.losses import denoising_loss
 from fastdmd.distill.optimization import Decay, Rate, WarmUp, WeightDecay
-from fastdmd.distill.states import digest, load_optimizer_state, optimizer_state, require_same_draws
+from fastdmd.distill.states import (
+    digest,
+    first_not_finite,
+    load_optimizer_state,
+    optimizer_state,
+    require_same_draws,
+)
 from fastdmd.distill.tally import Tally
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
@@ -119,6 +126,9 @@ class PretrainConfig(CommandConfig):
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10
     """How often, over the run, weights and samples are written."""
+    nan_policy: NanPolicy = "skip"
+    """What NaN or infinity in data, loss or gradient comes to. skip: that update is left out, and the run ends after
+    ten in a row; stop: the run ends."""
     label_emphasis: Annotated[float, above(0, 1000)] = 1.0
     """After training, class embeddings move this much farther from their mean: classes more distinct, variety less."""
     weights_dtype: Literal["float32", "float16"] = "float32"
@@ -148,7 +158,8 @@ class Pretraining:
             ema_decay=config.ema_decay,
         )
         self.network = cast(UNet, self._optimizer.ema_network)
-        self.tallies = (Tally(("loss", "grad_norm"), self._device),)
+        self._guard = Guard(self._device, stops=config.nan_policy == "stop")
+        self.tallies = (Tally(("loss", "grad_norm"), self._device, guard=self._guard),)
         self._sampler = HeunSampler(self.network, config.evaluation.teacher_steps)
         self._sheet = SampleSheet(network, config.seed, self._device)
         self._weights_dtype = getattr(torch, config.weights_dtype)
@@ -157,6 +168,7 @@ class Pretraining:
 
     def iterate(self, iteration: int) -> None:
         self._next = iteration + 1
+        self._guard.begin(iteration)
         config = self.config
         images, class_labels = self._batch(iteration)
 
@@ -173,7 +185,10 @@ class Pretraining:
             sigma_data=self._trained.sigma_data,
         )
         self._optimizer.backward(loss)
-        self.tallies[0].add(loss, self._optimizer.step())
+        seen = marks(images, None, None, None)
+        self._optimizer.advance()
+        norm = self._optimizer.update(self.tallies[0].permits([loss], seen))
+        self.tallies[0].add(loss, norm, seen=seen)
 
     def _batch(self, iteration: int) -> tuple[Tensor, Tensor | None]:
         config = self.config
@@ -192,11 +207,14 @@ class Pretraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._next = state["next"]
+        self._next = state["next"]  # which the loop has looked at
         require_same_draws(self._next, state["draws"], *self._batch(self._next))
-        load_optimizer_state(self._optimizer, state["optimizer"])
+        load_optimizer_state(self._optimizer, state["optimizer"], self._next, "optimizer")
         self.tallies[0].load_state_dict(state["tally"])
         self._started = time.perf_counter() - state["seconds"]
+
+    def fault(self) -> str | None:
+        return first_not_finite({"network": self._optimizer})
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastdmd.quality.alarms import Alarm
+from fastdmd.saved import AMOUNT, COUNT, MAPPING, list_of, require
 
 ENDED_EARLY = "ended early"  # how the reason of a complete run begins that did not reach its last iteration
 
@@ -35,12 +36,19 @@ class Progress:
     def goes_on(self) -> bool:
         return self.outcome == "complete" and self.reason is None
 
+    def diverge(self, reason: str) -> None:
+        self.outcome, self.reason = "diverged", reason
+
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has behind it; not how a part of it ended."""
         left = ("outcome", "reason", "signal", "train_seconds")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for what is none of it."""
+        counts = dict.fromkeys(("iterations", "skipped_updates", "left_out_images"), COUNT)
+        seconds = {"evaluation_seconds": AMOUNT, "first_iteration_seconds": AMOUNT.or_none()}
+        require("progress", state, {**counts, **seconds, "alarms": list_of(MAPPING)})
         vars(self).update(state, alarms=[Alarm(**alarm) for alarm in state["alarms"]])
 
 
@@ -59,7 +67,8 @@ def show(bar: tqdm, line: dict[str, Any], alarms: Sequence[Alarm] = ()) -> None:
     shown["images/s"] = line["images_per_second"]
     bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
     if "skipped_updates" in line:
-        bar.write(f"iteration {line['iteration']}: NaN or infinity; updates skipped: {line['skipped_updates']}")
+        first = f" in {line['not_finite']}, iteration {line['not_finite_at']}" if "not_finite" in line else ""
+        bar.write(f"iteration {line['iteration']}: NaN or infinity{first}; updates skipped: {line['skipped_updates']}")
     if "left_out_images" in line:
         bar.write(
             f"iteration {line['iteration']}: NaN or infinity of teacher or fake score; images left out: "

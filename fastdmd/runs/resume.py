@@ -8,17 +8,18 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from fastdmd import __version__
+from fastdmd import __version__, files
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.networks.identity import identity
 from fastdmd.networks.tensor_files import read_json
 from fastdmd.runs import checkpoint, terminal
 from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
 from fastdmd.runs.cli import to_json
+from fastdmd.runs.continuity import RunConfig, require_same_origin, require_same_settings, roundings
 from fastdmd.runs.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -30,33 +31,11 @@ from fastdmd.runs.folder import (
     names_in,
     require_new,
 )
-from fastdmd.runs.lock import locked
+from fastdmd.runs.lock import require_free
 from fastdmd.runs.machine import versions
 from fastdmd.runs.progress import ENDED_EARLY
-from fastdmd.settings import flags
 
 AUTO = "auto"
-
-# What may be another when a run goes on: what is written, how often, and what is measured at the end. All else stays,
-# and with it every number of the training.
-MAY_CHANGE = {
-    "--out",
-    "--device",  # what it computes in and how stay
-    "--log-every",
-    "--snapshots",
-    "--checkpoint-every",
-    "--keep-last",
-    "--resume",
-    "--num-samples",
-    "--measure-teacher",
-    "--eval-every",
-    "--stop-after",
-    "--verbose",
-    "--dry-run",
-}
-MAY_MOVE = {"--data", "--labels", "--pairs", "--feature-network", "--reference"}  # by their content they are known
-UNTIL_MEASURED = {"--eval-samples"}  # later, distances are compared with earlier ones
-OPEN_END = {"--iterations"}  # where no learning rate falls towards it
 
 
 def with_those_of_run(arguments: Sequence[str]) -> list[str]:
@@ -79,23 +58,6 @@ def with_those_of_run(arguments: Sequence[str]) -> list[str]:
     raise fault
 
 
-class RunConfig(Protocol):
-    """What a run that goes on has to know of its configuration."""
-
-    @property
-    def out(self) -> Path | None: ...
-
-    @property
-    def iterations(self) -> int: ...
-
-    @property
-    def has_open_end(self) -> bool:
-        """Whether more iterations would be the same up to here."""
-
-    @property
-    def checkpoint(self) -> CheckpointSettings: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Past:
     """What a folder holds of a run."""
@@ -110,8 +72,7 @@ class Past:
         """None where there is nothing of a run. Raises OSError where a process writes to it."""
         if not names_in(path):
             return None
-        if (path / METRICS).exists():
-            locked(path / METRICS).close()
+        require_free(path / METRICS)
         return cls.read(path)
 
     @classmethod
@@ -128,8 +89,8 @@ class Past:
             if names_in(self.path) != [METRICS] or (self.path / METRICS).stat().st_size:  # not killed as it was made
                 raise ValueError(f"expected a run's {CONFIG} in {self.path}, got {names_in(self.path)[0]} without")
             return
-        _require_same_settings(config, self.config, is_measured=(self.path / EVALUATIONS).exists())
-        whole = [int(path.name) for path in self.checkpoints if (path / checkpoint.SUMS).exists()]
+        require_same_settings(config, self.config, is_measured=(self.path / EVALUATIONS).exists())
+        whole = [int(path.name) for path in self.checkpoints if (path / files.SUMS).exists()]
         if whole and config.iterations < whole[0]:
             raise ValueError(f"expected --iterations >= {whole[0]}, which the run has reached, got {config.iterations}")
         if not self.checkpoints and not self.is_complete(config):
@@ -178,7 +139,7 @@ class Past:
         if not self.is_complete(config):
             return False
         assert self.config is not None
-        _require_same_settings(config, self.config, is_measured=False, may_move=False)
+        require_same_settings(config, self.config, is_measured=False, may_move=False)
         print(f"{self.path} holds a run that is complete; nothing is left to do")
         return True
 
@@ -225,55 +186,10 @@ def checkpoints_of(
         "config": to_json(config),
         "teacher": None if teacher is None else identity(teacher),
         "contents": contents,
-        "versions": versions(device),
+        "versions": {**versions(device), **roundings(config)},
     }
-    require_same = functools.partial(_require_same_origin, now=origin, config=config)
+    require_same = functools.partial(require_same_origin, now=origin, config=config)
     return Checkpoints(folder, config.checkpoint, origin, require_same)
-
-
-def _require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig) -> None:
-    """Raises ValueError where a checkpoint is of another version, teacher, settings or contents than that of `now`."""
-    if origin["version"] != now["version"]:
-        raise ValueError(f"expected a checkpoint of fastdmd {now['version']}, got one of {origin['version']}")
-    if origin["teacher"] != now["teacher"]:
-        raise ValueError(
-            f"expected the teacher that the run was begun with, {origin['teacher']}, got one of other weights or of "
-            f"another network, {now['teacher']}"
-        )
-    _require_same_settings(config, origin["config"], is_measured=False)
-    then, current = origin["contents"], now["contents"]
-    names = [name for name in {**then, **current} if then.get(name) != current.get(name)]
-    if others := [f"{name} {then.get(name)}, got {current.get(name)}" for name in names]:
-        raise ValueError(f"expected what the run was begun with: {'; '.join(others)}")
-
-
-def _require_same_settings(
-    config: RunConfig, recorded: Mapping[str, Any], *, is_measured: bool, may_move: bool = True
-) -> None:
-    may_change = set(MAY_CHANGE)
-    if not is_measured:
-        may_change |= UNTIL_MEASURED
-    if config.has_open_end:
-        may_change |= OPEN_END
-    current = to_json(config)
-    if may_move:
-        may_change |= MAY_MOVE
-        if "mnist" not in (current.get("teacher"), recorded.get("teacher")):  # beside which there are digits
-            may_change.add("--teacher")  # by its weights it is known
-    others = []
-    for place, flag in flags(config):
-        now, then = _at(current, place), _at(recorded, place)
-        if now != then and flag not in may_change:
-            others.append(f"{flag} {then}, got {now}")
-    if others:
-        raise ValueError(f"expected the settings that the run was begun with: {'; '.join(others)}")
-
-
-def _at(config: Mapping[str, Any], place: Sequence[str]) -> Any:
-    value: Any = config
-    for name in place:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def _read(path: Path) -> dict[str, Any] | None:

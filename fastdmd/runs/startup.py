@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-
-from fastdmd.runs import interrupts
+import signal
 
 # Of OpenMP and of the runtimes that a torch may come with. Whoever sets one of them has decided.
 THREAD_SETTINGS = (
@@ -24,8 +23,13 @@ SPIN_COUNT = 5000
 def prepare(command: str) -> None:
     """Signals end this process with one line from here on, and its threads share the machine with other processes.
 
-    For a command's own process alone.
+    For a command's own process alone. SIGUSR1, which asks for a checkpoint, asks too early: before anything else is
+    imported it is ignored, where it would end the process.
     """
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    from fastdmd.runs import interrupts
+
     interrupts.exit_on_signals(command)
     settle_threads()
 

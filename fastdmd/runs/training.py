@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from fastdmd.distill.guard import NanPolicy
 from fastdmd.distill.tally import Tally
 from fastdmd.sampling import Sampler
 
@@ -26,6 +27,9 @@ class LoopSettings(Protocol):
     @property
     def snapshots(self) -> int: ...
 
+    @property
+    def nan_policy(self) -> NanPolicy: ...
+
 
 class Training(Protocol):
     """One step of it, and what to keep, to show and to measure."""
@@ -39,6 +43,9 @@ class Training(Protocol):
         """Of its kinds of turns."""
 
     def iterate(self, iteration: int) -> None: ...
+
+    def fault(self) -> str | None:
+        """Which tensor of all that a snapshot or a checkpoint would hold has NaN or infinity; None: none has."""
 
     def finish(self) -> None:
         """What is left to do to the network when no iteration follows."""

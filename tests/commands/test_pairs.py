@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastdmd import pairs, quality, teachers, train
 from fastdmd.data.pairs import load_pairs
@@ -21,10 +22,12 @@ from fastdmd.networks.unet import UNet
 from fastdmd.networks.weights import save_network
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.distillation import teacher_pairs
+from fastdmd.runs.lock import locked
 from fastdmd.sampling import HeunSampler
 from tests.helpers.tiny_runs import QUICK, refuses, run_train
 
 ROOT = Path(__file__).parents[2]
+SHAPE = {"image_shape": (1, 28, 28), "num_classes": 10, "sigma": 80.0}
 TINY = ["--num", "7", "--batch-size", "3", "--teacher-steps", "2", "--device", "cpu"]
 
 
@@ -69,7 +72,7 @@ def test_a_teacher_of_shapes_alone_takes_pairs_of_any(teacher, teacher_file, tmp
 def test_what_is_missing_is_made_again_to_the_bit(teacher_file, tmp_path, monkeypatch):
     """After an end in the middle, and of files that are gone or not whole; others are not touched."""
     whole = contents(run_pairs(teacher_file, tmp_path / "whole"))
-    assert len(whole) == 4
+    assert len(whole) == 5
     sample, made = quality.sample, []
 
     def ends(sampler, noise, labels):
@@ -83,7 +86,7 @@ def test_what_is_missing_is_made_again_to_the_bit(teacher_file, tmp_path, monkey
     with pytest.raises(SystemExit) as stop:
         run_pairs(teacher_file, out)
     assert stop.value.code == 1 and made == [[0, 1, 2], [3, 4, 5]]
-    assert sorted(contents(out)) == ["pairs-00000.safetensors", "pairs-00001.safetensors", "pairs.json"]
+    assert sorted(contents(out)) == ["SHA256SUMS", "pairs-00000.safetensors", "pairs-00001.safetensors", "pairs.json"]
     made.clear()
     assert contents(run_pairs(teacher_file, out)) == whole and made == [[6]]
     made.clear()
@@ -94,6 +97,22 @@ def test_what_is_missing_is_made_again_to_the_bit(teacher_file, tmp_path, monkey
     assert (out / "pairs-00001.safetensors").stat().st_mtime_ns == kept
     made.clear()
     assert contents(run_pairs(teacher_file, out)) == whole and made == []
+    tensors = load_file(out / "pairs-00001.safetensors")  # whole, and not what was written
+    save_file({**tensors, "images": tensors["images"] + 1}, out / "pairs-00001.safetensors")
+    with pytest.raises(ValueError, match="expected .*pairs-00001.safetensors as it was written, got another than SHA"):
+        load_pairs(out, teacher=identity(teachers.load(str(teacher_file))), **SHAPE)
+    assert contents(run_pairs(teacher_file, out)) == whole and made == [[3, 4, 5]]
+
+
+def test_two_do_not_write_to_one_folder(teacher_file, tmp_path, capsys):
+    out = run_pairs(teacher_file, tmp_path / "pairs")
+    (out / "pairs-00001.safetensors").unlink()
+    before = contents(out)
+    capsys.readouterr()
+    with locked(out / "pairs.json"):
+        message = f"nobody writes to, got {out}, where another run writes, of process {os.getpid()}$"
+        refuses(pairs, ["--teacher", str(teacher_file), "--out", str(out), *TINY], message, capsys)
+    assert contents(out) == before
 
 
 def test_a_signal_ends_it_and_leaves_whole_files(tmp_path):
@@ -127,16 +146,19 @@ def test_a_signal_ends_it_and_leaves_whole_files(tmp_path):
     output, error = process.communicate(timeout=60)
     assert (process.returncode, output) == (143, "")
     assert error.splitlines()[-1] == "fastdmd.pairs: ended by SIGTERM"
-    assert sorted(contents(tmp_path / "out")) == ["pairs-00000.safetensors", "pairs.json"]
+    assert sorted(contents(tmp_path / "out")) == ["SHA256SUMS", "pairs-00000.safetensors", "pairs.json"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seed", "1"], "expected pairs of seed 1 in .*pairs, got some of seed 0"),
-        (["--teacher-steps", "3"], "expected pairs of teacher_steps 3 in .*pairs, got some of teacher_steps 2"),
-        (["--num", "8"], "expected pairs of num 8 in .*pairs, got some of num 7"),
-        (["--teacher", "mnist"], "expected pairs of teacher [0-9a-f]{16} in .*pairs, got some of teacher [0-9a-f]{16}"),
+        (["--seed", "1"], "expected the settings that the run was begun with: --seed 0, got 1$"),
+        (["--teacher-steps", "3", "--batch-size", "2"], "begun with: --batch-size 3, got 2; --teacher-steps 2, got 3$"),
+        (["--num", "8"], "expected the settings that the run was begun with: --num 7, got 8$"),
+        (
+            ["--teacher", "mnist"],
+            "expected the teacher that the run was begun with, [0-9a-f]{16}, got one of other wei",
+        ),
     ],
 )
 def test_the_folder_of_another_command_is_left_alone(options, message, teacher_file, tmp_path, capsys):
@@ -194,7 +216,7 @@ def test_images_that_are_not_finite_are_not_written(tmp_path, capsys):
         pairs.main(["--out", str(tmp_path / "pairs"), *TINY, *options])
     assert stop.value.code == 1
     assert "expected finite images of the teacher, got NaN or infinity in 3" in capsys.readouterr().err
-    assert sorted(contents(tmp_path / "pairs")) == ["pairs.json"]
+    assert sorted(contents(tmp_path / "pairs")) == ["SHA256SUMS", "pairs.json"]
 
 
 def test_a_run_with_a_regression(teacher_file, tmp_path):

@@ -39,6 +39,7 @@ def write(path, record=RECORD):
 def test_what_was_written_is_read(tmp_path):
     pairs = load_pairs(write(tmp_path / "pairs"), **ASKED)
     assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == [
+        "SHA256SUMS",
         "pairs-00000.safetensors",
         "pairs-00001.safetensors",
         "pairs-00002.safetensors",
@@ -80,6 +81,17 @@ def test_noise_is_a_function_of_seed_and_index():
 def test_pairs_of_another_teacher(name, value, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_pairs(write(tmp_path / "pairs"), **ASKED | {name: value})
+
+
+def test_a_folder_from_before_there_were_checksums_gets_them(tmp_path):
+    """Of what is whole, when the rest is made; until then it is read without."""
+    path = write(tmp_path / "pairs")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    (path / "SHA256SUMS").unlink()
+    assert len(load_pairs(path, **ASKED)) == 7
+    (path / "pairs-00001.safetensors").unlink()
+    write(path)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
 def truncate(file):

@@ -52,7 +52,7 @@ def test_a_model_goes_on_from_the_state_of_another(name, precision):
     assert len(tree_leaves(expected)) > 60
     for start in (0, 3):
         other = distillation.build(config, copy.deepcopy(teacher))
-        load_state(other, states[start])
+        load_state(other, states[start], start)
         for step in range(start, 7):
             if step > start:
                 for buffer in other.fake_score.buffers():

@@ -42,6 +42,7 @@ class Remembered(Watched):
         self.class_sums = ClassSums((1, 1, 1), 2, CPU)
 
     def iterate(self, iteration):
+        self.tallies[0].guard.begin(iteration)
         labels = torch.arange(20) % 2
         images = torch.rand(20, 1, 1, 1) * 2e-2 + labels.view(-1, 1, 1, 1)
         dark = -1.0 if 9 <= iteration % 18 else -0.7

@@ -34,10 +34,14 @@ class Scripted:
         self.network.weight.fill_(0)
 
     def iterate(self, iteration):
+        self.tallies[0].guard.begin(iteration)
         share = self.left_out[iteration] if self.left_out else 0.0
         self.tallies[0].add(torch.tensor(self.losses[iteration]), left_out=torch.tensor(share))
         self.network.weight.fill_(iteration + 1)
         self.events.get(iteration + 1, lambda self: None)(self)
+
+    def fault(self):
+        return next((name for name, x in self.network.state_dict().items() if not x.isfinite().all()), None)
 
     def finish(self):
         pass
@@ -102,7 +106,9 @@ def test_one_bad_update_costs_one_update(tmp_path, capsys):
     assert (summary["outcome"], summary["iterations"], summary["skipped_updates"]) == ("complete", 10, 1)
     assert [line["loss"] for line in lines] == [2.0, 2.0] and lines[0]["skipped_updates"] == 1
     assert "skipped_updates" not in lines[1] and weights["iteration"] == 10
-    assert "iteration 5: NaN or infinity; updates skipped: 1" in capsys.readouterr().out
+    assert (lines[0]["not_finite"], lines[0]["not_finite_at"]) == ("loss", 3) and "not_finite" not in lines[1]
+    said = capsys.readouterr().out
+    assert "iteration 5: NaN or infinity in loss, iteration 3; updates skipped: 1" in said
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf])
@@ -112,7 +118,8 @@ def test_updates_that_stay_bad_end_the_run(tmp_path, bad, num_good, ended_at):
     summary, lines, _ = run(tmp_path / "run", [1.0] * num_good + [bad] * (100 - num_good))
     assert (summary["outcome"], summary["iterations"]) == (("diverged", ended_at) if ended_at else ("complete", 100))
     if ended_at:
-        assert "the losses are not finite" in summary["reason"] and lines[-1]["loss"] is None
+        assert re.match("1[0-4] updates in a row left out: NaN or infinity in loss, iteration ", summary["reason"])
+        assert lines[-1]["loss"] is None
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
@@ -136,7 +143,7 @@ def test_a_teacher_that_breaks_is_said_and_ends_the_run_where_it_stays_so(tmp_pa
     assert "teacher or fake score; images left out: 4" in capsys.readouterr().out
     summary, lines, _ = run(tmp_path / "most", [0.0] * 100, left_out=[0.0] * 7 + [0.6] * 93)
     assert (summary["outcome"], summary["iterations"]) == ("diverged", 20)
-    assert "the teacher or the fake score gives NaN or infinity for most images" in summary["reason"]
+    assert summary["reason"] == "13 updates in a row left out: NaN or infinity of teacher or fake score for most images"
     assert lines[0]["loss"] == 0 and lines[2]["loss"] is None and lines[2]["left_out_images"] == 30
 
 

@@ -1,6 +1,8 @@
 """Folders of runs in which something is lost, foreign or another process's: nothing of a run is overwritten for it."""
 
 import json
+import os
+import threading
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
 from fastdmd.runs.cli import to_json
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.folder import ReopenedFolder, RunFolder
-from fastdmd.runs.resume import Past, open_folder
+from fastdmd.runs.lock import locked
+from fastdmd.runs.resume import Past, open_folder, past_of
 
 LINES = [{"iteration": 50, "seconds": 30.0}, {"iteration": 100, "seconds": 70.0}]
 
@@ -95,6 +98,25 @@ def test_a_folder_that_another_process_has_changed_meanwhile_is_left_alone(confi
     assert contents(config.out) == before
 
 
+def test_two_that_begin_at_once(config):
+    """The slower one is told of the other, not of the other's files."""
+    with RunFolder(config.out, {}):
+        before = contents(config.out)
+        for open_ in (lambda: RunFolder(config.out, {}), lambda: Past.of(config.out), lambda: past_of(config)):
+            with pytest.raises(BlockingIOError, match=f"where another run writes, of process {os.getpid()}$"):
+                open_()
+        assert contents(config.out) == before
+    with pytest.raises(FileExistsError, match="which already holds a run's config.json; --resume auto goes on"):
+        RunFolder(config.out, {})
+
+
+def test_who_asks_for_a_lock_keeps_nobody_from_it(config):
+    folder = begun(config)
+    asking = locked(folder.path / "metrics.jsonl")
+    threading.Timer(0.03, asking.close).start()
+    locked(folder.path / "metrics.jsonl").close()
+
+
 def test_foreign_names_are_neither_gone_on_from_nor_counted(config):
     with begun(config) as folder:
         own = checkpoints(folder, keep_last=1)
@@ -109,7 +131,7 @@ def test_foreign_names_are_neither_gone_on_from_nor_counted(config):
     Past.of(config.out).require_same(config)  # 99999999 is no iteration that it has reached
     loaded = []
     with ReopenedFolder(config.out, to_json(config)) as folder:
-        assert checkpoints(folder).restore(loaded.append)
+        assert checkpoints(folder).restore(lambda state, iteration: loaded.append(state))
     assert loaded[0]["number"] == 4 and torch.equal(loaded[0]["tensor"], torch.full((3,), 4.0))
 
 
@@ -121,7 +143,7 @@ def test_a_checkpoint_that_breaks_twice_is_put_aside_twice(config, capsys):
         (config.out / "checkpoints" / "00000004" / "state.json").write_text("{}")
         (config.out / "checkpoints" / "00000004.broken").mkdir()
         (config.out / "checkpoints" / "00000004.broken" / "x").touch()
-        assert checkpoints(folder).restore(lambda state: None)
+        assert checkpoints(folder).restore(lambda state, iteration: None)
     assert "00000004 left out: " in capsys.readouterr().err
     assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == ["00000002", "00000004.broken"]
     assert not (config.out / "checkpoints" / "00000004.broken" / "x").exists()
@@ -141,10 +163,10 @@ def test_a_log_that_does_not_begin_as_it_did_is_not_cut(config, fault):
     with ReopenedFolder(config.out, to_json(config)) as folder:
         before = contents(config.out)
         if fault == "longer":  # by what was logged after the checkpoint
-            assert checkpoints(folder).restore(lambda state: None) and log.read_bytes() == text
+            assert checkpoints(folder).restore(lambda state, iteration: None) and log.read_bytes() == text
             return
         with pytest.raises(ValueError, match=r"expected (at least \d+ bytes of|.*/metrics.jsonl to begin with what)"):
-            checkpoints(folder).restore(lambda state: None)
+            checkpoints(folder).restore(lambda state, iteration: None)
         assert contents(config.out) == before
 
 
