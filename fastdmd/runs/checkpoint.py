@@ -20,11 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastdmd import reading
 from fastdmd.files import copy, new_folder
 from fastdmd.networks.weights import stored
 
 TENSORS, REST, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 FORMAT = 1  # of what is in here; another one is refused
+MAX_REST_BYTES, MAX_SUMS_BYTES = 1 << 26, 1 << 16
 TENSOR = "$tensor"  # the one key of what stands for a tensor in state.json
 
 
@@ -53,6 +55,7 @@ def read(path: Path) -> dict[str, Any]:
     """The state in a folder. Raises OSError or ValueError for one that is not whole or of another format."""
     with _refusing(path):
         rest = _rest(path, dict.fromkeys([REST, TENSORS, *_sums(path)]))
+        reading.require_safetensors(path / TENSORS)
         return _put_together(rest, load_file(path / TENSORS))
 
 
@@ -69,7 +72,7 @@ def _rest(path: Path, names: Iterable[str]) -> Any:
             raise _refusal(path, f"{SUMS} without {name}")
         if _digest(path / name) != sums[name]:
             raise _refusal(path, f"another {name} than its {SUMS} says")
-    content = json.loads((path / REST).read_text(encoding="utf-8"))
+    content = reading.read_json(path / REST, MAX_REST_BYTES)
     found = content.get("format") if isinstance(content, dict) else content
     if found != FORMAT:
         raise ValueError(f"expected a checkpoint of format {FORMAT} in {path}, got {found!s:.40}")
@@ -77,8 +80,12 @@ def _rest(path: Path, names: Iterable[str]) -> Any:
 
 
 def _sums(path: Path) -> dict[str, str]:
-    lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    with reading.open_regular(path / SUMS) as file:
+        lines = reading.read_all(file, MAX_SUMS_BYTES).decode("utf-8").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if others := [name for name in sums if Path(name).name != name]:
+        raise _refusal(path, f"{SUMS} with {others[0]!r:.80}")
+    return sums
 
 
 @contextlib.contextmanager
@@ -119,7 +126,7 @@ def _put_together(part: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with reading.open_regular(path) as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
