@@ -18,6 +18,7 @@ from fastdmd.memory import SMALLER, ran_out_of_memory
 from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
 from fastdmd.runs import outputs, terminal
+from fastdmd.runs.arguments import parsed
 from fastdmd.runs.config import CommandConfig, CommandSettings
 from fastdmd.settings import inputs
 
@@ -100,7 +101,8 @@ def parse(
                 raise ValueError(f"expected --preset one of {', '.join(presets)}, got {name}")
             options["default"] = presets[name]
         with terminal.readable_width():
-            config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", **options)
+            prog = f"python -m {command}"
+            config = parsed(lambda: tyro.cli(config_class, args=arguments, prog=prog, **options))
         config.check()
         config = config.placed()
         if (out := getattr(config, "out", None)) is not None:
