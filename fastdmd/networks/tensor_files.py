@@ -178,7 +178,7 @@ def require_whole_archive(path: Path) -> None:
                 with reading.open_member(archive, name) as member:
                     while member.read(CHUNK_BYTES):
                         pass
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         if str(error).startswith("fastdmd."):
             raise
         raise refusal(f"an archive as torch writes it, whole, in {path}", reason(error)) from error

@@ -17,7 +17,7 @@ MAX_SHOWN = 400  # characters
 
 
 def parsed(parse: Callable[[], Parsed]) -> Parsed:
-    """What `parse` returns. Raises ValueError, one line long, where it says that arguments are wrong and exits with 2."""
+    """What `parse` returns. Raises ValueError, one line long, where it finds arguments wrong and exits with 2."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

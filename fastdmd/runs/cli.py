@@ -53,7 +53,7 @@ def _one_line(
         if ran_out_of_memory(error):
             line, code = f"out of memory while {doing}; {advice}", 1
         elif not isinstance(error, SystemExit) and says_it_all(error):
-            line = str(error) if code == 2 else f"{error} (while {doing})"
+            line = _said(error) if code == 2 else f"{_said(error)} (while {doing})"
             code = 1 if isinstance(error, OSError) and error.errno in DISK_ERRORS else code
         elif place_in_user_code(error) is not None:  # a SystemExit of other code has its reasons
             line = f"expected your code to run, got {reason(error)}, while {doing}"
@@ -61,6 +61,13 @@ def _one_line(
             raise
         terminal.report(command, line, error)
         raise SystemExit(code) from None
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; of the system's, which name a file and what is wrong, in the form of ours."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"expected {str(error.filename):.400} to be there, or to be writable, got: {error.strerror}"
+    return str(error)
 
 
 def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:

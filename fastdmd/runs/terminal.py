@@ -67,7 +67,8 @@ def say(text: str) -> None:
 
 def report(name: str, text: str, error: BaseException) -> None:
     """What went wrong, in one line; with --verbose or FASTDMD_TRACEBACK=1 the traceback beneath it."""
-    say(f"{name}: error: {' '.join(text.split())}")
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    say(f"{name}: error: {line}")
     if _verbose.get() or os.environ.get(TRACEBACK, "0") not in ("", "0"):
         say("".join(traceback.format_exception(error)).rstrip())
 
