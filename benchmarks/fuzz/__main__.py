@@ -28,10 +28,13 @@ import numpy as np
 import torch
 
 from benchmarks.environment import ROOT, describe
-from benchmarks.fuzz import flags, mutations
-from benchmarks.fuzz.cases import KINDS, Kind
+from benchmarks.fuzz import datasets, flags, mutations, runs, weights
+from benchmarks.fuzz.kind import Kind
 from benchmarks.fuzz.sandbox import MAX_SECONDS, Outcome, attempt, judge_line
 
+KINDS = datasets.KINDS + weights.KINDS + runs.KINDS
+WEIGHTS = np.array([0.3 if kind.goes_on else 1.0 for kind in KINDS])
+WEIGHTS /= WEIGHTS.sum()
 FLAGS_SHARE = 0.2  # of all inputs
 COMMAND_SHARE, PROCESS_SHARE = 0.1, 0.1  # of files a whole command reads; and of these a process
 PROCESS_SECONDS = 60  # with its imports
@@ -47,8 +50,9 @@ class Inputs:
             good = folder / "good" / kind.name
             good.mkdir(parents=True)
             kind.make(good)
-            kind.read(good / kind.named)  # what is imported at first use, is so before a process is watched
             self.others += [path for path in sorted(good.rglob("*")) if path.is_file()][:2]
+            if not kind.goes_on:
+                kind.read(good / kind.named)  # what is imported at first use, is so before a process is watched
 
     def run(self, index: int) -> tuple[str, str, Outcome]:
         """The kind of the input, how it was spoilt, and what became of it."""
@@ -61,7 +65,7 @@ class Inputs:
                 line = flags.draw(rng, str(place / "out"))
                 outcome = attempt(line.read, line.right, place / "input", place / "scratch", is_command=True)
                 return f"flags of {line.command}", "flags: words", outcome
-            kind = KINDS[rng.integers(len(KINDS))]
+            kind = KINDS[rng.choice(len(KINDS), p=WEIGHTS)]
             shutil.copytree(self.folder / "good" / kind.name, place / "input")
             how = mutations.spoil(rng, place / "input", kind.named, self.others)
             return kind.name, how, _outcome(rng, kind, place)
@@ -72,7 +76,8 @@ class Inputs:
 def _outcome(rng: np.random.Generator, kind: Kind, place: Path) -> Outcome:
     named = place / "input" / kind.named
     if not kind.command or rng.random() >= COMMAND_SHARE:
-        return attempt(lambda: kind.read(named), lambda: kind.right(named), place / "input", place / "scratch")
+        how = {"is_command": kind.is_command, "goes_on": kind.goes_on}
+        return attempt(lambda: kind.read(named), lambda: kind.right(named), place / "input", place / "scratch", **how)
     command, *words = [word.format(named, out=place / "out") for word in kind.command]
     if rng.random() < PROCESS_SHARE:
         return _process(command, words, place)

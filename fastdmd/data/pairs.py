@@ -189,7 +189,7 @@ def read_part(path: Path, record: PairRecord, index: int) -> tuple[Tensor, Tenso
         with safe_open(file, framework="pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}
     if (got := {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}) != expected:
-        raise mismatch(f"{expected} in {file}", got)
+        raise mismatch(f"{expected} in {file}", f"{got!s:.300}")
     images, labels = tensors["images"], tensors.get("labels")
     if not images.isfinite().all():
         raise mismatch(f"finite images in {file}", "NaN or infinity")

@@ -66,7 +66,7 @@ def _one_line(
 def _said(error: BaseException) -> str:
     """What an error says; of the system's, which name a file and what is wrong, in the form of ours."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"expected {str(error.filename):.400} to be there, or to be writable, got: {error.strerror}"
+        return f"expected access to {str(error.filename):.400}, got: {error.strerror}"
     return str(error)
 
 

@@ -1,30 +1,27 @@
-"""What there is to read: for each kind of input a good one, how the package reads it, and what is right."""
+"""Weight files, foreign networks, feature networks and statistics: a good one, how it is read, and what is right."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks.fuzz import truth
-from fastdmd import data, teachers
-from fastdmd.data.pairs import PairFolder, PairRecord, load_pairs
+from benchmarks.fuzz.kind import Kind
+from fastdmd import teachers
 from fastdmd.networks.tensor_files import open_tensors
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import METADATA_KEY, load_network, save_network
 from fastdmd.quality.features import load_feature_network, verify
 from fastdmd.quality.frechet import FeatureStatistics
-from fastdmd.runs import checkpoint
 from fastdmd.teachers import edm
 from fastdmd.teachers.edm_pickle import load_pickle
-from tests.helpers import edm_pickles, small_datasets
+from tests.helpers import edm_pickles
 from tests.helpers.diffusers_folders import diffusers_folder
 from tests.helpers.edm_reference import random_state
 
@@ -50,65 +47,21 @@ EDM = {
     "embedding_type": "fourier",
 }
 STATE = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([1, 2**40]), "c.half": torch.ones(5).half()}
-RECORD = PairRecord(
-    teacher="0123456789abcdef",
-    image_shape=(1, 4, 4),
-    num_classes=3,
-    sigma=80.0,
-    teacher_steps=2,
-    num=5,
-    batch_size=3,
-    seed=5,
-    device="cpu",
-)
-PICTURES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "ppm": "PPM"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """One kind of input, in a folder of its own; `named` is what a user would name of it."""
-
-    name: str
-    make: Callable[[Path], Any]  # writes a good one into the folder
-    named: str  # a file or a folder in it, "" for the folder
-    read: Callable[[Path], Any]  # what is named, to a value
-    right: Callable[[Path], Any]
-    command: tuple[str, ...] = ()  # of the command line that reads it, with {} for what is named and {out} for a result
-
-
-def _dataset(path: Path, **options: Any) -> dict[str, Any]:
-    found = data.load(path, **options)
-    return {"images": found.images, "labels": found.labels}
-
-
-def _write_pictures(folder: Path) -> None:
-    """Two classes, a format a file; grey but for those that are not."""
-    images = small_datasets.pixels(1, 8)
-    for index, (suffix, name) in enumerate(PICTURES.items()):
-        path = folder / "data" / ("ant", "bee")[index % 2] / f"{index}.{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images[index, 0]).convert("RGB").save(path, name)
-
-
-def _write_table(folder: Path) -> None:
-    images = small_datasets.pixels(1, 8)
-    small_datasets.write_folder(
-        folder / "data", {f"{index}.png": small_datasets.png(x) for index, x in enumerate(images)}
-    )
-    (folder / "table.csv").write_text("name,class\n" + "".join(f"{index}.png,{index % 3}\n" for index in range(7)))
 
 
 def _write_teacher(folder: Path) -> None:
-    save_network(folder / "teacher.safetensors", _network(), kind="teacher", record=None)
+    save_network(folder / "teacher.safetensors", make_network(), kind="teacher", record=None)
 
 
-def _network() -> UNet:
+def make_network() -> UNet:
     torch.manual_seed(0)
     return UNet(NETWORK)
 
 
 def _write_generator(folder: Path) -> None:
-    save_network(folder / "generator.safetensors", _network(), kind="generator", conditioning_sigma=80.0, clamped=True)
+    save_network(
+        folder / "generator.safetensors", make_network(), kind="generator", conditioning_sigma=80.0, clamped=True
+    )
 
 
 def _weights(path: Path) -> dict[str, Any]:
@@ -217,64 +170,8 @@ def _write_statistics(folder: Path) -> None:
     np.savez(folder / "reference.npz", mu=rng.normal(size=6), sigma=root @ root.T, num_images=np.int64(2))
 
 
-def _write_checkpoint(folder: Path) -> None:
-    state = {"weights": STATE, "columns": [torch.zeros(2), 0.5], "numbers": [1, None, True, "text", {"nested": [7]}]}
-    checkpoint.write(folder / "00000004", {"iteration": 4, "run": state})
-
-
-def _right_checkpoint(path: Path) -> Any:
-    tensors, _ = truth.safetensors(path / checkpoint.TENSORS)
-
-    def put(part: Any) -> Any:
-        if isinstance(part, dict):
-            return tensors[part["$tensor"]] if part.keys() == {"$tensor"} else {k: put(v) for k, v in part.items()}
-        return [put(inner) for inner in part] if isinstance(part, list) else part
-
-    return put(json.loads((path / checkpoint.REST).read_text())["state"])
-
-
-def _write_pairs(folder: Path) -> None:
-    pairs = PairFolder(folder / "pairs", RECORD)
-    pairs.begin()
-    for index in list(pairs.missing()):
-        part = RECORD.part(index)
-        pairs.write(index, RECORD.noise(part) / 2, RECORD.labels(part))
-
-
-def _pairs(path: Path) -> dict[str, Any]:
-    found = load_pairs(path, teacher=RECORD.teacher, image_shape=(1, 4, 4), num_classes=3, sigma=80.0)
-    return {"images": found.images, "labels": found.labels, "num": len(found)}
-
-
-def _right_pairs(path: Path) -> dict[str, Any]:
-    record = json.loads((path / "pairs.json").read_text())
-    num_files = -(-record["num"] // record["batch_size"])
-    parts = [truth.safetensors(path / f"pairs-{index:05d}.safetensors")[0] for index in range(num_files)]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in ("images", "labels")}
-    return joined | {"num": record["num"]}
-
-
-def _write_idx(folder: Path, compressed: bool) -> None:
-    small_datasets.write_idx(folder / "data", small_datasets.pixels(1, 8), small_datasets.LABELS, compressed=compressed)
-
-
 def _write_torch(folder: Path, name: str, *, is_archive: bool) -> None:
     torch.save({"model": STATE, "step": 3, "name": "w"}, folder / name, _use_new_zipfile_serialization=is_archive)
-
-
-def _write_zip(folder: Path) -> None:
-    files = small_datasets.edm_files(small_datasets.pixels(3, 8), small_datasets.LABELS)
-    small_datasets.write_zip(folder / "data.zip", files)
-
-
-def _write_folder(folder: Path) -> None:
-    small_datasets.write_folder(
-        folder / "data", small_datasets.class_files(small_datasets.pixels(1, 8), small_datasets.LABELS)
-    )
-
-
-def _write_npz(folder: Path, name: str = "data.npz") -> None:
-    small_datasets.write_npz(folder / name, images=small_datasets.pixels(1, 8), labels=small_datasets.LABELS)
 
 
 def _write_edm(folder: Path) -> None:
@@ -286,31 +183,17 @@ def _write_script(folder: Path) -> None:
     torch.jit.script(Features()).save(str(folder / "features.pt"))
 
 
-def _table(path: Path) -> dict[str, Any]:
-    return _dataset(path.parent / "data", labels=str(path))
-
-
-PRETRAIN = ("fastdmd.pretrain", "--data", "{}", "--dry-run", "--device", "cpu", "--batch-size", "2")
 SAMPLE = ("fastdmd.sample", "{}", "--num", "2", "--teacher-steps", "2", "--out", "{out}.npz", "--device", "cpu")
 KINDS = (
-    Kind("npz", _write_npz, "data.npz", _dataset, truth.npz_dataset, PRETRAIN),
-    Kind("idx", lambda folder: _write_idx(folder, False), "data", _dataset, truth.idx_dataset, PRETRAIN),
-    Kind("idx.gz", lambda folder: _write_idx(folder, True), "data", _dataset, truth.idx_dataset, PRETRAIN),
-    Kind("png folder", _write_folder, "data", _dataset, truth.picture_dataset, PRETRAIN),
-    Kind("pictures", _write_pictures, "data", _dataset, truth.picture_dataset, PRETRAIN),
-    Kind("edm zip", _write_zip, "data.zip", _dataset, truth.picture_dataset, PRETRAIN),
-    Kind("csv", _write_table, "table.csv", _table, lambda path: truth.picture_dataset(path.parent / "data", path)),
-    Kind("teacher", _write_teacher, "teacher.safetensors", _weights, _right_weights, SAMPLE),
-    Kind("generator", _write_generator, "generator.safetensors", _weights, _right_weights, SAMPLE),
+    Kind("teacher", _write_teacher, "teacher.safetensors", _weights, _right_weights, command=SAMPLE),
+    Kind("generator", _write_generator, "generator.safetensors", _weights, _right_weights, command=SAMPLE),
     Kind("index", _write_index, "model.index.json", _tensors, _right_index),
     Kind("pt", lambda folder: _write_torch(folder, "w.pt", is_archive=True), "w.pt", _tensors,
          lambda path: _flat(truth.torch_archive(path))),
     Kind("former pt", lambda folder: _write_torch(folder, "w.pth", is_archive=False), "w.pth", _tensors,
          lambda path: _flat(truth.legacy(path))),
-    Kind("edm pickle", _write_edm, "edm.pkl", _edm, truth.edm, SAMPLE),
-    Kind("diffusers", _write_diffusers, "model", _diffusers, _right_diffusers, SAMPLE),
+    Kind("edm pickle", _write_edm, "edm.pkl", _edm, truth.edm, command=SAMPLE),
+    Kind("diffusers", _write_diffusers, "model", _diffusers, _right_diffusers, command=SAMPLE),
     Kind("torchscript", _write_script, "features.pt", _features, _right_features),
     Kind("statistics", _write_statistics, "reference.npz", _reference, truth.statistics),
-    Kind("checkpoint", _write_checkpoint, "00000004", checkpoint.read, _right_checkpoint),
-    Kind("pairs", _write_pairs, "pairs", _pairs, _right_pairs),
 )  # fmt: skip
