@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ MAX_LINE_BYTES = 1 << 20  # of a log
 MAX_DEFLATE = 1032  # bytes that one byte of a deflate stream can become
 DIRECTORY_BYTES = 16  # that a byte of an archive's directory becomes in memory; 46 and a name describe a member
 SPARE_BYTES = 1 << 30  # that a directory may take in memory beyond the size of its archive
+CONTROL = re.compile("[\\x00-\\x1f\\x7f]")  # characters
 # Others unpack a whole read at once, whatever it becomes: 40 bytes of bzip2 are a megabyte.
 COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
@@ -87,9 +89,7 @@ def require_safetensors(path: Path) -> None:
     if len(start) < 8:
         raise ValueError(f"it has {num_bytes} bytes")
     if length > min(MAX_JSON_BYTES, num_bytes - 8):
-        raise ValueError(
-            f"its header would have {length} bytes, of the {num_bytes} that there are, {MAX_JSON_BYTES} at most"
-        )
+        raise ValueError(f"its header would have {length} bytes, in a file of {num_bytes}; {MAX_JSON_BYTES} are read")
 
 
 class _Archive(io.BufferedReader):
@@ -106,12 +106,15 @@ class _Archive(io.BufferedReader):
 @contextlib.contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     """An archive. Raises ValueError where its directory would take more memory than its size and a GiB, before it is
-    read, and whatever zipfile raises for what is none."""
+    read, and for names with control characters, as they come of a wrong length, which hides what follows; and whatever
+    zipfile raises for what is none."""
     require_regular(path)
     with _Archive(io.FileIO(path)) as file:
         file.most_bytes = (os.fstat(file.fileno()).st_size + SPARE_BYTES) // DIRECTORY_BYTES
         with zipfile.ZipFile(file) as archive:
             file.most_bytes = None
+            if broken := next((info for info in archive.infolist() if CONTROL.search(info.orig_filename)), None):
+                raise ValueError(f"its directory is damaged: {broken.orig_filename[:60]!r}")
             yield archive
 
 

@@ -11,6 +11,7 @@ import resource
 import select
 import signal
 import stat
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -140,6 +141,7 @@ def _child(read: Callable[[], Any], truth: Callable[[], Any], scratch: Path, sen
     errors = os.memfd_create("stderr")
     os.dup2(said, 1)
     os.dup2(errors, 2)
+    sys.stdout, sys.stderr = (open(number, "w", errors="backslashreplace", closefd=False) for number in (1, 2))
     os.chdir(scratch)
     os.environ["TMPDIR"] = str(scratch)
     interrupts.exit_on_signals(COMMAND)
@@ -162,6 +164,7 @@ def _judged(read: Callable[[], Any], truth: Callable[[], Any], errors: int, is_c
         with contextlib.nullcontext() if is_command else cli.user_errors(COMMAND):
             value = read()
     except SystemExit as stop:
+        sys.stderr.flush()
         said = os.pread(errors, 1 << 16, 0).decode("utf-8", "backslashreplace")
         fault = judge_line(stop.code, said)
         return ("refused", said.strip(), _status("VmHWM")) if fault is None else ("wrong", fault, _status("VmHWM"))

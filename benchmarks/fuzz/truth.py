@@ -34,7 +34,7 @@ def npz_dataset(path: Path) -> dict[str, Any]:
 
 def idx_dataset(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"images": None, "labels": None}
-    for path in sorted(folder.iterdir(), reverse=True):  # of a file and its .gz the file
+    for path in sorted(filter(Path.is_file, folder.iterdir()), reverse=True):  # of a file and its .gz the file
         kind = next((kind for kind in found if kind in path.name), None)
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
@@ -89,7 +89,7 @@ def _picture(content: bytes) -> Image.Image:
 
 
 def _require_pixels(content: bytes) -> None:
-    """Raises zlib.error unless a PNG has all of its pixels, with the checksum that its compressed stream has of them."""
+    """Raises zlib.error unless a PNG has all of its pixels, with the checksum that its stream has of them."""
     position, stream = 8, b""
     while (start := position + 8) <= len(content):
         end = start + int.from_bytes(content[position : start - 4], "big")

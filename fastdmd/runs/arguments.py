@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 Parsed = TypeVar("Parsed")
-RULE = "─"  # between the parts of a box, the first of which says what is wrong
+COLOURS = re.compile(r"\x1b\[[0-9;]*m|\[/?bold\]")
 SIMILAR = "Perhaps you meant"
 MAX_SHOWN = 400  # characters
 
@@ -26,32 +25,24 @@ def parsed(parse: Callable[[], Parsed]) -> Parsed:
         if stop.code != 2:
             sys.stderr.write(said.getvalue())
             raise
-    else:
-        sys.stderr.write(said.getvalue())
-        return result
-    with _unwrapped(), contextlib.redirect_stderr(said := io.StringIO()), contextlib.suppress(SystemExit):
-        parse()
-    raise ValueError(f"expected arguments as --help lists them, got: {in_one_line(said.getvalue())}")
+        text = in_one_line(said.getvalue())
+        raise ValueError(f"expected arguments as --help lists them, got: {text}") from stop
+    sys.stderr.write(said.getvalue())
+    return result
 
 
 def in_one_line(box: str) -> str:
-    """The first part of a box, and the first name that it suggests instead."""
-    lines = [line.strip(" │") for line in box.splitlines() if line.startswith("│")]
-    ends = [index for index, line in enumerate(lines) if line.startswith(RULE)]
+    """The first part of a box, which says what is wrong, and the first name that it suggests instead.
+
+    Parts end with a rule. Where the terminal knows no other characters, the box has a title with a rule instead of a
+    frame.
+    """
+    has_frame = "╭" in box
+    lines = [line.strip(" │|") for line in COLOURS.sub("", box).splitlines() if not line.startswith(("╭", "╰"))]
+    if not has_frame:
+        lines = lines[2:]
+    ends = [index for index, line in enumerate(lines) if line and not line.strip("─-")]
     text = " ".join(lines[: ends[0] if ends else len(lines)])
     if suggested := [lines[index + 1] for index, line in enumerate(lines[:-1]) if line.startswith(SIMILAR)]:
         text += f" ({SIMILAR.lower()} {suggested[0]}?)"
-    return re.sub(r"\[/?bold\]", "", " ".join(text.split()))[:MAX_SHOWN]
-
-
-@contextlib.contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Inside, no text is laid out in several lines."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        del os.environ["COLUMNS"]
-        if before is not None:
-            os.environ["COLUMNS"] = before
+    return " ".join(text.split())[:MAX_SHOWN]
