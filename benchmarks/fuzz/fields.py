@@ -86,7 +86,11 @@ def json_edit(rng: np.random.Generator, content: Any) -> Any:
 def _json(rng: np.random.Generator, data: bytes) -> tuple[str, bytes]:
     if rng.random() < 0.1:
         return "deep json", b'{"a":' + b"[" * DEEP + b"]" * DEEP + b"}"
-    return "json", json.dumps(json_edit(rng, json.loads(data))).encode("utf-8", "surrogatepass")
+    try:
+        content = json.loads(data)
+    except ValueError:  # a log, of a value each line
+        return _text(rng, data)
+    return "json", json.dumps(json_edit(rng, content)).encode("utf-8", "surrogatepass")
 
 
 def _safetensors(rng: np.random.Generator, data: bytes) -> tuple[str, bytes]:

@@ -24,6 +24,7 @@ import torch
 from fastdmd.runs import cli, interrupts
 
 COMMAND = "fastdmd.fuzz"
+OWN_CODE = "expected your code to run"
 MAX_SECONDS = 20
 MAX_BYTES = 1 << 30  # that reading may take in memory beyond the size of what is read
 ADDRESSES = 6 << 30  # that it may ask for: beyond, the allocator refuses, before the machine runs out of memory
@@ -98,6 +99,8 @@ def judge_line(code: object, said: str) -> str | None:
     if len(errors) != 1 or lines[-1] != errors[0]:
         return f"not one line: {said[-300:]}"
     line = errors[0]
+    if OWN_CODE in line:  # this file is none of the package's: what it is not prepared for, it takes for ours
+        return f"not prepared for: {line}"
     if not ("expected" in line and "got" in line) or len(line) > 1500 or not line.isprintable():
         return f"a line that does not say what was expected and what came: {line[:300]}"
     return None

@@ -73,7 +73,7 @@ def _right_weights(path: Path) -> dict[str, Any]:
     tensors, metadata = truth.safetensors(path)
     found = json.loads(metadata[METADATA_KEY])
     state = {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in tensors.items()}
-    return {"state": state, "network": dataclasses.asdict(NETWORK) | found["network"], "kind": found["kind"]}
+    return {"state": state, "network": dataclasses.asdict(UNetConfig(**found["network"])), "kind": found["kind"]}
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -62,7 +62,8 @@ def fill():
 
 
 FAULTS = {
-    "traceback: Traceback": lambda: {}["missing"],
+    "not prepared for: fastdmd.fuzz: error: expected your code to run, got KeyError": lambda: {}["missing"],
+    "traceback: Traceback": lambda: next(iter(())),
     "a line that does not say what": refuse("no"),
     "exit code 1": leave(code=1, said="x: error: expected a, got b"),
     "not one line": leave(code=2, said="x: error: expected a, got b\nand more"),
