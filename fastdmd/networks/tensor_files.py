@@ -118,10 +118,10 @@ def _open_safetensors(path: Path) -> TensorFile:
                     raise refusal(f"{name} in {path} of {', '.join(DTYPES)}", part.get_dtype())
                 described[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
             return TensorFile(path, described, dict.fromkeys(described, path), dict(file.metadata() or {}))
-    except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:  # torch's, of sizes that are none
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # torch's, of sizes that are none
         if str(error).startswith("fastdmd."):
             raise
-        raise refusal("a safetensors file", f"{path}: {error}") from error
+        raise refusal("a safetensors file", f"{path}: {str(error).splitlines()[0]:.300}") from error
 
 
 def _open_index(path: Path) -> TensorFile:
