@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastdmd import reading
+
 SUMS = "SHA256SUMS"
+MAX_SUMS_BYTES = 1 << 24  # a hundred thousand shards
 PARTIAL = ".fastdmd-"  # how the name of what is half written begins
 
 _undo: list[Callable[[], None]] = []  # of what is half done at this moment
@@ -92,7 +95,7 @@ def flush(path: Path) -> None:
 def digest(path: Path, length: int | None = None) -> str:
     """SHA-256 of a file, or of so many bytes of its beginning, in hexadecimal."""
     sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
+    with reading.open_regular(path) as file:
         left = os.fstat(file.fileno()).st_size if length is None else length
         while left > 0 and (chunk := file.read(min(left, 1 << 22))):
             sha256.update(chunk)
@@ -106,9 +109,15 @@ def sum_line(path: Path) -> str:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """The digests that a folder's `SHA256SUMS` has, by the names of their files; the last one of a name counts."""
-    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    """The digests that a folder's `SHA256SUMS` has, by the names of their files; the last one of a name counts.
+
+    Raises ValueError for names that lead out of the folder, OSError where there is no such file."""
+    with reading.open_regular(folder / SUMS) as file:
+        lines = reading.read_all(file, MAX_SUMS_BYTES).decode("utf-8").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if others := [name for name in sums if Path(name).name != name]:
+        raise ValueError(f"{SUMS} with {others[0]!r:.80}")
+    return sums
 
 
 def _beside(path: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import io
 import math
 import struct
 import zipfile
@@ -16,10 +15,10 @@ import numpy as np
 
 from fastdmd.data.content import Content, decoding, mismatch
 from fastdmd.data.labels import checked, warn_of_unread
-from fastdmd.data.members import MAX_DEFLATE, Members
+from fastdmd.data.members import Members
+from fastdmd.reading import MAX_DEFLATE, open_member, read_npy_header
 
 CHUNK_BYTES = 2**24
-MAX_HEADER_BYTES = 2**14  # of an array in an .npz; numpy refuses those of more than 10,000
 
 
 def read_idx(stack: contextlib.ExitStack, members: Members, split: str) -> Content:
@@ -161,21 +160,13 @@ def _open_npy(
     if archive.namelist().count(member) > 1:
         raise mismatch(f"one array '{name}'", f"several in {path}")
     with decoding(".npz", path):
-        stream = stack.enter_context(archive.open(member))
-        start = io.BytesIO(stream.read(MAX_HEADER_BYTES))  # the length that it declares is not to be trusted
-        version = np.lib.format.read_magic(start)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read_header is None:
-            raise ValueError(f"'{name}' is in .npy format {version}")
-        shape, is_fortran, dtype = read_header(start)
-        stream.seek(start.tell())
+        stream = stack.enter_context(open_member(archive, member))
+        shape, is_fortran, dtype, header_bytes = read_npy_header(stream)
+        stream.seek(header_bytes)
     if is_fortran:
         raise mismatch(f"'{name}' in C order, as np.ascontiguousarray makes it", f"Fortran order in {path}")
-    size_bytes = archive.getinfo(member).file_size - start.tell()
+    size_bytes = archive.getinfo(member).file_size - header_bytes
     if size_bytes != math.prod(shape) * dtype.itemsize and not dtype.hasobject:
         expected = f"{math.prod(shape) * dtype.itemsize} bytes of '{name}'"
         raise mismatch(expected, f"{size_bytes} in {path}")
-    return stream, tuple(map(int, shape)), dtype  # numpy lets a header say True
+    return stream, shape, dtype

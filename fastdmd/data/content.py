@@ -82,11 +82,3 @@ def open_regular(path: Path) -> IO[bytes]:
     if not path.is_file():
         raise mismatch("a regular file", path)
     return open(path, "rb")
-
-
-def read_all(stream: IO[bytes], limit_bytes: int) -> bytes:
-    """The rest of a stream, whatever size it declares. Raises ValueError if it is longer than `limit_bytes`."""
-    data = stream.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise ValueError(f"it is longer than {limit_bytes} bytes")
-    return data

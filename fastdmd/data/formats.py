@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastdmd.data import members
 from fastdmd.data.array_files import read_idx, read_npz
-from fastdmd.data.content import Content, Requirement, decoding, mismatch, open_regular
+from fastdmd.data.content import Content, Requirement, decoding, mismatch
 from fastdmd.data.framing import Framing
 from fastdmd.data.image_files import read_images
 from fastdmd.data.labels import require_choice
+from fastdmd.reading import open_zip
 
 
 @contextlib.contextmanager
@@ -34,9 +34,8 @@ def open_content(
     with contextlib.ExitStack() as stack:
         archive = None
         if not path.is_dir():
-            file = stack.enter_context(open_regular(path))
             with decoding(suffix, path):
-                archive = stack.enter_context(zipfile.ZipFile(file))
+                archive = stack.enter_context(open_zip(path))
         if archive is not None and suffix == ".npz":
             content = _framed(read_npz(stack, archive, path), labels, framing)
         else:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import warnings
+import zlib
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,10 +17,13 @@ from fastdmd.data import labels
 from fastdmd.data.content import Content, Requirement, decoding, mismatch
 from fastdmd.data.framing import Framing, from_picture
 from fastdmd.data.members import SUFFIXES, Members
+from fastdmd.reading import read_all
 
 # By name: left to itself, Pillow goes by the content, and runs Ghostscript for an EPS file that is called .png.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+MAX_FILE_BYTES = 2**28  # of one image, unpacked
 MAX_PIXELS = 2**27  # of one image; transparent ones take 13 bytes each while they are laid on the background
+PNG = b"\x89PNG\r\n\x1a\n"
 BACKGROUND = "white"
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 UPRIGHT = {
@@ -98,7 +104,7 @@ def _pixels(
     """Every image, uint8 `[1, C, H, W]`; warnings follow the last."""
     transparent, animated = [], []
     for name in images:
-        with _opened(members, name) as image:
+        with _opened(members, name, is_checked=True) as image:
             if getattr(image, "is_animated", False) and image.format != "MPO":  # which keeps previews beside a photo
                 animated.append(name)
             picture, is_transparent = _opaque(image)
@@ -118,15 +124,36 @@ def _pixels(
 
 
 @contextlib.contextmanager
-def _opened(members: Members, name: str) -> Iterator[Image.Image]:
-    with decoding("image", members.path / name), warnings.catch_warnings(), members.open(name) as file:
+def _opened(members: Members, name: str, *, is_checked: bool = False) -> Iterator[Image.Image]:
+    """Where it is checked, its bytes are read whole, and held against the checksums that an archive or a PNG has."""
+    path = members.path / name
+    with decoding("image", path), warnings.catch_warnings(), members.open(name) as stream:
+        if (num_bytes := members.size(name)) > MAX_FILE_BYTES:  # all of which a header may ask for
+            raise mismatch(f"images of at most {MAX_FILE_BYTES} bytes", f"{num_bytes} in {path}")
         warnings.simplefilter("ignore")  # of damaged metadata, and of pictures half as large as Pillow's limit
+        file: IO[bytes] = stream
+        if is_checked:
+            data = read_all(stream, MAX_FILE_BYTES)
+            _require_checksums(data)
+            file = io.BytesIO(data)
         try:
             image = Image.open(file, formats=_formats())
         except UnidentifiedImageError as error:
             raise ValueError(f"it is none of {', '.join(_formats())}") from error
         with image:
             yield image
+
+
+def _require_checksums(data: bytes) -> None:
+    """Raises ValueError for pixels of a PNG that are not those that were written, of which Pillow makes some others."""
+    if not data.startswith(PNG):
+        return
+    position = len(PNG)
+    while (start := position + 8) <= len(data):
+        kind, end = data[start - 4 : start], start + int.from_bytes(data[position : start - 4], "big")
+        if kind == b"IDAT" and zlib.crc32(data[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError("its pixels do not have the checksum that they were written with")
+        position = end + 4
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import csv
 import io
-import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,8 +13,9 @@ from typing import IO, TypeVar
 
 import numpy as np
 
-from fastdmd.data.content import decoding, mismatch, open_regular, read_all
+from fastdmd.data.content import decoding, mismatch, open_regular
 from fastdmd.data.members import SUFFIXES, Members, canonical_name
+from fastdmd.reading import parse_json, read_all
 
 Found = TypeVar("Found")
 MAX_CLASSES = 100_000  # a network holds a few hundred numbers for each, an optimizer three times as many
@@ -65,7 +65,7 @@ def of_images(members: Members, images: list[str], choice: str | None) -> np.nda
     elif members.description:
         path = members.path / members.description
         with decoding("JSON", path), members.open(members.description) as file:
-            description = json.loads(_read_text(file, b",:[{", len(images)))
+            description = parse_json(_read_text(file, b",:[{", len(images)))
         labels = _json_labels(description, images, path)
     else:
         labels = _subfolder_labels(members, images)

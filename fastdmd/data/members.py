@@ -13,6 +13,7 @@ from typing import IO
 
 from fastdmd.data import signatures
 from fastdmd.data.content import mismatch, open_regular
+from fastdmd.reading import MAX_DEFLATE, open_member
 
 SUFFIXES = tuple(  # of images that are read
     ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jfif .jpe .apng .avif".split()
@@ -21,7 +22,7 @@ UNREAD_SUFFIXES = tuple(  # of images that are not, whatever they begin with
     ".arw .cr2 .cr3 .cur .dcm .dds .dib .dng .emf .eps .exr .fits .hdr .heic .heif .icns .ico .j2k .jp2 .jpx .jxl .nef "
     ".orf .pcx .pfm .psd .qoi .raf .raw .rw2 .sgi .svg .tga .wmf .xbm .xcf .xpm".split()
 )
-MAX_DEFLATE = 1032  # bytes that one byte of a deflate stream can become
+MAX_FILES = 2**24  # of a folder; a few hundred bytes each
 DESCRIPTION = "dataset.json"
 IDX_NAME = re.compile(r"(images|labels).*([-._]idx[0-9]?[-._]ubyte|[-._]idx[0-9]|\.idx)(\.gz)?$", re.IGNORECASE)
 SYSTEM_FOLDERS = (  # of thumbnails, forks and waste
@@ -112,10 +113,9 @@ def of_zip(path: Path, archive: zipfile.ZipFile) -> Members:
     def raw_size(name: str) -> int:
         info = archive.getinfo(name)  # its sizes are not to be trusted, but nothing more is ever read
         most = info.compress_size * (MAX_DEFLATE if info.compress_type == zipfile.ZIP_DEFLATED else 1)
-        is_bounded = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        return min(info.file_size, most) if is_bounded else info.file_size
+        return min(info.file_size, most)
 
-    return _members(path, archive.namelist(), archive.open, raw_size)
+    return _members(path, archive.namelist(), lambda name: open_member(archive, name), raw_size)
 
 
 def of_folder(path: Path) -> Members:
@@ -190,6 +190,8 @@ def _walk(folder: Path) -> list[str]:
                 pending.append(f"{name}/")
             elif os.path.isfile(entry.path) or _is_read(name):
                 names.append(name)  # what is no file is an error when it is opened
+        if len(names) > MAX_FILES:
+            raise mismatch(f"at most {MAX_FILES} files", f"more in {folder}")
     return names
 
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastdmd import ops
+from fastdmd import ops, reading
 from fastdmd.data.content import decoding, mismatch
 from fastdmd.files import SUMS, digest, read_sums, write_atomically
 from fastdmd.memory import require_memory
@@ -182,8 +182,8 @@ def load_pairs(
 def read_record(path: Path) -> PairRecord:
     """That of a folder. Raises ValueError for any other content than `PairFolder.begin` writes."""
     file = path / RECORD
-    with decoding("JSON", file), open(file, "rb") as stream:
-        content = json.loads(stream.read(MAX_RECORD_BYTES))
+    with decoding("JSON", file):
+        content = reading.read_json(file, MAX_RECORD_BYTES)
         if (found := content.get("random_numbers", "torch's generators")) != RANDOM_NUMBERS:
             raise mismatch(f"noise of {RANDOM_NUMBERS} in {file}", f"noise of {found}")
         content["image_shape"] = tuple(content["image_shape"])
@@ -209,10 +209,12 @@ def read_part(path: Path, record: PairRecord, index: int) -> tuple[Tensor, Tenso
     expected: dict[str, Any] = {"images": (torch.float32, (num, *record.image_shape))}
     if record.num_classes:
         expected["labels"] = (torch.int64, (num,))
-    with decoding("safetensors", file), safe_open(file, framework="pt") as content:
-        tensors = {name: content.get_tensor(name) for name in content.keys()}
+    with decoding("safetensors", file):
+        reading.require_safetensors(file)
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}
     if (got := {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}) != expected:
-        raise mismatch(f"{expected} in {file}", got)
+        raise mismatch(f"{expected} in {file}", f"{got!s:.300}")
     images, labels = tensors["images"], tensors.get("labels")
     if not images.isfinite().all():
         raise mismatch(f"finite images in {file}", "NaN or infinity")

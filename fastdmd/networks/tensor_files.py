@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastdmd import reading
+from fastdmd.memory import ran_out_of_memory
 from fastdmd.networks.user_code import reason
 
 DTYPES = {
@@ -33,8 +35,11 @@ DTYPES = {
 }
 MAX_DEPTH = 8  # dictionaries in dictionaries
 MAX_NAMED = 5  # tensors that an error names
-MAX_JSON_BYTES = 1 << 24  # of an index or a configuration; the largest in use has some 10 MB
+MAX_TENSORS = 100_000
 MAX_INFLATION = 10  # of a compressed archive, which torch.save never writes; weights compress to half at best
+CHUNK_BYTES = 1 << 22
+ENOUGH_BYTES = 1 << 30  # of a file whose tensors may exceed the memory of some machines
+ARCHIVE = b"PK\3\4"
 PICKLED = (b"PK", b"\x80")  # how what torch.save writes begins
 
 
@@ -89,14 +94,10 @@ def open_tensors(path: Path) -> TensorFile:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object, of 16 MiB at most. Raises ValueError for any other."""
-    with open(path, "rb") as file:
-        text = file.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise refusal(f"at most {MAX_JSON_BYTES >> 20} MiB of JSON in {path}", "more")
     try:
-        content = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise refusal(f"JSON in {path}", reason(error)) from error
+        content = reading.read_json(path)
+    except ValueError as error:
+        raise refusal(f"JSON in {path}", error) from error
     if not isinstance(content, dict):
         raise refusal(f"a JSON object in {path}", f"a {type(content).__name__}")
     return content
@@ -104,17 +105,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _open_safetensors(path: Path) -> TensorFile:
     try:
+        reading.require_safetensors(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             described = {}
-            for name in file.keys():
+            names = file.keys()
+            if len(names) > MAX_TENSORS:
+                raise refusal(f"at most {MAX_TENSORS} tensors in {path}", len(names))
+            for name in names:
                 part = file.get_slice(name)
                 dtype = DTYPES.get(str(part.get_dtype()))
                 if dtype is None:
                     raise refusal(f"{name} in {path} of {', '.join(DTYPES)}", part.get_dtype())
                 described[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
             return TensorFile(path, described, dict.fromkeys(described, path), dict(file.metadata() or {}))
-    except SafetensorError as error:
-        raise refusal("a safetensors file", f"{path}: {error}") from error
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # torch's, of sizes that are none
+        if str(error).startswith("fastdmd."):
+            raise
+        raise refusal("a safetensors file", f"{path}: {str(error).splitlines()[0]:.300}") from error
 
 
 def _open_index(path: Path) -> TensorFile:
@@ -137,7 +144,8 @@ def _open_index(path: Path) -> TensorFile:
 
 
 def _torch_load(path: Path, start: bytes) -> Any:
-    _require_no_inflation(path)
+    if start.startswith(ARCHIVE):
+        require_whole_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -150,22 +158,30 @@ def _torch_load(path: Path, start: bytes) -> Any:
             got = "a TorchScript archive"
         elif not start.startswith(PICKLED) and ".tar" not in str(error):
             got = f"a file that begins with {start!r}"
+        elif ran_out_of_memory(error) and path.stat().st_size < ENOUGH_BYTES:
+            got = "tensors of many times the file's size"
         else:
             got = reason(error).split(" In PyTorch 2.6")[0]
         raise refusal(f"{expected} in {path}", got) from error
 
 
-def _require_no_inflation(path: Path) -> None:
-    """Raises ValueError for an archive whose tensors take many times its size, before they fill the memory."""
+def require_whole_archive(path: Path) -> None:
+    """Raises ValueError for an archive whose members take many times its size, before they fill the memory, and for one
+    whose bytes are not those that were written, by the checksums that it holds and torch does not compare."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading.open_zip(path) as archive:
             num_bytes = sum(member.file_size for member in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # torch says what it is, or reads it
-        return
-    if num_bytes > MAX_INFLATION * (size := path.stat().st_size):
-        raise refusal(
-            f"an archive of at most {MAX_INFLATION} times its own size in {path}", f"{num_bytes} bytes in {size}"
-        )
+            if num_bytes > MAX_INFLATION * (size := path.stat().st_size):
+                expected = f"an archive of at most {MAX_INFLATION} times its own size in {path}"
+                raise refusal(expected, f"{num_bytes} bytes in {size}")
+            for name in archive.namelist():
+                with reading.open_member(archive, name) as member:
+                    while member.read(CHUNK_BYTES):
+                        pass
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        if str(error).startswith("fastdmd."):
+            raise
+        raise refusal(f"an archive as torch writes it, whole, in {path}", reason(error)) from error
 
 
 def _flat(content: Any, path: Path) -> dict[str, Tensor]:

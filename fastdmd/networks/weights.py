@@ -23,7 +23,8 @@ from fastdmd.networks.options import AdapterOptions
 from fastdmd.networks.states import fill, require_same, tensors_of
 from fastdmd.networks.tensor_files import TensorFile, open_tensors
 from fastdmd.networks.unet import UNet, UNetConfig
-from fastdmd.networks.user_code import Code, make_network, reason, user_code
+from fastdmd.networks.user_code import Code, make_network, user_code
+from fastdmd.reading import parse_json
 from fastdmd.sampling import Generator
 
 METADATA_KEY = "fastdmd"
@@ -125,9 +126,9 @@ def load_network(
 
 def _metadata(weights: TensorFile) -> dict[str, Any]:
     try:
-        metadata = json.loads(weights.metadata.get(METADATA_KEY, "null"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"fastdmd.load_network: expected JSON in {weights.path}, got {reason(error)}") from error
+        metadata = parse_json(weights.metadata.get(METADATA_KEY, "null"))
+    except ValueError as error:
+        raise ValueError(f"fastdmd.load_network: expected JSON in {weights.path}, got {error}") from error
     if not isinstance(metadata, dict) or "kind" not in metadata or not isinstance(metadata.get("network"), dict):
         raise ValueError(
             f"fastdmd.load_network: expected a file written by fastdmd, got {weights.path} without its metadata"

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastdmd.memory import ran_out_of_memory
+from fastdmd.networks.tensor_files import require_whole_archive
 from fastdmd.networks.user_code import make_network, user_code
 from fastdmd.quality.frechet import MAX_FEATURES
 
@@ -178,11 +179,15 @@ def _load_script(path: Path) -> torch.nn.Module:
     if path.exists() and not path.is_file():
         raise _error("a TorchScript file", f"{path}, which is no regular file")
     with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise _error("a TorchScript file, as torch.jit.save writes it", f"another format in {path}")
+        file.seek(0)
+        require_whole_archive(path)
         try:
             return torch.jit.load(file, map_location="cpu")
         except Exception as error:  # RuntimeError, ValueError and others, ten lines long
-            kind = "what torch.save wrote, weights perhaps," if zipfile.is_zipfile(file) else "another format"
-            raise _error("a TorchScript file, as torch.jit.save writes it", f"{kind} in {path}") from error
+            got = f"what torch.save wrote, weights perhaps, in {path}"
+            raise _error("a TorchScript file, as torch.jit.save writes it", got) from error
 
 
 def _error(expected: str, got: object) -> ValueError:

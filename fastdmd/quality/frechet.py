@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from fastdmd import reading
 
 MAX_FEATURES = 2**14  # a covariance of 2 GB
 COVARIANCES = 10  # that a distance holds at once: of both sides and the floor, roots, products, workspace
@@ -156,36 +159,36 @@ def _read_arrays(path: Path, num_features: int | None) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             raise _error("from_npz", "an .npz file", f"another format in {path}")
-        with _decoding(path), zipfile.ZipFile(file) as archive:
-            members = {name.removesuffix(".npy") for name in archive.namelist()}
-            if not {"mu", "sigma"} <= members:
-                raise _error("from_npz", "arrays mu and sigma", f"{sorted(members)[:9]} in {path}")
-            D = int(np.prod(_read_header(archive, "mu")[0], dtype=object))
-            if D > MAX_FEATURES:
-                raise _error("from_npz", f"at most {MAX_FEATURES} features", f"{D} in {path}")
-            if num_features not in (None, D):
-                raise _error("from_npz", f"a reference of {num_features} features", f"{D} in {path}")
-            expected = {"mu": ("float", "f", (D,)), "sigma": ("float", "f", (D, D)), "num_images": ("int", "iu", ())}
-            arrays = {}
-            for name, (kind, kinds, shape) in expected.items():
-                if name not in members:
-                    continue
-                found, dtype = _read_header(archive, name)
-                if found != shape or dtype.kind not in kinds or D == 0:
-                    raise _error("from_npz", f"{name} {kind} {shape}", f"{dtype} {found} in {path}")
-                with archive.open(name + ".npy") as member:
-                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-            return arrays
+    with _decoding(path), reading.open_zip(path) as archive:
+        members = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        if not {"mu", "sigma"} <= {*members}:
+            raise _error("from_npz", "arrays mu and sigma", f"{sorted(members)[:9]} in {path}")
+        D = int(np.prod(_read_header(archive, "mu")[0], dtype=object))
+        if D > MAX_FEATURES:
+            raise _error("from_npz", f"at most {MAX_FEATURES} features", f"{D} in {path}")
+        if num_features not in (None, D):
+            raise _error("from_npz", f"a reference of {num_features} features", f"{D} in {path}")
+        expected = {"mu": ("float", "f", (D,)), "sigma": ("float", "f", (D, D)), "num_images": ("int", "iu", ())}
+        arrays = {}
+        for name, (kind, kinds, shape) in expected.items():
+            if name not in members:
+                continue
+            found, dtype, num_bytes = _read_header(archive, name)
+            if found != shape or dtype.kind not in kinds or D == 0:
+                raise _error("from_npz", f"{name} {kind} {shape}", f"{dtype} {found} in {path}")
+            if members.count(name) > 1 or num_bytes != math.prod(shape) * dtype.itemsize:
+                got = "several" if members.count(name) > 1 else f"{num_bytes} bytes"
+                raise _error("from_npz", f"{name} once, {math.prod(shape) * dtype.itemsize} bytes", f"{got} in {path}")
+            with reading.open_member(archive, name + ".npy") as member:  # to its end, where its checksum is compared
+                arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+        return arrays
 
 
-def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype that an array declares; none of its values is read."""
-    with archive.open(name + ".npy") as member:
-        version = np.lib.format.read_magic(member)
-        is_first = version == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-    return shape, dtype
+def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and dtype that an array declares, and the bytes that follow its header; none of them is read."""
+    with reading.open_member(archive, name + ".npy") as member:
+        shape, _, dtype, header_bytes = reading.read_npy_header(member)
+    return shape, dtype, archive.getinfo(name + ".npy").file_size - header_bytes
 
 
 @contextlib.contextmanager

@@ -19,11 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastdmd import reading
 from fastdmd.files import SUMS, copy, digest, new_folder, read_sums, sum_line
 from fastdmd.networks.weights import stored
 
 TENSORS, REST = "state.safetensors", "state.json"
 FORMAT = 2  # of what is in here, and of the random numbers of a run (1: torch's); another one is refused
+MAX_REST_BYTES = 1 << 26
 TENSOR = "$tensor"  # the one key of what stands for a tensor in state.json
 
 
@@ -52,6 +54,7 @@ def read(path: Path) -> dict[str, Any]:
     """The state in a folder. Raises OSError or ValueError for one that is not whole or of another format."""
     with _refusing(path):
         rest = _rest(path, dict.fromkeys([REST, TENSORS, *read_sums(path)]))
+        reading.require_safetensors(path / TENSORS)
         return _put_together(rest, load_file(path / TENSORS))
 
 
@@ -68,7 +71,7 @@ def _rest(path: Path, names: Iterable[str]) -> Any:
             raise _refusal(path, f"{SUMS} without {name}")
         if digest(path / name) != sums[name]:
             raise _refusal(path, f"another {name} than its {SUMS} says")
-    content = json.loads((path / REST).read_text(encoding="utf-8"))
+    content = reading.read_json(path / REST, MAX_REST_BYTES)
     found = content.get("format") if isinstance(content, dict) else content
     if found != FORMAT:
         raise ValueError(f"expected a checkpoint of format {FORMAT} in {path}, got {found!s:.40}")

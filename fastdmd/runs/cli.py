@@ -18,6 +18,7 @@ from fastdmd.memory import SMALLER, ran_out_of_memory
 from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
 from fastdmd.runs import machine, outputs, terminal
+from fastdmd.runs.arguments import parsed
 from fastdmd.runs.config import CommandConfig, CommandSettings
 from fastdmd.settings import inputs
 
@@ -56,7 +57,7 @@ def _one_line(
             operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
             line = f"expected operations that --deterministic allows, got {operation}, while {doing}"
         elif not isinstance(error, SystemExit) and says_it_all(error):
-            line = str(error) if code == 2 else f"{error} (while {doing})"
+            line = _said(error) if code == 2 else f"{_said(error)} (while {doing})"
             code = 1 if isinstance(error, OSError) and error.errno in DISK_ERRORS else code
         elif place_in_user_code(error) is not None:  # a SystemExit of other code has its reasons
             line = f"expected your code to run, got {reason(error)}, while {doing}"
@@ -64,6 +65,13 @@ def _one_line(
             raise
         terminal.report(command, line, error)
         raise SystemExit(code) from None
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; of the system's, which name a file and what is wrong, in the form of ours."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"expected access to {str(error.filename):.400}, got: {error.strerror}"
+    return str(error)
 
 
 def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
@@ -104,7 +112,8 @@ def parse(
                 raise ValueError(f"expected --preset one of {', '.join(presets)}, got {name}")
             options["default"] = presets[name]
         with terminal.readable_width():
-            config = tyro.cli(config_class, args=arguments, prog=f"python -m {command}", **options)
+            prog = f"python -m {command}"
+            config = parsed(lambda: tyro.cli(config_class, args=arguments, prog=prog, **options))
         config.check()
         config = config.placed()
         if (out := getattr(config, "out", None)) is not None:

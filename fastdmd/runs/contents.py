@@ -16,6 +16,7 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.networks.user_code import make_network
 from fastdmd.quality.features import is_script
 from fastdmd.quality.settings import EvaluationSettings
+from fastdmd.reading import open_regular
 
 
 def contents(
@@ -52,4 +53,5 @@ def _of_features(source: str | None) -> str | None:
 
 
 def _of_file(path: str) -> str:
-    return identity(torch.from_numpy(np.fromfile(Path(path), np.uint8)))
+    with open_regular(Path(path)) as file:
+        return identity(torch.from_numpy(np.fromfile(file, np.uint8)))

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+from fastdmd.reading import require_regular
+
 try:
     import fcntl
 except ModuleNotFoundError:  # a system without such locks
@@ -43,8 +45,10 @@ def locked(path: Path) -> BinaryIO:
 
 
 def require_free(path: Path) -> None:
-    """Raises BlockingIOError, as `locked` does, where another process has locked a file that there may be."""
+    """Raises BlockingIOError, as `locked` does, where another process has locked a file that there may be; ValueError
+    for what is none."""
     if path.exists() and os.access(path, os.W_OK):  # who writes to it could
+        require_regular(path)  # to open a pipe would wait for its other end
         locked(path).close()
 
 

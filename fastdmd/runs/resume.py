@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from fastdmd import __version__, files
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.networks.identity import identity
 from fastdmd.networks.tensor_files import read_json
+from fastdmd.reading import last_line, parse_json, require_regular
 from fastdmd.runs import checkpoint, terminal
 from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
 from fastdmd.runs.cli import to_json
@@ -52,8 +52,11 @@ def with_those_of_run(arguments: Sequence[str]) -> list[str]:
     fault: Exception = ValueError(f"expected --resume to be the folder of a run with a checkpoint, got {folder}")
     for path in found(Path(folder)):
         try:
-            return [*checkpoint.read_rest(path)["origin"]["arguments"], *given]
-        except (ValueError, KeyError) as error:
+            then = checkpoint.read_rest(path)["origin"]["arguments"]
+            if not isinstance(then, list) or not all(isinstance(argument, str) for argument in then):
+                raise ValueError(f"expected the arguments of a run in {path}, got {then!r:.80}")
+            return [*then, *given]
+        except (ValueError, KeyError, TypeError) as error:
             fault = error
     raise fault
 
@@ -81,6 +84,9 @@ class Past:
         folder = path / CHECKPOINTS
         if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
             raise ValueError(f"expected a folder of checkpoints in {folder}, got something else, or a link to nothing")
+        for name in names_in(path):
+            if name != CHECKPOINTS:
+                require_regular(path / name)
         return cls(path, _read(path / CONFIG), _read(path / SUMMARY), found(path))
 
     def require_same(self, config: RunConfig) -> None:
@@ -198,12 +204,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _logged(path: Path) -> tuple[int, float]:
     """Iteration and seconds of the last line of metrics.jsonl, zeros where there is none."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    num_lines, text = last_line(path) if path.exists() else (0, b"")
     try:
-        line = json.loads(lines[-1])
+        line = parse_json(text)
         return int(line["iteration"]), float(line["seconds"])
-    except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
-        return len(lines), 0.0  # at least: a line that was cut
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return num_lines, 0.0  # at least: a line that was cut
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:

@@ -33,6 +33,7 @@ from fastdmd.networks.weights import (
     stored,
 )
 from fastdmd.optim import AdamWEMA
+from fastdmd.reading import parse_json
 from fastdmd.runs.folder import GENERATOR, NETWORKS
 from fastdmd.sampling import Generator
 
@@ -174,11 +175,11 @@ def _from_generator(folder: Path, teacher: DenoisingNetwork) -> Stage:
 
 def _metadata(found: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
-        metadata = json.loads(found.get(METADATA_KEY, "null"))
+        metadata = parse_json(found.get(METADATA_KEY, "null"))
         names = metadata["averages"]
         is_whole = metadata["kind"] == KIND and isinstance(metadata["network"], dict)
         is_whole = is_whole and isinstance(names, list) and metadata["kept"] in names and len({*names}) == len(names)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"expected the networks of a run in {path}, got other metadata than fastdmd.train writes")

@@ -18,6 +18,7 @@ LEAST_COLUMNS, GREATEST_COLUMNS = 40, 200  # below 3 the help of tyro 1.0 never 
 PLAIN = "fastdmd.plain"  # the name of an error handler of `codecs`
 CLOSED_PIPE = 128 + 13  # as a shell reports a process that SIGPIPE ended
 TRACEBACK = "FASTDMD_TRACEBACK"
+MAX_LINE = 1200  # characters of what went wrong
 _verbose = contextvars.ContextVar("verbose", default=False)
 
 
@@ -67,7 +68,9 @@ def say(text: str) -> None:
 
 def report(name: str, text: str, error: BaseException) -> None:
     """What went wrong, in one line; with --verbose or FASTDMD_TRACEBACK=1 the traceback beneath it."""
-    say(f"{name}: error: {' '.join(text.split())}")
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    line = line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
+    say(f"{name}: error: {line}")
     if _verbose.get() or os.environ.get(TRACEBACK, "0") not in ("", "0"):
         say("".join(traceback.format_exception(error)).rstrip())
 

@@ -126,7 +126,7 @@ def test_descriptions_are_bounded_by_the_number_of_images(tmp_path, monkeypatch)
         refuses(
             write(f'{{"labels":[{",".join([junk] * 14)}]}}'), "a readable JSON file", f"{path}/dataset.json: it has "
         )
-    refuses(write(b" " * 181), "a readable JSON file", f"{path}/dataset.json: it is longer than 180 bytes")
+    refuses(write(b" " * 181), "a readable JSON file", f"{path}/dataset.json: more than 180 bytes")
     text = json.dumps({"labels": [[f"{i}.png", i] for i in range(5)]}, separators=(",", ":"))  # 17 values
     assert data.load(write(text, num_images=5)).labels.tolist() == [0, 1, 2, 3, 4]
     refuses(write(text, num_images=1), "a readable JSON file", f"{path}/dataset.json: it has 17 values, for 1 images")

@@ -1,0 +1,165 @@
+"""Bad inputs, each read by a process that is watched.
+
+    python -m benchmarks.fuzz [--count 2000] [--seed 0] [--only INDEX] [--json FILE]
+
+An input is spoilt in a way that the seed and its index give. The package has to refuse it with one line and exit code
+2, or to accept it with the values that another reader finds; see `sandbox.attempt`. Some inputs go through a whole
+command, some of these in a process of its own. Prints how often which kind was refused and accepted, and how to repeat
+what was wrong, which makes for exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.environment import ROOT, describe
+from benchmarks.fuzz import datasets, flags, mutations, runs, weights
+from benchmarks.fuzz.kind import Kind
+from benchmarks.fuzz.sandbox import Outcome, attempt, judge_line
+
+KINDS = datasets.KINDS + weights.KINDS + runs.KINDS
+WEIGHTS = np.array([0.3 if kind.goes_on else 1.0 for kind in KINDS])
+WEIGHTS /= WEIGHTS.sum()
+FLAGS_SHARE = 0.2  # of all inputs
+COMMAND_SHARE, PROCESS_SHARE = 0.1, 0.1  # of files a whole command reads; and of these a process
+PROCESS_SECONDS = 60  # with its imports
+
+
+class Inputs:
+    """Good inputs of every kind, and bad ones by their index."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.seed = folder, seed
+        self.others: list[Path] = []
+        for kind in KINDS:
+            good = folder / "good" / kind.name
+            good.mkdir(parents=True)
+            kind.make(good)
+            self.others += [path for path in sorted(good.rglob("*")) if path.is_file()][:2]
+            if not kind.goes_on:
+                kind.read(good / kind.named)  # what is imported at first use, is so before a process is watched
+
+    def run(self, index: int) -> tuple[str, str, Outcome]:
+        """The kind of the input, how it was spoilt, and what became of it."""
+        rng = np.random.default_rng([self.seed, index])
+        place = self.folder / f"{index}"
+        place.mkdir()
+        try:
+            if rng.random() < FLAGS_SHARE:
+                (place / "input").mkdir()
+                line = flags.draw(rng, str(place / "out"))
+                outcome = attempt(line.read, line.right, place / "input", place / "scratch", is_command=True)
+                return f"flags of {line.command}", "flags: words", outcome
+            kind = KINDS[rng.choice(len(KINDS), p=WEIGHTS)]
+            shutil.copytree(self.folder / "good" / kind.name, place / "input")
+            how = mutations.spoil(rng, place / "input", kind.named, self.others)
+            return kind.name, how, _outcome(rng, kind, place)
+        finally:
+            shutil.rmtree(place)
+
+
+def _outcome(rng: np.random.Generator, kind: Kind, place: Path) -> Outcome:
+    named = place / "input" / kind.named
+    if not kind.command or rng.random() >= COMMAND_SHARE:
+        how = {"is_command": kind.is_command, "goes_on": kind.goes_on}
+        return attempt(lambda: kind.read(named), lambda: kind.right(named), place / "input", place / "scratch", **how)
+    command, *words = [word.format(named, out=place / "out") for word in kind.command]
+    if rng.random() < PROCESS_SHARE:
+        return _process(command, words, place)
+
+    def run() -> str:
+        try:
+            importlib.import_module(command).main(words)
+        except SystemExit as stop:
+            if stop.code not in (0, None):
+                assert not [*place.glob("out*")], "something half written"
+                raise
+        return "done"
+
+    # What a command accepts is compared where the file alone is read.
+    return attempt(run, lambda: "done", place / "input", place / "scratch", is_command=True)
+
+
+def _process(command: str, words: list[str], place: Path) -> Outcome:
+    """As a user would start it."""
+    (place / "scratch").mkdir()
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", command, *words],
+            cwd=place / "scratch",
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROCESS_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome("wrong", f"more than {PROCESS_SECONDS} s", PROCESS_SECONDS, 0)
+    seconds = time.monotonic() - began
+    if done.returncode == 0:
+        return Outcome("accepted", "", seconds, 0)
+    fault = judge_line(done.returncode, done.stderr)
+    if fault is None and [*place.glob("out*"), *(place / "scratch").iterdir()]:
+        fault = "something half written"
+    return Outcome("refused" if fault is None else "wrong", fault or done.stderr.strip(), seconds, 0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="the index of one input, of which all is said")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    wrong: list[dict[str, Any]] = []
+    largest = 0
+    indices = range(options.count) if options.only is None else [options.only]
+    with tempfile.TemporaryDirectory(prefix="fastdmd-fuzz-") as folder:
+        inputs = Inputs(Path(folder).resolve(), options.seed)
+        for index in indices:
+            kind, how, outcome = inputs.run(index)
+            group = how.partition(":")[0]
+            for row in (kind, f"all {group}"):
+                counts[row][outcome.kind] += 1
+            largest = max(largest, outcome.num_bytes)
+            if options.only is not None:
+                print(f"{kind}, {how}: {outcome}")
+            if outcome.kind == "wrong":
+                repeat = f"python -m benchmarks.fuzz --seed {options.seed} --only {index}"
+                wrong.append({"input": kind, "spoilt": how, "wrong": outcome.what, "repeat": repeat})
+                print(f"WRONG {kind}, {how}: {outcome.what}\n    {repeat}", flush=True)
+    rows = {name: {kind: count[kind] for kind in ("refused", "accepted", "wrong")} for name, count in counts.items()}
+    print(f"{'input':>24} {'refused':>8} {'accepted':>8} {'wrong':>8}")
+    for name, row in sorted(rows.items()):
+        print(f"{name:>24} {row['refused']:>8} {row['accepted']:>8} {row['wrong']:>8}")
+    print(f"none took more than {largest >> 20} MiB; wrong: {len(wrong)} of {len(indices)}")
+    if options.json is not None:
+        result = {"environment": describe("cpu"), "seed": options.seed, "count": options.count, "rows": rows}
+        result |= {"most_mib": largest >> 20, "wrong": wrong}
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
