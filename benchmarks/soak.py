@@ -31,12 +31,13 @@ from benchmarks.environment import ROOT
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 
-LEFT_OUT = {  # times, and the settings that decide when a checkpoint is written
+LEFT_OUT = {  # times, memory, and the settings that decide when a checkpoint is written
     "seconds",
     "train_seconds",
     "evaluation_seconds",
     "first_iteration_seconds",
     "images_per_second",
+    "resident_bytes",
     "checkpoint",
 }
 FLAGS = {
@@ -57,6 +58,7 @@ FLAGS = {
     "guidance-lr": 1e-2,
     "checkpoint-every": 2,
     "device": "cpu",
+    "record": "none",
 }
 
 

@@ -21,6 +21,7 @@ from fastdmd.runs import cli, machine, resume, terminal
 from fastdmd.runs.contents import contents
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.pretraining import PretrainConfig, Pretraining
+from fastdmd.runs.record import Record
 
 ADVICE = "a smaller --batch-size or --model-channels needs less"
 
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
             training = Pretraining(config, network, dataset, folder)
             made_of = contents(config.evaluation, named, init=network if config.init else None)
             checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of)
-            loop = Loop(training, config, folder, checkpoints=checkpoints)
+            loop = Loop(training, config, folder, checkpoints=checkpoints, record=Record(folder, config.record))
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {folder.path}, on {device}")
     with cli.run_errors("fastdmd.pretrain", "training", ADVICE):
         summary = loop.run(evaluation)

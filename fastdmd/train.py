@@ -27,6 +27,7 @@ from fastdmd.runs.course import Course
 from fastdmd.runs.folder import BEST, GENERATOR, PLOT
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
+from fastdmd.runs.record import Record
 from fastdmd.runs.stages import read_stage
 
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
@@ -94,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
             watch = distillation.make_watch(config, training.model, dataset)
             made_of = contents(config.evaluation, dataset, pairs=pairs)
             checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of, teacher)
-            loop = Loop(training, config, folder, course, watch, checkpoints)
+            record = Record(folder, config.record)
+            loop = Loop(training, config, folder, course, watch, checkpoints, record)
     with cli.run_errors("fastdmd.train", "distilling"):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:

@@ -11,10 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdmd.distill.tally import Reading
+from fastdmd.memory import taken_bytes
 from fastdmd.quality.alarms import Alarm
 from fastdmd.quality.watch import Watch
-from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.progress import Progress, show
+from fastdmd.runs.record import Record
 from fastdmd.runs.training import LoopSettings, Training
 
 BAD_IN_A_ROW = 10  # turns that end a run; fewer where all of it has few
@@ -25,8 +26,9 @@ Keep = Callable[[Callable[[], None]], None]  # writes now; where the disk does n
 class Log:
     """Reads the tallies of a training; `watch` looks at what they tell, for alarms."""
 
-    def __init__(self, training: Training, settings: LoopSettings, folder: RunFolder, watch: Watch | None):
-        self._training, self._settings, self._folder, self._watch = training, settings, folder, watch
+    def __init__(self, training: Training, settings: LoopSettings, record: Record, watch: Watch | None):
+        self._training, self._settings, self._record, self._watch = training, settings, record, watch
+        self._device = next(training.network.parameters()).device
         self._iteration = 0  # of the last line
         self._seconds = self._since = 0.0  # of training, in all and since the last line, when the clocks start
         self._started = self._written = time.perf_counter()
@@ -48,8 +50,8 @@ class Log:
         line = self._line(readings, progress)
         alarms = self._look(readings, line, progress)
         images_per_second = num_iterations * self._settings.batch_size / (now - self._written)
-        line |= {"seconds": now - self._started, "images_per_second": images_per_second}
-        keep(functools.partial(self._folder.log, **line))
+        line |= {"seconds": now - self._started, "images_per_second": images_per_second, **taken_bytes(self._device)}
+        keep(functools.partial(self._record.line, line))
         show(bar, line, alarms)
         self._judge(readings, progress, num_iterations)
         self._iteration, self._written = progress.iterations, now

@@ -20,8 +20,9 @@ from fastdmd.runs.course import Course
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.log import Log
 from fastdmd.runs.machine import versions
-from fastdmd.runs.pictures import SampleHistory
+from fastdmd.runs.pictures import SampleHistory, image_grid
 from fastdmd.runs.progress import ENDED_EARLY, Interrupted, Progress, Received, stop_if_interrupted
+from fastdmd.runs.record import Record
 from fastdmd.runs.training import LoopSettings, Resumable, Training
 from fastdmd.sampling import Sampler
 
@@ -43,15 +44,19 @@ class Loop:
         course: Course | None = None,
         watch: Watch | None = None,
         checkpoints: Checkpoints | None = None,
+        record: Record | None = None,
     ):
         self._training, self._settings, self._folder = training, settings, folder
         self._course, self._checkpoints = course, checkpoints
-        self._log = Log(training, settings, folder, watch)
+        self._record = Record(folder) if record is None else record
+        self._log = Log(training, settings, self._record, watch)
         self._history = SampleHistory(folder.path / "samples.png")
         self._progress = Progress()
         self._started = time.perf_counter()
         self._unwritten: str | None = None  # what the disk said last
-        if checkpoints is not None and checkpoints.restore(self.load_state_dict):
+        goes_on = checkpoints is not None and checkpoints.restore(self.load_state_dict)
+        self._record.start(self._progress.iterations)
+        if goes_on:
             return
         if (fault := self._snapshot(0)) is not None:
             raise ValueError(f"fastdmd: expected a network to start from, got {fault}")
@@ -67,7 +72,7 @@ class Loop:
         progress = self._progress
         rows: dict[str, Measurement] = {}
         floor = evaluation.floor if evaluation else Measurement(None, None)
-        with self._folder, interrupts.deferred() as received, interrupts.asked() as is_asked:
+        with self._folder, contextlib.closing(self._record), interrupts.deferred() as received, interrupts.asked() as is_asked:
             try:
                 self._train(progress, received, is_asked)
                 self._measure(evaluation, progress, rows, received)
@@ -80,6 +85,7 @@ class Loop:
                     self._summarise(progress, rows, floor)
                 raise
             summary = self._summarise(progress, rows, floor)
+            self._record.result(progress.iterations, rows)
         if evaluation is not None and progress.outcome == "complete":
             titles = {} if self._course is None else self._course.titles(rows)
             shown = {titles.get(name, name): row for name, row in reversed(rows.items())}
@@ -172,6 +178,7 @@ class Loop:
                 before_batch=functools.partial(stop_if_interrupted, received),
                 keep=lambda write: self._keep(write, bar),
                 say=bar.write,
+                record=self._record,
             )
         except Interrupted:
             progress.outcome, progress.signal = "interrupted", received()
@@ -237,7 +244,8 @@ class Loop:
             self._training.save(iteration)
         except ValueError as error:  # weights beyond what the file's precision holds
             return str(error)
-        self._history.add(samples)
+        self._history.add(samples, iteration)
+        self._record.samples(iteration, lambda: image_grid(samples.flatten(0, 1), samples.shape[1]))
         self._log.see_average(samples)
         return None
 

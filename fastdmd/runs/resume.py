@@ -51,6 +51,8 @@ MAY_CHANGE = {
     "--measure-teacher",
     "--eval-every",
     "--stop-after",
+    "--record",
+    "--report",
     "--verbose",
     "--dry-run",
 }

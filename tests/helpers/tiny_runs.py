@@ -28,6 +28,9 @@ QUICK = [
     "2",
     "--device",
     "cpu",
+    "--record",
+    "none",
+    "--no-report",
 ]
 
 
