@@ -1,4 +1,4 @@
-"""How much memory is left, and taken: what the system, the control groups of this process, or a GPU say; and whether it ended."""
+"""How much memory is left or taken: what the system, the control groups of this process, or a GPU say."""
 
 from __future__ import annotations
 

@@ -20,11 +20,12 @@ from fastdmd.distill.budget import Budget, estimate
 from fastdmd.distill.optimization import averages_notice, warm_up_notice
 from fastdmd.memory import require_memory
 from fastdmd.networks.unet import UNet
+from fastdmd.report import ending
 from fastdmd.runs import cli, distillation, machine, resume, terminal
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.contents import contents
 from fastdmd.runs.course import Course
-from fastdmd.runs.folder import BEST, GENERATOR, PLOT
+from fastdmd.runs.folder import BEST, GENERATOR, PLOT, REPORT, SAMPLES, SUMMARY
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
 from fastdmd.runs.record import Record
@@ -103,7 +104,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(overlap(dataset, "The adversarial term" if config.gan.is_on else "The generator"))
     if summary["teacher"]["recorded"]:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
-    results = (name for name in (GENERATOR, BEST, "samples.png", PLOT, "summary.json") if (folder.path / name).exists())
+    if config.record.report:
+        is_complete = summary["outcome"] == "complete"
+        shown = config.data.load() if dataset is None and config.teacher == "mnist" and is_complete else dataset
+        ending.write(folder.path, config, device, teacher=teacher, real=shown, is_complete=is_complete)
+    results = (name for name in (GENERATOR, BEST, SAMPLES, PLOT, SUMMARY, REPORT) if (folder.path / name).exists())
     print(f"{folder.path}: {', '.join(results)}")
     cli.leave("fastdmd.train", summary, config.iterations)
 

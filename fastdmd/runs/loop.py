@@ -17,7 +17,7 @@ from fastdmd.quality.watch import Watch
 from fastdmd.runs import interrupts, randomness
 from fastdmd.runs.checkpoints import Checkpoints
 from fastdmd.runs.course import Course
-from fastdmd.runs.folder import RunFolder
+from fastdmd.runs.folder import SAMPLES, SUMMARY, RunFolder
 from fastdmd.runs.log import Log
 from fastdmd.runs.machine import versions
 from fastdmd.runs.pictures import SampleHistory, image_grid
@@ -50,7 +50,7 @@ class Loop:
         self._course, self._checkpoints = course, checkpoints
         self._record = Record(folder) if record is None else record
         self._log = Log(training, settings, self._record, watch)
-        self._history = SampleHistory(folder.path / "samples.png")
+        self._history = SampleHistory(folder.path / SAMPLES)
         self._progress = Progress()
         self._started = time.perf_counter()
         self._unwritten: str | None = None  # what the disk said last
@@ -72,7 +72,12 @@ class Loop:
         progress = self._progress
         rows: dict[str, Measurement] = {}
         floor = evaluation.floor if evaluation else Measurement(None, None)
-        with self._folder, contextlib.closing(self._record), interrupts.deferred() as received, interrupts.asked() as is_asked:
+        with (
+            self._folder,
+            contextlib.closing(self._record),
+            interrupts.deferred() as received,
+            interrupts.asked() as is_asked,
+        ):
             try:
                 self._train(progress, received, is_asked)
                 self._measure(evaluation, progress, rows, received)
@@ -102,7 +107,7 @@ class Loop:
             "seconds": time.perf_counter() - self._started,
             "versions": versions(next(self._training.network.parameters()).device),
         }
-        self._folder.write_json("summary.json", summary)
+        self._folder.write_json(SUMMARY, summary)
         return summary
 
     def _train(self, progress: Progress, received: Received, is_asked: Callable[[], bool]) -> None:

@@ -116,7 +116,8 @@ def read_sheet(path: Path) -> Sheet:
     rows = _cells(grid)
     iterations = notes.get("iterations", []) if isinstance(notes, dict) else []
     num_history = len(rows[0]) - NUM_COLUMNS  # a gap between them
-    if num_history < 1 or not isinstance(iterations, list) or len(iterations) not in (0, num_history):
+    is_whole = num_history >= 1 and isinstance(iterations, list) and {*map(type, iterations)} <= {int}
+    if not is_whole or len(iterations) not in (0, num_history):
         raise ValueError(f"expected the samples of a run in {path}, got {len(rows[0])} columns")
     return Sheet(iterations, [row[:num_history] for row in rows], [row[num_history + 1 :] for row in rows])
 

@@ -146,10 +146,10 @@ class Record:
     def _take_over(self, found: Mapping[str, Any]) -> None:
         """Raises ValueError for what is no record."""
         identity, sent = found.get("identity"), found.get("sent")
-        is_whole = isinstance(identity, str) and isinstance(sent, dict)
-        if not is_whole or not all(isinstance(iteration, int) for iteration in sent.values()):
+        if not isinstance(identity, str) or not isinstance(sent, dict) or {*map(type, sent.values())} - {int}:
             raise ValueError(f"expected an identity and iterations in {self._folder.path / RECORD}, got other content")
-        self._identity, self._sent = identity, dict(sent)
+        self._identity = identity
+        self._sent = sent
 
 
 def _is_known(value: Any) -> bool:

@@ -134,4 +134,5 @@ def open_sink(name: str, folder: Path, iteration: int, identity: str, config: Ma
     """That of a run which goes on from this iteration."""
     if name == "tensorboard":
         return TensorBoard(folder, iteration)
-    return {"wandb": WeightsAndBiases, "trackio": Trackio}[name](folder, identity, config)
+    service = WeightsAndBiases if name == "wandb" else Trackio
+    return service(folder, identity, config)
