@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastdmd import data
+from fastdmd.bars import bar
 from fastdmd.diffusion import random_generator
 from fastdmd.memory import require_memory
 from fastdmd.networks.user_code import user_code
@@ -202,7 +202,7 @@ class Evaluation:
 
         def batches():
             nonlocal seconds
-            for index, start in enumerate(tqdm(starts, desc=f"sampling {name}", unit="batch", leave=False)):
+            for index, start in enumerate(bar(starts, desc=f"sampling {name}", unit="batch", leave=False)):
                 before_batch()
                 part = slice(start, min(start + BATCH_SIZE, num_images))
                 generator = random_generator(self.seed, index, self.device, stream=SAMPLING_STREAM)

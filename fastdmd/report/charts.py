@@ -12,6 +12,7 @@ Points = Sequence[tuple[float, float | None]]
 
 WIDTH, HEIGHT = 360, 210  # of the drawing, in units; a phone is 375 pixels wide
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24  # margins
+INSET = 6  # of the least and the greatest value
 MOST_POINTS = 240  # of a curve: more are averaged
 NUM_STYLES = 6  # that style.css has, .s0 to .s5
 ITERATION = "iteration"
@@ -54,7 +55,9 @@ def chart(
     across = Axis.linear(0.0 if x_label == ITERATION else min(xs), max(xs), LEFT, WIDTH - RIGHT)
     ys += [0.0] * from_zero
     is_logarithmic = min(ys) > 0 and max(ys) / min(ys) >= LOGARITHMIC_FROM
-    up = (Axis.logarithmic if is_logarithmic else Axis.linear)(min(ys), max(ys), HEIGHT - BOTTOM, TOP)
+    up = (Axis.logarithmic if is_logarithmic else Axis.linear)(
+        min(ys), max(ys), HEIGHT - BOTTOM - INSET * (not from_zero), TOP + INSET
+    )
     parts = [_frame(across, up)]
     for name, level in levels.items():
         parts.append(_level(name, level, up))

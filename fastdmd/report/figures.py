@@ -24,7 +24,15 @@ FIGURES = (  # of a measurement: field, title, factor, format
     ("num_images", "images", 1, ",.0f"),
 )
 SPEED = ("images_per_second", "evaluations")
-HIDDEN = ("report", "record", "verbose", "dry_run")  # of a configuration, as they say nothing of the result
+HIDDEN = (
+    "report",
+    "record",
+    "verbose",
+    "dry_run",
+    "resume",
+    "checkpoint_every",
+    "keep_last",
+)  # of a configuration, as they say nothing of the result
 
 
 @dataclasses.dataclass(frozen=True)

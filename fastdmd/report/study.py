@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from fastdmd.networks.options import TeacherOptions
 from fastdmd.networks.user_code import reason
 from fastdmd.quality import neighbours, sample
 from fastdmd.quality.features import FeatureNetwork, is_script, load_feature_network
+from fastdmd.quality.settings import EvaluationSettings
 from fastdmd.report.reading import Run
 from fastdmd.runs.pictures import NUM_COLUMNS, SampleSheet, Sheet, image_grid
 from fastdmd.sampling import HeunSampler
@@ -25,6 +26,7 @@ from fastdmd.sampling import HeunSampler
 MOST_REAL = 10_000  # images that samples are compared with, drawn at random
 NUM_COMPARED = 5  # columns of teacher and student
 NUM_NEIGHBOURS = 3
+REAL = "real images"
 
 Rows = Sequence[Sequence[Image.Image]]
 
@@ -71,7 +73,7 @@ class Study:
 def study(run: Run, subject: Subject) -> Study:
     """Whatever of it can be had; `missing` says what cannot, a line each."""
     if run.sheet is None:
-        return Study(missing=[*subject.missing, "no comparison with teacher and real images: there are no samples"])
+        return Study(missing=subject.missing)
     missing = [*subject.missing]
     parts: dict[str, Any] = {}
     for name, what, compute in (
@@ -81,29 +83,28 @@ def study(run: Run, subject: Subject) -> Study:
         try:
             parts[name] = compute(run.sheet, subject)
         except Exception as error:  # of networks and data that nobody has to have any more
-            missing.append(f"{what}: {reason(error)}")
+            missing.append(f"{what}: {_why(error)}")
+    if subject.real is None and not any(text.startswith(REAL) for text in missing):
+        missing.append(f"{REAL} near to samples: none were named")
     return Study(**parts, missing=missing)
 
 
 def subject_of(run: Run, device: torch.device, *, runs_code: bool) -> Subject:
     """As the run's configuration names it. Code that it names is run if `runs_code`: the folder may be anybody's."""
     config, missing = run.config, []
-    evaluation = config.get("evaluation", {})
-    found: dict[str, Any] = {"teacher": None, "real": None, "features": None}
 
-    def load(name: str, what: str, loader: Any) -> None:
+    def load(what: str, loader: Callable[[], Any], otherwise: Any = None) -> Any:
         try:
-            found[name] = loader()
+            return loader()
         except Exception as error:  # a configuration of another version, a file that is gone
-            missing.append(f"{what}: {reason(error)}")
+            missing.append(f"{what}: {_why(error)}")
+            return otherwise
 
-    if run.is_distillation and config:
-        load("teacher", "teacher", lambda: _teacher(config, device, runs_code))
-    load("real", "real images", lambda: _real(config))
-    load("features", "feature network", lambda: _features(evaluation, found["real"], device, runs_code))
-    return Subject(
-        **found, seed=config.get("seed", 0), teacher_steps=evaluation.get("teacher_steps", 18), missing=missing
-    )
+    settings = load("settings of measurements", lambda: _settings(config), EvaluationSettings())
+    teacher = load("teacher", lambda: _teacher(config, device, runs_code)) if run.is_distillation else None
+    real = load(REAL, lambda: _real(config))
+    features = load("feature network", lambda: _features(settings.feature_network, real, device, runs_code))
+    return Subject(teacher, real, features, config.get("seed", 0), settings.teacher_steps, missing)
 
 
 def features_for(source: str | None, real: Dataset | None, device: torch.device) -> FeatureNetwork | None:
@@ -113,7 +114,15 @@ def features_for(source: str | None, real: Dataset | None, device: torch.device)
     return load_feature_network(source, device)
 
 
-def _teacher(config: Any, device: torch.device, runs_code: bool) -> DenoisingNetwork:
+def _settings(config: Mapping[str, Any]) -> EvaluationSettings:
+    settings = EvaluationSettings(**config.get("evaluation", {}))
+    settings.check()
+    return settings
+
+
+def _teacher(config: Mapping[str, Any], device: torch.device, runs_code: bool) -> DenoisingNetwork:
+    if "teacher" not in config:
+        raise ValueError("expected a configuration that names one, got none")
     source = config["teacher"]
     if not runs_code and teachers.is_code(source):
         raise ValueError(f"expected --run-code for {source}: code that a folder names runs only where you say so")
@@ -121,15 +130,14 @@ def _teacher(config: Any, device: torch.device, runs_code: bool) -> DenoisingNet
     return network
 
 
-def _real(config: Any) -> Dataset | None:
-    settings = DataSettings(**config["data"])
+def _real(config: Mapping[str, Any]) -> Dataset | None:
+    settings = DataSettings(**config.get("data", {}))
     if settings.path is None and config.get("teacher", "mnist") != "mnist":
         return None
     return settings.load(labels_optional=True)
 
 
-def _features(evaluation: Any, real: Dataset | None, device: torch.device, runs_code: bool) -> FeatureNetwork | None:
-    source = evaluation.get("feature_network")
+def _features(source: str | None, real: Dataset | None, device: torch.device, runs_code: bool) -> FeatureNetwork | None:
     if source is not None and not runs_code:
         kind = "TorchScript" if is_script(source) else "code"
         raise ValueError(f"expected --run-code for {source}: {kind} that a folder names runs only where you say so")
@@ -150,8 +158,7 @@ def _teacher_rows(sheet: Sheet, subject: Subject) -> list[list[Image.Image]] | N
 
 
 def _copies(sheet: Sheet, subject: Subject) -> Copies | None:
-    real = subject.real
-    if real is None:
+    if (real := subject.real) is None:
         return None
     pictures = [picture for row in sheet.varied for picture in row]
     images = torch.stack([_tensor(picture) for picture in pictures])  # [N, C, H, W]
@@ -185,3 +192,8 @@ def _tensor(picture: Image.Image) -> torch.Tensor:
     """[C, H, W] in [-1, 1]."""
     values = torch.from_numpy(np.array(picture)).float() / 127.5 - 1
     return values[None] if values.ndim == 2 else values.permute(2, 0, 1)
+
+
+def _why(error: Exception) -> str:
+    """In a line; what we say ourselves is enough."""
+    return str(error) if type(error) in (ValueError, FileNotFoundError) and "\n" not in str(error) else reason(error)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastdmd import bars
 from fastdmd.networks.user_code import reason
 from fastdmd.quality import Evaluation, Measurement, table
 from fastdmd.quality.watch import Watch
@@ -113,7 +114,7 @@ class Loop:
     def _train(self, progress: Progress, received: Received, is_asked: Callable[[], bool]) -> None:
         settings = self._settings
         self._log.start()
-        with tqdm(total=settings.iterations, initial=progress.iterations, unit="it", dynamic_ncols=True) as bar:
+        with bars.bar(total=settings.iterations, initial=progress.iterations, unit="it") as bar:
             if progress.iterations > 0:
                 self._attend(progress, received, bar)  # to what was due when the checkpoint was written
             while progress.iterations < settings.iterations and progress.goes_on:
