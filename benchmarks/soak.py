@@ -103,7 +103,7 @@ def prepare(folder: Path) -> list[str]:
 
 def start(arguments: list[str], folder: Path, *options: str) -> subprocess.Popen:
     """In a folder of its own, so that all runs have one name."""
-    command = [sys.executable, "-W", "ignore", "-m", "fastdmd.train", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "fastdmd.train", *arguments, "--no-report"]
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
