@@ -147,7 +147,8 @@ class RunFolder:
 
     def _start(self) -> None:
         """A run that has ended goes on, perhaps with other settings."""
-        (self.path / SUMMARY).unlink(missing_ok=True)
+        for name in (SUMMARY, REPORT):
+            (self.path / name).unlink(missing_ok=True)
         self.write_json(CONFIG, self.config)
 
 

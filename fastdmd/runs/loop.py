@@ -33,8 +33,8 @@ class Loop:
     set-up: the first snapshot is in the folder, or what `checkpoints` have of a run that goes on is where it belongs.
     With them, `training` is `Resumable`, too.
 
-    `watch` looks at what the log tells, for alarms. Raises ValueError where the network gives NaN or infinity before it
-    has learned anything, and where no checkpoint is whole.
+    `watch` looks at what the log tells, for alarms; `record` is told what the folder is. Raises ValueError where the
+    network gives NaN or infinity before it has learned anything, and where no checkpoint is whole.
     """
 
     def __init__(

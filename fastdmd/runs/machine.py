@@ -131,7 +131,8 @@ def commit() -> str | None:
     sources = Path(__file__).parents[2]
     if not (sources / ".git").exists():
         return None
-    command = ["git", "-C", str(sources), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    git = ["git", "--no-optional-locks", "-C", str(sources)]
+    command = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
