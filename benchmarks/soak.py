@@ -39,12 +39,13 @@ from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 
 AIMED = 3  # of so many kills one is inside of a checkpoint, where the process comes to that
-LEFT_OUT = {  # times, and the settings that decide when a checkpoint is written
+LEFT_OUT = {  # times, memory, and the settings that decide when a checkpoint is written
     "seconds",
     "train_seconds",
     "evaluation_seconds",
     "first_iteration_seconds",
     "images_per_second",
+    "resident_bytes",
     "checkpoint",
 }
 FLAGS = {
@@ -65,6 +66,7 @@ FLAGS = {
     "guidance-lr": 1e-2,
     "checkpoint-every": 2,
     "device": "cpu",
+    "record": "none",
 }
 
 
@@ -125,7 +127,7 @@ def prepare(folder: Path) -> list[str]:
 
 def start(arguments: list[str], folder: Path, *options: str) -> subprocess.Popen:
     """In a folder of its own, so that all runs have one name."""
-    command = [sys.executable, "-W", "ignore", "-m", "fastdmd.train", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "fastdmd.train", *arguments, "--no-report"]
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""How much memory is left: what the system, the control groups of this process, or a GPU say; and whether it ended."""
+"""How much memory is left or taken: what the system, the control groups of this process, or a GPU say."""
 
 from __future__ import annotations
 
@@ -57,6 +57,18 @@ def half(batch_size: int, accumulation_steps: int | None = None) -> str:
         return smaller
     more = next(n for n in range(2 * steps, batch_size + 1) if batch_size % n == 0)
     return f"{smaller} or --accumulation-steps {more}"
+
+
+def taken_bytes(device: torch.device) -> dict[str, int]:
+    """By this process: `resident_bytes` of the system's memory now, and of a GPU's `gpu_peak_bytes`, the most so far;
+    what is not known is left out."""
+    taken: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        pages = int((ROOT / "proc/self/statm").read_text().split()[1])
+        taken["resident_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        taken["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return taken
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

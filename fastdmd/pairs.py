@@ -10,9 +10,9 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
 from fastdmd import quality, teachers
+from fastdmd.bars import bar
 from fastdmd.data.pairs import RECORD, PairFolder, PairRecord, read_record
 from fastdmd.memory import half
 from fastdmd.networks.identity import identity
@@ -60,7 +60,7 @@ def make(folder: PairFolder, missing: Sequence[int], sampler: HeunSampler, devic
     """Makes the files that are missing. Raises ValueError where the teacher gives NaN or infinity."""
     record = folder.record
     present = record.num_parts - len(missing)
-    for index in tqdm(missing, unit="batch", initial=present, total=record.num_parts, dynamic_ncols=True):
+    for index in bar(missing, unit="batch", initial=present, total=record.num_parts):
         part = record.part(index)
         labels = record.labels(part)
         class_labels = None if labels is None else labels.to(device)

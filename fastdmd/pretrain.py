@@ -17,10 +17,13 @@ from fastdmd.distill.budget import training_bytes
 from fastdmd.distill.optimization import warm_up_notice
 from fastdmd.memory import half, require_memory
 from fastdmd.networks.unet import UNet, UNetConfig
+from fastdmd.report import ending
 from fastdmd.runs import cli, machine, resume, terminal
 from fastdmd.runs.contents import contents
+from fastdmd.runs.folder import REPORT, SAMPLES, SUMMARY
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.pretraining import PretrainConfig, Pretraining
+from fastdmd.runs.record import Record
 
 ADVICE = "a smaller --batch-size or --model-channels needs less"
 
@@ -63,11 +66,15 @@ def main(arguments: list[str] | None = None) -> None:
             training = Pretraining(config, network, dataset, folder)
             made_of = contents(config.evaluation, named, init=network if config.init else None)
             checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of)
-            loop = Loop(training, config, folder, checkpoints=checkpoints)
+            loop = Loop(training, config, folder, checkpoints=checkpoints, record=Record(folder, config.record))
     print(f"training a teacher on {len(dataset)} images of {dataset.name}, in {folder.path}, on {device}")
     with cli.run_errors("fastdmd.pretrain", "training", smaller):
         summary = loop.run(evaluation)
-    print(f"{folder.path}: teacher.safetensors, samples.png, summary.json")
+    if config.record.report:
+        is_complete = summary["outcome"] == "complete"
+        ending.write(folder.path, config, device, teacher=None, real=dataset, is_complete=is_complete)
+    results = (name for name in ("teacher.safetensors", SAMPLES, SUMMARY, REPORT) if (folder.path / name).exists())
+    print(f"{folder.path}: {', '.join(results)}")
     cli.leave("fastdmd.pretrain", summary, config.iterations)
 
 

@@ -20,13 +20,15 @@ from fastdmd.distill.budget import Budget, estimate
 from fastdmd.distill.optimization import averages_notice, warm_up_notice
 from fastdmd.memory import half, require_memory
 from fastdmd.networks.unet import UNet
+from fastdmd.report import ending
 from fastdmd.runs import cli, continuity, distillation, machine, resume, terminal
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.contents import contents
 from fastdmd.runs.course import Course
-from fastdmd.runs.folder import BEST, GENERATOR, PLOT
+from fastdmd.runs.folder import BEST, GENERATOR, PLOT, REPORT, SAMPLES, SUMMARY
 from fastdmd.runs.loop import Loop
 from fastdmd.runs.presets import PRESETS
+from fastdmd.runs.record import Record
 from fastdmd.runs.stages import read_stage
 
 BYTES_PER_DRAW = 4 * 4  # of each value of a batch: noise for the generator, of both turns, and what it makes of it
@@ -99,14 +101,19 @@ def main(arguments: list[str] | None = None) -> None:
             watch = distillation.make_watch(config, training.model, dataset)
             made_of = contents(config.evaluation, dataset, pairs=pairs)
             checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of, teacher)
-            loop = Loop(training, config, folder, course, watch, checkpoints)
+            record = Record(folder, config.record)
+            loop = Loop(training, config, folder, course, watch, checkpoints, record)
     with cli.run_errors("fastdmd.train", "distilling", smaller if budget is None else budget.smaller()):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:
         print(overlap(dataset, "The adversarial term" if config.gan.is_on else "The generator"))
     if summary["teacher"]["recorded"]:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
-    results = (name for name in (GENERATOR, BEST, "samples.png", PLOT, "summary.json") if (folder.path / name).exists())
+    if config.record.report:
+        is_complete = summary["outcome"] == "complete"
+        shown = config.data.load() if dataset is None and config.teacher == "mnist" and is_complete else dataset
+        ending.write(folder.path, config, device, teacher=teacher, real=shown, is_complete=is_complete)
+    results = (name for name in (GENERATOR, BEST, SAMPLES, PLOT, SUMMARY, REPORT) if (folder.path / name).exists())
     print(f"{folder.path}: {', '.join(results)}")
     cli.leave("fastdmd.train", summary, config.iterations)
 

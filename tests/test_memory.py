@@ -85,3 +85,12 @@ def test_this_machine_and_the_budget_agree(monkeypatch):
     assert 2**24 < available_memory_bytes() < 2**50
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: 12345)
     assert memory.available_bytes(torch.device("cpu")) == 12345
+
+
+def test_taken_bytes_grow_with_what_is_taken(monkeypatch, tmp_path):
+    before = memory.taken_bytes(torch.device("cpu"))
+    block = torch.ones(2**25)
+    after = memory.taken_bytes(torch.device("cpu"))
+    assert {*before} == {"resident_bytes"} and after["resident_bytes"] - before["resident_bytes"] > block.nbytes / 2
+    monkeypatch.setattr(memory, "ROOT", tmp_path)  # a system that does not tell
+    assert memory.taken_bytes(torch.device("cpu")) == {}

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastdmd import data
+from fastdmd.bars import bar
 from fastdmd.memory import require_memory
 from fastdmd.networks.user_code import user_code
 from fastdmd.quality import features, metrics
@@ -201,7 +201,7 @@ class Evaluation:
 
         def batches():
             nonlocal seconds
-            for start in tqdm(starts, desc=f"sampling {name}", unit="batch", leave=False):
+            for start in bar(starts, desc=f"sampling {name}", unit="batch", leave=False):
                 before_batch()
                 part = slice(start, min(start + BATCH_SIZE, num_images))
                 noise, step_noise = start_noise(part, self.image_shape, sampler.num_step_noises, self.seed, self.device)

@@ -20,6 +20,7 @@ from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.quality.settings import EvaluationSettings, HeunSteps, Monitor, MonitorSettings
 from fastdmd.runs.checkpoints import CheckpointSettings
 from fastdmd.runs.precision import Compute, ComputeSettings
+from fastdmd.runs.record import RecordSettings
 from fastdmd.settings import Input, OmitArgPrefixes, Positional, Settings, Switch, above, at_least, fail, within
 from fastdmd.teachers import NO_OPTIONS, TeacherOptions
 
@@ -105,6 +106,7 @@ class TrainConfig(CommandConfig):
     compute: Annotated[ComputeSettings, OmitArgPrefixes] = ComputeSettings()
     monitor: Annotated[MonitorSettings, OmitArgPrefixes] = MonitorSettings()
     checkpoint: Annotated[CheckpointSettings, OmitArgPrefixes] = CheckpointSettings()
+    record: Annotated[RecordSettings, OmitArgPrefixes] = RecordSettings()
     log_every: Iterations = 50
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10

@@ -32,6 +32,8 @@ MAY_CHANGE = ROUNDING | {
     "--measure-teacher",
     "--eval-every",
     "--stop-after",
+    "--record",
+    "--report",
     "--verbose",
     "--dry-run",
     "--nan-policy",  # of numbers that are not there

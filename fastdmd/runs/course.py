@@ -12,7 +12,8 @@ from fastdmd.quality import Evaluation, Measurement
 from fastdmd.quality.settings import Monitor
 from fastdmd.runs import quality_plot
 from fastdmd.runs.candidates import Candidates
-from fastdmd.runs.folder import EVALUATIONS, PLOT, RunFolder
+from fastdmd.runs.folder import PLOT, RunFolder
+from fastdmd.runs.record import Record
 from fastdmd.sampling import Sampler
 from fastdmd.saved import COUNT, MAPPING, NUMBER, Rule, list_of, one_of, require
 
@@ -72,7 +73,13 @@ class Course:
         return every > 0 and (is_last or iteration % every == 0)
 
     def evaluate(
-        self, iteration: int, *, before_batch: Callable[[], None], keep: Keep, say: Callable[[str], None]
+        self,
+        iteration: int,
+        *,
+        before_batch: Callable[[], None],
+        keep: Keep,
+        say: Callable[[str], None],
+        record: Record,
     ) -> None:
         """Measures every average, keeps the best, and writes; whatever `before_batch` raises ends it before that.
 
@@ -92,7 +99,7 @@ class Course:
                 say(f"iteration {iteration}: {name} not measured: {error}")
             lines.append(line)
         row = self._training.candidates.choose(measured)
-        keep(lambda: self._folder.append(EVALUATIONS, lines))
+        keep(lambda: record.measurements(lines))
         for name, found in measured.items():
             if found.frechet_distance is not None:
                 self._curves[name].append((images, found.frechet_distance))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +25,20 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"  # which is locked, too, as long as somebody writes here
 EVALUATIONS = "evaluation.jsonl"
 PLOT = "quality.png"
+RECORD = "record.json"  # what is kept of it elsewhere, see `record`
+REPORT = "report.html"
+EVENTS = "tensorboard"  # a folder of event files
+SAMPLES = "samples.png"
 SUMMARY = "summary.json"  # of a run that has ended
 CHECKPOINTS = "checkpoints"  # a folder
 NAMES = (
     CONFIG,
     METRICS,
     EVALUATIONS,
-    "samples.png",
+    SAMPLES,
     PLOT,
+    RECORD,
+    REPORT,
     SUMMARY,
     GENERATOR,
     BEST,
@@ -49,7 +56,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict[str, Any]):
         require_new(path)
-        self.path, self._config = path, config
+        self.path, self.config = path, config
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]  # deepest first
         with files.undone_on_failure(self._remove_made):
             path.mkdir(parents=True, exist_ok=True)
@@ -62,6 +69,7 @@ class RunFolder:
         """Leaves the place as it was before."""
         for name in NAMES:
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / EVENTS, ignore_errors=True)
         self.close()
         self._remove_made()
 
@@ -139,8 +147,9 @@ class RunFolder:
 
     def _start(self) -> None:
         """A run that has ended goes on, perhaps with other settings."""
-        (self.path / SUMMARY).unlink(missing_ok=True)
-        self.write_json(CONFIG, self._config)
+        for name in (SUMMARY, REPORT):
+            (self.path / name).unlink(missing_ok=True)
+        self.write_json(CONFIG, self.config)
 
 
 class ReopenedFolder(RunFolder):
@@ -151,13 +160,14 @@ class ReopenedFolder(RunFolder):
 
     def __init__(self, path: Path, config: dict[str, Any]):
         outputs.require_folder(path)
-        self.path, self._config = path, config
+        self.path, self.config = path, config
         self._lock = locked(path / METRICS)
 
     def begin(self) -> None:
         files.remove_partial(self.path)
         for name in {*NAMES} - {CONFIG, METRICS}:
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / EVENTS, ignore_errors=True)
         os.truncate(self.path / METRICS, 0)
         self._start()
 
@@ -184,4 +194,4 @@ def require_new(path: Path) -> None:
 
 def names_in(path: Path) -> list[str]:
     """What a folder holds of a run, or may hold of one."""
-    return [name for name in (*NAMES, CHECKPOINTS) if (path / name).exists()]
+    return [name for name in (*NAMES, CHECKPOINTS, EVENTS) if (path / name).exists()]

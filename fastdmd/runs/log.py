@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from fastdmd.distill.guard import Fault
 from fastdmd.distill.tally import Reading
+from fastdmd.memory import taken_bytes
 from fastdmd.quality.alarms import Alarm
 from fastdmd.quality.watch import Watch
-from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.progress import Progress, show
+from fastdmd.runs.record import Record
 from fastdmd.runs.training import LoopSettings, Training
 from fastdmd.saved import AMOUNT, COUNT, MAPPING, one_of, require
 
@@ -27,8 +28,9 @@ Keep = Callable[[Callable[[], None]], None]  # writes now; where the disk does n
 class Log:
     """Reads the tallies of a training; `watch` looks at what they tell, for alarms."""
 
-    def __init__(self, training: Training, settings: LoopSettings, folder: RunFolder, watch: Watch | None):
-        self._training, self._settings, self._folder, self._watch = training, settings, folder, watch
+    def __init__(self, training: Training, settings: LoopSettings, record: Record, watch: Watch | None):
+        self._training, self._settings, self._record, self._watch = training, settings, record, watch
+        self._device = next(training.network.parameters()).device
         self._iteration = 0  # of the last line
         self._seconds = self._since = 0.0  # of training, in all and since the last line, when the clocks start
         self._started = self._written = time.perf_counter()
@@ -52,8 +54,8 @@ class Log:
         if (fault := first_fault(reading.fault for reading in readings)) is not None:
             line |= {"not_finite": fault.name, "not_finite_at": fault.iteration}
         images_per_second = num_iterations * self._settings.batch_size / (now - self._written)
-        line |= {"seconds": now - self._started, "images_per_second": images_per_second}
-        keep(functools.partial(self._folder.log, **line))
+        line |= {"seconds": now - self._started, "images_per_second": images_per_second, **taken_bytes(self._device)}
+        keep(functools.partial(self._record.line, line))
         show(bar, line, alarms)
         self._judge(readings, progress, num_iterations)
         self._iteration, self._written = progress.iterations, now

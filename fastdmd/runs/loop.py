@@ -11,17 +11,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastdmd import bars
 from fastdmd.networks.user_code import reason
 from fastdmd.quality import Evaluation, Measurement, table
 from fastdmd.quality.watch import Watch
 from fastdmd.runs import interrupts, randomness
 from fastdmd.runs.checkpoints import Checkpoints
 from fastdmd.runs.course import Course
-from fastdmd.runs.folder import RunFolder
+from fastdmd.runs.folder import SAMPLES, SUMMARY, RunFolder
 from fastdmd.runs.log import Log, first_fault
 from fastdmd.runs.machine import versions
-from fastdmd.runs.pictures import SampleHistory
+from fastdmd.runs.pictures import SampleHistory, image_grid
 from fastdmd.runs.progress import ENDED_EARLY, Interrupted, Progress, Received, stop_if_interrupted
+from fastdmd.runs.record import Record
 from fastdmd.runs.training import LoopSettings, Resumable, Training
 from fastdmd.sampling import Sampler
 from fastdmd.saved import AMOUNT, MAPPING, require
@@ -32,8 +34,8 @@ class Loop:
     set-up: the first snapshot is in the folder, or what `checkpoints` have of a run that goes on is where it belongs.
     With them, `training` is `Resumable`, too.
 
-    `watch` looks at what the log tells, for alarms. Raises ValueError where the network gives NaN or infinity before it
-    has learned anything, and where no checkpoint is whole.
+    `watch` looks at what the log tells, for alarms; `record` is told what the folder is. Raises ValueError where the
+    network gives NaN or infinity before it has learned anything, and where no checkpoint is whole.
     """
 
     def __init__(
@@ -44,16 +46,20 @@ class Loop:
         course: Course | None = None,
         watch: Watch | None = None,
         checkpoints: Checkpoints | None = None,
+        record: Record | None = None,
     ):
         self._training, self._settings, self._folder = training, settings, folder
         self._course, self._checkpoints = course, checkpoints
-        self._log = Log(training, settings, folder, watch)
-        self._history = SampleHistory(folder.path / "samples.png")
+        self._record = Record(folder) if record is None else record
+        self._log = Log(training, settings, self._record, watch)
+        self._history = SampleHistory(folder.path / SAMPLES)
         self._progress = Progress()
         self._started = time.perf_counter()
         self._unwritten: str | None = None  # what the disk said last
         self._is_on_cpu = next(training.network.parameters()).device.type == "cpu"
-        if checkpoints is not None and checkpoints.restore(self.load_state_dict):
+        goes_on = checkpoints is not None and checkpoints.restore(self.load_state_dict)
+        self._record.start(self._progress.iterations)
+        if goes_on:
             return
         if (fault := self._snapshot(0)) is not None:
             raise ValueError(f"fastdmd: expected a network to start from, got {fault}")
@@ -69,7 +75,12 @@ class Loop:
         progress = self._progress
         rows: dict[str, Measurement] = {}
         floor = evaluation.floor if evaluation else Measurement(None, None)
-        with self._folder, interrupts.deferred() as received, interrupts.asked() as is_asked:
+        with (
+            self._folder,
+            contextlib.closing(self._record),
+            interrupts.deferred() as received,
+            interrupts.asked() as is_asked,
+        ):
             try:
                 self._train(progress, received, is_asked)
                 self._measure(evaluation, progress, rows, received)
@@ -82,6 +93,7 @@ class Loop:
                     self._summarise(progress, rows, floor)
                 raise
             summary = self._summarise(progress, rows, floor)
+            self._record.result(progress.iterations, rows)
         if evaluation is not None and progress.outcome == "complete":
             titles = {} if self._course is None else self._course.titles(rows)
             shown = {titles.get(name, name): row for name, row in reversed(rows.items())}
@@ -98,13 +110,13 @@ class Loop:
             "seconds": time.perf_counter() - self._started,
             "versions": versions(next(self._training.network.parameters()).device),
         }
-        self._folder.write_json("summary.json", summary)
+        self._folder.write_json(SUMMARY, summary)
         return summary
 
     def _train(self, progress: Progress, received: Received, is_asked: Callable[[], bool]) -> None:
         settings = self._settings
         self._log.start()
-        with tqdm(total=settings.iterations, initial=progress.iterations, unit="it", dynamic_ncols=True) as bar:
+        with bars.bar(total=settings.iterations, initial=progress.iterations, unit="it") as bar:
             if progress.iterations > 0:
                 self._attend(progress, received, bar)  # to what was due when the checkpoint was written
             while progress.iterations < settings.iterations and progress.goes_on:
@@ -205,6 +217,7 @@ class Loop:
                 before_batch=functools.partial(stop_if_interrupted, received),
                 keep=lambda write: self._keep(write, bar),
                 say=bar.write,
+                record=self._record,
             )
         except Interrupted:
             progress.outcome, progress.signal = "interrupted", received()
@@ -269,7 +282,8 @@ class Loop:
             self._training.save(iteration)
         except ValueError as error:  # weights beyond what the file's precision holds
             return str(error)
-        self._history.add(samples)
+        self._history.add(samples, iteration)
+        self._record.samples(iteration, lambda: image_grid(samples.flatten(0, 1), samples.shape[1]))
         self._log.see_average(samples)
         return None
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -143,11 +145,27 @@ def set_float32_units(precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
+@functools.cache
+def commit() -> str | None:
+    """Of fastdmd's own sources, `-dirty` at its end if they were changed; None where they are no checkout of git."""
+    sources = Path(__file__).parents[2]
+    if not (sources / ".git").exists():
+        return None
+    git = ["git", "--no-optional-locks", "-C", str(sources)]
+    command = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
 def versions(device: torch.device) -> dict[str, str | int | None]:
     """What a result depends on: package versions and the device's name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "fastdmd": __version__,
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cuda": torch.version.cuda,

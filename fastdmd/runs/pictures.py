@@ -1,14 +1,16 @@
-"""Samples as pictures: a grid of images, and `samples.png`, their history through a run."""
+"""Samples as pictures: a grid of images, and `samples.png`, their history through a run, to be written and read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from fastdmd import ops
@@ -22,6 +24,9 @@ from fastdmd.saved import Rule, require
 
 NUM_ROWS = 10  # of samples.png, at most: one row per class
 NUM_COLUMNS = 11  # the first repeats its noise through the run
+LINE = 96  # level of the lines between images
+SCALE = 2  # pixels of samples.png a side for each of an image
+NOTES = "fastdmd"  # the name of a text in samples.png
 
 
 def image_grid(images: Tensor, num_columns: int) -> Image.Image:
@@ -35,7 +40,7 @@ def image_grid(images: Tensor, num_columns: int) -> Image.Image:
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
     num_images, height, width, channels = pixels.shape
     num_rows = -(-num_images // num_columns)
-    grid = np.full((num_rows * (height + 1) - 1, num_columns * (width + 1) - 1, channels), 96, np.uint8)
+    grid = np.full((num_rows * (height + 1) - 1, num_columns * (width + 1) - 1, channels), LINE, np.uint8)
     for index, image in enumerate(pixels):
         top, left = index // num_columns * (height + 1), index % num_columns * (width + 1)
         grid[top : top + height, left : left + width] = image
@@ -67,20 +72,26 @@ class SampleHistory:
     def __init__(self, path: Path, num_history: int = 8):
         self.path, self.num_history = path, num_history
         self.columns: list[Tensor] = []
+        self.iterations: list[int] = []  # of the columns
 
-    def add(self, samples: Tensor) -> None:  # [rows, columns, C, H, W]; column 0 keeps its noise from call to call
+    def add(self, samples: Tensor, iteration: int) -> None:
+        """Samples `[rows, columns, C, H, W]`, of which column 0 keeps its noise from call to call."""
         samples = samples.cpu()
         self.columns.append(samples[:, 0])
+        self.iterations.append(iteration)
         if len(self.columns) > 2 * self.num_history:  # thin out evenly, keep the first
             self.columns = self.columns[::2]
+            self.iterations = self.iterations[::2]
         gap = torch.full_like(samples[:, :1], -0.25)
         picture = torch.cat([torch.stack(self.columns, 1), gap, samples[:, 1:]], dim=1)
         grid = image_grid(picture.flatten(0, 1), picture.shape[1])
-        grid = grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST)
-        write_atomically(self.path, lambda file: grid.save(file, format="PNG"))
+        grid = grid.resize((grid.width * SCALE, grid.height * SCALE), Image.Resampling.NEAREST)
+        notes = PngImagePlugin.PngInfo()
+        notes.add_text(NOTES, json.dumps({"iterations": self.iterations}))
+        write_atomically(self.path, lambda file: grid.save(file, format="PNG", pnginfo=notes))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"columns": self.columns}
+        return {"columns": self.columns, "iterations": self.iterations}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError for what are no columns."""
@@ -94,3 +105,45 @@ class SampleHistory:
         )
         require("samples", state, {"columns": columns})
         self.columns = list(state["columns"])
+        self.iterations = list(state["iterations"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """What `samples.png` shows, image by image."""
+
+    iterations: Sequence[int]  # of the history, in order; empty where the file does not say, as older ones do not
+    history: Sequence[Sequence[Image.Image]]  # [rows][iterations], the same noise
+    varied: Sequence[Sequence[Image.Image]]  # [rows][NUM_COLUMNS - 1], of the last of these iterations
+
+
+def read_sheet(path: Path) -> Sheet:
+    """Raises OSError or ValueError where the file is no such picture."""
+    try:
+        with Image.open(path) as picture:
+            notes = json.loads(getattr(picture, "text", {}).get(NOTES, "{}"))
+            grid = picture.reduce(SCALE)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"expected the samples of a run in {path}, got too large a picture") from error
+    rows = _cells(grid)
+    iterations = notes.get("iterations", []) if isinstance(notes, dict) else []
+    num_history = len(rows[0]) - NUM_COLUMNS  # a gap between them
+    is_whole = num_history >= 1 and isinstance(iterations, list) and {*map(type, iterations)} <= {int}
+    if not is_whole or len(iterations) not in (0, num_history):
+        raise ValueError(f"expected the samples of a run in {path}, got {len(rows[0])} columns")
+    return Sheet(iterations, [row[:num_history] for row in rows], [row[num_history + 1 :] for row in rows])
+
+
+def _cells(grid: Image.Image) -> list[list[Image.Image]]:
+    """The images of an `image_grid`, row by row, told apart by the lines between them."""
+    pixels = np.asarray(grid.convert("RGB"))
+    height, width = (_first(np.all(pixels == LINE, axis=(axis, 2))) for axis in (1, 0))
+    return [
+        [grid.crop((left, top, left + width, top + height)) for left in range(0, grid.width, width + 1)]
+        for top in range(0, grid.height, height + 1)
+    ]
+
+
+def _first(lines: np.ndarray) -> int:
+    """Where the first line is; of none, where all ends."""
+    return int(lines.argmax()) if lines.any() else len(lines)

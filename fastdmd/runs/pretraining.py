@@ -35,6 +35,7 @@ from fastdmd.runs.config import BatchSize, CommandConfig, Iterations, Snapshots
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.machine import versions
 from fastdmd.runs.pictures import SampleSheet
+from fastdmd.runs.record import RecordSettings
 from fastdmd.sampling import HeunSampler, Sampler
 from fastdmd.settings import Input, OmitArgPrefixes, Settings, Switch, above, at_least, fail, within
 
@@ -122,6 +123,7 @@ class PretrainConfig(CommandConfig):
     objective: Annotated[ObjectiveSettings, OmitArgPrefixes] = ObjectiveSettings()
     architecture: Annotated[ArchitectureSettings, OmitArgPrefixes] = ArchitectureSettings()
     checkpoint: Annotated[CheckpointSettings, OmitArgPrefixes] = CheckpointSettings()
+    record: Annotated[RecordSettings, OmitArgPrefixes] = RecordSettings()
     log_every: Iterations = 100
     """Iterations between lines of metrics.jsonl."""
     snapshots: Snapshots = 10

@@ -65,7 +65,7 @@ def show(bar: tqdm, line: dict[str, Any], alarms: Sequence[Alarm] = ()) -> None:
     """Losses and speed beside the bar; what should not happen, on a line of its own."""
     shown = {name: value for name, value in line.items() if "loss" in name and value is not None}
     shown["images/s"] = line["images_per_second"]
-    bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+    bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
     if "skipped_updates" in line:
         first = f" in {line['not_finite']}, iteration {line['not_finite_at']}" if "not_finite" in line else ""
         bar.write(f"iteration {line['iteration']}: NaN or infinity{first}; updates skipped: {line['skipped_updates']}")

@@ -55,6 +55,11 @@ def load_generator(path: str | Path, *, device: str | torch.device = "cpu", netw
     return generator_of(found, metadata)
 
 
+def is_code(source: str) -> bool:
+    """Whether it names some to be imported. Raises ValueError for what is no teacher's name."""
+    return _kind(source) == "code"
+
+
 def sampler_of(network: Denoiser, metadata: Mapping[str, Any], num_steps: int) -> Sampler:
     """What `read` gave, as what makes images: a generator, or Heun's method of so many steps for a teacher."""
     if metadata["kind"] == "generator":

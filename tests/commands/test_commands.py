@@ -14,7 +14,7 @@ from fastdmd import evaluate, ops, pretrain, sample, train
 from fastdmd.networks.weights import load_network, save_network
 from fastdmd.randomness import Stream, normals
 from tests.helpers.networks import make_network
-from tests.helpers.tiny_runs import run_train
+from tests.helpers.tiny_runs import QUIET, run_train
 
 
 def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(teacher_file, tmp_path, capsys):
@@ -131,6 +131,7 @@ def test_pretrain_learns_and_train_takes_its_teacher(tmp_path):
     out = tmp_path / "teacher"
     pretrain.main(
         [
+            *QUIET,
             "--out",
             str(out),
             "--iterations",

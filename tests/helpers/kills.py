@@ -11,6 +11,7 @@ import torch
 
 from fastdmd import train
 from fastdmd.runs import distillation, pretraining
+from tests.helpers.tiny_runs import QUIET
 
 TOUCHES = {"open", "os.rename", "os.remove", "os.truncate", "os.link", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 FAILED = 99
@@ -72,7 +73,7 @@ def _forked(folder, arguments, kill_at, sends, command):
     os.chdir(folder)
     with open("stderr", "w") as sys.stderr, open(os.devnull, "w") as sys.stdout, counted_touches(kill_at):
         try:
-            command.main([*arguments, "--out", "run"])
+            command.main([*arguments, *QUIET, "--out", "run"])
             return 0
         except SystemExit as exit_:
             return exit_.code if isinstance(exit_.code, int) else 1

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastdmd import train
 
+QUIET = ["--record", "none", "--no-report"]  # nothing beside what a run is about
 QUICK = [
     "--iterations",
     "4",
@@ -28,6 +29,7 @@ QUICK = [
     "2",
     "--device",
     "cpu",
+    *QUIET,
 ]
 
 

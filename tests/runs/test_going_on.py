@@ -82,7 +82,9 @@ def run(path, *, stop_after=0, every="1000", events=None):
     for file in (*path.glob("*.jsonl"), path / "summary.json", path / "weights.json", *path.glob("best.json")):
         lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
         read = map(json.loads, lines)
-        left[file.name] = [{key: value for key, value in line.items() if "second" not in key} for line in read]
+        left[file.name] = [
+            {key: value for key, value in line.items() if "second" not in key and "bytes" not in key} for line in read
+        ]
     return left | {"samples": (path / "samples.png").read_bytes()}
 
 

@@ -159,3 +159,20 @@ def test_a_user_who_is_a_number_alone():
     folders = result.stdout.splitlines()
     assert len(folders) == 4 and all(folder.endswith("/fastdmd-12345/inductor") for folder in folders)
     assert not any(folder.startswith("/root") for folder in folders)
+
+
+def test_the_commit_is_that_of_the_sources(monkeypatch, tmp_path):
+    def commit_of(folder):
+        monkeypatch.setattr(machine, "__file__", str(folder / "fastdmd" / "runs" / "machine.py"))
+        machine.commit.cache_clear()
+        return machine.commit()
+
+    assert commit_of(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"], ["tag", "v1"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert commit_of(tmp_path) == head[:12]
+    monkeypatch.setenv("PATH", "")
+    assert commit_of(tmp_path) is None
+    machine.commit.cache_clear()

@@ -20,7 +20,7 @@ def test_pictures_of_any_number_of_channels(tmp_path):
     latent = torch.stack([torch.full((4, 4), value) for value in (-1.0, 0.0, 1.0, 2.0)])[None]
     assert np.asarray(pictures.image_grid(latent, 1))[0, ::4].tolist() == [0, 128, 255, 255]
     history = pictures.SampleHistory(tmp_path / "samples.png")
-    history.add(torch.zeros(2, 3, 5, 4, 4))
+    history.add(torch.zeros(2, 3, 5, 4, 4), 0)
     assert Image.open(tmp_path / "samples.png").mode == "L"
 
 

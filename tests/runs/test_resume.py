@@ -17,9 +17,9 @@ from fastdmd.networks.weights import save_network
 from fastdmd.runs.lock import locked
 from tests.helpers.kills import counted_touches, no_budget, training
 from tests.helpers.networks import make_network
-from tests.helpers.tiny_runs import refuses
+from tests.helpers.tiny_runs import QUIET, refuses
 
-SHORT = ["--iterations", "13", "--snapshots", "4", "--eval-every", "7"]
+SHORT = ["--iterations", "13", "--snapshots", "4", "--eval-every", "7", *QUIET]
 AUTO = ["--resume", "auto"]
 
 

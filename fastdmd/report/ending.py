@@ -1,0 +1,38 @@
+"""The report of a run that has just ended, by the process that trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastdmd.data import Dataset
+from fastdmd.diffusion import DenoisingNetwork
+from fastdmd.networks.user_code import reason
+from fastdmd.report import page
+from fastdmd.report.reading import read_run
+from fastdmd.report.study import Study, Subject, features_for, study
+from fastdmd.runs import terminal
+from fastdmd.runs.config import CommandConfig
+from fastdmd.runs.folder import REPORT
+
+
+def write(
+    folder: Path,
+    config: CommandConfig,
+    device: torch.device,
+    *,
+    teacher: DenoisingNetwork | None,
+    real: Dataset | None,
+    is_complete: bool,
+) -> None:
+    """`report.html`; of a run that was ended without what takes time to compute. What fails is said, and ends nothing:
+    the run has all of its results."""
+    try:
+        run, found = read_run(folder), Study()
+        if is_complete:
+            features = features_for(config.evaluation.feature_network, real, device)
+            found = study(run, Subject(teacher, real, features, config.seed, config.evaluation.teacher_steps))
+        page.write(folder / REPORT, [run], found)
+    except Exception as error:
+        terminal.say(f"no {REPORT}: {reason(error)}")

@@ -1,0 +1,193 @@
+"""Runs that are unfinished, broken or anybody's: what is there is shown, what is missing named, nothing is executed."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdmd import data
+from fastdmd.report import __main__ as command
+from fastdmd.report import ending, page
+from fastdmd.report.reading import read_run
+from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.pictures import SampleHistory
+from tests.helpers.pages import Page
+from tests.helpers.tiny_runs import refuses
+
+CPU = torch.device("cpu")
+LINE = {"iteration": 50, "loss_dm": 0.5, "loss_fake": 0.25, "images_per_second": 10.0, "alarms": ["collapse"]}
+
+
+def report(run, *options):
+    command.main([str(run), "--device", "cpu", *options])
+    return Page((run / "report.html").read_text())
+
+
+def missing(found):
+    texts = found.texts("h2")
+    return found.texts("li") if "What is missing" in texts else []
+
+
+@pytest.fixture
+def run(tmp_path):
+    """That of a process which was killed: no summary, no samples."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"teacher": "mnist", "iterations": 100, "data": {"path": None}}))
+    (path / "metrics.jsonl").write_text(json.dumps(LINE) + "\n" + json.dumps({**LINE, "iteration": 60}) + "\n")
+    return path
+
+
+def test_a_run_that_goes_on(run):
+    found = report(run)
+    assert (
+        found.texts("p", class_="big") == ["–", "–"] and found.texts("p", class_="beside")[-1] == "60 of 100 iterations"
+    )
+    assert found.texts("p", class_="big words ill") == ["▲ unfinished"]
+    assert any("collapse at iteration 50" in text for text in found.texts("li"))
+    told = missing(found)
+    assert "summary.json: there is none yet" in told and "samples.png: there is none" in told
+    (label,) = (e["aria-label"] for e in found.all("svg", role="img") if e["aria-label"].startswith("Losses"))
+    assert "loss dm from 0.5 at iteration 50 to 0.5 at 60" in label
+
+
+def test_the_last_measurement_stands_in_for_the_end(run):
+    measured = [
+        {"iteration": step, "average": "a", "frechet_distance": value} for step, value in ((10, 3.0), (20, 2.5))
+    ]
+    fault = {"iteration": 30, "average": "a", "fault": "NaN"}
+    (run / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*measured, fault)))
+    assert report(run).texts("p", class_="beside")[0] == "not measured at the end; 2.500 at iteration 20"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.json", b"{", "config.json: "),
+        ("config.json", b"[]", "config.json: "),
+        ("config.json", b'{"data": 3, "evaluation": [], "iterations": "x"}', "real images: "),
+        ("summary.json", b"\xff\xfe", "summary.json: "),
+        ("summary.json", b'{"generator": 3, "floor": [], "alarms": {}, "versions": 1, "iterations": NaN}', None),
+        ("summary.json", b'{"generator": {"frechet_distance": "x", "evaluations": []}, "alarms": [1, {}]}', None),
+        ("metrics.jsonl", b"", "metrics.jsonl has no lines yet"),
+        ("metrics.jsonl", b'{"iteration": 5, "loss": 1}\n{"iteration": 6, "lo', "1 of 2 lines of metrics.jsonl, which"),
+        (
+            "metrics.jsonl",
+            b'3\n[]\n{"loss": 1}\n{"iteration": -1}\n{"iteration": "a"}\n',
+            "5 of 5 lines of metrics.jsonl",
+        ),
+        ("metrics.jsonl", b'{"iteration": 5, "loss": NaN, "spread": 1e999, "alarms": 7, "contrast": "x"}\n', None),
+        ("metrics.jsonl", b'{"iteration": 5, "loss": ' + b"9" * 400 + b"}\n", None),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", "1 of 1 lines of metrics.jsonl"),
+        ("evaluation.jsonl", b'{"iteration": 5, "average": null, "frechet_distance": "x"}\n', None),
+        ("samples.png", b"no picture", "samples.png: "),
+    ],
+)
+def test_what_is_broken_is_named(run, name, content, told):
+    (run / name).write_bytes(content)
+    found = report(run)
+    assert told is None or any(text.startswith(told) for text in missing(found)), missing(found)
+    assert found.texts("h1") == ["run"]
+
+
+def test_a_picture_that_is_none_of_a_run(run):
+    for size in ((1, 1), (40, 40), (2000, 3)):
+        Image.new("RGB", size).save(run / "samples.png")
+        assert any(text.startswith("samples.png: expected the samples of a run") for text in missing(report(run)))
+
+
+def test_names_and_texts_are_not_markup(run, tmp_path):
+    evil = "<img src=x onerror=alert(1)>\"'&"
+    summary = {"outcome": evil, "reason": evil, "iterations": 5, "versions": {evil: evil}}
+    summary |= {"alarms": [{"kind": evil, "iteration": evil, "seen": evil, "advice": evil}]}
+    summary |= {evil: {"frechet_distance": 1.0, "evaluations": 3}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "metrics.jsonl").write_text(json.dumps({"iteration": 5, f"loss{evil}": 1.0, f"loss_{evil}": 2.0}) + "\n")
+    (run / "config.json").write_text(json.dumps({evil: evil, "teacher": evil}))
+    renamed = tmp_path / "<b>run&"
+    run.rename(renamed)
+    found = report(renamed)
+    assert found.texts("h1") == ["<b>run&"] and not found.all("img") and not found.all("b")
+    assert any(evil in text for text in found.texts("li")) and evil in found.texts("dd")
+
+
+def test_no_code_that_a_folder_names_is_run(run, tmp_path, monkeypatch):
+    """But where the user says so."""
+    (tmp_path / "theirs.py").write_text("raise SystemExit('executed')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = {"teacher": "theirs:build", "data": {"path": None}, "evaluation": {"feature_network": "theirs:features"}}
+    (run / "config.json").write_text(json.dumps(config))
+    told = missing(report(run))
+    assert any(
+        "expected --run-code for theirs:build: code that a folder names runs only where" in text for text in told
+    )
+    assert any("expected --run-code for theirs:features" in text for text in told) and "theirs" not in sys.modules
+    config["evaluation"]["feature_network"] = "theirs.pt"
+    (run / "config.json").write_text(json.dumps(config))
+    told = missing(report(run))
+    assert any("expected --run-code for theirs.pt: TorchScript that a folder names" in text for text in told)
+    told = missing(report(run, "--run-code"))
+    assert any("teacher: " in text and "SystemExit: executed" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "expected the folder of a run, got nowhere, which is none"),
+        (["empty"], "expected the folder of a run, got empty without config.json, metrics.jsonl or summary.json"),
+        (["file"], "expected the folder of a run, got file, which is none"),
+        (["run", "empty"], "expected the folder of a run, got empty without"),
+        (["run", "--out", "empty"], "expected --out to be a file, got the folder empty"),
+        (["run", "--out", "nowhere/page.html"], "expected --out in an existing folder"),
+        (["run", "--device", "teapot"], "expected --device"),
+        ([], "runs"),
+    ],
+)
+def test_what_is_no_run_is_refused(run, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    if arguments:
+        refuses(command, arguments, message, capsys)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            command.main([])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not [*tmp_path.rglob("*.html")]
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), RuntimeError("a fault")])
+def test_a_report_that_fails_ends_no_run(run, monkeypatch, capsys, fault):
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(page, "write_atomically", fail)
+    ending.write(run, TrainConfig(), CPU, teacher=None, real=None, is_complete=True)
+    assert capsys.readouterr().err.startswith(f"no report.html: {type(fault).__name__}: {fault}")
+    assert not (run / "report.html").exists()
+
+
+def test_a_run_that_was_ended_has_a_report_at_once(run, monkeypatch):
+    """Without anything that takes time."""
+    monkeypatch.setattr(ending, "study", None)
+    (run / "summary.json").write_text(json.dumps({"outcome": "interrupted", "iterations": 60}))
+    ending.write(run, TrainConfig(), CPU, teacher=None, real=None, is_complete=False)
+    found = Page((run / "report.html").read_text())
+    assert found.texts("p", class_="big words ill") == ["▲ interrupted"]
+
+
+def test_copies_are_told(run):
+    """Samples that are real images, and noise, where a run has its own."""
+    config = {"teacher": "mnist", "data": {"path": None}, "evaluation": {"teacher_steps": 1}}
+    (run / "config.json").write_text(json.dumps(config))
+    copied, _ = data.load().batch(torch.arange(3, 113))
+    ratios = []
+    for images in (copied, torch.rand(copied.shape, generator=torch.Generator().manual_seed(0))):
+        SampleHistory(run / "samples.png").add(images.unflatten(0, (10, 11)), 4)
+        (told,) = (text for text in report(run).texts("strong") if text.endswith(" times"))
+        ratios.append(float(told.removesuffix(" times")))
+    assert ratios[0] == 0 and ratios[1] > 2
+    assert list(read_run(run).sheet.iterations) == [4]
