@@ -1,0 +1,157 @@
+"""What our ops do in one pass, found in the graph of a forward, and put into it."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fastdmd.networks.accelerate import attention, layers
+from fastdmd.networks.accelerate.graphs import ADD, MUL, erase, has_two, is_call, module_of, only_user
+from fastdmd.networks.accelerate.tracing import is_listened_to
+
+SILU, SIGMOID = (F.silu,), (torch.sigmoid, torch.special.expit)
+IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator)}
+ROUNDING = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)  # what autocast runs in less precision, whatever comes in
+
+
+def fuse(graph: fx.Graph, root: nn.Module) -> tuple[Counter[str], dict[str, type[nn.Module]]]:
+    """Puts our operations into a graph of `root`, in place, where they compute the same.
+
+    Returns how many of what there are now, and the children, by their names, whose class and lack of hooks that relies
+    on. What is computed on the way from one end of a fusion to the other is used for nothing else.
+    """
+    counts: Counter[str] = Counter()
+    expected: dict[str, type[nn.Module]] = {}
+    for norm in list(graph.nodes):
+        if _is_norm(norm, root):
+            found = _fuse_norm(norm, graph, root)
+            counts["norms with SiLU"] += found is not None
+            expected |= found or {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (F.conv2d, F.group_norm):
+            node.target = layers.conv2d if node.target == F.conv2d else layers.group_norm
+            counts["functions"] += 1
+    counts["attentions"] = sum(attention.fuse(node, graph, root) for node in list(graph.nodes))
+    graph.lint()
+    return +counts, expected
+
+
+def _is_norm(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_function":
+        return node.target is F.group_norm
+    module = module_of(node, root)
+    return type(module) in (nn.GroupNorm, layers.GroupNorm) and len(node.args) == 1 and not is_listened_to(module)
+
+
+def _fuse_norm(norm: fx.Node, graph: fx.Graph, root: nn.Module) -> dict[str, type[nn.Module]] | None:
+    """One pass of a norm, `* (1 + scale) + shift` if that follows, and SiLU; None where no SiLU does."""
+    tables = _scaled_and_shifted(norm)
+    last, gain, shift = tables or (norm, None, None)
+    found = _activated(last, root)
+    if found is None:
+        return None
+    activated, skipped = found
+    if gain is not None and any(_may_change(node, norm.all_input_nodes, root) for node in _between(norm, activated)):
+        return None
+    options: dict[str, Any] = {"silu": True}
+    with graph.inserting_before(norm.next if gain is None else activated):
+        if gain is not None:
+            options |= {"scale": _less_one(gain, graph), "shift": shift}
+        if _is_rounded(activated, root):
+            options["rounded"] = True
+        target = layers.group_norm if norm.op == "call_function" else norm.target
+        fused = graph.create_node(norm.op, target, norm.args, {**norm.kwargs, **options})
+    activated.replace_all_uses_with(fused)
+    erase(activated, until=norm)
+    if gain is not None and not gain.users:
+        graph.erase_node(gain)
+    expected: dict[str, type[nn.Module]] = {name: type(root.get_submodule(name)) for name in skipped}
+    return expected if norm.op == "call_function" else expected | {str(norm.target): layers.GroupNorm}
+
+
+def _scaled_and_shifted(norm: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """The node of `norm * gain + shift`, its gain and its shift."""
+    user = only_user(norm)
+    if user is None:
+        return None
+    if is_call(user, (torch.addcmul,), "addcmul") and len(user.args) == 3 and not user.kwargs:
+        shift, *factors = user.args
+        gain = _other(factors, norm)
+        return (user, gain, shift) if gain is not None and isinstance(shift, fx.Node) and shift is not norm else None
+    if not is_call(user, MUL, "mul") or not has_two(user):
+        return None
+    gain, total = _other(user.args, norm), only_user(user)
+    if total is None or not is_call(total, ADD, "add") or not has_two(total):
+        return None
+    shift = _other(total.args, user)
+    return None if gain is None or shift is None else (total, gain, shift)
+
+
+def _activated(node: fx.Node, root: nn.Module) -> tuple[fx.Node, list[str]] | None:
+    """The node of `silu(node)`, however it is written, and the modules that it is written with."""
+    user = only_user(node)
+    if user is not None:
+        module = module_of(user, root)
+        if type(module) is nn.SiLU and not is_listened_to(module):
+            return user, [str(user.target)]
+        return (user, []) if is_call(user, SILU, "silu") and user.args[:1] == (node,) else None
+    if len(node.users) != 2:
+        return None
+    for sigmoid, product in (tuple(node.users), tuple(node.users)[::-1]):
+        module, skipped = module_of(sigmoid, root), []
+        if type(module) is nn.Sigmoid and not is_listened_to(module):
+            skipped = [str(sigmoid.target)]
+        elif not is_call(sigmoid, SIGMOID, "sigmoid"):
+            continue
+        if only_user(sigmoid) is product and is_call(product, MUL, "mul") and has_two(product):
+            return (product, skipped) if set(product.args) == {node, sigmoid} else None
+    return None
+
+
+def _less_one(gain: fx.Node, graph: fx.Graph) -> fx.Node:
+    """What one was added to, or the gain less one."""
+    if is_call(gain, ADD, "add") and has_two(gain) and 1 in gain.args:
+        scale = gain.args[1] if gain.args[0] == 1 else gain.args[0]
+        if isinstance(scale, fx.Node):
+            return scale
+    return graph.call_function(operator.sub, (gain, 1))
+
+
+def _is_rounded(node: fx.Node, root: nn.Module) -> bool:
+    """Whether all that it goes to, perhaps through a dropout, rounds it under autocast anyway."""
+
+    def rounds(user: fx.Node) -> bool:
+        module = module_of(user, root)
+        if type(module) is nn.Dropout:
+            return _is_rounded(user, root)
+        return isinstance(module, ROUNDING) or user.op == "call_function" and user.target in (F.conv2d, F.linear)
+
+    return len(node.users) > 0 and all(rounds(user) for user in node.users)
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    while (first := first.next) is not last:
+        yield first
+
+
+def _may_change(node: fx.Node, tensors: list[fx.Node], root: nn.Module) -> bool:
+    """Whether it may write into one of these, or into something that shares their memory."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        return node.target in IN_PLACE or name.endswith("_") or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    return node.op == "call_module" and bool(set(node.all_input_nodes) & set(tensors))
+
+
+def _other(pair: Any, one: fx.Node) -> fx.Node | None:
+    """Of two factors or summands the other one, if it is a node."""
+    first, second = pair
+    other = second if first is one else first
+    return other if isinstance(other, fx.Node) and other is not one else None
