@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdmd.diffusion import DenoisingNetwork, per_sample, preconditioning
+from fastdmd.networks.accelerate import accelerate
 from fastdmd.networks.user_code import user_code
 from fastdmd.optim.flat import check_network
 
@@ -57,6 +58,22 @@ def verify(denoiser: DenoisingNetwork, generator_sigmas: tuple[float, ...] | Non
             "linear denoiser. Expected of a network that is not trained; else its parameterization is another",
             stacklevel=2,
         )
+
+
+def accelerate_network(denoiser: DenoisingNetwork) -> str:
+    """Lets somebody's network compute with our ops, in place; says what of it does, or why it does not, in one line."""
+    calls: list[tuple] = []
+    with user_code("teachers", f"{denoiser.foreign_name} to run for its acceleration"):
+        hook = denoiser.inner.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+        with torch.no_grad():
+            denoiser(
+                *(tensor.to(next(denoiser.parameters()).device) for tensor in _trial(denoiser, VERIFIED_SIGMAS[1:])[1])
+            )
+        hook.remove()
+        try:
+            return str(accelerate(denoiser.inner, *calls[0]))
+        except ValueError as error:
+            return f"not accelerated: {error}"
 
 
 def verify_training(network: DenoisingNetwork) -> None:

@@ -57,14 +57,13 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
     """Lets a module compute with our ops what they compute faster, in place; `str` of the result says what, in a line.
 
     By what modules are: GroupNorm and padded 3x3 convolutions, exactly PyTorch's own. By what forwards do, each traced
-    by torch.fx as far as that goes: GroupNorm, perhaps `* (1 + scale) + shift`, and SiLU in one pass; attention written
-    out as products; functional convolutions and GroupNorms. Weights become channels_last.
+    by torch.fx if it can be: GroupNorm, perhaps `* (1 + scale) + shift`, and SiLU in one pass; attention written out as
+    products; functional convolutions and GroupNorms. Weights become channels_last.
 
-    The module runs on the inputs, some four times with gradients, before and after, in eval mode; what changes outputs
-    or gradients of inputs and parameters beyond rounding, in the dtype that it has, is left as it was. Names and values
-    of its state stay. Copies and pickles compute in the same way, and `unaccelerate` undoes it, in a copy, too. Hooks on
-    what became part of a pass, and attributes set afterwards on a module whose forward was traced, bring its own
-    forward back.
+    The module runs on the inputs before and after, in eval mode, four times with gradients; what changes outputs or
+    gradients of inputs and parameters beyond rounding, in the dtype that it has, is left as it was. Names and values of
+    its state stay. Copies and pickles compute in the same way, and `unaccelerate` undoes it, of a copy, too. Hooks on
+    what is part of a pass, and attributes set later on a module whose forward was traced, bring its own forward back.
 
     Args:
         module: anybody's; where a forward is called in several ways, or has control flow of values, it stays.
@@ -96,8 +95,7 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
 
 
 def unaccelerate(module: nn.Module) -> None:
-    """Gives a module back its own classes and forwards, in place; the weights of one that had others become contiguous.
-    """
+    """Gives a module back its own classes and forwards, in place; weights of one that had others become contiguous."""
     changed = [part for part in module.modules() if _is_changed(part)]
     for part in changed:
         restore(part)
@@ -132,7 +130,7 @@ def _rewrites(module: nn.Module, found: Record, reasons: dict[str, str]) -> Iter
     for name, part in module.named_modules():
         if name not in found.calls:
             continue
-        made, counts, reason = _rewritten(part, found.calls[name])
+        made, counts, reason = _traced(part, found.calls[name])
         if reason:
             untraced[name] = reason
         if made:
@@ -145,7 +143,7 @@ def _rewrites(module: nn.Module, found: Record, reasons: dict[str, str]) -> Iter
         reasons.setdefault(norm, f"SiLU apart, for {why}")
 
 
-def _rewritten(part: nn.Module, call: Call | Untraceable) -> tuple[dict[bool, Rewrite], Counter[str], str]:
+def _traced(part: nn.Module, call: Call | Untraceable) -> tuple[dict[bool, Rewrite], Counter[str], str]:
     """Its rewrites by mode, what they fuse, and why there is none where it cannot be traced."""
     made: dict[bool, Rewrite] = {}
     fused: Counter[str] = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from typing import Any, NamedTuple
@@ -36,24 +37,28 @@ def fuse(softmax: fx.Node, graph: fx.Graph, root: nn.Module) -> bool:
     if source is None:
         return False
     scores, dim = source
-    scales: list[tuple[Any, Any]] = []  # operators and numbers
+    scales: list[tuple[Any, ...]] = []  # operators and numbers
     while (scaled := _scaled(scores)) is not None and len(scores.users) == 1:
-        scores, *scale = scaled
-        scales.append((scale[0], scale[1]))
+        scores, *factor = scaled
+        scales.append(tuple(factor))
     factors, output = _factors(scores), _output(softmax)
     if factors is None or output is None or len(scores.users) != 1 or dim not in (-1, factors.rank - 1):
         return False
     product, value, order = output
     with graph.inserting_before(product):
         q, k, v = (_permuted(*operand) for operand in (factors.left, factors.right, value))
-        scale: Any = 1.0
-        for function, number in scales:
-            is_known = not isinstance(scale, fx.Node) and not isinstance(number, fx.Node)
-            scale = function(scale, number) if is_known else graph.call_function(function, (scale, number))
+        scale = functools.reduce(lambda scale, factor: _applied(graph, scale, *factor), scales, 1.0)
         fused = _permuted(graph.call_function(attention, (q, k, v, scale)), order)
     product.replace_all_uses_with(fused)
     erase(product, until=scores)
     return True
+
+
+def _applied(graph: fx.Graph, scale: Any, function: Any, number: Any) -> Any:
+    if isinstance(scale, fx.Node) or isinstance(number, fx.Node):
+        is_first = scale == 1.0 and function is operator.mul
+        return number if is_first else graph.call_function(function, (scale, number))
+    return function(scale, number)
 
 
 class Factors(NamedTuple):
@@ -64,7 +69,7 @@ class Factors(NamedTuple):
     rank: int  # -1: not known
 
 
-def _softmax_of(node: fx.Node, root: nn.Module) -> tuple[fx.Node, int] | None:
+def _softmax_of(node: fx.Node, root: nn.Module) -> tuple[Any, int] | None:
     """The scores and the axis of a softmax that has one user."""
     if len(node.users) != 1:
         return None

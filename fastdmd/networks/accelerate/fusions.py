@@ -16,7 +16,7 @@ from fastdmd.networks.accelerate.graphs import ADD, MUL, erase, has_two, is_call
 from fastdmd.networks.accelerate.tracing import is_listened_to
 
 SILU, SIGMOID = (F.silu,), (torch.sigmoid, torch.special.expit)
-IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator)}
+IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 ROUNDING = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)  # what autocast runs in less precision, whatever comes in
 
 
@@ -29,6 +29,8 @@ def fuse(graph: fx.Graph, root: nn.Module) -> tuple[Counter[str], dict[str, type
     counts: Counter[str] = Counter()
     expected: dict[str, type[nn.Module]] = {}
     for norm in list(graph.nodes):
+        if norm.op == "call_function" and norm.target is F.group_norm:
+            _take_casts(norm)
         if _is_norm(norm, root):
             found = _fuse_norm(norm, graph, root)
             counts["norms with SiLU"] += found is not None
@@ -44,9 +46,28 @@ def fuse(graph: fx.Graph, root: nn.Module) -> tuple[Counter[str], dict[str, type
 
 def _is_norm(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_function":
-        return node.target is F.group_norm
+        return node.target in (F.group_norm, layers.group_norm)
     module = module_of(node, root)
-    return type(module) in (nn.GroupNorm, layers.GroupNorm) and len(node.args) == 1 and not is_listened_to(module)
+    if module is None or type(module) not in (nn.GroupNorm, layers.GroupNorm) or "forward" in vars(module):
+        return False
+    return len(node.args) == 1 and not node.kwargs and not is_listened_to(module)
+
+
+def _take_casts(norm: fx.Node) -> None:
+    """`group_norm(x.float()).type(x.dtype)`, as ADM has it, becomes one of x: ours computes in float32 in any case."""
+    wide, cast = norm.args[0], only_user(norm)
+    if not isinstance(wide, fx.Node) or not is_call(wide, (), "float") or len(wide.users) != 1 or cast is None:
+        return
+    x, dtype = wide.args[0], cast.args[-1]
+    is_back = is_call(cast, (), "type", "to") and has_two(cast) and isinstance(dtype, fx.Node)
+    if is_back and is_call(dtype, (getattr,)) and dtype.args == (x, "dtype"):
+        norm.args = (x, *norm.args[1:])
+        norm.kwargs = {**norm.kwargs, "rounded": True}
+        norm.target = layers.group_norm
+        cast.replace_all_uses_with(norm)
+        for node in (cast, wide, dtype):
+            if not node.users:
+                norm.graph.erase_node(node)
 
 
 def _fuse_norm(norm: fx.Node, graph: fx.Graph, root: nn.Module) -> dict[str, type[nn.Module]] | None:

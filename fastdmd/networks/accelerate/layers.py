@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastdmd import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "meta")
 
 
 class Conv3x3(nn.Conv2d):
@@ -72,7 +72,13 @@ def conv2d(
     is_3x3 = isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[2:] == (3, 3)
     is_plain = _pair(stride) == _pair(dilation) == (1, 1) and groups == 1
     is_same = not isinstance(padding, str) and _pair(padding) == (1, 1)
-    if is_3x3 and is_plain and (is_same or padding == "same") and _is_image(input) and weight.shape[1] == input.shape[1]:
+    if (
+        is_3x3
+        and is_plain
+        and (is_same or padding == "same")
+        and _is_image(input)
+        and weight.shape[1] == input.shape[1]
+    ):
         parameters = [weight] if bias is None else [weight, bias]
         if all(p.dtype == input.dtype and p.device == input.device for p in parameters):
             return ops.conv3x3(input, weight, bias)
@@ -103,7 +109,11 @@ def group_norm(
             y = y * (1 + scale) + shift
         return F.silu(y) if silu else y
     x = input.unsqueeze(-1) if input.dim() == 3 else input
-    if x.is_cuda and torch.is_autocast_enabled("cuda") and not (rounded and x.dtype == torch.get_autocast_dtype("cuda")):
+    if (
+        x.is_cuda
+        and torch.is_autocast_enabled("cuda")
+        and not (rounded and x.dtype == torch.get_autocast_dtype("cuda"))
+    ):
         x = x.float()
     if not silu:
         y = ops.group_norm(x, weight, bias, num_groups=num_groups, eps=eps)

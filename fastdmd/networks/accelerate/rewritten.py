@@ -84,23 +84,24 @@ class Rewritten:
         vars(self)[REWRITES] = {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             return _new, (own_class(self), *arguments[1:]), *rest  # type: ignore[arg-type]
-        return make, arguments, *rest
+        return reduced
 
 
 def rewrite(module: nn.Module, rewrites: Mapping[bool, Rewrite]) -> None:
     """Gives the module these, by mode, in place."""
     vars(module)[REWRITES] = dict(rewrites)
-    module.__class__ = _rewritten(type(module))
+    module.__class__ = _rewritten(type(module))  # type: ignore[arg-type]
 
 
 def restore(module: nn.Module) -> None:
     """Its own class and forward again; nothing for a module that has them."""
     if isinstance(module, Rewritten):
-        module.__class__ = own_class(module)
-        del vars(module)[REWRITES]
+        vars(module).pop(REWRITES, None)
+        module.__class__ = own_class(module)  # type: ignore[assignment]
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -122,5 +123,5 @@ def _remade(source: str, names: dict[str, Any], modules: dict[str, str], *others
 
 
 def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
-    made = _rewritten(kind)
+    made: type[nn.Module] = _rewritten(kind)  # type: ignore[arg-type]
     return made.__new__(made, *arguments)

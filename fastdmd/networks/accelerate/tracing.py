@@ -95,12 +95,13 @@ class _Proxy(fx.Proxy):
         return super().__getattr__(name)
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor", "imatmul"):
+def _in_place(function: Callable[..., Any]) -> Callable[..., fx.Proxy]:
+    """`x += y` as what it is, where fx would make a new tensor."""
+    return lambda one, other: one.tracer.create_proxy("call_function", function, (one, other), {})
 
-    def _in_place(self: fx.Proxy, other: Any, function: Any = getattr(operator, _name)) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
-    setattr(_Proxy, f"__{_name}__", _in_place)  # for which fx would make a new tensor
+for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow):
+    setattr(_Proxy, f"__{_function.__name__}__", _in_place(_function))
 
 
 class _Tracer(fx.Tracer):
@@ -158,6 +159,7 @@ def is_inlined(module: nn.Module) -> bool:
 
 
 def is_listened_to(module: nn.Module) -> bool:
+    """By hooks, of which a pass that it became a part of would have no use."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks)
 
@@ -167,7 +169,8 @@ class _OnlyProxies(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if fx.Proxy not in {base for kind in types for base in kind.__mro__}:
-            raise Untraceable(f"it calls {getattr(func, '__name__', func)} without a tensor of its input")
+            name = getattr(getattr(func, "__self__", func), "__name__", func)  # of a property the property's
+            raise Untraceable(f"it calls {name} without a tensor of its input")
         return func(*args, **(kwargs or {}))
 
 
@@ -199,7 +202,9 @@ def _as_it_was(module: nn.Module, training: bool) -> Iterator[None]:
 
 def _contents(module: nn.Module) -> tuple[dict[str, Any], list[Any]]:
     own = dict(vars(module))
-    inside = [list(value.items()) if isinstance(value, dict) else list(value) for value in own.values() if _holds(value)]
+    inside = [
+        list(value.items()) if isinstance(value, dict) else list(value) for value in own.values() if _holds(value)
+    ]
     return own, inside
 
 

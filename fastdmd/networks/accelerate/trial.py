@@ -28,7 +28,7 @@ class Trial:
         nudged = self._numbers(tuple(map(_nudged, inputs)))
         dtypes = [tensor.dtype for tensor in (*module.parameters(), *self._expected.values())]
         tolerance = max(TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
-        sizes = {name: value.double().norm().item() for name, value in self._expected.items()}
+        sizes = {name: _size(value) for name, value in self._expected.items()}
         greatest = max((size for name, size in sizes.items() if _is_gradient(name)), default=0.0)
         self._allowed = {
             name: tolerance * (size + FLOOR * greatest * _is_gradient(name))
@@ -49,8 +49,7 @@ class Trial:
                 return f"its {name} became {got}"
             distance = _distance(found, expected)
             if not distance <= self._allowed[name]:
-                size = expected.double().norm().item()
-                return f"its {name} came to differ by {distance / size if size else distance:.1e}"
+                return f"its {name} came to differ by {distance / (_size(expected) or 1.0):.1e} of its norm"
         return None
 
     def _numbers(self, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -68,8 +67,8 @@ class Trial:
             wanted = [output for output in outputs.values() if output.requires_grad]
             gradients: tuple[Tensor | None, ...] = ()
             if wanted and leaves:
-                towards = [_direction(output) for output in wanted]
-                gradients = torch.autograd.grad(wanted, list(leaves.values()), towards, allow_unused=True)
+                total = torch.stack([(output * _direction(output)).sum() for output in wanted]).sum()
+                gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         found = {name: grad for name, grad in zip(leaves, gradients, strict=False) if grad is not None}
         return {name: value.detach() for name, value in {**outputs, **found}.items()}
 
@@ -128,7 +127,12 @@ def _nudged(value: Any) -> Any:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    return (one.double() - other.double()).norm().item()
+    return _size(one.to(other.device) - other) if one.is_floating_point() else float((one != other).sum())
+
+
+def _size(tensor: Tensor) -> float:
+    wide = torch.float64 if tensor.is_floating_point() else None
+    return torch.linalg.vector_norm(tensor if wide else tensor.double(), dtype=wide).item()
 
 
 def _is_gradient(name: str) -> bool:
