@@ -84,11 +84,13 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
     reasons: dict[str, str] = {}
     layout = _layout(module)
     kept = _kept([*_swaps(module, reasons), *_rewrites(module, found, reasons), layout], trial, reasons)
+    fused = sum((change.fused for change in kept), Counter[str]())
+    del fused[fusions.FUNCTIONS]
     candidates = [part for part in module.modules() if _is_candidate(part)]
     return Acceleration(
         norms=_count(candidates, nn.GroupNorm),
         convolutions=_count(candidates, nn.Conv2d),
-        fused=sum((change.fused for change in kept), Counter()),
+        fused=fused,
         is_channels_last=layout in kept,
         reasons=reasons,
     )

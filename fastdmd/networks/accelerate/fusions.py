@@ -16,6 +16,8 @@ from fastdmd.networks.accelerate.graphs import ADD, MUL, erase, has_two, is_call
 from fastdmd.networks.accelerate.tracing import is_listened_to
 
 SILU, SIGMOID = (F.silu,), (torch.sigmoid, torch.special.expit)
+OURS = {F.conv2d: layers.conv2d, F.group_norm: layers.group_norm}
+FUNCTIONS = "functions"  # of these two, whether or not they become part of something
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 ROUNDING = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)  # what autocast runs in less precision, whatever comes in
 
@@ -28,42 +30,36 @@ def fuse(graph: fx.Graph, root: nn.Module) -> tuple[Counter[str], dict[str, type
     """
     counts: Counter[str] = Counter()
     expected: dict[str, type[nn.Module]] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in OURS:
+            node.target = OURS[node.target]
+            counts[FUNCTIONS] += 1
+            _take_casts(node)
     for norm in list(graph.nodes):
-        if norm.op == "call_function" and norm.target is F.group_norm:
-            _take_casts(norm)
-        if _is_norm(norm, root):
-            found = _fuse_norm(norm, graph, root)
-            counts["norms with SiLU"] += found is not None
-            expected |= found or {}
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in (F.conv2d, F.group_norm):
-            node.target = layers.conv2d if node.target == F.conv2d else layers.group_norm
-            counts["functions"] += 1
+        if _is_norm(norm, root) and (found := _fuse_norm(norm, graph, root)) is not None:
+            counts["norms with SiLU"] += 1
+            expected |= found
     counts["attentions"] = sum(attention.fuse(node, graph, root) for node in list(graph.nodes))
     graph.lint()
     return +counts, expected
 
 
-def _is_norm(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_function":
-        return node.target in (F.group_norm, layers.group_norm)
-    module = module_of(node, root)
-    if module is None or type(module) not in (nn.GroupNorm, layers.GroupNorm) or "forward" in vars(module):
-        return False
-    return len(node.args) == 1 and not node.kwargs and not is_listened_to(module)
-
-
 def _take_casts(norm: fx.Node) -> None:
     """`group_norm(x.float()).type(x.dtype)`, as ADM has it, becomes one of x: ours computes in float32 in any case."""
-    wide, cast = norm.args[0], only_user(norm)
-    if not isinstance(wide, fx.Node) or not is_call(wide, (), "float") or len(wide.users) != 1 or cast is None:
+    wide, cast = (norm.args or (None,))[0], only_user(norm)
+    if (
+        norm.target is not layers.group_norm
+        or not isinstance(wide, fx.Node)
+        or not is_call(wide, (), "float")
+        or len(wide.users) != 1
+        or cast is None
+    ):
         return
     x, dtype = wide.args[0], cast.args[-1]
     is_back = is_call(cast, (), "type", "to") and has_two(cast) and isinstance(dtype, fx.Node)
     if is_back and is_call(dtype, (getattr,)) and dtype.args == (x, "dtype"):
         norm.args = (x, *norm.args[1:])
         norm.kwargs = {**norm.kwargs, "rounded": True}
-        norm.target = layers.group_norm
         cast.replace_all_uses_with(norm)
         for node in (cast, wide, dtype):
             if not node.users:
@@ -86,8 +82,7 @@ def _fuse_norm(norm: fx.Node, graph: fx.Graph, root: nn.Module) -> dict[str, typ
             options |= {"scale": _less_one(gain, graph), "shift": shift}
         if _is_rounded(activated, root):
             options["rounded"] = True
-        target = layers.group_norm if norm.op == "call_function" else norm.target
-        fused = graph.create_node(norm.op, target, norm.args, {**norm.kwargs, **options})
+        fused = graph.create_node(norm.op, norm.target, norm.args, {**norm.kwargs, **options})
     activated.replace_all_uses_with(fused)
     erase(activated, until=norm)
     if gain is not None and not gain.users:

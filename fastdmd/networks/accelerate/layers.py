@@ -99,21 +99,18 @@ def group_norm(
 ) -> Tensor:
     """`F.group_norm`; if asked to `* (1 + scale) + shift`, then SiLU: all in one pass where it is of `[B, C, H, W]`.
 
-    Without SiLU there is one pass for `[B, C, N]`, too. Under autocast of a GPU the result is float32, as PyTorch's;
-    `rounded` says that nobody wants that, since a convolution will round it.
+    `[B, C, N]` is taken, too. Under autocast of a GPU the result is float32, as PyTorch's, but for one that is to be
+    `rounded`, as the convolution that it goes to would round it.
     """
     tables = [table for table in (scale, shift) if table is not None]
     if not _is_normalised(input, num_groups, weight, bias, eps) or not all(_is_table(t, input) for t in tables):
-        y = F.group_norm(input, num_groups, weight, bias, eps)
+        dtype = input.dtype if weight is None else weight.dtype
+        y = F.group_norm(input.to(dtype), num_groups, weight, bias, eps).to(input.dtype)
         if scale is not None and shift is not None:
             y = y * (1 + scale) + shift
         return F.silu(y) if silu else y
     x = input.unsqueeze(-1) if input.dim() == 3 else input
-    if (
-        x.is_cuda
-        and torch.is_autocast_enabled("cuda")
-        and not (rounded and x.dtype == torch.get_autocast_dtype("cuda"))
-    ):
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and not rounded:
         x = x.float()
     if not silu:
         y = ops.group_norm(x, weight, bias, num_groups=num_groups, eps=eps)
@@ -142,7 +139,8 @@ def _is_normalised(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tens
 
 
 def _is_table(table: Tensor, x: Tensor) -> bool:
-    return isinstance(table, Tensor) and table.shape == (*x.shape[:2], 1, 1) and table.dtype == x.dtype
+    is_of_channels = isinstance(table, Tensor) and x.dim() == 4 and table.shape == (*x.shape[:2], 1, 1)
+    return is_of_channels and table.dtype == x.dtype
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
