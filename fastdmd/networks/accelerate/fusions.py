@@ -44,24 +44,29 @@ def fuse(graph: fx.Graph, root: nn.Module) -> tuple[Counter[str], dict[str, type
     return +counts, expected
 
 
+def _is_norm(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_function":
+        return node.target is layers.group_norm
+    module = module_of(node, root)
+    if module is None or type(module) not in (nn.GroupNorm, layers.GroupNorm) or "forward" in vars(module):
+        return False
+    return len(node.args) == 1 and not node.kwargs and not is_listened_to(module)
+
+
 def _take_casts(norm: fx.Node) -> None:
     """`group_norm(x.float()).type(x.dtype)`, as ADM has it, becomes one of x: ours computes in float32 in any case."""
     wide, cast = (norm.args or (None,))[0], only_user(norm)
-    if (
-        norm.target is not layers.group_norm
-        or not isinstance(wide, fx.Node)
-        or not is_call(wide, (), "float")
-        or len(wide.users) != 1
-        or cast is None
-    ):
+    if norm.target is not layers.group_norm or not isinstance(wide, fx.Node) or cast is None:
+        return
+    if not is_call(wide, (), "float") or len(wide.users) != 1 or not is_call(cast, (), "type", "to"):
         return
     x, dtype = wide.args[0], cast.args[-1]
-    is_back = is_call(cast, (), "type", "to") and has_two(cast) and isinstance(dtype, fx.Node)
-    if is_back and is_call(dtype, (getattr,)) and dtype.args == (x, "dtype"):
+    is_back = has_two(cast) and isinstance(dtype, fx.Node) and is_call(dtype, (getattr,)) and dtype.args == (x, "dtype")
+    if is_back:
         norm.args = (x, *norm.args[1:])
         norm.kwargs = {**norm.kwargs, "rounded": True}
         cast.replace_all_uses_with(norm)
-        for node in (cast, wide, dtype):
+        for node in (cast, *cast.all_input_nodes[1:], wide):
             if not node.users:
                 norm.graph.erase_node(node)
 
