@@ -62,18 +62,18 @@ def verify(denoiser: DenoisingNetwork, generator_sigmas: tuple[float, ...] | Non
 
 def accelerate_network(denoiser: DenoisingNetwork) -> str:
     """Lets somebody's network compute with our ops, in place; says what of it does, or why it does not, in one line."""
-    calls: list[tuple] = []
-    with user_code("teachers", f"{denoiser.foreign_name} to run for its acceleration"):
-        hook = denoiser.inner.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
-        with torch.no_grad():
-            denoiser(
-                *(tensor.to(next(denoiser.parameters()).device) for tensor in _trial(denoiser, VERIFIED_SIGMAS[1:])[1])
-            )
-        hook.remove()
-        try:
+    device, calls = next(denoiser.parameters()).device, []
+    _, inputs = _trial(denoiser, VERIFIED_SIGMAS[1:])
+    hook = denoiser.inner.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
+    try:
+        with torch.no_grad(), user_code("accelerate", f"{denoiser.foreign_name} to denoise {_shapes(inputs)}"):
+            denoiser(*(tensor.to(device) for tensor in inputs))
+            hook.remove()
             return str(accelerate(denoiser.inner, *calls[0]))
-        except ValueError as error:
-            return f"not accelerated: {error}"
+    except ValueError as error:  # distillation and sampling say what they need themselves
+        return f"not accelerated; {error}"
+    finally:
+        hook.remove()
 
 
 def verify_training(network: DenoisingNetwork) -> None:

@@ -169,7 +169,7 @@ class _OnlyProxies(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if fx.Proxy not in {base for kind in types for base in kind.__mro__}:
-            name = getattr(getattr(func, "__self__", func), "__name__", func)  # of a property the property's
+            name = func.__name__ if func.__name__ != "__get__" else f"the property {func.__self__.__name__}"
             raise Untraceable(f"it calls {name} without a tensor of its input")
         return func(*args, **(kwargs or {}))
 
