@@ -1,4 +1,4 @@
-"""Forwards in which something is other than it looks: what is fused and what is not, and the same numbers in any case."""
+"""Forwards in which something is other than it looks: what is fused, what is not, and always the same numbers."""
 
 import random
 

@@ -79,8 +79,8 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
     unaccelerate(module)
     found = record(module, example_inputs)
     trial = Trial(module, example_inputs)
-    if (fault := trial.fault()) is not None:
-        raise ValueError(f"fastdmd.accelerate: expected the same numbers a second time, got other ones: {fault}")
+    if trial.unsteady is not None:
+        raise ValueError(f"fastdmd.accelerate: expected the same a second time, got other numbers: {trial.unsteady}")
     reasons: dict[str, str] = {}
     layout = _layout(module)
     kept = _kept([*_swaps(module, reasons), *_rewrites(module, found, reasons), layout], trial, reasons)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 # Relative, of whole tensors; what the module's own rounding comes to is allowed several times over as well.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-OWN_ROUNDING = 8.0
+OWN_ROUNDING, MOST = 8.0, 100.0  # and what that adds to the tolerance is this many times it at most
 FLOOR = 1e-2  # of the greatest gradient: one that is zero but for rounding has no relative error
 
 
@@ -19,22 +19,23 @@ class Trial:
     """The numbers of a module for some inputs, in eval mode: what it gives, and gradients of inputs and parameters.
 
     Those of images and other inputs of several axes. Made before the module is changed; `fault` compares afterwards.
-    Buffers, gradients, modes and random numbers are as before.
+    Buffers, gradients, modes and random numbers are as before. `unsteady` says what differed as it ran a second time.
     """
 
     def __init__(self, module: nn.Module, inputs: tuple[Any, ...]):
         self._module, self._inputs = module, inputs
         self._expected = self._numbers(inputs)
-        nudged = self._numbers(tuple(map(_nudged, inputs)))
         dtypes = [tensor.dtype for tensor in (*module.parameters(), *self._expected.values())]
         tolerance = max(TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
         sizes = {name: _size(value) for name, value in self._expected.items()}
         greatest = max((size for name, size in sizes.items() if _is_gradient(name)), default=0.0)
         self._allowed = {
-            name: tolerance * (size + FLOOR * greatest * _is_gradient(name))
-            + OWN_ROUNDING * _distance(nudged[name], self._expected[name])
-            for name, size in sizes.items()
+            name: tolerance * (size + FLOOR * greatest * _is_gradient(name)) for name, size in sizes.items()
         }
+        self.unsteady = self.fault()
+        for name, value in self._numbers(tuple(map(_nudged, inputs))).items():
+            own = OWN_ROUNDING * _distance(value, self._expected[name])
+            self._allowed[name] += min(own, MOST * self._allowed[name])
 
     def fault(self) -> str | None:
         """What differs now, in a few words; None for nothing beyond rounding."""
