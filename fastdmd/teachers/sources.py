@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ def load(
     diffusers (`UNet2DModel`); `package.module:name`, or what that names: a module, or a class or function that makes
     one without arguments. A module is taken over, not copied. `options` are those of `TeacherOptions`; `network` may
     here be a module or what makes one, too. A network that is not fastdmd's runs once, and a copy of it takes a
-    gradient once; see `verify` and `verify_training`. Without `accelerate=False` it computes with our ops from then on,
-    see `fastdmd.accelerate`; stderr says so.
+    gradient once; see `verify` and `verify_training`. Without `accelerate=False` it computes with our ops from then on;
+    see `fastdmd.accelerate`.
 
     Raises ValueError, TypeError or OSError, one line long, with what was expected and what came.
     """
@@ -71,7 +70,8 @@ def read(
     *,
     network: Code | None = None,
 ) -> tuple[DenoisingNetwork, dict[str, Any]]:
-    """As `load`, a teacher or a generator; and what its weight file says of it, its `kind` at the least.
+    """As `load`, a teacher or a generator; and what its weight file says of it, its `kind` at the least, and the
+    `acceleration` of a network that is not fastdmd's.
 
     `network`, if it is given, stands for that of `options`. Raises as `load` does.
     """
@@ -97,8 +97,7 @@ def read(
         teacher = teacher.to(device).eval().requires_grad_(False)
     if teacher.foreign_name:
         verify(teacher)
-        _accelerate(teacher, options)
-    return teacher, {"kind": "teacher"}
+    return teacher, {"kind": "teacher", **_accelerated(teacher, options)}
 
 
 def _from_file(
@@ -108,13 +107,14 @@ def _from_file(
     network, metadata = load_network(path, device=device, network=code)
     if network.foreign_name:
         verify(network, generator_of(network, metadata).sigmas if metadata["kind"] == "generator" else None)
-        _accelerate(network, options)
-    return network, metadata
+    return network, {**metadata, **_accelerated(network, options)}
 
 
-def _accelerate(network: DenoisingNetwork, options: TeacherOptions) -> None:
-    if options.accelerate:
-        print(f"{network.foreign_name}: {accelerate_network(network)}", file=sys.stderr)
+def _accelerated(network: DenoisingNetwork, options: TeacherOptions) -> dict[str, str]:
+    """Lets somebody's network compute with our ops, and says what of it does, as `acceleration`."""
+    if not network.foreign_name or not options.accelerate:
+        return {}
+    return {"acceleration": f"{network.foreign_name}: {accelerate_network(network)}"}
 
 
 def _from_folder(path: Path, options: Mapping[str, Any]) -> Adapted:

@@ -1,5 +1,6 @@
 """Forwards in which something is other than it looks: what is fused, what is not, and always the same numbers."""
 
+import contextlib
 import random
 
 import pytest
@@ -151,6 +152,10 @@ class Hidden(Block):
         with torch.autocast("cpu", enabled=False):
             return F.silu(self.norm(x))
 
+    def in_a_context(self, x):
+        with contextlib.nullcontext():
+            return F.silu(self.norm(x))
+
     def recomputed(self, x):
         return checkpoint(lambda x: F.silu(self.norm(x)), x, use_reentrant=False)
 
@@ -183,7 +188,8 @@ class Doubled(torch.autograd.Function):
         "by_chance": "it draws random numbers itself",
         "kept_in_itself": "it keeps something of what it computes",
         "without_gradient": "it calls _set_grad_enabled",
-        "in_full_precision": "it calls torch.autocast",
+        "in_full_precision": "it calls autocast",
+        "in_a_context": "it calls nullcontext",
         "recomputed": "it calls torch.utils.checkpoint",
         "of_a_constant": "it computes with a tensor that is none of its",
         "of_somebodys_function": "it calls torch.autograd.Function",
@@ -207,6 +213,20 @@ def test_what_changes_between_norm_and_silu_is_not_read_late():
     assert fuse(graph, block) == ({}, {})
     graph, _ = trace(Block("one_plus"), Call.of((X,), {}), training=False)
     assert fuse(graph, block) == ({"norms with SiLU": 1}, {"act": nn.SiLU, "norm": GroupNorm})
+
+
+class WithoutGradient(Block):
+    @torch.inference_mode()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_module_that_gives_no_gradient_gives_none():
+    module, original, report = accelerated(WithoutGradient("plain"), X)
+    assert report.reasons == {"norm": "SiLU apart, for it calls inference_mode"} and report.norms == (1, 1)
+    output = module(X)
+    assert not output.requires_grad and output.is_inference()
+    torch.testing.assert_close(output, original(X), rtol=1e-4, atol=1e-5)
 
 
 def test_a_norm_without_a_trace_says_why():

@@ -25,7 +25,6 @@ HIDDEN: dict[CodeType, str] = {
     function.__code__: name
     for name, function in {
         "torch.is_tensor": torch.is_tensor,
-        "torch.autocast": torch.autocast.__enter__,
         "torch.utils.checkpoint": torch.utils.checkpoint.checkpoint,
         "torch.autograd.Function": torch.autograd.Function.apply.__func__,  # type: ignore[attr-defined]
     }.items()
@@ -224,7 +223,7 @@ def _identities(values: list[Any]) -> list[list[Any]]:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    """Raises Untraceable where the module's code calls one of QUESTIONS, or anything of HIDDEN."""
+    """Raises Untraceable where the module's code calls one of QUESTIONS or HIDDEN, or enters a context."""
     found = []
 
     def notice(frame: FrameType, event: str, argument: Any) -> None:
@@ -232,6 +231,8 @@ def _watched() -> Iterator[None]:
             found.append(HIDDEN[frame.f_code])
         elif event == "c_call" and argument in QUESTIONS and _package(frame) not in LIBRARIES:
             found.append(argument.__name__)
+        elif event == "call" and frame.f_code.co_name == "__enter__" and _is_entered_by_somebody(frame.f_back):
+            found.append(type(frame.f_locals.get("self")).__name__)
 
     before = sys.getprofile()
     sys.setprofile(notice)
@@ -241,6 +242,11 @@ def _watched() -> Iterator[None]:
         sys.setprofile(before)
     if found:
         raise Untraceable(f"it calls {found[0]}")
+
+
+def _is_entered_by_somebody(frame: FrameType | None) -> bool:
+    """By `with`, or by a decorator of torch's around a function."""
+    return frame is not None and (_package(frame) not in LIBRARIES or frame.f_code.co_name == "decorate_context")
 
 
 def _package(frame: FrameType) -> str:

@@ -44,14 +44,14 @@ class Trial:
         except Exception as error:  # of somebody's code, to which a layout may matter
             return f"{type(error).__name__}: {error}".splitlines()[0][:120]
         for name, expected in self._expected.items():
-            found = numbers.get(name)
+            found = numbers.pop(name, None)
             if found is None or (found.shape, found.dtype) != (expected.shape, expected.dtype):
                 got = "none" if found is None else f"{tuple(found.shape)} of {found.dtype}"
                 return f"its {name} became {got}"
             distance = _distance(found, expected)
             if not distance <= self._allowed[name]:
                 return f"its {name} came to differ by {distance / (_size(expected) or 1.0):.1e} of its norm"
-        return None
+        return f"there is another {next(iter(numbers))} now" if numbers else None
 
     def _numbers(self, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
         leaves = {}
