@@ -122,7 +122,7 @@ class TeacherOptions(AdapterOptions):
     network: Annotated[str | None, Input] = None
     """package.module:name of the network in a weight file of fastdmd, where that is not fastdmd's own."""
     accelerate: Switch = True
-    """Let a network that is not fastdmd's compute with fastdmd's ops where that was seen to give the same."""
+    """Whether a network that is not fastdmd's computes with fastdmd's ops, as far as that was seen to give the same."""
 
 
 NO_OPTIONS = TeacherOptions()

@@ -42,7 +42,7 @@ def test_a_network_of_a_sequence():
     assert (report.norms, report.convolutions) == ((2, 2), (3, 3))
     assert fused(report) == {"norms with SiLU": 2} and report.is_channels_last and not report.reasons
     assert str(report) == (
-        "accelerated 5 of 5 modules (2 of 2 GroupNorms, 3 of 3 3x3 convolutions, 2 norms with SiLU, channels_last)"
+        "accelerated 5 of 5 modules (GroupNorms 2 of 2, 3x3 convolutions 3 of 3, norms with SiLU 2, channels_last)"
     )
     assert_same(module, original, x)
     assert_same(module, original, torch.randn(5, 3, 12, 6))  # nothing of sizes is baked in

@@ -1,6 +1,8 @@
 """Forwards in which something is other than it looks: what is fused, what is not, and always the same numbers."""
 
 import contextlib
+import copy
+import pickle
 import random
 
 import pytest
@@ -294,6 +296,57 @@ def test_what_a_module_is_told_later_counts():
     for part in (module, original):
         part[2].padding_mode, part[2]._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
     assert_same(module, original, X)
+
+
+class Scaled(nn.Module):
+    """An activation that is traced through."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = 2.0
+
+    def forward(self, x):
+        return x * torch.sigmoid(x) * (self.factor if self.training else 1.0)
+
+
+def test_what_an_inlined_module_is_told_later_counts():
+    def make():
+        return nn.Sequential(nn.GroupNorm(4, 16), Scaled(), nn.Conv2d(16, 16, 3, padding=1)).eval()
+
+    module, original, report = accelerated(make(), X)
+    assert report.fused == {"norms with SiLU": 1} and (2.0, False) == (module[1].factor, module[1].training)
+    for change in (lambda part: setattr(part, "factor", 3.0), lambda part: part.train()):
+        module, original, _ = accelerated(make().train(), X)
+        change(module[1]), change(original[1])
+        assert_same(module, original, X)
+    module, original, _ = accelerated(make(), X)
+    module[1].train(), original[1].train()  # alone
+    assert_same(module, original, X)
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        fastdmd.unaccelerate(twin)
+        assert type(twin[1]) is Scaled and not any(name.startswith("_fastdmd") for name in vars(twin[1]))
+
+
+def test_a_parametrization_later_counts():
+    module, original, _ = accelerated(OwnWeight(), X)
+    for part in (module, original):
+        torch.manual_seed(0)
+        nn.utils.parametrizations.weight_norm(part, "weight")
+        with torch.no_grad():
+            part.parametrizations.weight.original0.mul_(2)
+    assert_same(module, original, X)
+    fastdmd.unaccelerate(module)
+    assert_same(module, original, X)
+
+
+class OwnWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.weight = nn.GroupNorm(4, 16), nn.Parameter(torch.randn(16, 16, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(F.silu(self.norm(x)), self.weight, padding=1)
 
 
 class LowRank(nn.Module):

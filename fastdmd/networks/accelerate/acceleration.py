@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdmd.networks.accelerate import fusions, layers
 from fastdmd.networks.accelerate.recording import Record, record
-from fastdmd.networks.accelerate.rewritten import Rewrite, Rewritten, own_class, restore, rewrite
+from fastdmd.networks.accelerate.rewritten import REWRITES, Rewrite, Rewritten, own_class, restore, rewrite
 from fastdmd.networks.accelerate.tracing import Call, Untraceable, trace
 from fastdmd.networks.accelerate.trial import Trial
 
@@ -33,8 +33,8 @@ class Acceleration:
 
     def __str__(self) -> str:
         kinds = {"GroupNorms": self.norms, "3x3 convolutions": self.convolutions}
-        details = [f"{changed} of {total} {kind}" for kind, (changed, total) in kinds.items() if total]
-        details += [f"{count} {kind}" for kind, count in self.fused.items()]
+        details = [f"{kind} {changed} of {total}" for kind, (changed, total) in kinds.items() if total]
+        details += [f"{kind} {count}" for kind, count in self.fused.items()]
         if self.is_channels_last:
             details.append("channels_last")
         changed, total = (sum(numbers) for numbers in zip(*kinds.values(), strict=True))
@@ -138,11 +138,29 @@ def _rewrites(module: nn.Module, found: Record, reasons: dict[str, str]) -> Iter
         if made:
             reasons.pop(name, None)
             fused |= {f"{name}.{child}".lstrip(".") for child in made[False].expected}
-            yield _Change(name, functools.partial(rewrite, part, made), functools.partial(restore, part), counts)
+            yield _rewriting(name, part, made, counts)
     for norm in sorted(found.activated - fused):
         owners = [name for name in untraced if not name or norm.startswith(f"{name}.")]
         why = "its output has other uses" if not owners else untraced[max(owners, key=len)]
         reasons.setdefault(norm, f"SiLU apart, for {why}")
+
+
+def _rewriting(name: str, part: nn.Module, made: dict[bool, Rewrite], counts: Counter[str]) -> _Change:
+    """Of a module, and of what it inlines, which would not be asked any more."""
+    inlined = [part.get_submodule(child) for child in frozenset().union(*(own.inlined for own in made.values()))]
+
+    def apply() -> None:
+        rewrite(part, made)
+        for child in inlined:
+            rewrite(child, {})
+
+    def undo() -> None:
+        restore(part)
+        for child in inlined:
+            if not vars(child).get(REWRITES):
+                restore(child)
+
+    return _Change(name, apply, undo, counts)
 
 
 def _traced(part: nn.Module, call: Call | Untraceable) -> tuple[dict[bool, Rewrite], Counter[str], str]:
@@ -162,7 +180,7 @@ def _traced(part: nn.Module, call: Call | Untraceable) -> tuple[dict[bool, Rewri
         fused = fused or counts
         expected |= {name: own_class(part.get_submodule(name)) for name in inlined}
         code = graph.python_code("self")
-        made[training] = Rewrite(code.src, code.globals, call, expected, tuple(part._modules))
+        made[training] = Rewrite(code.src, code.globals, call, expected, inlined, tuple(part._modules))
     return made, fused, ""
 
 
@@ -181,8 +199,8 @@ def _layout(module: nn.Module) -> _Change:
 
 
 def _images(module: nn.Module) -> list[Tensor]:
-    """Its tensors `[_, C, H, W]`, such as weights of convolutions."""
-    return [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dim() == 4]
+    """Its parameters `[_, C, H, W]`, such as weights of convolutions."""
+    return [parameter for parameter in module.parameters() if parameter.dim() == 4]
 
 
 def _kept(changes: list[_Change], trial: Trial, reasons: dict[str, str]) -> list[_Change]:

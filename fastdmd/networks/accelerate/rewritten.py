@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import functools
 import importlib
 from collections.abc import Mapping
 from types import ModuleType
@@ -13,14 +12,16 @@ from torch import Tensor, nn
 
 from fastdmd.networks.accelerate.tracing import Call, is_listened_to
 
-REWRITES = "_fastdmd_rewrites"  # {training: Rewrite}
+REWRITES = "_fastdmd_rewrites"  # {training: Rewrite}; none any more once the module was told something
+_CLASSES: dict[type, type] = {}  # by somebody's class ours with `Rewritten`
 
 
 class Rewrite:
     """A forward for one way of calling a module, in one of its modes.
 
-    It skips or inlines the descendants in `expected`, and so holds while these are of their classes, without hooks,
-    and while the module has the `children` that it had.
+    It skips or inlines the descendants in `expected`, and so holds while these are of their classes, without hooks;
+    those `inlined`, while they are told nothing else and are in its mode; and while the module has the `children` that
+    it had.
     """
 
     def __init__(
@@ -29,19 +30,20 @@ class Rewrite:
         names: Mapping[str, Any],
         call: Call,
         expected: Mapping[str, type[nn.Module]],
+        inlined: frozenset[str],
         children: tuple[str, ...],
     ):
         self.source, self.names, self.call = source, dict(names), call
-        self.expected, self.children = dict(expected), children
+        self.expected, self.inlined, self.children = dict(expected), inlined, children
         scope = dict(names)
         exec(compile(source, "<fastdmd.accelerate>", "exec"), scope)
         self.forward = scope["forward"]
-        self._paths = [(name.split("."), kind) for name, kind in expected.items()]
+        self._paths = [(name.split("."), kind, name in inlined) for name, kind in expected.items()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         modules = {name: value.__name__ for name, value in self.names.items() if isinstance(value, ModuleType)}
         others = {name: value for name, value in self.names.items() if name not in modules}
-        return _remade, (self.source, others, modules, self.call, self.expected, self.children)
+        return _remade, (self.source, others, modules, self.call, self.expected, self.inlined, self.children)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewrite:
         return self  # nothing in it changes
@@ -49,13 +51,15 @@ class Rewrite:
     def fits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if tuple(module._modules) != self.children:
             return False
-        for path, kind in self._paths:
+        for path, kind, is_inlined in self._paths:
             child: Any = module
             for name in path:
                 child = child._modules.get(name)
                 if child is None:
                     return False
             if not isinstance(child, kind) or is_listened_to(child):
+                return False
+            if is_inlined and (vars(child).get(REWRITES) is None or child.training is not module.training):
                 return False
         return self.call.fits(args, kwargs)
 
@@ -67,7 +71,7 @@ class Rewritten:
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rewrite = vars(self).get(REWRITES, {}).get(self.training)  # type: ignore[attr-defined]
+        rewrite = (vars(self).get(REWRITES) or {}).get(self.training)  # type: ignore[attr-defined]
         if rewrite is None or not rewrite.fits(self, args, kwargs):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return rewrite.forward(self, *rewrite.call.tensors(args, kwargs))
@@ -77,44 +81,53 @@ class Rewritten:
         super().__setattr__(name, value)
         is_alike = any(isinstance(before, kind) and isinstance(value, kind) for kind in (Tensor, nn.Module))
         if name != "training" and not name.startswith("_") and not is_alike:
-            vars(self)[REWRITES] = {}
+            vars(self)[REWRITES] = None
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        vars(self)[REWRITES] = {}
+        vars(self)[REWRITES] = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *rest = reduced
-        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return _new, (own_class(self), *arguments[1:]), *rest  # type: ignore[arg-type]
+        if make is copyreg.__newobj__ and _is_plain(self):  # type: ignore[attr-defined]
+            return _new, (own_class(self), *arguments[1:]), *rest
         return reduced
 
 
 def rewrite(module: nn.Module, rewrites: Mapping[bool, Rewrite]) -> None:
-    """Gives the module these, by mode, in place."""
-    vars(module)[REWRITES] = dict(rewrites)
-    module.__class__ = _rewritten(type(module))  # type: ignore[arg-type]
+    """Gives the module these, by mode, in place, in addition to those that it has."""
+    own = vars(module)
+    own[REWRITES] = {**(own.get(REWRITES) or {}), **rewrites}
+    if not isinstance(module, Rewritten):
+        module.__class__ = _rewritten(type(module))
 
 
 def restore(module: nn.Module) -> None:
     """Its own class and forward again; nothing for a module that has them."""
-    if isinstance(module, Rewritten):
-        vars(module).pop(REWRITES, None)
-        module.__class__ = own_class(module)  # type: ignore[assignment]
+    if _is_plain(module):
+        del vars(module)[REWRITES]
+        module.__class__ = own_class(module)
+    elif isinstance(module, Rewritten):  # whose class somebody has changed since, as parametrizations do
+        vars(module)[REWRITES] = None
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
+def own_class(module: Any) -> type[nn.Module]:
     """The class that somebody gave it."""
-    kind = type(module)
-    return kind.__mro__[2] if isinstance(module, Rewritten) else kind
+    kinds = type(module).__mro__
+    return kinds[kinds.index(Rewritten) + 1] if isinstance(module, Rewritten) else kinds[0]
 
 
-@functools.cache
-def _rewritten(kind: type[nn.Module]) -> type[nn.Module]:
+def _is_plain(module: Any) -> bool:
+    return isinstance(module, Rewritten) and type(module) is _rewritten(own_class(module))
+
+
+def _rewritten(kind: type) -> Any:
     """`kind` with `Rewritten` before it, by the same name: `repr` and messages stay."""
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (Rewritten, kind), names)
+    if kind not in _CLASSES:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        _CLASSES[kind] = type(kind.__name__, (Rewritten, kind), names)
+    return _CLASSES[kind]
 
 
 def _remade(source: str, names: dict[str, Any], modules: dict[str, str], *others: Any) -> Rewrite:
@@ -123,5 +136,5 @@ def _remade(source: str, names: dict[str, Any], modules: dict[str, str], *others
 
 
 def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
-    made: type[nn.Module] = _rewritten(kind)  # type: ignore[arg-type]
+    made = _rewritten(kind)
     return made.__new__(made, *arguments)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 CONSTANTS = (type(None), bool, int, float, str)
 # What asks a value for its kind, to which a stand-in would answer another, and what a graph does not show.
-QUESTIONS = (isinstance, issubclass, hasattr, callable, id)
+QUESTIONS = (isinstance, issubclass, hasattr, callable, id, print)
 HIDDEN: dict[CodeType, str] = {
     function.__code__: name
     for name, function in {
