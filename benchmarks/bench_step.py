@@ -1,12 +1,14 @@
 """Times whole DMD2 cycles, a generator turn and its guidance turns, beside two other loops and the floor.
 
     python -m benchmarks.bench_step [--preset mnist] [--device cpu] [--batch-size 128] [--precision fp32] [--json FILE]
+    python -m benchmarks.bench_step --preset foreign --batch-size 8
 
 One network, one batch, one run: fastdmd, the textbook loop, with --compiled the fair compiled loop, and the
-convolutions and matrix products of fastdmd's cycle alone (the floor). Medians; ratios are medians of the rounds'
-ratios. Weights and data are random, so that it runs anywhere. Each has a process of its own, so that what one asks of
-threads, memory and arithmetic (`fastdmd.runs.machine`) is no other's. On a CPU they alternate; on a GPU, whose memory
-may not hold them all, each is made, timed and closed before the next.
+convolutions and matrix products of fastdmd's cycle alone (the floor). Of a network of somebody else, a textbook's
+(`foreign`) or `diffusers`', also fastdmd without `fastdmd.accelerate`, and no floor. Medians; ratios are medians of the
+rounds' ratios. Weights and data are random, so that it runs anywhere. Each has a process of its own, so that what one
+asks of threads, memory and arithmetic (`fastdmd.runs.machine`) is no other's. On a CPU they alternate; on a GPU, whose
+memory may not hold them all, each is made, timed and closed before the next.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def one_by_one(names: list[str], arguments: argparse.Namespace) -> tuple[dict, d
 
 def benchmark(arguments: argparse.Namespace) -> dict:
     device = resolve_device(arguments.device)
-    names = ["textbook", *(["compiled"] if arguments.compiled else []), "fastdmd", "floor"]
+    last = ["unaccelerated", "fastdmd"] if arguments.preset in loops.FOREIGN else ["fastdmd", "floor"]
+    names = ["textbook", *(["compiled"] if arguments.compiled else []), *last]
     measure = alternate if device.type == "cpu" else one_by_one
     seconds, memory, facts = measure([name for name in names if name not in arguments.without], arguments)
     floor = facts.get("floor", {})
@@ -110,6 +113,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         "images_per_second": {k: images / statistics.median(v) for k, v in seconds.items() if k != "floor"},
         "ratio_to_textbook": ratio("textbook", "fastdmd"),
         "ratio_to_compiled": ratio("compiled", "fastdmd"),
+        "ratio_to_unaccelerated": ratio("unaccelerated", "fastdmd"),
         "time_over_floor": ratio("fastdmd", "floor"),
         "seconds_per_cycle": seconds,
         "first_cycles": {name: fact.pop("first_cycles") for name, fact in facts.items() if "first_cycles" in fact},
@@ -124,22 +128,23 @@ def benchmark(arguments: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [f"{name:<10}{rate:>10.1f} images/s" for name, rate in result["images_per_second"].items()]
-    for key in ("ratio_to_textbook", "ratio_to_compiled", "time_over_floor", "utilisation"):
+    lines = [f"{name:<14}{rate:>10.1f} images/s" for name, rate in result["images_per_second"].items()]
+    ratios = [key for key in result if key.startswith("ratio_to_")]
+    for key in (*ratios, "time_over_floor", "utilisation"):
         if result[key] is not None:
-            lines.append(f"{key:<22}{result[key]:>6.2f}")
+            lines.append(f"{key:<24}{result[key]:>6.2f}")
     for kind in ("seconds_by_part", "seconds_by_op"):
         if kind not in result:
             continue
         total = sum(result["seconds_by_part"].values())
         lines += [f"  {name[:44]:<46}{100 * seconds / total:>5.1f} %" for name, seconds in result[kind].items()]
-    lines += [f"peak of {name:<10}{value / 1e6:>8.0f} MB" for name, value in result["peak_bytes"].items()]
+    lines += [f"peak of {name:<14}{value / 1e6:>8.0f} MB" for name, value in result["peak_bytes"].items()]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="mnist", choices=["mnist", "cifar10-cond", "imagenet64"])
+    parser.add_argument("--preset", default="mnist", choices=["mnist", "cifar10-cond", "imagenet64", *loops.FOREIGN])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--ratio", type=int, default=10, help="guidance turns per generator turn")

@@ -14,23 +14,38 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.fair import FairDMD2
 from benchmarks.floor import Floor, Recorder
+from benchmarks.foreign_unet import build, build_diffusers
 from benchmarks.textbook import textbook_like
 from fastdmd import teachers
+from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill import execution as execution_module
+from fastdmd.networks.adapted import Adapted
 from fastdmd.networks.unet import UNet
 from fastdmd.networks.unet_blocks import Conv3x3
 from fastdmd.runs import distillation, machine
 from fastdmd.runs.cli import resolve_device
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.presets import PRESETS
+from fastdmd.teachers.trial import accelerate_network
+
+FOREIGN = {"foreign": build, "diffusers": build_diffusers}  # networks of others, by what stands for a preset
+FOREIGN_OPTIONS = {
+    "foreign": {"parameterization": "epsilon"},
+    "diffusers": {"parameterization": "epsilon", "image_shape": (3, 32, 32), "num_classes": 0},
+}
 
 
 class Loop:
-    """One of the opponents, a cycle at a time: "textbook", "compiled", or "fastdmd", in its own way of execution."""
+    """One of the opponents, a cycle at a time: "textbook", "compiled", or "fastdmd", in its own way of execution.
+
+    Of somebody's network the others, and "unaccelerated", which is fastdmd otherwise, have what it came with.
+    """
 
     def __init__(self, name: str, arguments: argparse.Namespace, execution: str | None = None):
         self.device = device = resolve_device(arguments.device)
         teacher = make_teacher(arguments.preset, device)
+        if name == "fastdmd" and teacher.foreign_name:
+            print(f"  {teacher.foreign_name}: {accelerate_network(teacher)}", flush=True)
         self.config = config = (
             TrainConfig()
             .replace(
@@ -47,7 +62,8 @@ class Loop:
         )
         self.name, self.ratio, self.step = name, arguments.ratio, 0
         self.draws = distillation.make_draws(config, teacher, device)
-        if name == "fastdmd":
+        self.is_ours = name in ("fastdmd", "unaccelerated")
+        if self.is_ours:
             machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
             execution_module.COMPILE_MODE = arguments.compile_mode
             self.model = distillation.build(config, teacher)
@@ -61,7 +77,7 @@ class Loop:
         self.synchronize()
         started = time.perf_counter()
         for _ in range(self.ratio):
-            self.model.iterate(self.step, self.draws if self.name == "fastdmd" else self.draws(self.step))
+            self.model.iterate(self.step, self.draws if self.is_ours else self.draws(self.step))
             self.step += 1
         self.synchronize()
         return time.perf_counter() - started
@@ -170,7 +186,10 @@ def made(name: str, arguments: argparse.Namespace):
     yield make(name, arguments)
 
 
-def make_teacher(preset: str, device: torch.device) -> UNet:
+def make_teacher(preset: str, device: torch.device) -> DenoisingNetwork:
+    if preset in FOREIGN:
+        network = Adapted(FOREIGN[preset](), **FOREIGN_OPTIONS[preset])
+        return network.to(device).eval().requires_grad_(False)
     config = PRESETS[preset].network or teachers.load("mnist").config
     torch.manual_seed(0)
     network = UNet(config)

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastdmd import ops
     from fastdmd.distill import DMD2
+    from fastdmd.networks.accelerate import accelerate, unaccelerate
     from fastdmd.optim import AdamWEMA
     from fastdmd.runs.config import TrainConfig
     from fastdmd.sampling import Generator, HeunSampler
@@ -25,9 +26,11 @@ __all__ = [
     "HeunSampler",
     "TrainConfig",
     "__version__",
+    "accelerate",
     "load_generator",
     "load_teacher",
     "ops",
+    "unaccelerate",
 ]
 _HOMES = {
     "DMD2": "distill",
@@ -35,8 +38,10 @@ _HOMES = {
     "Generator": "sampling",
     "HeunSampler": "sampling",
     "TrainConfig": "runs.config",
+    "accelerate": "networks.accelerate",
     "load_generator": "teachers",
     "load_teacher": "teachers",
+    "unaccelerate": "networks.accelerate",
 }
 
 _former_names.install()

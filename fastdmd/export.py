@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from fastdmd import __version__, ops
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.files import replacing, write_atomically
+from fastdmd.networks.accelerate import unaccelerate
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, save_network
 from fastdmd.randomness import Stream, normals
@@ -171,6 +172,7 @@ class PlainGenerator(nn.Module):
     def __init__(self, generator: Generator):
         super().__init__()
         self.network = copy.deepcopy(network_of(generator))
+        unaccelerate(self.network)
         self.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as torch documents it
         self.sigmas, self.clamped = generator.sigmas, generator.clamped
         for module in self.network.modules():

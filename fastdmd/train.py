@@ -93,6 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
         folder = resume.open_folder(config, past)
         teacher_record = None if config.measure_teacher else metadata.get("record")
         print(f"distilling {config.teacher} into {folder.path} on {device}")
+        if "acceleration" in metadata:
+            print(metadata["acceleration"])
         with folder.being_set_up():
             training = distillation.Distillation(config, teacher, folder, teacher_record, real, pairs, stage)
             for notice in training.notices:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastdmd import diffusion
 from fastdmd.diffusion import NoiseSchedule
-from fastdmd.settings import Input, Suppress, above, arg, at_least
+from fastdmd.settings import Input, Suppress, Switch, above, arg, at_least
 
 Parameterization = Literal["x0", "edm", "epsilon", "v", "flow"]
 Labels = Literal["int", "one_hot", "none"]
@@ -121,6 +121,8 @@ class TeacherOptions(AdapterOptions):
     """The entry of --teacher-weights that holds the state, where several could: ema, state_dict.model."""
     network: Annotated[str | None, Input] = None
     """package.module:name of the network in a weight file of fastdmd, where that is not fastdmd's own."""
+    accelerate: Switch = True
+    """Whether a network that is not fastdmd's computes with fastdmd's ops, as far as that was seen to give the same."""
 
 
 NO_OPTIONS = TeacherOptions()

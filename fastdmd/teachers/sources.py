@@ -18,7 +18,7 @@ from fastdmd.networks.user_code import Code, make_network, user_code
 from fastdmd.networks.weights import ASSETS, generator_of, load_network
 from fastdmd.sampling import Generator, HeunSampler, Sampler
 from fastdmd.teachers import edm
-from fastdmd.teachers.trial import verify, verify_training
+from fastdmd.teachers.trial import accelerate_network, verify, verify_training
 
 ACCEPTED = "mnist, a .safetensors file that fastdmd wrote, a .pkl of EDM, a folder of diffusers, or package.module:name"
 WEIGHTS_OF_RUNS = ("generator.safetensors", "teacher.safetensors")
@@ -33,7 +33,8 @@ def load(
     diffusers (`UNet2DModel`); `package.module:name`, or what that names: a module, or a class or function that makes
     one without arguments. A module is taken over, not copied. `options` are those of `TeacherOptions`; `network` may
     here be a module or what makes one, too. A network that is not fastdmd's runs once, and a copy of it takes a
-    gradient once; see `verify` and `verify_training`.
+    gradient once; see `verify` and `verify_training`. Without `accelerate=False` it computes with our ops from then on;
+    see `fastdmd.accelerate`.
 
     Raises ValueError, TypeError or OSError, one line long, with what was expected and what came.
     """
@@ -74,7 +75,8 @@ def read(
     *,
     network: Code | None = None,
 ) -> tuple[DenoisingNetwork, dict[str, Any]]:
-    """As `load`, a teacher or a generator; and what its weight file says of it, its `kind` at the least.
+    """As `load`, a teacher or a generator; and what its weight file says of it, its `kind` at the least, and the
+    `acceleration` of a network that is not fastdmd's.
 
     `network`, if it is given, stands for that of `options`. Raises as `load` does.
     """
@@ -94,23 +96,30 @@ def read(
     else:
         assert isinstance(source, (str, Path))
         if kind == "file":
-            return _from_file(source, code, device)
+            return _from_file(source, code, device, options)
         teacher = edm.load(source) if kind == "pickle" else _from_folder(Path(source), given)
     with user_code("teachers", f"{_name(source)} on {device}, in eval mode"):
         teacher = teacher.to(device).eval().requires_grad_(False)
     if teacher.foreign_name:
         verify(teacher)
-    return teacher, {"kind": "teacher"}
+    return teacher, {"kind": "teacher", **_accelerated(teacher, options)}
 
 
 def _from_file(
-    source: str | Path, code: Code | None, device: str | torch.device
+    source: str | Path, code: Code | None, device: str | torch.device, options: TeacherOptions
 ) -> tuple[DenoisingNetwork, dict[str, Any]]:
     path = ASSETS / "teacher.safetensors" if source == "mnist" else source
     network, metadata = load_network(path, device=device, network=code)
     if network.foreign_name:
         verify(network, generator_of(network, metadata).sigmas if metadata["kind"] == "generator" else None)
-    return network, metadata
+    return network, {**metadata, **_accelerated(network, options)}
+
+
+def _accelerated(network: DenoisingNetwork, options: TeacherOptions) -> dict[str, str]:
+    """Lets somebody's network compute with our ops, and says what of it does, as `acceleration`."""
+    if not network.foreign_name or not options.accelerate:
+        return {}
+    return {"acceleration": f"{network.foreign_name}: {accelerate_network(network)}"}
 
 
 def _from_folder(path: Path, options: Mapping[str, Any]) -> Adapted:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdmd.diffusion import DenoisingNetwork, per_sample, preconditioning
+from fastdmd.networks.accelerate import accelerate
 from fastdmd.networks.user_code import user_code
 from fastdmd.optim.flat import check_network
 
@@ -57,6 +58,22 @@ def verify(denoiser: DenoisingNetwork, generator_sigmas: tuple[float, ...] | Non
             "linear denoiser. Expected of a network that is not trained; else its parameterization is another",
             stacklevel=2,
         )
+
+
+def accelerate_network(denoiser: DenoisingNetwork) -> str:
+    """Lets somebody's network compute with our ops, in place; says what of it does, or why it does not, in one line."""
+    device, calls = next(denoiser.parameters()).device, []
+    _, inputs = _trial(denoiser, VERIFIED_SIGMAS[1:])
+    hook = denoiser.inner.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
+    try:
+        with torch.no_grad(), user_code("accelerate", f"{denoiser.foreign_name} to denoise {_shapes(inputs)}"):
+            denoiser(*(tensor.to(device) for tensor in inputs))
+            hook.remove()
+            return str(accelerate(denoiser.inner, *calls[0]))
+    except ValueError as error:  # distillation and sampling say what they need themselves
+        return f"not accelerated; {error}"
+    finally:
+        hook.remove()
 
 
 def verify_training(network: DenoisingNetwork) -> None:

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.foreign_unet import ForeignUNet
+
 
 class Network(nn.Module):
     """Class numbers and timesteps (or other levels) in, `[B, C, H, W]` out; convolutions share a bias."""
@@ -60,6 +62,11 @@ def with_broken_features():
 def build():
     torch.manual_seed(0)
     return Network()
+
+
+def textbook():
+    torch.manual_seed(0)
+    return ForeignUNet(channels=(16, 16, 32), image_shape=(1, 8, 8), num_classes=3)
 
 
 def unconditional():

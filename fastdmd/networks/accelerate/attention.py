@@ -1,0 +1,177 @@
+"""Attention written out as products, found in a graph."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fastdmd.networks.accelerate.graphs import DIV, MUL, erase, has_two, is_call, is_number
+from fastdmd.networks.accelerate.tracing import is_listened_to
+from fastdmd.networks.unet_blocks import attend
+
+MATMUL, BMM = (operator.matmul, torch.matmul, torch.bmm), ((torch.bmm,), "bmm")
+EINSUM = (torch.einsum,)
+Order = tuple[int, ...] | None  # of axes, as permute takes it; None: as they are
+SWAPPED = (-1, -2)  # the last two
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
+    """`softmax(scale q k^T) v` of `[..., N, D]`, `[..., M, D]` and `[..., M, E]`."""
+    is_one_batch = q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+    if not is_one_batch or q.dim() not in (3, 4) or not q.dtype == k.dtype == v.dtype:
+        return torch.softmax(q * scale @ k.mT, dim=-1) @ v
+    if q.dim() == 3:  # the kernels of scaled_dot_product_attention want heads
+        return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale).squeeze(1)
+    return attend(q, k, v, scale)
+
+
+def fuse(softmax: fx.Node, graph: fx.Graph, root: nn.Module) -> bool:
+    """Replaces `softmax(scale q k^T) v` around this node, if it is one; says whether it was."""
+    source = _softmax_of(softmax, root)
+    if source is None:
+        return False
+    scores, dim = source
+    scales: list[tuple[Any, ...]] = []  # operators and numbers
+    while (scaled := _scaled(scores)) is not None and len(scores.users) == 1:
+        scores, *factor = scaled
+        scales.append(tuple(factor))
+    factors, output = _factors(scores), _output(softmax)
+    if factors is None or output is None or len(scores.users) != 1 or dim not in (-1, factors.rank - 1):
+        return False
+    product, value, order = output
+    with graph.inserting_before(product):
+        q, k, v = (_permuted(*operand) for operand in (factors.left, factors.right, value))
+        scale = functools.reduce(lambda scale, factor: _applied(graph, scale, *factor), scales, 1.0)
+        fused = _permuted(graph.call_function(attention, (q, k, v, scale)), order)
+    product.replace_all_uses_with(fused)
+    erase(product, until=scores)
+    return True
+
+
+def _applied(graph: fx.Graph, scale: Any, function: Any, number: Any) -> Any:
+    if isinstance(scale, fx.Node) or isinstance(number, fx.Node):
+        is_first = scale == 1.0 and function is operator.mul
+        return number if is_first else graph.call_function(function, (scale, number))
+    return function(scale, number)
+
+
+class Factors(NamedTuple):
+    """Of scores `left right^T` of so many axes: what is to be permuted how."""
+
+    left: tuple[fx.Node, Order]
+    right: tuple[fx.Node, Order]
+    rank: int  # -1: not known
+
+
+def _softmax_of(node: fx.Node, root: nn.Module) -> tuple[Any, int] | None:
+    """The scores and the axis of a softmax that has one user."""
+    if len(node.users) != 1:
+        return None
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        if type(module) is not nn.Softmax or is_listened_to(module) or not isinstance(module.dim, int):
+            return None
+        return node.args[0], module.dim
+    if not is_call(node, (torch.softmax, F.softmax), "softmax"):
+        return None
+    options = {name: value for name, value in node.kwargs.items() if value is not None and name != "_stacklevel"}
+    dim = node.args[1] if len(node.args) == 2 else options.pop("dim", None)
+    return (node.args[0], dim) if isinstance(dim, int) and not options and len(node.args) <= 2 else None
+
+
+def _scaled(node: fx.Node) -> tuple[fx.Node, Any, Any] | None:
+    """What a number scales, by which operator, and that number."""
+    if not has_two(node):
+        return None
+    one, other = node.args
+    if is_call(node, DIV, "div"):
+        return (one, operator.truediv, other) if isinstance(one, fx.Node) and is_number(other) else None
+    if not is_call(node, MUL, "mul"):
+        return None
+    if not is_number(other):
+        one, other = other, one
+    return (one, operator.mul, other) if isinstance(one, fx.Node) and is_number(other) else None
+
+
+def _factors(node: fx.Node) -> Factors | None:
+    a, b = _operands(node)
+    if is_call(node, MATMUL, "matmul", "bmm"):
+        return None if a is None else Factors((a, None), (b, SWAPPED), 3 if is_call(node, *BMM) else -1)
+    if (letters := _letters(node)) is None:
+        return None
+    one, two, out = letters
+    if out[-2] in two:  # the keys come first
+        one, two, a, b = two, one, b, a
+    summed = "".join(set(one) & set(two) - set(out))
+    wanted = out[:-2] + out[-2] + summed, out[:-2] + out[-1] + summed
+    if len(summed) != 1 or sorted(one) != sorted(wanted[0]) or sorted(two) != sorted(wanted[1]):
+        return None
+    return Factors((a, _order(one, wanted[0])), (b, _order(two, wanted[1])), len(out))
+
+
+def _output(weights: fx.Node) -> tuple[fx.Node, tuple[fx.Node, Order], Order] | None:
+    """The product of weights and v, what of v is to be permuted how, and then the result."""
+    product = next(iter(weights.users))
+    transposed = weights
+    if _is_transposed(product) and len(product.users) == 1:
+        transposed, product = product, next(iter(product.users))
+        if not is_call(product, *BMM):
+            return None
+    a, b = _operands(product)
+    if is_call(product, MATMUL, "matmul", "bmm"):
+        if transposed is weights and a is weights and b is not weights:
+            return product, (b, None), None
+        if transposed is not weights and b is transposed and a is not transposed:
+            return product, (a, SWAPPED), SWAPPED
+        return None
+    if transposed is not weights or (letters := _letters(product)) is None:
+        return None
+    one, two, out = letters
+    if b is weights:
+        one, two, a, b = two, one, b, a
+    batch, n, m = one[:-2], one[-2], one[-1]
+    rest = "".join(set(two) - set(one))
+    given, made = batch + m + rest, batch + n + rest
+    if a is not weights or len(rest) != 1 or sorted(two) != sorted(given) or sorted(out) != sorted(made):
+        return None
+    return product, (b, _order(two, given)), _order(made, out)
+
+
+def _operands(node: fx.Node) -> tuple[Any, Any]:
+    nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
+    return (nodes[0], nodes[1]) if len(nodes) == 2 and not node.kwargs else (None, None)
+
+
+def _letters(node: fx.Node) -> tuple[str, str, str] | None:
+    """Of an einsum of two tensors, each letter once in each."""
+    if node.op != "call_function" or node.target not in EINSUM or _operands(node) == (None, None):
+        return None
+    found = re.fullmatch(r"(\w+),(\w+)->(\w\w\w+)", str(node.args[0]).replace(" ", ""))
+    if found is None or any(len(set(letters)) != len(letters) for letters in found.groups()):
+        return None
+    return found[1], found[2], found[3]
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether its last two axes are swapped, if it has three."""
+    if is_call(node, (torch.transpose,), "transpose") and not node.kwargs:
+        return set(node.args[1:]) in ({-1, -2}, {1, 2})
+    return is_call(node, (torch.permute,), "permute") and node.args[1:] in ((0, 2, 1), ((0, 2, 1),))
+
+
+def _order(have: str, want: str) -> Order:
+    return None if have == want else tuple(have.index(letter) for letter in want)
+
+
+def _permuted(node: fx.Node, order: Order) -> fx.Node:
+    if order is None:
+        return node
+    if order == SWAPPED:
+        return node.graph.call_method("transpose", (node, -1, -2))
+    return node.graph.call_method("permute", (node, *order))

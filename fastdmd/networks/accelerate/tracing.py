@@ -1,0 +1,267 @@
+"""A module's forward as a graph of what follows what, its children left whole: or the reason why it cannot be one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import operator
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+CONSTANTS = (type(None), bool, int, float, str)
+# What asks a value for its kind, to which a stand-in would answer another, and what a graph does not show.
+QUESTIONS = (isinstance, issubclass, hasattr, callable, id, print)
+HIDDEN: dict[CodeType, str] = {
+    function.__code__: name
+    for name, function in {
+        "torch.is_tensor": torch.is_tensor,
+        "torch.utils.checkpoint": torch.utils.checkpoint.checkpoint,
+        "torch.autograd.Function": torch.autograd.Function.apply.__func__,  # type: ignore[attr-defined]
+    }.items()
+}
+
+# Of tensors that are made anew each time, or depend on the device of one that is given.
+FACTORIES = ("arange", "linspace", "zeros", "ones", "full", "empty", "tensor", "eye", "rand", "randn", "randint")
+LIBRARIES = {"torch", "fastdmd", *sys.stdlib_module_names}  # whose own questions mislead nobody
+
+
+class Untraceable(Exception):
+    """Why a forward cannot be a graph, in a few words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """How a module is called: of each argument the value, `Tensor` for a tensor."""
+
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Raises Untraceable for arguments that are neither tensors nor plain values."""
+        return cls(tuple(map(_described, args)), tuple((name, _described(value)) for name, value in kwargs.items()))
+
+    def fits(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        if len(args) != len(self.args) or len(kwargs) != len(self.kwargs):
+            return False
+        if not all(_is_like(value, expected) for value, expected in zip(args, self.args, strict=True)):
+            return False
+        return all(name in kwargs and _is_like(kwargs[name], expected) for name, expected in self.kwargs)
+
+    def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Those of a call that fits, in the order of the placeholders."""
+        named = [kwargs[name] for name, expected in self.kwargs if expected is Tensor]
+        return [value for value, expected in zip(args, self.args, strict=True) if expected is Tensor] + named
+
+
+def trace(module: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, frozenset[str]]:
+    """The graph of `module.forward` in one of its two modes, for such calls; and the children that are traced through.
+
+    Those are modules without children whose class is not PyTorch's own, such as somebody's norm or activation; every
+    other child is one node. What depends on values or shapes, keeps something in the module, draws numbers, or computes
+    with tensors of its own making raises Untraceable.
+    """
+    for inline in (True, False):
+        tracer = _Tracer(call, inline=inline)
+        try:
+            with _as_it_was(module, training), tracer.making_tensors(), _watched(), _OnlyProxies():
+                return tracer.trace(module), frozenset(tracer.inlined)
+        except Untraceable as error:
+            reason = error
+        except Exception as error:  # of anybody's code, given stand-ins for tensors
+            reason = Untraceable(f"{type(error).__name__}: {error}".splitlines()[0][:120])
+        if not tracer.inlined:
+            break
+    raise reason
+
+
+class _Proxy(fx.Proxy):
+    """A stand-in for a tensor, with the attributes of tensors alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., fx.Proxy]:
+    """`x += y` as what it is, where fx would make a new tensor."""
+    return lambda one, other: one.tracer.create_proxy("call_function", function, (one, other), {})
+
+
+for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow):
+    setattr(_Proxy, f"__{_function.__name__}__", _in_place(_function))
+
+
+class _Tracer(fx.Tracer):
+    trace_asserts = True
+    proxy_buffer_attributes = True
+
+    def __init__(self, call: Call, *, inline: bool):
+        super().__init__()
+        self.call, self.inline = call, inline
+        self.inlined: set[str] = set()
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
+        def argument(name: str, value: Any) -> Any:
+            return self.create_proxy("placeholder", name, (), {}) if value is Tensor else value
+
+        args = [argument(f"argument_{i}", value) for i, value in enumerate(self.call.args)]
+        kwargs = {name: argument(name, value) for name, value in self.call.kwargs}
+        return lambda module: root_fn(module, *args, **kwargs), [self.root]
+
+    @contextlib.contextmanager
+    def making_tensors(self) -> Iterator[None]:
+        """Inside, what makes tensors of torch is a node, too; torch itself refuses stand-ins for devices and dtypes."""
+        own = {name: getattr(torch, name) for name in FACTORIES}
+        try:
+            for name, function in own.items():
+                call = functools.partial(self._make, function)
+                setattr(torch, name, call)
+            yield
+        finally:
+            for name, function in own.items():
+                setattr(torch, name, function)
+
+    def _make(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Proxy:
+        return self.create_proxy("call_function", function, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        if not self.inline or not is_inlined(module):
+            return True
+        self.inlined.add(qualified_name)
+        return False
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not any(a is b for b in self.root.buffers()):
+            raise Untraceable("it computes with a tensor that is none of its parameters and buffers")
+        return super().create_arg(a)
+
+
+def is_inlined(module: nn.Module) -> bool:
+    """Whether it is code of somebody's own that holds no other module, and nobody listens to it."""
+    is_own = not type(module).__module__.startswith(("torch.", "fastdmd."))
+    return is_own and not module._modules and not is_listened_to(module) and "forward" not in vars(module)
+
+
+def is_listened_to(module: nn.Module) -> bool:
+    """By hooks, of which a pass that it became a part of would have no use."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+class _OnlyProxies(TorchFunctionMode):
+    """Refuses what is computed of real tensors, such as random numbers or constants, and changes of modes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if fx.Proxy not in {base for kind in types for base in kind.__mro__}:
+            name = func.__name__ if func.__name__ != "__get__" else f"the property {func.__self__.__name__}"
+            raise Untraceable(f"it calls {name} without a tensor of its input")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _as_it_was(module: nn.Module, training: bool) -> Iterator[None]:
+    """In this mode, inside; raises Untraceable where the module keeps or draws something, which is undone."""
+    states = {part: _contents(part) for part in module.modules()}
+    numbers = random.getstate(), np.random.get_state(legacy=False)
+    try:
+        for part in states:
+            vars(part)["training"] = training
+        yield
+    finally:
+        for part, (was, _) in states.items():
+            vars(part)["training"] = was["training"]
+        changed = [part for part, state in states.items() if not _same(_contents(part), state)]
+        for part in changed:
+            own = vars(part)
+            own.clear()
+            own.update(states[part][0])
+        drawn = random.getstate(), np.random.get_state(legacy=False)
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
+    if changed:
+        raise Untraceable("it keeps something of what it computes")
+    if str(drawn) != str(numbers):  # which hold arrays
+        raise Untraceable("it draws random numbers itself")
+
+
+def _contents(module: nn.Module) -> tuple[dict[str, Any], list[Any]]:
+    own = dict(vars(module))
+    inside = [
+        list(value.items()) if isinstance(value, dict) else list(value) for value in own.values() if _holds(value)
+    ]
+    return own, inside
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, list | dict | set)
+
+
+def _same(one: tuple[dict[str, Any], list[Any]], other: tuple[dict[str, Any], list[Any]]) -> bool:
+    if one[0].keys() != other[0].keys() or any(value is not other[0][name] for name, value in one[0].items()):
+        return False
+    return _identities(one[1]) == _identities(other[1])
+
+
+def _identities(values: list[Any]) -> list[list[Any]]:
+    return [[tuple(map(id, item)) if isinstance(item, tuple) else id(item) for item in inside] for inside in values]
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Raises Untraceable where the module's code calls one of QUESTIONS or HIDDEN, or enters a context."""
+    found = []
+
+    def notice(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code in HIDDEN:
+            found.append(HIDDEN[frame.f_code])
+        elif event == "c_call" and argument in QUESTIONS and _package(frame) not in LIBRARIES:
+            found.append(argument.__name__)
+        elif event == "call" and frame.f_code.co_name == "__enter__" and _is_entered_by_somebody(frame.f_back):
+            found.append(type(frame.f_locals.get("self")).__name__)
+
+    before = sys.getprofile()
+    sys.setprofile(notice)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+    if found:
+        raise Untraceable(f"it calls {found[0]}")
+
+
+def _is_entered_by_somebody(frame: FrameType | None) -> bool:
+    """By `with`, or by a decorator of torch's around a function."""
+    return frame is not None and (_package(frame) not in LIBRARIES or frame.f_code.co_name == "decorate_context")
+
+
+def _package(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").split(".")[0]
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Tensor
+    if type(value) not in CONSTANTS:
+        raise Untraceable(f"it is called with a {type(value).__name__}")
+    return value
+
+
+def _is_like(value: Any, expected: Any) -> bool:
+    if expected is Tensor:
+        return isinstance(value, Tensor)
+    return type(value) is type(expected) and value == expected

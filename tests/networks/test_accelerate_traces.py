@@ -1,0 +1,388 @@
+"""Forwards in which something is other than it looks: what is fused, what is not, and always the same numbers."""
+
+import contextlib
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fastdmd
+from fastdmd.networks.accelerate.fusions import fuse
+from fastdmd.networks.accelerate.layers import GroupNorm
+from fastdmd.networks.accelerate.tracing import Call, trace
+from tests.helpers.accelerated import assert_same
+from tests.networks.test_accelerate import accelerated
+
+X = torch.randn(2, 16, 8, 8)
+
+
+class Block(nn.Module):
+    """A norm, and what `way` makes of it."""
+
+    def __init__(self, way, **attributes):
+        super().__init__()
+        self.norm, self.conv, self.way = nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3, padding=1), way
+        self.act, self.dropout, self.table = nn.SiLU(), nn.Dropout(0.5), nn.Parameter(torch.randn(1, 16, 1, 1))
+        self.kept, self.factor = None, 1.0
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x):
+        return self.conv(getattr(self, self.way)(x))
+
+    def plain(self, x):
+        return F.silu(self.norm(x)) * self.factor
+
+    def used_twice(self, x):
+        h = self.norm(x)
+        return F.silu(h) + h
+
+    def sigmoid_used_twice(self, x):
+        h = self.norm(x)
+        s = h.sigmoid()
+        return h * s + s
+
+    def sigmoid_of_another(self, x):
+        h = self.norm(x)
+        return h * torch.sigmoid(self.conv(x))
+
+    def silu_in_place_and_read(self, x):
+        h = self.norm(x)
+        F.silu(h, inplace=True)
+        return h
+
+    def dropped_out_between(self, x):
+        return F.silu(self.dropout(self.norm(x)))
+
+    def scaled_in_place(self, x):
+        h = self.norm(x)
+        h *= 1 + self.table
+        h += self.table
+        return F.silu(h)
+
+    def shifted_alone(self, x):
+        return F.silu(self.norm(x) + self.table)
+
+    def added_with_alpha(self, x):
+        return F.silu(torch.add(self.norm(x) * (1 + self.table), self.table, alpha=2))
+
+    def scaled_by_itself(self, x):
+        h = self.norm(x)
+        return F.silu(h * h + self.table)
+
+    def changed_between(self, x):
+        x = x * 1
+        h = self.norm(x)
+        x.add_(1)
+        h = h * (1 + x.mean((2, 3), keepdim=True)) + self.table.expand(x.shape[0], -1, -1, -1)
+        return F.silu(h)
+
+    def summed_in_place(self, x):
+        h = x * 1
+        skip = h
+        h += 1
+        return F.silu(self.norm(h)) + skip
+
+    def both(self, x):
+        return F.silu(self.norm(x)) + self.norm(x)
+
+    def one_plus(self, x):
+        table = self.table.expand(x.shape[0], -1, -1, -1)
+        return self.act(self.norm(x) * (table + 1) + table)
+
+    def gain(self, x):
+        table = self.table.expand(x.shape[0], -1, -1, -1)
+        return self.act(torch.addcmul(table, self.norm(x), table))
+
+
+@pytest.mark.parametrize(
+    ("way", "num_fused"),
+    {
+        "plain": 1,
+        "used_twice": 0,
+        "sigmoid_used_twice": 0,
+        "sigmoid_of_another": 0,
+        "silu_in_place_and_read": 0,
+        "dropped_out_between": 0,
+        "scaled_in_place": 0,
+        "shifted_alone": 0,
+        "added_with_alpha": 0,
+        "scaled_by_itself": 0,
+        "summed_in_place": 1,
+        "both": 1,
+        "one_plus": 1,
+        "gain": 1,
+    }.items(),
+)
+def test_what_follows_a_norm(way, num_fused):
+    module, original, report = accelerated(Block(way), X)
+    assert report.fused.get("norms with SiLU", 0) == num_fused and report.norms == (1, 1)
+    assert_same(module.eval(), original.eval(), X)
+    assert_same(module.double(), original.double(), X[:1].double())
+
+
+class Hidden(Block):
+    """What a graph would not show."""
+
+    def by_value(self, x):
+        return F.silu(self.norm(x)) if x.sum() > -1e9 else x
+
+    def by_size(self, x):
+        return F.silu(self.norm(x)) if len(x) < 64 else x
+
+    def by_kind(self, x):
+        h = F.silu(self.norm(x))
+        return h if isinstance(x, torch.Tensor) and x.std() > 0 else -h
+
+    def by_chance(self, x):
+        return F.silu(self.norm(x)) * (1 if random.random() < 2 else 0)
+
+    def kept_in_itself(self, x):
+        self.kept = F.silu(self.norm(x))
+        return self.kept
+
+    def without_gradient(self, x):
+        with torch.no_grad():
+            table = F.silu(self.norm(x))
+        return table + x
+
+    def in_full_precision(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return F.silu(self.norm(x))
+
+    def in_a_context(self, x):
+        with contextlib.nullcontext():
+            return F.silu(self.norm(x))
+
+    def recomputed(self, x):
+        return checkpoint(lambda x: F.silu(self.norm(x)), x, use_reentrant=False)
+
+    def of_a_constant(self, x):
+        return F.silu(self.norm(x)) * CONSTANT
+
+    def of_somebodys_function(self, x):
+        return Doubled.apply(F.silu(self.norm(x)))
+
+
+CONSTANT = torch.tensor(2.0)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    {
+        "by_value": "TraceError",
+        "by_size": "'len' is not supported",
+        "by_kind": "it calls isinstance",
+        "by_chance": "it draws random numbers itself",
+        "kept_in_itself": "it keeps something of what it computes",
+        "without_gradient": "it calls _set_grad_enabled",
+        "in_full_precision": "it calls autocast",
+        "in_a_context": "it calls nullcontext",
+        "recomputed": "it calls torch.utils.checkpoint",
+        "of_a_constant": "it computes with a tensor that is none of its",
+        "of_somebodys_function": "it calls torch.autograd.Function",
+    }.items(),
+)
+def test_what_a_graph_does_not_show_stays(way, reason):
+    """Norm and convolution are ours there, too, and a line says why SiLU is apart."""
+    state = random.getstate()
+    module, original, report = accelerated(Hidden(way), X)
+    assert reason in report.reasons["norm"] and report.reasons["norm"].startswith("SiLU apart, for ")
+    assert report.fused == {} and (report.norms, report.convolutions) == ((1, 1), (1, 1))
+    assert way == "by_chance" or random.getstate() == state
+    module.kept = original.kept = None
+    assert_same(module, original, X)
+
+
+def test_what_changes_between_norm_and_silu_is_not_read_late():
+    """No gradient goes through such a block, so it is asked of the graph."""
+    block = Block("changed_between")
+    graph, _ = trace(block, Call.of((X,), {}), training=False)
+    assert fuse(graph, block) == ({}, {})
+    graph, _ = trace(Block("one_plus"), Call.of((X,), {}), training=False)
+    assert fuse(graph, block) == ({"norms with SiLU": 1}, {"act": nn.SiLU, "norm": GroupNorm})
+
+
+class WithoutGradient(Block):
+    @torch.inference_mode()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_module_that_gives_no_gradient_gives_none():
+    module, original, report = accelerated(WithoutGradient("plain"), X)
+    assert report.reasons == {"norm": "SiLU apart, for it calls inference_mode"} and report.norms == (1, 1)
+    output = module(X)
+    assert not output.requires_grad and output.is_inference()
+    torch.testing.assert_close(output, original(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_without_a_trace_says_why():
+    _, _, report = accelerated(Block("used_twice"), X)
+    assert report.reasons == {"norm": "SiLU apart, for its output has other uses"}
+
+
+def test_what_is_called_in_several_ways_is_traced_for_none():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Optional()
+
+        def forward(self, x):
+            return self.inner(self.inner(x), x)
+
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.GroupNorm(4, 16)
+
+        def forward(self, x, skip=None):
+            return F.silu(self.norm(x)) if skip is None else F.silu(self.norm(x)) + skip
+
+    module, original, report = accelerated(Twice(), X)
+    assert report.reasons == {"inner.norm": "SiLU apart, for it is called in several ways"}
+    assert_same(module, original, X)
+    module, original, report = accelerated(Twice().inner, X)
+    assert report.fused == {"norms with SiLU": 1}
+    assert_same(module, original, X, X)  # called in another way than it was traced
+
+
+def test_hooks_see_what_they_would_have_seen():
+    for place in ("norm", "act"):
+        for is_early in (True, False):
+            block = nn.Sequential()
+            block.add_module("norm", nn.GroupNorm(4, 16))
+            block.add_module("act", nn.SiLU())
+            expected, seen = getattr(block, place)(X if place == "act" else X), []
+            if is_early:
+                getattr(block, place).register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
+            report = fastdmd.accelerate(block, X)
+            assert report.fused == ({} if is_early else {"norms with SiLU": 1})
+            if not is_early:
+                getattr(block, place).register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
+            seen.clear()
+            output = block(X)
+            assert len(seen) == 1
+            expected = F.group_norm(X, 4) if place == "norm" else output
+            torch.testing.assert_close(seen[0], expected)
+            torch.testing.assert_close(output, F.silu(F.group_norm(X, 4)))
+
+
+def test_what_a_module_is_told_later_counts():
+    module, original, _ = accelerated(Block("plain"), X)
+    module.factor = original.factor = 3.0  # was a number in the trace
+    assert_same(module, original, X)
+    module, original, _ = accelerated(Block("plain"), X)
+    replaced = nn.GroupNorm(2, 16)
+    module.norm, original.norm = replaced, replaced
+    assert_same(module, original, X)
+    module, original, _ = accelerated(nn.Sequential(nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1)), X)
+    module.append(nn.Tanh()), original.append(nn.Tanh())
+    assert_same(module, original, X)
+    for part in (module, original):
+        part[2].padding_mode, part[2]._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    assert_same(module, original, X)
+
+
+class Scaled(nn.Module):
+    """An activation that is traced through."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = 2.0
+
+    def forward(self, x):
+        return x * torch.sigmoid(x) * (self.factor if self.training else 1.0)
+
+
+def test_what_an_inlined_module_is_told_later_counts():
+    def make():
+        return nn.Sequential(nn.GroupNorm(4, 16), Scaled(), nn.Conv2d(16, 16, 3, padding=1)).eval()
+
+    module, original, report = accelerated(make(), X)
+    assert report.fused == {"norms with SiLU": 1} and (2.0, False) == (module[1].factor, module[1].training)
+    for change in (lambda part: setattr(part, "factor", 3.0), lambda part: part.train()):
+        module, original, _ = accelerated(make().train(), X)
+        change(module[1]), change(original[1])
+        assert_same(module, original, X)
+    module, original, _ = accelerated(make(), X)
+    module[1].train(), original[1].train()  # alone
+    assert_same(module, original, X)
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        fastdmd.unaccelerate(twin)
+        assert type(twin[1]) is Scaled and not any(name.startswith("_fastdmd") for name in vars(twin[1]))
+
+
+def test_a_parametrization_later_counts():
+    module, original, _ = accelerated(OwnWeight(), X)
+    for part in (module, original):
+        torch.manual_seed(0)
+        nn.utils.parametrizations.weight_norm(part, "weight")
+        with torch.no_grad():
+            part.parametrizations.weight.original0.mul_(2)
+    assert_same(module, original, X)
+    fastdmd.unaccelerate(module)
+    assert_same(module, original, X)
+
+
+class OwnWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.weight = nn.GroupNorm(4, 16), nn.Parameter(torch.randn(16, 16, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(F.silu(self.norm(x)), self.weight, padding=1)
+
+
+class LowRank(nn.Module):
+    """Beside a convolution, as adapters are put into networks."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.down, self.up = nn.Conv2d(16, 2, 1, bias=False), nn.Conv2d(2, 16, 1, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+def test_adapters_before_and_after():
+    module = Block("plain")
+    module.conv = LowRank(module.conv)
+    module, original, report = accelerated(module, X)
+    assert report.convolutions == (1, 1) and not report.reasons
+    assert_same(module, original, X)
+    module, original, _ = accelerated(Block("plain"), X)
+    adapter = LowRank(nn.Identity())
+    for block in (module, original):
+        adapter.base_layer = block.conv
+        block.conv = LowRank(block.conv)
+        block.conv.load_state_dict(adapter.state_dict())
+    assert_same(module, original, X)
+
+
+def test_a_convolution_whose_weight_a_hook_computes():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        conv = nn.utils.weight_norm(nn.Conv2d(16, 16, 3, padding=1))
+    module = nn.Sequential(conv, nn.GroupNorm(4, 16), nn.SiLU())
+    expected = module(X).detach()
+    report = fastdmd.accelerate(module, X)
+    assert report.convolutions == (1, 1)
+    torch.testing.assert_close(module(X), expected)
+    module(X).sum().backward()
+    assert conv.weight_g.grad is not None and conv.weight_v.grad.abs().sum() > 0
