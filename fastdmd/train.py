@@ -37,10 +37,9 @@ BYTES_PER_PAIR = 3 * 4  # more with a regression: noise, the teacher's images, a
 
 @terminal.command("fastdmd.train")
 def main(arguments: list[str] | None = None) -> None:
-    presets = {name: preset.config for name, preset in PRESETS.items()}
     with cli.user_errors("fastdmd.train"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
-    chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
+    chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, PRESETS)
     with cli.user_errors("fastdmd.train"):
         device = cli.resolve_device(chosen.device)
         past = None if chosen.dry_run else resume.past_of(chosen)

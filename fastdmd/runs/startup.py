@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from fastdmd.runs import interrupts
+from fastdmd.runs import interrupts, terminal
 
 # Of OpenMP and of the runtimes that a torch may come with. Whoever sets one of them has decided.
 THREAD_SETTINGS = (
@@ -26,7 +26,7 @@ def prepare(command: str) -> None:
 
     For a command's own process alone.
     """
-    interrupts.exit_on_signals(command)
+    interrupts.exit_on_signals(terminal.typed(command))
     settle_threads()
 
 
