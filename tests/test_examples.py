@@ -18,6 +18,8 @@ from examples import captured_step, compiled_loop, plain_loop, toy
 from fastdmd import ops
 
 ROOT = Path(__file__).parents[1]
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # with the tools of this environment
+CMAKE = shutil.which("cmake", path=PATH)
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +76,14 @@ def test_a_training_script_of_diffusers(tmp_path):
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_a_foreign_teacher_by_commands(tmp_path):
     pytest.importorskip("tyro", reason="tyro is not installed")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", "examples/foreign_teacher.sh", str(tmp_path), "20", "4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": PATH})
     assert done.returncode == 0, done.stderr
     samples = np.load(tmp_path / "samples.npz")
     assert samples["images"].shape == (20, 28, 28, 1) and samples["labels"].tolist() == [3, 5] * 10
 
 
-@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("c++"), reason="needs CMake and a C++ compiler")
+@pytest.mark.skipif(not CMAKE or not shutil.which("c++"), reason="needs CMake and a C++ compiler")
 def test_a_program_in_cpp(tmp_path):
     """The same noise, loss and gradient as the ops'."""
     package = Path(fastdmd.__file__).parent
@@ -90,7 +91,7 @@ def test_a_program_in_cpp(tmp_path):
         pytest.skip("the kernels are not built")
     options = [f"-DFASTDMD={package}", "-DCMAKE_BUILD_TYPE=Release"]
     for command in (["-S", ROOT / "examples" / "cpp", "-B", tmp_path, *options], ["--build", tmp_path]):
-        subprocess.run(["cmake", *command], check=True, capture_output=True)
+        subprocess.run([CMAKE, *command], check=True, capture_output=True)
     done = subprocess.run([tmp_path / "distribution_matching"], capture_output=True, text=True)
     assert done.returncode == 0, done
     _, *numbers = done.stdout.split()

@@ -40,7 +40,11 @@ EXAMPLES = {
         "runs/mine/generator.safetensors --out a.pt2",
     ],
     "fastdmd.pairs": ["--out pairs", "--teacher my.pkl --num 50000 --out pairs"],
-    "fastdmd.completion": ["bash > fastdmd.bash", "fish | source"],
+    "fastdmd.completion": [
+        "bash > fastdmd.bash  # for ~/.bashrc to source",
+        "zsh > ~/.zfunc/_fastdmd  # in a folder of fpath",
+        "fish > ~/.config/fish/completions/fastdmd.fish",
+    ],
 }
 
 

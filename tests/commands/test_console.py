@@ -14,7 +14,7 @@ import pytest
 import fastdmd
 from fastdmd import completion
 from fastdmd.__main__ import COMMANDS
-from fastdmd.runs import cli, help, terminal
+from fastdmd.runs import cli, help, startup, terminal
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.presets import PRESETS
 from fastdmd.settings import Settings
@@ -64,10 +64,24 @@ def test_what_is_no_command(arguments, code, error):
     assert done.stdout == (f"fastdmd {fastdmd.__version__}\n" if "--version" in arguments else "")
 
 
+# Says when torch is asked for, and how threads are to wait by then.
+WATCHED = """
+import os, sys
+for name in list(os.environ):
+    if name.startswith(("OMP_", "GOMP_", "KMP_")):
+        del os.environ[name]
+seen = []
+sys.addaudithook(lambda event, values: event == "import" and values[0] == "torch" and seen.append(values) or None)
+sys.addaudithook(lambda event, values: len(seen) == 1 and seen.append(print(os.environ.get("GOMP_SPINCOUNT"))) or None)
+"""
+
+
 def test_commands_know_how_they_were_called(tmp_path):
-    """Also the one whose settings are defined in the module that is run, which is then called `__main__`."""
-    done = run("-c", CONSOLE, "export", "gone.safetensors", "--out", str(tmp_path / "a.pt2"))
+    """And prepare their process before torch is there; also the one whose settings are defined in the module that is
+    run, which is then called `__main__`."""
+    done = run("-c", WATCHED + CONSOLE, "export", "gone.safetensors", "--out", str(tmp_path / "a.pt2"))
     assert done.returncode == 2 and done.stderr.startswith("fastdmd export: error: ") and "gone" in done.stderr
+    assert done.stdout == f"{startup.SPIN_COUNT}\n"
 
 
 def test_names(monkeypatch):
