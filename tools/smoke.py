@@ -64,9 +64,8 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def main() -> None:
-    os.chdir(tempfile.mkdtemp())
-    try_ops("--native" in sys.argv)
+def try_commands() -> None:
+    """In the folder that this process is in."""
     assert run("--version").startswith("fastdmd ")
     run(*"train --out run --iterations 3 --batch-size 4 --warmup-iterations 0 --num-samples 0 --device cpu".split())
     generator = "run/generator.safetensors"
@@ -74,6 +73,14 @@ def main() -> None:
     assert Path("samples.png").read_bytes()[1:4] == b"PNG"
     run("export", generator, "--out", "half.safetensors", "--weights-dtype", "float16")
     assert Path("half.safetensors").stat().st_size < Path(generator).stat().st_size / 1.5
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try_ops("--native" in sys.argv)
+        try_commands()
+        os.chdir(SOURCES)
     print("works: ops, train, sample, export")
 
 

@@ -9,6 +9,7 @@ import inspect
 import io
 import itertools
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, get_type_hints
@@ -64,25 +65,28 @@ def followed_by_examples(command: str, arguments: list[str], presets: Mapping[st
 
 @contextlib.contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """Inside, a command line that tyro refuses is a ValueError of one line, instead of a box on stderr."""
-    box = io.StringIO()
+    """Inside, a command line that tyro refuses is a ValueError of one line, instead of a box on stderr; what else is
+    said there comes afterwards."""
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(said):
             yield
     except SystemExit as stop:
-        if stop.code != 2:
-            raise
-        raise ValueError(line_of(box.getvalue())) from None
+        if stop.code == 2:
+            raise ValueError(line_of(said.getvalue())) from None
+        sys.stderr.write(said.getvalue())
+        raise
+    sys.stderr.write(said.getvalue())
 
 
 def line_of(box: str) -> str:
     """What tyro says in a box, between its title and its first rule, and the flags or the choice that were meant.
 
     The box is of letters where stdout knows no others."""
-    _, *rows = (row.strip("│ ") for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines())  # without colours
-    grouped = itertools.groupby(rows, lambda row: set(row) <= set("─-╭╮╰╯"))
+    rows = [row.strip("│ ") for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]  # without colours
+    grouped = itertools.groupby(rows[1:], lambda row: set(row) <= set("─-╭╮╰╯"))
     parts = [list(part) for is_rule, part in grouped if not is_rule]
-    message = " ".join(" ".join(parts[0]).split())
+    message = " ".join(" ".join(parts[0] if parts else [box]).split())
     if found := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\).", message):
         got, flag, known = found[1], found[2], re.findall(r"'(.*?)'", found[3])
         return f"expected {flag} one of {', '.join(known)}, got {got}{terminal.meant(got, known)}"

@@ -91,7 +91,7 @@ class ArchitectureSettings(Settings):
 class PretrainConfig(CommandConfig):
     """Train a teacher.
 
-    `mnist`, the embedded one, has these defaults, but --label-emphasis 1.3."""
+    `mnist` has these defaults, --label-emphasis 1.3 and --weights-dtype float16."""
 
     out: Path = Path("runs/teacher")
     """Run folder; must not hold a run yet, but for --resume auto."""

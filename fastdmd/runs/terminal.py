@@ -92,9 +92,7 @@ def say(text: str) -> None:
 def report(name: str, text: str, error: BaseException | None = None) -> None:
     """What went wrong, in one line; with --verbose or FASTDMD_TRACEBACK=1 the traceback beneath it."""
     say(f"{typed(name)}: error: {' '.join(text.split())}")
-    if error is None:
-        return
-    if _verbose.get() or os.environ.get(TRACEBACK, "0") not in ("", "0"):
+    if error is not None and (_verbose.get() or os.environ.get(TRACEBACK, "0") not in ("", "0")):
         say("".join(traceback.format_exception(error)).rstrip())
 
 

@@ -153,6 +153,20 @@ def test_mistakes_are_one_line_and_say_what_was_meant(words, line, columns, enco
     assert stop.value.code == 2 and capsys.readouterr().err == f"fastdmd.train: error: {line}\n"
 
 
+def test_what_else_is_said_meanwhile_is_not_lost(capsys):
+    with help.errors_as_lines():
+        print("a warning", file=sys.stderr)
+    for code, line in ((0, "then help"), (None, "then help")):
+        with pytest.raises(SystemExit), help.errors_as_lines():
+            print(line, file=sys.stderr)
+            raise SystemExit(code)
+    assert capsys.readouterr().err == "a warning\nthen help\nthen help\n"
+    for text in ("", "no box", "title\nno rule"):
+        with pytest.raises(ValueError, match=text.splitlines()[-1] if text else "^$"), help.errors_as_lines():
+            print(text, end="", file=sys.stderr)
+            raise SystemExit(2)
+
+
 COMPLETE = """
 source {script}
 for line in "$@"; do
