@@ -10,7 +10,7 @@ TORCHES := 2.11.0 2.14.1
 TORCH ?= $(lastword $(TORCHES))
 OTHER = build/torch-$(TORCH)
 
-.PHONY: train test sanitize test-torch test-matrix test-cuda-build lint bench soak fuzz gpu gpu-kit clean
+.PHONY: train test sanitize test-torch test-matrix test-cuda-build dist lint bench soak fuzz gpu gpu-kit clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
@@ -53,6 +53,11 @@ lint: .venv/ready-dev
 	$(VENV) -m mypy
 	.venv/bin/lint-imports --no-logo --no-cache
 
+# sdist and wheel in dist/, built in isolation, then installed and tried as a user would, with and without a compiler.
+dist: .venv/ready
+	$(PIP) build
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(VENV) tools/dist.py dist
+
 bench: .venv/ready-dev
 	$(VENV) -m benchmarks.bench_ops $(ARGS)
 
@@ -80,4 +85,4 @@ gpu-kit:
 	touch .venv/ready $@
 
 clean:
-	rm -rf .venv build *.egg-info fastdmd/*.so
+	rm -rf .venv build dist *.egg-info fastdmd/*.so

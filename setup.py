@@ -2,8 +2,9 @@
 
 FASTDMD_NATIVE=auto (default): build what torch, a C++ compiler and CMake allow, else install without. FASTDMD_NATIVE=1:
 fail if they cannot be built. FASTDMD_NATIVE=0: do not try, and take away what was built in this folder before.
-The kernels and the ops are libraries that any Python can load. The module `fastdmd._runtime` is for this Python alone,
-which is why a wheel is tagged for it. Without pybind11 there is no module, and all else is built.
+The kernels and the ops are libraries that any Python can load. The module `fastdmd._runtime` is for this Python alone:
+pybind11 knows no stable ABI, and nanobind's begins with Python 3.12. So a wheel with it is tagged for its Python, one
+without for every Python; a build in isolation has no pybind11 and makes the latter, where all else works the same.
 The CUDA library is built if torch has CUDA and nvcc is there, of the same major version. It has code for every GPU from
 sm_80 that nvcc knows; CUDAARCHS, CMake's own variable, names others: `CUDAARCHS=90` builds for an H100 alone, quickly.
 """
@@ -19,6 +20,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -190,6 +192,16 @@ class CMakeBuild(build_ext):
             self.cuda_architectures = named.removeprefix(ARCHITECTURES_OPTION)
 
 
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        """By what lies in it; an editable one has no folder yet, and is of this Python."""
+        python, abi, platform = super().get_tag()
+        folder = Path(self.bdist_dir)
+        if not folder.is_dir() or any(folder.glob("fastdmd/_runtime.*")):
+            return python, abi, platform
+        return "py3", "none", platform
+
+
 if MODE not in ("auto", "0", "1"):
     sys.exit(f"fastdmd: error: expected FASTDMD_NATIVE out of auto, 0, 1, got {MODE!r}")
 if MODE == "0" and {"--inplace", "-i", "develop", "editable_wheel"} & set(sys.argv):
@@ -198,4 +210,4 @@ if MODE == "0" and {"--inplace", "-i", "develop", "editable_wheel"} & set(sys.ar
 # `optional`: where nothing was built, setuptools goes on without the file.
 REQUIRED = ("fastdmd_kernels", "fastdmd_cpu") if MODE == "1" else ()
 extensions = [Extension(f"fastdmd.{name}", sources=[], optional=name not in REQUIRED) for name in PARTS]
-setup(ext_modules=[] if MODE == "0" else extensions, cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[] if MODE == "0" else extensions, cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel})

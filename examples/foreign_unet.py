@@ -1,11 +1,7 @@
 """A network that is not fastdmd's, distilled: it takes x, sigma and one-hot labels, and gives D_x.
 
-`python -m examples.foreign_unet` trains it for a moment, then distils it with the library. The same distillation from
-the command line, with trained weights:
-
-    python -m fastdmd.train --teacher examples.foreign_unet:ForeignUNet --parameterization x0 \
-        --teacher-labels one_hot --teacher-weights my_weights.safetensors --out runs/foreign
-    python -m fastdmd.sample runs/foreign/generator.safetensors --network examples.foreign_unet:ForeignUNet
+`python -m examples.foreign_unet` trains it for a moment, then distils it with the library. examples/foreign_teacher.sh
+does the same by commands.
 """
 
 from pathlib import Path
@@ -43,17 +39,22 @@ class ForeignUNet(nn.Module):
         return self.sigma_data**2 / scale**2 * x + sigma * self.sigma_data / scale * F_x
 
 
-def main(out: Path = Path("foreign.safetensors"), training: int = 100, iterations: int = 40, batch_size: int = 16):
+def trained(num_updates: int, batch_size: int = 16) -> ForeignUNet:
+    """Your own training, long ago."""
     torch.manual_seed(0)
     network, digits = ForeignUNet(), data.load()
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    for step in range(training):  # your own training, long ago
+    for step in range(num_updates):
         images, labels = digits.random_batch(batch_size, seed=0, step=step, device="cpu")
         sigma, noise = lognormal_sigma(torch.randn(batch_size)), torch.randn_like(images)
         D_x = network(images + sigma[:, None, None, None] * noise, sigma, F.one_hot(labels, 10).float())
         ((D_x - images) ** 2 / sigma[:, None, None, None] ** 2).mean().backward()
         optimizer.step(), optimizer.zero_grad()
+    return network
 
+
+def main(out: Path = Path("foreign.safetensors"), training: int = 100, iterations: int = 40, batch_size: int = 16):
+    network = trained(training, batch_size)
     teacher = teachers.load(network, parameterization="x0", labels="one_hot")  # runs it once, to see that it fits
     config = TrainConfig().replace(iterations=iterations, batch_size=batch_size, warmup_iterations=0)
     config = config.for_teacher(teacher)

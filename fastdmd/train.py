@@ -39,10 +39,9 @@ BYTES_PER_PAIR = 3 * 4  # more with a regression: noise, the teacher's images, a
 
 @terminal.command("fastdmd.train")
 def main(arguments: list[str] | None = None) -> None:
-    presets = {name: preset.config for name, preset in PRESETS.items()}
     with cli.user_errors("fastdmd.train"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
-    chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, presets)
+    chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, PRESETS)
     smaller = half(chosen.batch_size, chosen.compute.accumulation_steps)
     with cli.user_errors("fastdmd.train", advice=smaller):
         device = cli.resolve_device(chosen.device, deterministic=chosen.deterministic)

@@ -12,7 +12,13 @@ from fastdmd.runs import terminal
 
 @terminal.command("fastdmd.ops")
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m fastdmd.ops", description=__doc__)
+    program = terminal.usage("fastdmd.ops")
+    parser = argparse.ArgumentParser(
+        program,
+        description="Tell which implementations of the ops this machine has, and why not others.",
+        epilog=f"examples:\n  {program}\n  {program} --all",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--all", action="store_true", help="every backend of every op, those of the tests too")
     show_all = parser.parse_args(arguments).all
     try:

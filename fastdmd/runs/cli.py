@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +17,9 @@ from fastdmd.diffusion import Denoiser, DenoisingNetwork
 from fastdmd.memory import SMALLER, ran_out_of_memory
 from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
-from fastdmd.runs import machine, outputs, terminal
-from fastdmd.runs.arguments import parsed
+from fastdmd.runs import help, machine, outputs, terminal
 from fastdmd.runs.config import CommandConfig, CommandSettings
+from fastdmd.runs.presets import Preset
 from fastdmd.settings import inputs
 
 Config = TypeVar("Config", bound=CommandSettings)
@@ -84,8 +84,8 @@ def leave(command: str, summary: dict[str, Any], num_iterations: int) -> None:
     if summary["outcome"] == "interrupted":
         raise SystemExit(128 + summary["signal"])
     raise SystemExit(
-        f"{command}: error: {summary['reason']}; the last good snapshot is kept; try lower learning rates, unless the "
-        "teacher or the data are broken"
+        f"{terminal.typed(command)}: error: {summary['reason']}; the last good snapshot is kept; try lower learning "
+        "rates, unless the teacher or the data are broken"
     )
 
 
@@ -93,7 +93,7 @@ def parse(
     config_class: type[Config],
     command: str,
     arguments: list[str] | None = None,
-    presets: dict[str, Config] | None = None,
+    presets: Mapping[str, Preset] | None = None,
 ) -> Config:
     """The preset that `--preset` names (or the first), with every other flag over it; checked."""
     import tyro  # commands alone need it
@@ -109,11 +109,18 @@ def parse(
                 elif argument.startswith("--preset="):
                     name = argument.removeprefix("--preset=")
             if name not in presets:
-                raise ValueError(f"expected --preset one of {', '.join(presets)}, got {name}")
-            options["default"] = presets[name]
-        with terminal.readable_width():
-            prog = f"python -m {command}"
-            config = parsed(lambda: tyro.cli(config_class, args=arguments, prog=prog, **options))
+                expected = f"expected --preset one of {', '.join(presets)}"
+                raise ValueError(f"{expected}, got {name}{terminal.meant(name, presets)}")
+            options["default"] = presets[name].config
+        shown = help.followed_by_examples(command, arguments, presets or {})
+        with terminal.readable_width(), shown, help.errors_as_lines():
+            config = tyro.cli(
+                config_class,
+                args=arguments,
+                prog=terminal.usage(command),
+                registry=help.registry(),
+                **options,
+            )
         config.check()
         config = config.placed()
         if (out := getattr(config, "out", None)) is not None:

@@ -197,7 +197,9 @@ class EvaluateConfig(CommandConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsConfig(ComputingSettings):
-    """Make pairs of noise and a teacher's images, for `fastdmd.train --regression-weight`. Run again, it goes on."""
+    """Make pairs of noise and a teacher's images, for `fastdmd.train --pairs`.
+
+    Run again, it goes on."""
 
     teacher: Annotated[str, Input] = "mnist"
     """As `fastdmd.train --teacher` takes it."""

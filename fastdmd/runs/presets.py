@@ -18,6 +18,7 @@ class Preset:
     """Defaults of every flag, the network that the teacher should be, and the file that holds it."""
 
     config: TrainConfig
+    summary: str  # of a few words, for the help
     network: UNetConfig | None = None  # None: whatever the teacher is
     teacher_file: str | None = None
 
@@ -111,11 +112,15 @@ def small(preset: Literal["cifar10-cond", "cifar10-uncond", "afhqv2-64", "ffhq-6
 CIFAR10_UNCONDITIONAL = dataclasses.replace(DDPMPP, num_classes=0)
 AFHQ = dataclasses.replace(DDPMPP_64, dropout=0.25)
 PRESETS = {
-    "mnist": Preset(MNIST),
-    "mnist-reference": Preset(MNIST_REFERENCE),
-    "cifar10-cond": Preset(small("cifar10-cond"), DDPMPP, "edm-cifar10-32x32-cond-vp.pkl"),
-    "cifar10-uncond": Preset(small("cifar10-uncond"), CIFAR10_UNCONDITIONAL, "edm-cifar10-32x32-uncond-vp.pkl"),
-    "imagenet64": Preset(IMAGENET64, ADM, "edm-imagenet-64x64-cond-adm.pkl"),
-    "afhqv2-64": Preset(small("afhqv2-64"), AFHQ, "edm-afhqv2-64x64-uncond-vp.pkl"),
-    "ffhq-64": Preset(small("ffhq-64"), DDPMPP_64, "edm-ffhq-64x64-uncond-vp.pkl"),
+    "mnist": Preset(MNIST, "the embedded digits: within ten minutes on two cores"),
+    "mnist-reference": Preset(MNIST_REFERENCE, "the same, as a published re-implementation has it"),
+    "cifar10-cond": Preset(small("cifar10-cond"), "CIFAR-10, ten classes", DDPMPP, "edm-cifar10-32x32-cond-vp.pkl"),
+    "cifar10-uncond": Preset(
+        small("cifar10-uncond"), "CIFAR-10, no classes", CIFAR10_UNCONDITIONAL, "edm-cifar10-32x32-uncond-vp.pkl"
+    ),
+    "imagenet64": Preset(
+        IMAGENET64, "ImageNet at 64x64, DMD2's published settings", ADM, "edm-imagenet-64x64-cond-adm.pkl"
+    ),
+    "afhqv2-64": Preset(small("afhqv2-64"), "animal faces at 64x64", AFHQ, "edm-afhqv2-64x64-uncond-vp.pkl"),
+    "ffhq-64": Preset(small("ffhq-64"), "faces at 64x64", DDPMPP_64, "edm-ffhq-64x64-uncond-vp.pkl"),
 }

@@ -99,8 +99,9 @@ class ArchitectureSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(CommandConfig):
-    """Train a teacher. The embedded MNIST teacher has these defaults, --label-emphasis 1.3 and
-    --weights-dtype float16."""
+    """Train a teacher.
+
+    `mnist` has these defaults, --label-emphasis 1.3 and --weights-dtype float16."""
 
     out: Path = Path("runs/teacher")
     """Run folder; must not hold a run yet, but for --resume auto."""

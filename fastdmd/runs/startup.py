@@ -28,9 +28,9 @@ def prepare(command: str) -> None:
     """
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    from fastdmd.runs import interrupts
+    from fastdmd.runs import interrupts, terminal
 
-    interrupts.exit_on_signals(command)
+    interrupts.exit_on_signals(terminal.typed(command))
     settle_threads()
 
 

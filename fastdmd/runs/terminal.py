@@ -5,13 +5,14 @@ from __future__ import annotations
 import codecs
 import contextlib
 import contextvars
+import difflib
 import functools
 import os
 import shutil
 import sys
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 LEAST_COLUMNS, GREATEST_COLUMNS = 40, 200  # below 3 the help of tyro 1.0 never ends
@@ -20,6 +21,7 @@ CLOSED_PIPE = 128 + 13  # as a shell reports a process that SIGPIPE ended
 TRACEBACK = "FASTDMD_TRACEBACK"
 MAX_LINE = 1200  # characters of what went wrong
 _verbose = contextvars.ContextVar("verbose", default=False)
+_program: str | None = None  # that runs the commands: `fastdmd`, or `python -m fastdmd`
 
 
 def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -47,6 +49,28 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
+def called_through(program: str) -> None:
+    """From here on commands are named as whoever typed them knows them, `fastdmd train` instead of `fastdmd.train`."""
+    global _program
+    _program = program
+
+
+def typed(name: str) -> str:
+    """`fastdmd.train`, or `fastdmd train`: how a line on the terminal begins."""
+    return name if _program is None else name.replace(".", " ", 1)
+
+
+def usage(name: str) -> str:
+    """`python -m fastdmd.train`, `python -m fastdmd train` or `fastdmd train`: what is to be typed."""
+    return f"python -m {name}" if _program is None else typed(name).replace("fastdmd", _program, 1)
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """`; did you mean WORD?`, where a known one is alike; nothing without."""
+    alike = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {alike[0]}?" if alike else ""
+
+
 @contextlib.contextmanager
 def readable_width() -> Iterator[None]:
     """Inside, text is laid out for 40 to 200 columns, however many the terminal or COLUMNS have."""
@@ -66,12 +90,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def report(name: str, text: str, error: BaseException) -> None:
+def report(name: str, text: str, error: BaseException | None = None) -> None:
     """What went wrong, in one line; with --verbose or FASTDMD_TRACEBACK=1 the traceback beneath it."""
     line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     line = line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
-    say(f"{name}: error: {line}")
-    if _verbose.get() or os.environ.get(TRACEBACK, "0") not in ("", "0"):
+    say(f"{typed(name)}: error: {line}")
+    if error is not None and (_verbose.get() or os.environ.get(TRACEBACK, "0") not in ("", "0")):
         say("".join(traceback.format_exception(error)).rstrip())
 
 

@@ -16,8 +16,7 @@ from fastdmd.runs.presets import PRESETS
 )
 def test_flags_are_those_of_the_command(flags):
     options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    presets = {name: preset.config for name, preset in PRESETS.items()}
-    found = cli.parse(TrainConfig, "fastdmd.train", options, presets)
+    found = cli.parse(TrainConfig, "fastdmd.train", options, PRESETS)
     assert (dataclasses.replace(found, out=None) == PRESETS["mnist"].config) == (not flags)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def build(tmp_path, monkeypatch):
         broken=(),
         pybind11="get_include = str",
         folder=tmp_path,
+        command=("build_ext", "--inplace"),
         **environment: str,
     ):
         (tmp_path / "pybind11.py").write_text(pybind11)
@@ -73,7 +75,7 @@ def build(tmp_path, monkeypatch):
         for name in broken:
             (tmp_path / f"broken_{name}").touch()
         done = subprocess.run(
-            [sys.executable, "-B", "setup.py", "-q", "build_ext", "--inplace"],
+            [sys.executable, "-B", "setup.py", "-q", *command],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -145,6 +147,26 @@ def test_a_mode_that_means_nothing_ends_the_build(build, mode):
     code, errors, files = build("13.0", "13.0", FASTDMD_NATIVE=mode)
     assert (code, files) == (1, set())
     assert errors == f"fastdmd: error: expected FASTDMD_NATIVE out of auto, 0, 1, got {mode!r}\n"
+
+
+def test_a_wheel_is_tagged_for_what_lies_in_it(build):
+    """With the module for this Python, with libraries alone for any, with nothing native for any machine, too."""
+    (build.folder / "setup.cfg").write_text("[metadata]\nname = made_up\n[options]\npackages = fastdmd\n")
+    machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    for tag, native, options in (
+        (f"{python}-{python}-{machine}", ALL, {}),
+        (f"py3-none-{machine}", ALL - {FILES["_runtime"]}, {"pybind11": "raise ImportError('it is away')"}),
+        ("py3-none-any", set(), {"FASTDMD_NATIVE": "0"}),
+    ):
+        code, errors, _ = build("13.0", "13.0", command=("bdist_wheel",), **options)
+        assert code == 0, errors
+        (wheel,) = (build.folder / "dist").glob("*.whl")
+        assert wheel.name == f"made_up-0.0.0-{tag}.whl"
+        with zipfile.ZipFile(wheel) as archive:
+            assert {name for name in archive.namelist() if name.endswith(".so")} == native
+        for folder in ("dist", "build"):
+            shutil.rmtree(build.folder / folder)
 
 
 def folders_of_cmake(root):
