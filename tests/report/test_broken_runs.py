@@ -144,24 +144,21 @@ def test_no_code_that_a_folder_names_is_run(run, tmp_path, monkeypatch):
         (["empty"], "expected the folder of a run, got empty without config.json, metrics.jsonl or summary.json"),
         (["file"], "expected the folder of a run, got file, which is none"),
         (["run", "empty"], "expected the folder of a run, got empty without"),
-        (["run", "--out", "empty"], "expected --out to be a file, got the folder empty"),
+        (["run", "--out", "empty.html"], "expected --out to be a file, got the folder empty.html"),
+        (["run", "--out", "run/metrics.jsonl"], "expected --out ending in .html, got run/metrics.jsonl"),
         (["run", "--out", "nowhere/page.html"], "expected --out in an existing folder"),
         (["run", "run/"], "expected different runs, got .*run twice"),
         (["run", "--device", "teapot"], "expected --device"),
-        ([], "runs"),
+        ([], "expected the folders of runs, got none"),
     ],
 )
 def test_what_is_no_run_is_refused(run, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.html").mkdir()
     (tmp_path / "file").touch()
-    if arguments:
-        refuses(command, arguments, message, capsys)
-    else:
-        with pytest.raises(SystemExit) as stop:
-            command.main([])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-    assert not [*tmp_path.rglob("*.html")]
+    refuses(command, arguments, message, capsys)
+    assert [*tmp_path.rglob("*.html")] == [tmp_path / "empty.html"]
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), RuntimeError("a fault")])
