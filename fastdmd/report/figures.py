@@ -100,7 +100,7 @@ def title(run: Run, name: str) -> str:
 
 
 def measured(run: Run) -> Table | None:
-    """A row for each figure, a column for whatever was measured: read from left to right, as the student comes near."""
+    """A row for each figure, a column for whatever was measured, real images last."""
     rows = {title(run, name): row for name, row in run.rows.items()}
     if not rows:
         return None
