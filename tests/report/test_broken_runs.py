@@ -129,10 +129,13 @@ def test_no_code_that_a_folder_names_is_run(run, tmp_path, monkeypatch):
         "expected --run-code for theirs:build: code that a folder names runs only where" in text for text in told
     )
     assert any("expected --run-code for theirs:features" in text for text in told) and "theirs" not in sys.modules
+    config |= {"teacher": "their.safetensors", "adapter": {"network": "theirs:build"}}
     config["evaluation"]["feature_network"] = "theirs.pt"
     (run / "config.json").write_text(json.dumps(config))
     told = missing(report(run))
     assert any("expected --run-code for theirs.pt: TorchScript that a folder names" in text for text in told)
+    assert any("teacher: expected --run-code for theirs:build" in text for text in told) and "theirs" not in sys.modules
+    (run / "config.json").write_text(json.dumps(config | {"teacher": "theirs:build", "adapter": {}}))
     told = missing(report(run, "--run-code"))
     assert any("teacher: " in text and "SystemExit: executed" in text for text in told)
 
