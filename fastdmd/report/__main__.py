@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated
 
 from fastdmd.report import page
-from fastdmd.report.reading import read_run
+from fastdmd.report.reading import read_runs
 from fastdmd.report.study import Study, study, subject_of
 from fastdmd.runs import cli, machine, outputs, terminal
 from fastdmd.runs.config import CommandSettings
 from fastdmd.runs.folder import REPORT
-from fastdmd.settings import Positional, Switch
+from fastdmd.settings import Positional, Switch, fail
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,21 +35,26 @@ class ReportConfig(CommandSettings):
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
+    def check(self) -> None:
+        super().check()
+        if not self.runs:
+            raise ValueError("expected the folders of runs, got none")
+        if self.out is not None and self.out.suffix != ".html":  # such as a file of a run
+            fail(self, "out", "ending in .html")
+
 
 @terminal.command("fastdmd.report")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(ReportConfig, "fastdmd.report", arguments)
     with cli.user_errors("fastdmd.report", "reading"):
-        if not config.runs:
-            raise ValueError("expected the folders of runs, got none")
         device = cli.resolve_device(config.device)
-        found = [read_run(path) for path in config.runs]
+        found = read_runs(config.runs)
         out = config.out or (config.runs[0] / REPORT if len(found) == 1 else Path(REPORT))
         outputs.require_file(out)
         machine.prepare(device)
     with cli.run_errors("fastdmd.report", "writing"):
         computed = Study()
-        if config.samples and len(found) == 1:
+        if config.samples and len(found) == 1 and found[0].sheet is not None:
             computed = study(found[0], subject_of(found[0], device, runs_code=config.run_code))
         page.write(out, found, computed)
     print(out)

@@ -53,6 +53,8 @@ def chart(
     ys = [y for points in curves.values() for _, y in points if y is not None] + list(levels.values())
     xs = [x for points in curves.values() for x, _ in points]
     across = Axis.linear(0.0 if x_label == ITERATION else min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    if x_label != ITERATION:  # a few whole numbers
+        across = dataclasses.replace(across, ticks=sorted(set(xs)))
     ys += [0.0] * from_zero
     is_logarithmic = min(ys) > 0 and max(ys) / min(ys) >= LOGARITHMIC_FROM
     up = (Axis.logarithmic if is_logarithmic else Axis.linear)(

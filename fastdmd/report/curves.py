@@ -33,13 +33,15 @@ COMPARED = {  # numbers of the log
 def quality(run: Run) -> list[Chart]:
     """The Fréchet distance through a run, and against the steps of a student of several."""
     levels = _levels(run)
+    nums = sorted({num for line in run.measurements if (num := number(line.get("num_images")))})
+    note = f"Of {', '.join(f'{num:,.0f}' for num in nums)} samples a measurement." if nums else ""
     points: list[tuple[float, float | None]] = sorted(
         (evaluations, run.distance(name))
         for name, row in run.rows.items()
         if name.startswith("generator") and (evaluations := number(row.get("evaluations"))) is not None
     )
     found = [
-        chart("Fréchet distance as training goes on", run.distances(), levels=levels, marked=True),
+        chart("Fréchet distance as training goes on", run.distances(), levels=levels, note=note, marked=True),
         chart("Fréchet distance against steps", {"student": points}, levels=levels, x_label="steps", marked=True)
         if len(points) > 1
         else None,
@@ -65,10 +67,13 @@ def comparison(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _levels(run: Run) -> dict[str, float]:
-    """What the result is to be held against."""
-    names = {"teacher": "teacher", "floor": "real images"}
-    found = {words: run.distance(name) for name, words in names.items() if name != run.result}
-    return {words: distance for words, distance in found.items() if distance is not None}
+    """What the result is to be held against, and of how many images: the fewer, the greater is a distance."""
+    levels = {}
+    for name, words in (("teacher", "teacher"), ("floor", "real images")):
+        if name != run.result and (distance := run.distance(name)) is not None:
+            num = number((run.floor if name == "floor" else run.rows[name]).get("num_images"))
+            levels[words if not num else f"{words} ({num:,.0f})"] = distance
+    return levels
 
 
 def _of_group(run: Run, wanted: str) -> Chart | None:

@@ -16,6 +16,8 @@ from fastdmd.runs import terminal
 from fastdmd.runs.config import CommandConfig
 from fastdmd.runs.folder import REPORT
 
+COMMAND = "python -m fastdmd.report"
+
 
 def write(
     folder: Path,
@@ -29,7 +31,8 @@ def write(
     """`report.html`; of a run that was ended without what takes time to compute. What fails is said, and ends nothing:
     the run has all of its results."""
     try:
-        run, found = read_run(folder), Study()
+        run = read_run(folder)
+        found = Study(missing=[f"images of the teacher and neighbours of samples: {COMMAND} {folder} makes them"])
         if is_complete:
             features = features_for(config.evaluation.feature_network, real, device)
             found = study(run, Subject(teacher, real, features, config.seed, config.evaluation.teacher_steps))

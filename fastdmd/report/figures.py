@@ -24,15 +24,8 @@ FIGURES = (  # of a measurement: field, title, factor, format
     ("num_images", "images", 1, ",.0f"),
 )
 SPEED = ("images_per_second", "evaluations")
-HIDDEN = (
-    "report",
-    "record",
-    "verbose",
-    "dry_run",
-    "resume",
-    "checkpoint_every",
-    "keep_last",
-)  # of a configuration, as they say nothing of the result
+COMPARED = ("frechet_distance", "precision", "recall", "class_accuracy", "images_per_second")
+HIDDEN = ("record", "checkpoint", "verbose", "dry_run")  # of a configuration, as they say nothing of the result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +100,7 @@ def title(run: Run, name: str) -> str:
 
 
 def measured(run: Run) -> Table | None:
-    """A row for each figure, a column for whatever was measured: read from left to right, as the student comes near."""
+    """A row for each figure, a column for whatever was measured, real images last."""
     rows = {title(run, name): row for name, row in run.rows.items()}
     if not rows:
         return None
@@ -122,8 +115,8 @@ def measured(run: Run) -> Table | None:
 
 
 def settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every setting as a flag's name and a text, as they stand in the rooms of a configuration."""
-    return [(name, value) for name, value in _flat(config) if name not in HIDDEN]
+    """Every setting, by the names that lead to it from room to room, as a text."""
+    return list(_flat({name: value for name, value in config.items() if name not in HIDDEN}))
 
 
 def machine(run: Run) -> list[tuple[str, str]]:
@@ -153,19 +146,15 @@ def differences(runs: Sequence[Run]) -> Table | None:
 
 def comparison(runs: Sequence[Run]) -> Table:
     """A row for each run."""
+    chosen = [figure for figure in FIGURES if figure[0] in COMPARED]
     rows = []
     for run in runs:
         row = run.rows.get(run.result, {})
-        cells = [
-            _cell(row.get(field), factor, pattern)
-            for field, _, factor, pattern in FIGURES
-            if field in ("frechet_distance", "precision", "recall", "class_accuracy", "images_per_second")
-        ]
+        cells = [_cell(row.get(field), factor, pattern) for field, _, factor, pattern in chosen]
         seconds = number((run.summary or {}).get("train_seconds"))
         health, _, _ = _health(run)
         rows.append([run.name, *cells, f"{run.num_iterations:,}", duration(seconds) if seconds else "–", health])
-    names = ["Fréchet distance", "precision", "recall", "class accuracy", "images/s"]
-    return Table(["run", *names, "iterations", "training", "health"], rows)
+    return Table(["run", *(name for _, name, *_ in chosen), "iterations", "training", "health"], rows)
 
 
 def duration(seconds: float) -> str:
@@ -179,9 +168,10 @@ def duration(seconds: float) -> str:
 def _health(run: Run) -> tuple[str, str, bool]:
     summary, planned = run.summary, number(run.config.get("iterations"))
     reached = f"{run.num_iterations:,}" + ("" if planned is None else f" of {planned:,.0f}") + " iterations"
+    num_alarms = len(run.alarms)
+    alarms = f"{num_alarms} alarm{'s' * (num_alarms > 1)}" if num_alarms else "no alarms"
     if summary is None:
-        return "unfinished", reached, not run.alarms
-    outcome = str(summary.get("outcome", "unknown"))
+        return alarms + " so far" * (not num_alarms), f"{reached}; unfinished", not num_alarms
     lost = [
         f"{count:,.0f} {words}"
         for name, words in (("skipped_updates", "updates skipped"), ("left_out_images", "images left out"))
@@ -189,11 +179,12 @@ def _health(run: Run) -> tuple[str, str, bool]:
     ]
     reason = summary.get("reason")
     beside = "; ".join([reached, *lost, *([str(reason)] if reason else [])])
+    outcome = str(summary.get("outcome", "unknown"))
     if outcome != "complete":
         return outcome, beside, False
-    if num := len(run.alarms):
-        return f"{num} alarm{'s' * (num > 1)}", beside, False
-    return "no alarms", beside, not lost
+    if lost and not num_alarms:
+        return lost[0], beside, False
+    return alarms, beside, not num_alarms
 
 
 def _last_measured(run: Run) -> str:
@@ -210,15 +201,15 @@ def _cell(value: Any, factor: float, pattern: str) -> str:
     return format(known * factor, pattern) if pattern else show(known * factor)
 
 
-def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _flat(config: Mapping[str, Any], room: str = "") -> Iterator[tuple[str, str]]:
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _flat(value)
+            yield from _flat(value, f"{room}{name}.")
         elif isinstance(value, list) and len(value) > 20:
-            yield name, f"{len(value)} values"
+            yield f"{room}{name}", f"{len(value)} values"
         else:
-            yield name, ", ".join(map(_text, value)) if isinstance(value, list) else _text(value)
+            yield f"{room}{name}", ", ".join(map(_text, value)) if isinstance(value, list) else _text(value)
 
 
 def _text(value: Any) -> str:
-    return format(value, "g") if isinstance(value, float) else str(value)
+    return format(value, ".9g") if isinstance(value, float) else str(value)

@@ -21,7 +21,7 @@ def write(path: Path, runs: Sequence[Run], found: Study) -> None:
     """The report of a run with what was found, or the comparison of several. Raises OSError where it cannot be
     written."""
     text = _render("run.html", _of_run(runs[0], found)) if len(runs) == 1 else _render("comparison.html", _of_all(runs))
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode(errors="replace")))
 
 
 def _render(template: str, content: dict[str, Any]) -> str:

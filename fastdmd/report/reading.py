@@ -21,17 +21,13 @@ ALARM = ("kind", "iteration", "seen", "advice")
 class Run:
     """What there is of one run."""
 
-    path: Path
+    name: str
     config: Mapping[str, Any]  # empty where there is none
     summary: Mapping[str, Any] | None
     log: Sequence[Line]  # of metrics.jsonl, in the order of their iterations
     measurements: Sequence[Line]  # of evaluation.jsonl
     sheet: Sheet | None
     missing: list[str]  # a line each
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
 
     @property
     def is_distillation(self) -> bool:
@@ -110,7 +106,22 @@ def read_run(path: Path) -> Run:
         sheet = read_sheet(path / SAMPLES)
     except (OSError, ValueError) as error:
         missing.append(_without(path / SAMPLES, error))
-    return Run(path, config or {}, summary, log, measurements, sheet, missing)
+    return Run(path.resolve().name, config or {}, summary, log, measurements, sheet, missing)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Several, whose names tell them apart. Raises as `read_run` does, and ValueError for one that is there twice."""
+    whole = [path.resolve() for path in paths]
+    if len(set(whole)) < len(whole):
+        twice = next(path for path in whole if whole.count(path) > 1)
+        raise ValueError(f"expected different runs, got {twice} twice")
+    depth = 1
+    while len({path.parts[-depth:] for path in whole}) < len(whole):
+        depth += 1
+    return [
+        dataclasses.replace(read_run(path), name="/".join(real.parts[-depth:]))
+        for path, real in zip(paths, whole, strict=True)
+    ]
 
 
 def number(value: Any) -> float | None:
@@ -145,7 +156,7 @@ def _lines(path: Path, missing: list[str]) -> list[Line]:
 def _line(text: bytes) -> Line | None:
     try:
         line = json.loads(text)
-        is_whole = isinstance(line, dict) and isinstance(line["iteration"], int) and 0 <= line["iteration"] < 2**53
+        is_whole = isinstance(line, dict) and type(line["iteration"]) is int and 0 <= line["iteration"] < 2**53
     except (ValueError, KeyError, RecursionError):
         return None
     return line if is_whole else None

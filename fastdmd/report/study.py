@@ -123,10 +123,11 @@ def _settings(config: Mapping[str, Any]) -> EvaluationSettings:
 def _teacher(config: Mapping[str, Any], device: torch.device, runs_code: bool) -> DenoisingNetwork:
     if "teacher" not in config:
         raise ValueError("expected a configuration that names one, got none")
-    source = config["teacher"]
-    if not runs_code and teachers.is_code(source):
-        raise ValueError(f"expected --run-code for {source}: code that a folder names runs only where you say so")
-    network, _ = teachers.read(source, TeacherOptions(**config.get("adapter", {})), device)
+    source, options = config["teacher"], TeacherOptions(**config.get("adapter", {}))
+    code = source if teachers.is_code(source) else options.network
+    if code is not None and not runs_code:
+        raise ValueError(f"expected --run-code for {code}: code that a folder names runs only where you say so")
+    network, _ = teachers.read(source, options, device)
     return network
 
 

@@ -18,10 +18,10 @@ from fastdmd.networks.user_code import reason
 from fastdmd.quality import Measurement
 from fastdmd.runs.folder import EVALUATIONS, RECORD, RunFolder
 from fastdmd.runs.series import group
-from fastdmd.runs.sinks import Sink, open_sink
+from fastdmd.runs.sinks import SERVICES, Sink, open_sink
 from fastdmd.settings import Settings, fail
 
-SINKS = ("tensorboard", "wandb", "trackio")
+SINKS = ("tensorboard", *SERVICES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Record:
         """Opens the sinks of a run that goes on from this iteration. Raises OSError or ValueError where one that was
         asked for does not open."""
         path = self._folder.path / RECORD
-        if path.exists():
+        if path.exists() and not SERVICES.keys().isdisjoint(self._settings.sinks):
             self._take_over(read_json(path))
         for name in self._settings.sinks:
             try:

@@ -6,7 +6,7 @@ import io
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -130,9 +130,12 @@ class Trackio:
         self._run.finish()
 
 
+# Which keep what they are told.
+SERVICES: dict[str, Callable[..., Sink]] = {"wandb": WeightsAndBiases, "trackio": Trackio}
+
+
 def open_sink(name: str, folder: Path, iteration: int, identity: str, config: Mapping[str, Any]) -> Sink:
     """That of a run which goes on from this iteration."""
     if name == "tensorboard":
         return TensorBoard(folder, iteration)
-    service = WeightsAndBiases if name == "wandb" else Trackio
-    return service(folder, identity, config)
+    return SERVICES[name](folder, identity, config)

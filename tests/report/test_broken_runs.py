@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from tests.helpers.pages import Page
 from tests.helpers.tiny_runs import refuses
 
 CPU = torch.device("cpu")
+BLACK = torch.full((10, 11, 1, 28, 28), -1.0)
 LINE = {"iteration": 50, "loss_dm": 0.5, "loss_fake": 0.25, "images_per_second": 10.0, "alarms": ["collapse"]}
 
 
@@ -42,10 +44,9 @@ def run(tmp_path):
 
 def test_a_run_that_goes_on(run):
     found = report(run)
-    assert (
-        found.texts("p", class_="big") == ["–", "–"] and found.texts("p", class_="beside")[-1] == "60 of 100 iterations"
-    )
-    assert found.texts("p", class_="big words ill") == ["▲ unfinished"]
+    assert found.texts("p", class_="big") == ["–", "–"]
+    assert found.texts("p", class_="beside")[-1] == "60 of 100 iterations; unfinished"
+    assert found.texts("p", class_="big words ill") == ["▲ 2 alarms"]
     assert any("collapse at iteration 50" in text for text in found.texts("li"))
     told = missing(found)
     assert "summary.json: there is none yet" in told and "samples.png: there is none" in told
@@ -86,6 +87,8 @@ def test_the_last_measurement_stands_in_for_the_end(run):
     ],
 )
 def test_what_is_broken_is_named(run, name, content, told):
+    if told == "real images: ":
+        SampleHistory(run / "samples.png").add(BLACK, 4)
     (run / name).write_bytes(content)
     found = report(run)
     assert told is None or any(text.startswith(told) for text in missing(found)), missing(found)
@@ -120,15 +123,19 @@ def test_no_code_that_a_folder_names_is_run(run, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = {"teacher": "theirs:build", "data": {"path": None}, "evaluation": {"feature_network": "theirs:features"}}
     (run / "config.json").write_text(json.dumps(config))
+    SampleHistory(run / "samples.png").add(BLACK, 4)
     told = missing(report(run))
     assert any(
         "expected --run-code for theirs:build: code that a folder names runs only where" in text for text in told
     )
     assert any("expected --run-code for theirs:features" in text for text in told) and "theirs" not in sys.modules
+    config |= {"teacher": "their.safetensors", "adapter": {"network": "theirs:build"}}
     config["evaluation"]["feature_network"] = "theirs.pt"
     (run / "config.json").write_text(json.dumps(config))
     told = missing(report(run))
     assert any("expected --run-code for theirs.pt: TorchScript that a folder names" in text for text in told)
+    assert any("teacher: expected --run-code for theirs:build" in text for text in told) and "theirs" not in sys.modules
+    (run / "config.json").write_text(json.dumps(config | {"teacher": "theirs:build", "adapter": {}}))
     told = missing(report(run, "--run-code"))
     assert any("teacher: " in text and "SystemExit: executed" in text for text in told)
 
@@ -140,23 +147,21 @@ def test_no_code_that_a_folder_names_is_run(run, tmp_path, monkeypatch):
         (["empty"], "expected the folder of a run, got empty without config.json, metrics.jsonl or summary.json"),
         (["file"], "expected the folder of a run, got file, which is none"),
         (["run", "empty"], "expected the folder of a run, got empty without"),
-        (["run", "--out", "empty"], "expected --out to be a file, got the folder empty"),
+        (["run", "--out", "empty.html"], "expected --out to be a file, got the folder empty.html"),
+        (["run", "--out", "run/metrics.jsonl"], "expected --out ending in .html, got run/metrics.jsonl"),
         (["run", "--out", "nowhere/page.html"], "expected --out in an existing folder"),
+        (["run", "run/"], "expected different runs, got .*run twice"),
         (["run", "--device", "teapot"], "expected --device"),
-        ([], "runs"),
+        ([], "expected the folders of runs, got none"),
     ],
 )
 def test_what_is_no_run_is_refused(run, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.html").mkdir()
     (tmp_path / "file").touch()
-    if arguments:
-        refuses(command, arguments, message, capsys)
-    else:
-        with pytest.raises(SystemExit) as stop:
-            command.main([])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-    assert not [*tmp_path.rglob("*.html")]
+    refuses(command, arguments, message, capsys)
+    assert [*tmp_path.rglob("*.html")] == [tmp_path / "empty.html"]
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), RuntimeError("a fault")])
@@ -177,13 +182,24 @@ def test_a_run_that_was_ended_has_a_report_at_once(run, monkeypatch):
     ending.write(run, TrainConfig(), CPU, teacher=None, real=None, is_complete=False)
     found = Page((run / "report.html").read_text())
     assert found.texts("p", class_="big words ill") == ["▲ interrupted"]
+    assert missing(found)[-1].endswith(f"neighbours of samples: python -m fastdmd.report {run} makes them")
+
+
+def test_updates_that_were_lost_are_no_health(run):
+    (run / "metrics.jsonl").write_text("")
+    (run / "summary.json").write_text(json.dumps({"outcome": "complete", "iterations": 100, "skipped_updates": 3}))
+    assert report(run).texts("p", class_="big words ill") == ["▲ 3 updates skipped"]
+    (run / "summary.json").write_text(json.dumps({"outcome": "complete", "iterations": 100}))
+    assert report(run).texts("p", class_="big words") == ["✓ no alarms"]
 
 
 def test_copies_are_told(run):
     """Samples that are real images, and noise, where a run has its own."""
-    config = {"teacher": "mnist", "data": {"path": None}, "evaluation": {"teacher_steps": 1}}
+    digits = data.load()
+    np.savez(run.parent / "data.npz", images=digits.images[:300])
+    config = {"teacher": "nowhere.safetensors", "data": {"path": str(run.parent / "data.npz")}}
     (run / "config.json").write_text(json.dumps(config))
-    copied, _ = data.load().batch(torch.arange(3, 113))
+    copied, _ = digits.batch(torch.arange(3, 113))
     ratios = []
     for images in (copied, torch.rand(copied.shape, generator=torch.Generator().manual_seed(0))):
         SampleHistory(run / "samples.png").add(images.unflatten(0, (10, 11)), 4)

@@ -62,6 +62,11 @@ def test_levels_count_and_names_are_escaped():
     assert points(svg)[1][2] > HIGH  # the level is above all
 
 
+def test_steps_are_whole_numbers():
+    svg = chart("Distance", {"student": [(1, 3.0), (2, 2.0), (4, 1.0)]}, x_label="steps").svg
+    assert re.findall(r'text-anchor="(?:middle|end)">([^<]*)</text>', svg)[-3:] == ["1", "2", "4"]
+
+
 def test_many_points_become_means():
     many = [(x, float(x % 2)) for x in range(10 * MOST_POINTS)]
     few = thinned(many)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdmd import pretrain, train
+from fastdmd import data, pretrain, train
 from fastdmd.data import to_uint8
 from fastdmd.report import __main__ as command
 from fastdmd.report.charts import show
@@ -29,10 +29,18 @@ def whole(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("whole")
     save_network(folder / "teacher.safetensors", make_network(), kind="teacher")
+    few_digits(folder / "data.npz")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "budget_of", no_budget)
-        summary = run_train(folder / "teacher.safetensors", folder / "run", *TWO_STEPS)
+        summary = run_train(
+            folder / "teacher.safetensors", folder / "run", *TWO_STEPS, "--data", str(folder / "data.npz")
+        )
     return folder / "run", summary, Page((folder / "run" / "report.html").read_text())
+
+
+def few_digits(path):
+    some = data.load()
+    np.savez(path, images=some.images[:60], labels=some.labels[:60])
 
 
 def lines(path):
@@ -95,7 +103,8 @@ def test_curves_say_what_they_show(whole):
     measured = lines(run / "evaluation.jsonl")
     (label,) = (text for text in told if text.startswith("Fréchet distance as training goes on: "))
     assert f"{measured[0]['average']} from {show(measured[0]['frechet_distance'])} at iteration 4" in label
-    assert f"teacher at {show(summary['teacher']['frechet_distance'])}" in label
+    assert f"teacher (40) at {show(summary['teacher']['frechet_distance'])}" in label
+    assert any(text.startswith("Of 40 samples a measurement.") for text in page.texts("p", class_="note"))
     (label,) = (text for text in told if text.startswith("Fréchet distance against steps: "))
     fewer, all_steps = (show(summary[name]["frechet_distance"]) for name in ("generator, 1 step", "generator"))
     assert f"student from {fewer} at steps 1 to {all_steps} at 2" in label
@@ -125,6 +134,18 @@ def test_the_teacher_starts_from_the_noise_of_the_student(whole):
     shown = page.pictures()["Samples of the teacher from the same noise, in the same places"].convert("L")
     found = np.asarray(shown)[3 * 29 : 3 * 29 + 28, 29 : 29 + 28].astype(int)
     assert np.abs(found - to_uint8(image)[0, 0].numpy()).max() <= 1
+
+
+def test_samples_stand_beside_the_real_images_nearest_to_them(whole):
+    run, _, page = whole
+    assert any("100 samples, in features, beside all 60 images of" in text for text in page.texts("p"))
+    shown = [np.asarray(p) for alt, p in page.pictures().items() if alt.startswith("A sample, and beneath it the real")]
+    sheet, real = read_sheet(run / "samples.png"), [image[0].numpy() for image in data.load().images[:60]]
+    assert shown and all(picture.shape == (4 * 29 - 1, 28) for picture in shown)
+    samples = [np.asarray(image) for row in sheet.varied for image in row]
+    for picture in shown:
+        assert any(np.array_equal(picture[:28], sample) for sample in samples)
+        assert all(any(np.array_equal(picture[top : top + 28], one) for one in real) for top in (29, 58, 87))
 
 
 def test_a_page_needs_nothing_else_and_reads_without_sight(whole):
@@ -162,14 +183,17 @@ def test_configuration_versions_and_the_commit(whole):
     _, summary, page = whole
     pairs = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
     assert pairs["torch"] == summary["versions"]["torch"] == torch.__version__
-    assert pairs["batch_size"] == "4" and pairs["generator_sigmas"] == "80, 5"
+    assert pairs["batch_size"] == "4" and pairs["noise.generator_sigmas"] == "80, 5"
     assert pairs.get("commit") == summary["versions"]["commit"]
 
 
 def test_a_teacher_is_reported_too(tmp_path, capsys):
     arguments = ["--iterations", "2", "--batch-size", "4", "--warmup-iterations", "0", "--log-every", "1"]
     arguments += ["--model-channels", "8", "--num-samples", "40", "--teacher-steps", "2", "--device", "cpu"]
-    pretrain.main([*arguments, "--record", "none", "--out", str(tmp_path / "run")])
+    few_digits(tmp_path / "data.npz")
+    pretrain.main(
+        [*arguments, "--data", str(tmp_path / "data.npz"), "--record", "none", "--out", str(tmp_path / "run")]
+    )
     assert (
         capsys.readouterr().out.splitlines()[-1].endswith("teacher.safetensors, samples.png, summary.json, report.html")
     )
@@ -209,8 +233,19 @@ def test_several_runs_are_compared(whole, tmp_path, capsys):
     differ = page.table("All others are the same")
     assert differ == {
         "seed": {"run": "0", "other": "1"},
-        "fake_score_lr": {"run": show(config["optimizer"]["fake_score_lr"]), "other": "0.0003"},
+        "optimizer.fake_score_lr": {"run": show(config["optimizer"]["fake_score_lr"]), "other": "0.0003"},
     }
     assert {"Samples of run", "Samples of other"} <= {*page.pictures()}
     (label,) = (e["aria-label"] for e in page.all("svg", role="img") if e["aria-label"].startswith("Loss of the fake"))
     assert "other from 0.125 at iteration 2" in label and "run from" in label
+
+
+def test_runs_of_one_name_are_told_apart(whole, tmp_path):
+    run, _, _ = whole
+    shutil.copytree(run, tmp_path / "b" / "run")
+    command.main([str(run), str(tmp_path / "b" / "run"), "--out", str(tmp_path / "both.html")])
+    page = Page((tmp_path / "both.html").read_text())
+    names = [f"{run.parent.name}/run", "b/run"]
+    assert [*page.table("One row for each run")] == names
+    (label,) = (e["aria-label"] for e in page.all("svg", role="img") if e["aria-label"].startswith("Loss of the fake"))
+    assert all(f"{name} from" in label for name in names)

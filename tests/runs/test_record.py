@@ -224,9 +224,12 @@ def test_a_folder_of_its_name_is_no_package(tmp_path, monkeypatch):
         RecordSettings(record="trackio").check()
 
 
-def test_foreign_content_of_the_record_is_refused(tmp_path):
+def test_foreign_content_of_the_record_is_refused(tmp_path, service):
+    """But where nobody asks for it."""
+    name, _ = service
     folder = RunFolder(tmp_path / "run", {})
     for content in ('{"identity": 3, "sent": {}}', '{"identity": "a"}', '{"identity": "a", "sent": {"a": "b"}}', "[]"):
         (tmp_path / "run" / "record.json").write_text(content)
         with pytest.raises(ValueError, match="record.json"):
-            Record(folder).start(0)
+            Record(folder, RecordSettings(record=name)).start(0)
+        Record(folder).start(0)
