@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "dist").resolve()
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(f"tools/dist.py: error: expected a new folder, got {folder}, which holds files")
     environment = {**os.environ, "FASTDMD_NATIVE": "1"}
     subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, env=environment)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
