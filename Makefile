@@ -56,6 +56,7 @@ lint: .venv/ready-dev
 # sdist and wheel in dist/, built in isolation, then installed and tried as a user would, with and without a compiler.
 dist: .venv/ready
 	$(PIP) build
+	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(VENV) tools/dist.py dist
 
 bench: .venv/ready-dev

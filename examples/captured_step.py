@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from examples.plain_loop import BATCH_SIZE, START, generate
-from examples.toy import SIGMA_DATA, Teacher, pretrained
+from examples.plain_loop import BATCH_SIZE, generate
+from examples.toy import SIGMA_DATA, Network, Teacher, pretrained
 from fastdmd import ops
 from fastdmd.optim import AdamWEMA
 
@@ -31,31 +31,28 @@ def captured(step: Callable[[], None], device: torch.device, num_eager: int = 3)
     return graph.replay
 
 
-def main(iterations: int = 400) -> list[float]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    teacher, generator = Teacher().to(device), pretrained().to(device)
-    fake_score = copy.deepcopy(generator)
-    # A step count, a rate and a norm that live on the device: an update needs nothing from the host.
+def make_step(network: Network, teacher: Teacher) -> tuple[Callable[[], None], torch.Tensor]:
+    """A generator turn and a guidance turn on the device of both, and the tensor that has the loss of the last."""
+    generator, fake_score = copy.deepcopy(network), copy.deepcopy(network)
+    # Step count, rate and norm live on the device: an update needs nothing from the host.
     optimizer = AdamWEMA(generator, learning_rate=1e-3, betas=(0.0, 0.999), max_grad_norm=10.0)
     fake_optimizer = AdamWEMA(fake_score, learning_rate=2e-3, betas=(0.0, 0.999), max_grad_norm=10.0)
+    device = teacher.patterns.device
     state = ops.rng_state(seed=0, device=device)
-    images, ones = torch.zeros(BATCH_SIZE, 1, 8, 8, device=device), torch.ones(BATCH_SIZE, device=device)
-    loss_dm, loss_fake = torch.zeros(2, device=device)
+    zeros, ones = torch.zeros(BATCH_SIZE, 1, 8, 8, device=device), torch.ones(BATCH_SIZE, device=device)
+    loss_fake = torch.zeros((), device=device)
 
     def levels() -> torch.Tensor:
-        """Log-normal, of numbers that the device draws."""
-        return (1.2 * ops.add_noise(torch.zeros_like(ones).view(-1, 1, 1, 1), ones, rng_state=state).flatten()).exp()
+        """Log-normal, [B]."""
+        return (1.2 * ops.add_noise(zeros[:, :, :1, :1].contiguous(), ones, rng_state=state).flatten()).exp()
 
     def step() -> None:
-        x_gen = generate(generator, ops.add_noise(images, ones, rng_state=state))
+        x_gen = generate(generator, ops.add_noise(zeros, ones, rng_state=state))
         sigma = levels()
         with torch.no_grad():
             x_t = ops.add_noise(x_gen, sigma, rng_state=state)
             D_real, D_fake = teacher(x_t, sigma), fake_score(x_t, sigma)
-        loss = ops.dm_loss(x_gen, D_real, D_fake)
-        loss_dm.copy_(loss.detach())
-        optimizer.backward(loss)
+        optimizer.backward(ops.dm_loss(x_gen, D_real, D_fake))
         optimizer.step()
 
         x_gen, sigma = x_gen.detach(), levels()
@@ -65,12 +62,18 @@ def main(iterations: int = 400) -> list[float]:
         fake_optimizer.backward(loss)
         fake_optimizer.step()
 
-    run = captured(step, device)
-    losses = []
+    return step, loss_fake
+
+
+def main(iterations: int = 400) -> list[float]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    step, loss_fake = make_step(pretrained().to(device), Teacher().to(device))
+    run, losses = captured(step, device), []
     for _ in range(iterations):
         run()
-        losses.append(loss_fake.item())  # the one wait for the device; leave it out of a loop that shall be fast
-    print(f"{iterations} iterations on {device}, from {START:g}: loss of the fake score {losses[-1]:.3f}")
+        losses.append(loss_fake.item())  # the one wait for the device; a loop that shall be fast does not look so often
+    print(f"{iterations} iterations on {device}: loss of the fake score from {losses[0]:.3f} to {losses[-1]:.3f}")
     assert len(set(losses)) == iterations, "expected fresh noise at every replay"
     return losses
 

@@ -13,11 +13,14 @@ class Teacher(nn.Module):
     """`D(x, sigma)` -> [B, 1, 8, 8], the expectation of the image in `x = image + sigma * noise`: what it would be for
     either pattern, weighted by how likely that pattern is."""
 
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("patterns", PATTERNS.clone())  # [2, 1, 8, 8]
+
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        variance = sigma.square().view(-1, 1, 1, 1, 1)
-        patterns, x = PATTERNS.to(x.device), x[:, None]  # [2, 1, 8, 8], [B, 1, 1, 8, 8]
-        either = (DEVIATION**2 * x + variance * patterns) / (DEVIATION**2 + variance)  # [B, 2, 1, 8, 8]
-        distance = (x - patterns).square().sum((2, 3, 4), keepdim=True) / (2 * (DEVIATION**2 + variance))
+        x, variance = x[:, None], sigma.square().view(-1, 1, 1, 1, 1)  # [B, 1, 1, 8, 8], [B, 1, 1, 1, 1]
+        either = (DEVIATION**2 * x + variance * self.patterns) / (DEVIATION**2 + variance)  # [B, 2, 1, 8, 8]
+        distance = (x - self.patterns).square().sum((2, 3, 4), keepdim=True) / (2 * (DEVIATION**2 + variance))
         return (either * (-distance).softmax(dim=1)).sum(dim=1)
 
 

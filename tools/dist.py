@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "dist").resolve()
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(f"tools/dist.py: error: expected a new folder, got {folder}, which holds files")
     environment = {**os.environ, "FASTDMD_NATIVE": "1"}
     subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, env=environment)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
@@ -28,7 +30,7 @@ def main() -> None:
         install(python, sdist, os.environ, "--no-deps", "--force-reinstall", "--no-binary", "fastdmd")
         smoke(python, "--native")
         install(python, sdist, bare, "--no-deps", "--force-reinstall", "--no-binary", "fastdmd")
-        smoke(python)
+        smoke(python, "--no-native")
     print(f"{sdist} and {wheel} work")
 
 
@@ -39,8 +41,8 @@ def install(python: Path, file: Path, environment: dict[str, str], *options: str
     subprocess.run([python, "-m", "pip", "install", "--quiet", *options, file], check=True, env=environment)
 
 
-def smoke(python: Path, *options: str) -> None:
-    subprocess.run([python, ROOT / "tools" / "smoke.py", *options], check=True, env={**os.environ, "PYTHONPATH": ""})
+def smoke(python: Path, option: str) -> None:
+    subprocess.run([python, ROOT / "tools" / "smoke.py", option], check=True, env={**os.environ, "PYTHONPATH": ""})
 
 
 if __name__ == "__main__":

@@ -167,6 +167,9 @@ def test_a_wheel_is_tagged_for_what_lies_in_it(build):
             assert {name for name in archive.namelist() if name.endswith(".so")} == native
         for folder in ("dist", "build"):
             shutil.rmtree(build.folder / folder)
+    code, errors, files = build("13.0", "13.0", command=("editable_wheel", "--dist-dir", "dist"))
+    assert (code, files) == (0, ALL), errors
+    assert [wheel.name.count(f"-{python}-{python}-") for wheel in (build.folder / "dist").glob("*.whl")] == [1]
 
 
 def folders_of_cmake(root):
