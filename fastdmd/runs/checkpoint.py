@@ -72,7 +72,7 @@ def _rest(path: Path, names: Iterable[str]) -> Any:
     content = json.loads((path / REST).read_text(encoding="utf-8"))
     found = content.get("format") if isinstance(content, dict) else content
     if found != FORMAT:
-        raise ValueError(f"expected a checkpoint of format {FORMAT} in {path}, got {found!s:.40}")
+        raise ValueError(f"expected a checkpoint of format {FORMAT}, of Philox's numbers, in {path}, got {found!s:.40}")
     return content["state"]
 
 
