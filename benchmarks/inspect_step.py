@@ -104,8 +104,11 @@ def record_turns(config, batch_size: int) -> dict[str, list]:
         def levels():
             return torch.empty(batch_size, device="cuda")
 
+        def key():
+            return torch.empty(4, dtype=torch.int64, device="cuda")
+
         labels = torch.empty(batch_size, dtype=torch.int64, device="cuda") if config.num_classes else None
-        draws = Draws(images(), labels, levels(), images(), levels(), images())
+        draws = Draws(images(), labels, levels(), levels(), dm_key=key(), fake_key=key())
         options = dict(learning_rate=1e-4, max_grad_norm=10.0)
         model = DMD2(
             fake_cuda.fake(teacher),

@@ -1,7 +1,8 @@
 """DMD2 as anyone would first write it: the baseline of every speed claim, and a second opinion on the numbers.
 
 NCHW, float32, eager PyTorch, foreach AdamW, a pseudo-target MSE for the generator. It shares the network class with
-fastdmd and nothing else. `python -m benchmarks.textbook` times it beside the package's loop, alternating.
+fastdmd, and the random numbers, in memory. `python -m benchmarks.textbook` times it beside the package's loop,
+alternating.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from fastdmd.distill.draws import materialised
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 
 
@@ -73,6 +75,7 @@ class TextbookDMD2:
         self.ratio = dfake_gen_update_ratio
 
     def iterate(self, step, draws):
+        draws = materialised(draws)
         sigma = torch.full((len(draws.noise),), self.conditioning_sigma, device=draws.noise.device)
         loss_dm = None
         with torch.set_grad_enabled(step % self.ratio == 0):

@@ -165,8 +165,9 @@ def _draws(
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta") if network.num_classes else None
     key = torch.empty(4, dtype=torch.int64, device="meta")
     known: dict[str, Any] = {"sigma": images.new_empty(batch_size), "key": key, "labels": labels}
-    names = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-    draws = kind(**{name: known.get(name.rpartition("_")[2], images) for name in names})
+    fields = {field.name: field.name.rpartition("_")[2] for field in dataclasses.fields(kind)}
+    needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+    draws = kind(**{n: known.get(end, images) for n, end in fields.items() if n in needed or end == "key"})
     if generator_inputs == "noised-data":
         return dataclasses.replace(draws, start_images=images)
     step_noise = images.new_empty(batch_size, num_steps - 1, *network.image_shape) if num_steps > 1 else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdmd.distill.ahead import Ahead, parts
-from fastdmd.distill.draws import Draws
+from fastdmd.distill.draws import Draws, keys_of
 from fastdmd.distill.starts import copy_tensors, map_tensors
 
 
@@ -39,8 +39,7 @@ class Buffers:
     def load(self, draws: Draws) -> None:
         copy_tensors(draws, self.inputs)
         for part, rows in zip(self.parts[1:], self._rows[1:], strict=True):
-            for name in _keys(part.draws):  # of another first sample
-                key = getattr(part.draws, name)
+            for name, key in keys_of(part.draws).items():  # of another first sample
                 key.copy_(getattr(draws, name))
                 key[3].add_(rows.start)
         if draws.step_index != self.inputs.step_index:
@@ -51,14 +50,9 @@ class Buffers:
             ]
 
 
-def _keys(draws: Draws) -> list[str]:
-    """The names of the keys among the random inputs."""
-    return [name for name in vars(draws) if name.endswith("_key")]
-
-
 def _part_of(draws: Draws, rows: slice) -> Draws:
     """Views of some rows, and room for keys of their own if they are not the first."""
-    keys = {name: getattr(draws, name) for name in _keys(draws)}
+    keys = keys_of(draws)
     if rows.start > 0:
         keys = {name: torch.empty_like(key) for name, key in keys.items()}
     return map_tensors(itemgetter(rows), draws, **keys)

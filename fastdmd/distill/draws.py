@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -164,22 +164,32 @@ class Noise(NoiseSettings):
 class Draws(Start):
     """Everything random in one iteration, a function of seed, iteration and sample.
 
-    Noise of the turns is made where images are noised, `ops.add_noise(..., rng_key=dm_key)`.
+    Noise of the turns is made where images are noised, from a key, or given in its place.
     """
 
     dm_sigma: Tensor  # [B], noise levels of the generator turn
-    dm_key: Tensor  # [4], of ops.rng_key
     fake_sigma: Tensor  # [B], noise levels of the guidance turn
-    fake_key: Tensor  # [4]
+    _: dataclasses.KW_ONLY
+    dm_key: Tensor | None = None  # [4], of ops.rng_key
+    dm_noise: Tensor | None = None  # or else [B, C, H, W]
+    fake_key: Tensor | None = None  # [4]
+    fake_noise: Tensor | None = None  # or else [B, C, H, W]
 
-    @property
-    def dm_noise(self) -> Tensor:
-        """What `dm_key` stands for, `[B, C, H, W]`, for loops that want it in memory; `fake_noise` likewise."""
-        return normals(self.noise.shape, self.dm_key)
 
-    @property
-    def fake_noise(self) -> Tensor:
-        return normals(self.noise.shape, self.fake_key)
+Drawn = TypeVar("Drawn", bound=Draws)
+
+
+def keys_of(draws: Draws) -> dict[str, Tensor]:
+    """Its keys, by the names of their fields."""
+    return {name: value for name, value in vars(draws).items() if name.endswith("_key") and value is not None}
+
+
+def materialised(draws: Drawn) -> Drawn:
+    """The same with noise in memory in place of its keys, for loops that want it there."""
+    found: dict[str, Any] = {}
+    for name, key in keys_of(draws).items():
+        found |= {name: None, f"{name.removesuffix('key')}noise": normals(draws.noise.shape, key).to(draws.noise.dtype)}
+    return dataclasses.replace(draws, **found)
 
 
 def draw(

@@ -14,7 +14,7 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill.adversarial import Divergence
 from fastdmd.distill.draws import Draws, Noise, NoiseLevel, RealImages
 from fastdmd.distill.optimization import Rate
-from fastdmd.randomness import Stream, integers, normals
+from fastdmd.randomness import Stream, integers
 from fastdmd.settings import Settings, at_least, fail
 
 LARGEST_JUDGED_AS_THEY_ARE = 32  # pixels a side
@@ -28,20 +28,14 @@ class AdversarialDraws(Draws):
     """With what the adversarial term needs."""
 
     gan_sigma: Tensor  # [B], noise levels at which generated images are judged
-    gan_key: Tensor  # [4], of ops.rng_key
     real_images: Tensor  # [B, C, H, W]
     real_labels: Tensor | None  # int64 [B]
     real_sigma: Tensor  # [B], noise levels at which they are judged
-    real_key: Tensor  # [4]
-
-    @property
-    def gan_noise(self) -> Tensor:
-        """As `dm_noise` is of `dm_key`; `real_noise` likewise."""
-        return normals(self.noise.shape, self.gan_key)
-
-    @property
-    def real_noise(self) -> Tensor:
-        return normals(self.noise.shape, self.real_key)
+    _: dataclasses.KW_ONLY
+    gan_key: Tensor | None = None  # [4], of ops.rng_key
+    gan_noise: Tensor | None = None  # or else [B, C, H, W]
+    real_key: Tensor | None = None  # [4]
+    real_noise: Tensor | None = None  # or else [B, C, H, W]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,13 @@ class DistributionMatching:
 
     def __call__(self, x_gen: Tensor, draws: Draws, *, teacher: Denoise, fake_score: Denoise) -> tuple[Tensor, Tensor]:
         return generator_loss(
-            x_gen, teacher, fake_score, draws.class_labels, sigma=draws.dm_sigma, rng_key=draws.dm_key
+            x_gen,
+            teacher,
+            fake_score,
+            draws.class_labels,
+            sigma=draws.dm_sigma,
+            noise=draws.dm_noise,
+            rng_key=draws.dm_key,
         )
 
 
@@ -51,6 +57,7 @@ class ScoreIdentity:
             fake_score,
             draws.class_labels,
             sigma=draws.dm_sigma,
+            noise=draws.dm_noise,
             rng_key=draws.dm_key,
             alpha=self.alpha,
         )

@@ -124,6 +124,7 @@ class Matched:
             fake_score,
             draws.class_labels,
             sigma=draws.fake_sigma,
+            noise=draws.fake_noise,
             rng_key=draws.fake_key,
             sigma_data=self.sigma_data if self.is_weighted else None,
         )
@@ -160,8 +161,8 @@ class Adversarial:
     ) -> Terms:
         gan, labels = self.gan, draws.class_labels
 
-        def judge(sigma: Tensor, rng_key: Tensor) -> Tensor:
-            x_t = ops.add_noise(x_gen, sigma, rng_key=rng_key)
+        def judge(sigma: Tensor, noise: Tensor | None, rng_key: Tensor | None) -> Tensor:
+            x_t = ops.add_noise(x_gen, sigma, noise=noise, rng_key=rng_key)
             if gan.gan_features == "images":
                 return self.head(x_t, sigma, labels)
             encoder = teacher if gan.gan_features == "teacher" else fake_score
@@ -170,19 +171,20 @@ class Adversarial:
         matched = x_gen
         if gan.divergence != "reverse-kl":
             with torch.no_grad():
-                weight = divergence_weight(judge(draws.dm_sigma, draws.dm_key), gan.divergence)
+                logit = judge(draws.dm_sigma, draws.dm_noise, draws.dm_key)
+                weight = divergence_weight(logit, gan.divergence)
             matched = weigh_gradient(x_gen, weight)
         total, left_out = self.matching(matched, draws, teacher=teacher, fake_score=fake_score)
         scalars = {self.matching.scalar: total}
         if gan.gan_generator_weight:
             drawn = _adversarial(draws)
-            scalars["loss_gan_generator"] = fooling_loss(judge(drawn.gan_sigma, drawn.gan_key))
+            scalars["loss_gan_generator"] = fooling_loss(judge(drawn.gan_sigma, drawn.gan_noise, drawn.gan_key))
             total = total + gan.gan_generator_weight * scalars["loss_gan_generator"]
         return Terms(total, scalars, left_out)
 
     def guidance_terms(self, x_gen: Tensor, draws: Draws, *, teacher: TurnDenoiser, fake_score: TurnDenoiser) -> Terms:
         x_gen, num_images = x_gen.detach(), len(x_gen)
-        x_t = ops.add_noise(x_gen, draws.fake_sigma, rng_key=draws.fake_key)
+        x_t = ops.add_noise(x_gen, draws.fake_sigma, noise=draws.fake_noise, rng_key=draws.fake_key)
         judged = self._noised(x_gen, _adversarial(draws))
         if self.gan.gan_features == "fake":
             batch = _together([(x_t, draws.fake_sigma, draws.class_labels), *judged])
@@ -207,14 +209,15 @@ class Adversarial:
     def _noised(self, x_gen: Tensor, draws: AdversarialDraws) -> list[Batch]:
         """What the head judges: generated images, real ones, and for approximate R1 these with a little more noise."""
         sigma = draws.real_sigma
-        real = ops.add_noise(draws.real_images, sigma, rng_key=draws.real_key)
+        real = ops.add_noise(draws.real_images, sigma, noise=draws.real_noise, rng_key=draws.real_key)
+        x_t = ops.add_noise(x_gen, draws.gan_sigma, noise=draws.gan_noise, rng_key=draws.gan_key)
         batches: list[Batch] = [
-            (ops.add_noise(x_gen, draws.gan_sigma, rng_key=draws.gan_key), draws.gan_sigma, draws.class_labels),
+            (x_t, draws.gan_sigma, draws.class_labels),
             (real, sigma, draws.real_labels),
         ]
         if self.gan.gan_r1_weight:  # that noise is independent of the real images' own
             deviation = R1_DEVIATION * (sigma**2 + self.sigma_data**2).sqrt()
-            near = ops.add_noise(real, deviation, rng_key=draws.gan_key)
+            near = ops.add_noise(real, deviation, noise=draws.gan_noise, rng_key=draws.gan_key)
             batches.append((near, sigma, draws.real_labels))
         return batches
 

@@ -74,7 +74,7 @@ def _rest(path: Path, names: Iterable[str]) -> Any:
     content = reading.read_json(path / REST, MAX_REST_BYTES)
     found = content.get("format") if isinstance(content, dict) else content
     if found != FORMAT:
-        raise ValueError(f"expected a checkpoint of format {FORMAT} in {path}, got {found!s:.40}")
+        raise ValueError(f"expected a checkpoint of format {FORMAT}, of Philox's numbers, in {path}, got {found!s:.40}")
     return content["state"]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from fastdmd.data.pairs import Pairs
+from fastdmd.distill.draws import materialised
 from fastdmd.distill.starts import map_tensors, tensors_of
 from fastdmd.networks.unet import UNet
 from fastdmd.runs import distillation
@@ -44,16 +45,18 @@ def test_rows_of_a_batch_are_what_they_are_in_the_whole(teacher, changes):
     whole = make_draws(teacher, config)
     names = {name for name, value in vars(whole(0)).items() if isinstance(value, torch.Tensor)}
     for step in (0, 1, 2, 1000):
-        expected = whole(step)
+        expected, with_noise = whole(step), materialised(whole(step))
         for first, size in ((0, 3), (3, 3), (1, 4), (5, 1)):
             part, rows = make_draws(teacher, config, size, first)(step), slice(first, first + size)
             assert part.step_index == expected.step_index
-            for name in (*names, *NOISES):
+            for name in names:
                 value, of_whole = getattr(part, name), getattr(expected, name)
                 if name.endswith("_key"):
                     assert value.tolist() == [*of_whole[:3].tolist(), first] and of_whole[3] == 0
                 else:
                     assert torch.equal(value, of_whole[rows]), name
+            for name in NOISES:
+                assert torch.equal(getattr(materialised(part), name), getattr(with_noise, name)[rows]), name
         keys = [getattr(expected, name).tolist() for name in names if name.endswith("_key")]
         assert len(keys) == 4 and len({tuple(key) for key in keys}) == 4
 
@@ -96,6 +99,17 @@ def test_gradients_of_two_halves_are_that_of_the_whole(teacher, changes):
     for expected, first, second in zip(whole, *halves, strict=True):
         assert_close((first + second) / 2, expected, rtol=1e-9, atol=1e-12)
         assert (first - second).norm() > 1e-3 * expected.norm() > 0
+
+
+def test_noise_in_memory_gives_the_same_losses(teacher):
+    """As somebody's own draws may have it, beside an adversarial term, in both turns."""
+    draws = make_draws(teacher, CONFIG)
+    losses = []
+    for source in (draws, lambda step: materialised(draws(step))):
+        model = distillation.build(CONFIG, copy.deepcopy(teacher))
+        losses.append([{k: v.item() for k, v in model.iterate(step, source).items()} for step in range(3)])
+    for ours, theirs in zip(*losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4) and ours["loss_fake"] > 0.01
 
 
 def test_buffers_hold_the_keys_of_their_parts(teacher):

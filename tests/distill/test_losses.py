@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from benchmarks.textbook import karras_schedule, textbook_like
 from fastdmd import ops
-from fastdmd.distill.draws import draw
+from fastdmd.distill.draws import draw, materialised
 from fastdmd.distill.losses import denoising_loss, generator_loss
 from fastdmd.distill.turns import DMD2
 from fastdmd.runs import distillation
@@ -252,7 +252,9 @@ def test_draws_are_a_function_of_seed_and_step():
     first, again, later, other = drawn(), drawn(), drawn(step=6), drawn(seed=4)
     names = {name for name, value in vars(first).items() if isinstance(value, torch.Tensor)}
     assert names == {"noise", "class_labels", "dm_sigma", "dm_key", "fake_sigma", "fake_key"}
-    for name in (*names, "dm_noise", "fake_noise"):
+    assert materialised(first).dm_key is None and materialised(first).dm_noise.shape == first.noise.shape
+    first, again, later, other = (materialised(draws) for draws in (first, again, later, other))
+    for name in ("noise", "class_labels", "dm_sigma", "dm_noise", "fake_sigma", "fake_noise"):
         value = getattr(first, name)
         assert torch.equal(value, getattr(again, name))
         assert not torch.equal(value, getattr(later, name)) and not torch.equal(value, getattr(other, name))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastdmd.distill.draws import materialised
 from fastdmd.distill.statistics import (
     COMPARISONS,
     IMAGE_STATISTICS,
@@ -104,7 +105,7 @@ def test_turns_tell_of_their_images(teacher, steps):
     torch.manual_seed(0)
     for parameter in model.fake_score.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    drawn = draws(0)
+    drawn = materialised(draws(0))
     with torch.no_grad():
         x_gen = teacher(80 * drawn.noise, torch.full((8,), 80.0), drawn.class_labels)
         x_t = x_gen + drawn.dm_sigma.reshape(-1, 1, 1, 1) * drawn.dm_noise

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from fastdmd.data import Dataset
 from fastdmd.distill.budget import estimate
+from fastdmd.distill.draws import materialised
 from fastdmd.distill.gan import GANSettings
 from fastdmd.randomness import Stream
 from fastdmd.runs import distillation
@@ -80,14 +81,14 @@ def test_the_step_is_drawn_on_the_host_and_nothing_else_depends_on_it(teacher):
     assert all(type(index) is int for index in indices) and [indices.count(i) > 70 for i in range(3)] == [True] * 3
     assert indices[::-1] == [again(step).step_index for step in reversed(range(300))]
     assert indices != [other(step).step_index for step in range(300)]
-    one = draws(7)
+    one = materialised(draws(7))
     assert one.step_noise.shape == (6, 2, 1, 8, 8) and one.start_images is None and single(7).is_of_one_step
     assert torch.equal(one.step_noise, again(7).step_noise)
     noises = [*one.step_noise.unbind(1), *draws(8).step_noise.unbind(1), *other(7).step_noise.unbind(1)]
     noises += [one.noise, one.dm_noise, one.fake_noise]
     assert all(not torch.equal(a, b) and (a - b).std() > 1 for a, b in itertools.combinations(noises, 2))
-    for name in ("noise", "class_labels", "dm_sigma", "dm_noise", "fake_sigma", "fake_noise"):
-        assert torch.equal(getattr(one, name), getattr(single(7), name))
+    for name in ("noise", "class_labels", "dm_sigma", "dm_key", "fake_sigma", "fake_key"):
+        assert torch.equal(getattr(draws(7), name), getattr(single(7), name))
 
 
 def test_real_images_come_with_their_labels_and_are_those_of_no_discriminator(teacher):
@@ -118,7 +119,7 @@ def test_images_and_gradient_of_each_step(teacher, generator_inputs, accumulatio
     changes = {"generator_inputs": generator_inputs, "accumulation_steps": accumulation_steps}
     for index, step in steps_of_each_index(make(teacher, **changes)[1]).items():
         model, draws = make(teacher, **changes, dfake_gen_update_ratio=1)
-        found, update, drawn = [], model.generator_optimizer.update, draws(step)
+        found, update, drawn = [], model.generator_optimizer.update, materialised(draws(step))
 
         def keep(found=found, update=update, model=model):
             found.extend(parameter.grad.clone() for parameter in model.generator.parameters())
@@ -153,7 +154,8 @@ def test_every_iteration_has_its_own_step(teacher, ratio, generator_inputs):
         for kind in sorted(kinds)
     ]
     for step in (*range(6), *jumps):
-        generator, fake_score, drawn = copy.deepcopy(model.generator), copy.deepcopy(model.fake_score), draws(step)
+        generator, fake_score = copy.deepcopy(model.generator), copy.deepcopy(model.fake_score)
+        drawn = materialised(draws(step))
         metrics = model.iterate(step, draws)
         assert ("loss_dm" in metrics) == (step % ratio == 0) and model.images_ahead == 1
         with torch.no_grad():

@@ -12,7 +12,8 @@ from torch import nn
 from benchmarks import textbook
 from benchmarks.textbook import TextbookDMD2
 from fastdmd import ops
-from fastdmd.distill.draws import draw
+from fastdmd.distill.draws import draw, materialised
+from fastdmd.distill.starts import map_tensors
 from fastdmd.networks.unet import UNetConfig
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 from fastdmd.optim.adamw_ema import EMA_WARMUP, AdamWEMA
@@ -241,7 +242,8 @@ def run(model):
     """Losses and final weights of 50 iterations."""
     sigmas, losses = textbook.karras_schedule().double(), []
     for step in range(50):
-        draws = draw((2, 1, 8, 8), 3, sigmas, 20, 980, seed=0, step=step)
+        draws = materialised(draw((2, 1, 8, 8), 3, sigmas, 20, 980, seed=0, step=step))
+        draws = map_tensors(lambda x: x.double() if x.is_floating_point() else x, draws)
         losses += [loss.detach() for loss in model.iterate(step, draws) if loss is not None]
     networks = [model.generator, model.fake_score, model.ema]
     if getattr(model.generator_optimizer, "ema_network", None) is not None:

@@ -64,7 +64,11 @@ FAULTS = {
     "sums missing": ("SHA256SUMS", os.remove, "got it without SHA256SUMS"),
     "sums empty": ("SHA256SUMS", lambda path: path.write_text(""), "got SHA256SUMS without state.json"),
     "sums no text": ("SHA256SUMS", lambda path: path.write_bytes(b"\xff\n"), "got UnicodeDecodeError"),
-    "another format": ("state.json", other_format, "expected a checkpoint of format 2 in .*, got 1"),
+    "another format": (
+        "state.json",
+        other_format,
+        "a checkpoint of format 2, of Philox's numbers, in .*, got 1",
+    ),
 }
 
 
