@@ -4,13 +4,13 @@
 
 Each process is `python -m fastdmd.train ... --resume auto` on a tiny network, with an adversarial term, two averages
 and measurements meanwhile. It gets SIGKILL at a moment between its start and the time that a whole run takes, one time
-in three inside of a checkpoint, and the same command is run again; where it ends by itself, the next
-training begins. Each has to leave, to the bit and but for times, what the one without kills has left. Exit code 1, and
-the folder stays, where one does not.
+in three inside of a checkpoint, and the same command is run again; where it ends by itself, the next training begins.
+Each has to leave, to the bit and but for times, what the one without kills has left. Exit code 1, and the folder stays,
+where one does not.
 
 `--minutes` lets one training go on for that long, with measurements, snapshots and checkpoints, and fits lines to its
-memory and its throughput: what grows or slows down shows. Exit code 1 where in ten
-minutes or more memory grows by more than a twentieth.
+memory and its throughput: what grows or slows down shows. Exit code 1 where, in ten minutes or more, memory grows by
+more than a twentieth.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from fastdmd.data.pairs import PairRecord
 from fastdmd.runs.checkpoints import CheckpointSettings
 from fastdmd.runs.cli import to_json
 from fastdmd.runs.config import PairsConfig
-from fastdmd.settings import Settings, flags
+from fastdmd.settings import Settings, check, flags
 
 Chosen = TypeVar("Chosen", bound=Settings)
 Resolved = TypeVar("Resolved", bound=Settings)
@@ -69,15 +69,28 @@ def with_defaults_of_run(
     chosen: Chosen, resolve: Callable[[Chosen], Resolved], recorded: Mapping[str, Any] | None
 ) -> Resolved:
     """The settings, resolved. What nobody gave is what the run was begun with, though it would follow otherwise from a
-    flag that may change: `--eval-samples` from `--num-samples`, `--precision` from `--device`."""
+    flag that may change: `--eval-samples` from `--num-samples`, `--precision` from `--device`. Raises ValueError for a
+    record of what no flag could have been."""
     config, kept = resolve(chosen), {}
     given, now = to_json(chosen), to_json(config)
     for place, flag in flags(chosen):
         then, fresh = _at(recorded or {}, place), _at(now, place)
         is_open = _at(given, place) in (None, "auto") and flag not in MAY_CHANGE
-        if is_open and then != fresh and type(then) is type(fresh):
-            kept[flag.removeprefix("--").replace("-", "_")] = tuple(then) if isinstance(then, list) else then
+        if is_open and then != fresh and _is_alike(then, fresh):
+            name = flag.removeprefix("--").replace("-", "_")
+            kept[name] = tuple(then) if isinstance(then, list) else then
+            room: Any = chosen.replace(**{name: kept[name]})
+            for part in place[:-1]:
+                room = getattr(room, part)
+            check(room)
     return resolve(chosen.replace(**kept)) if kept else config
+
+
+def _is_alike(then: Any, now: Any) -> bool:
+    """Whether both are of one type; lists are of numbers, each of which has a bound."""
+    if isinstance(then, list) and isinstance(now, list):
+        return all(type(number) in (int, float) for number in then)
+    return type(then) is type(now)
 
 
 def roundings(config: RunConfig) -> dict[str, Any]:

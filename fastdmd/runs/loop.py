@@ -164,7 +164,8 @@ class Loop:
         asked where it `must` be; from the fault on it has let nothing move."""
         if self._settings.nan_policy == "stop" and progress.outcome == "complete" and (must or self._is_on_cpu):
             if (fault := first_fault(tally.fault() for tally in self._training.tallies)) is not None:
-                progress.diverge(str(fault))
+                broken = self._training.fault()  # what moved last made it, and all else comes from it
+                progress.diverge(str(fault if broken is None else fault._replace(name=broken)))
 
     def _write_checkpoint(self, checkpoints: Checkpoints, bar: tqdm) -> None:
         """Of good numbers: else the run ends, before it takes the place of an older one."""

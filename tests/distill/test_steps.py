@@ -121,9 +121,9 @@ def test_images_and_gradient_of_each_step(teacher, generator_inputs, accumulatio
         model, draws = make(teacher, **changes, dfake_gen_update_ratio=1)
         found, update, drawn = [], model.generator_optimizer.update, materialised(draws(step))
 
-        def keep(found=found, update=update, model=model):
+        def keep(permitted, found=found, update=update, model=model):
             found.extend(parameter.grad.clone() for parameter in model.generator.parameters())
-            return update()
+            return update(permitted)
 
         model.generator_optimizer.update = keep
         generator, fake_score = copy.deepcopy(model.generator), copy.deepcopy(model.fake_score)

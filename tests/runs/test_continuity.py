@@ -56,6 +56,20 @@ def test_a_record_of_something_else_is_not_taken_over(kept):
         require_same_settings(config, run, is_measured=True)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("monitor", "eval_samples"), -5, "expected --eval-samples >= 2, got -5"),
+        (("noise", "generator_sigmas"), [80.0, -1.0], "expected --generator-sigmas .*, got"),
+    ],
+)
+def test_a_record_out_of_bounds_is_refused(place, value, message):
+    run = recorded()
+    run[place[0]][place[1]] = value
+    with pytest.raises(ValueError, match=message):
+        resolved(BEGUN, run)
+
+
 def test_what_rounds_otherwise_may_change_unless_bits_are_promised():
     run, other = recorded(batch_size=12), BEGUN.replace(batch_size=12, accumulation_steps=3, execution="compiled")
     require_same_settings(resolved(other, run), run, is_measured=True)

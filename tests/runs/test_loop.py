@@ -122,6 +122,18 @@ def test_updates_that_stay_bad_end_the_run(tmp_path, bad, num_good, ended_at):
         assert lines[-1]["loss"] is None
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_stop_ends_a_run_at_the_iteration_itself(tmp_path, broken):
+    """On a CPU, whatever the interval of the log; weights that are broken are named before what comes of them."""
+    events = {7: lambda self: self.network.weight.fill_(NAN)} if broken else {}
+    settings = TrainConfig(iterations=20, batch_size=10, log_every=20, snapshots=4).replace(nan_policy="stop")
+    losses = [NAN if step == 6 else 1.0 for step in range(20)]
+    summary, lines, weights = run(tmp_path / "run", losses, settings=settings, events=events)
+    assert (summary["outcome"], summary["iterations"]) == ("diverged", 7) and weights["iteration"] == 5
+    assert summary["reason"] == f"NaN or infinity in {'weight' if broken else 'loss'}, iteration 7"
+    assert [line["iteration"] for line in lines] == [7] and lines[0]["not_finite"] == "loss"
+
+
 def test_numbers_that_json_lacks_are_null(tmp_path):
     """Of finite losses, whose sum float32 does not hold; and whatever else a line may have."""
     summary, lines, _ = run(tmp_path / "run", [3e38] * 5 + [2.0] * 5)
