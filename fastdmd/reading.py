@@ -41,7 +41,7 @@ def require_regular(path: Path) -> None:
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise ValueError(f"{path.name} is {kinds.get(kind, 'a device')}")
+        raise ValueError(f"expected a regular file, got {path}, {kinds.get(kind, 'a device')}")
 
 
 def read_all(stream: IO[bytes], limit_bytes: int) -> bytes:
