@@ -149,8 +149,8 @@ def load_pairs(
     labels = torch.empty(record.num, dtype=torch.int64) if num_classes else None
     for index in range(record.num_parts):
         part = record.part(index)
+        images[part], found = read_part(path, record, index)  # before noise is drawn for pairs that may not be there
         noise[part] = record.noise(part)
-        images[part], found = read_part(path, record, index)
         if labels is not None and found is not None:
             labels[part] = found
     return Pairs(noise, images, labels)
