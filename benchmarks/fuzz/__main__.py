@@ -35,6 +35,7 @@ from benchmarks.fuzz.sandbox import Outcome, attempt, judge_line
 KINDS = datasets.KINDS + weights.KINDS + runs.KINDS
 WEIGHTS = np.array([0.3 if kind.goes_on else 1.0 for kind in KINDS])
 WEIGHTS /= WEIGHTS.sum()
+OUTCOMES = ("refused", "accepted", "wrong")
 FLAGS_SHARE = 0.2  # of all inputs
 COMMAND_SHARE, PROCESS_SHARE = 0.1, 0.1  # of files a whole command reads; and of these a process
 PROCESS_SECONDS = 60  # with its imports
@@ -130,17 +131,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
     wrong: list[dict[str, Any]] = []
+    environment = describe("cpu")  # of the sources as they are now
     largest = 0
     indices = range(options.count) if options.only is None else [options.only]
     with tempfile.TemporaryDirectory(prefix="fastdmd-fuzz-") as folder:
         inputs = Inputs(Path(folder).resolve(), options.seed)
         for index in indices:
             kind, how, outcome = inputs.run(index)
-            group = how.partition(":")[0]
-            for row in (kind, f"all {group}"):
-                counts[row][outcome.kind] += 1
+            counts[kind, how.partition(":")[0], outcome.kind] += 1
             largest = max(largest, outcome.num_bytes)
             if options.only is not None:
                 print(f"{kind}, {how}: {outcome}")
@@ -148,13 +148,17 @@ def main(arguments: list[str] | None = None) -> None:
                 repeat = f"python -m benchmarks.fuzz --seed {options.seed} --only {index}"
                 wrong.append({"input": kind, "spoilt": how, "wrong": outcome.what, "repeat": repeat})
                 print(f"WRONG {kind}, {how}: {outcome.what}\n    {repeat}", flush=True)
-    rows = {name: {kind: count[kind] for kind in ("refused", "accepted", "wrong")} for name, count in counts.items()}
-    print(f"{'input':>24} {'refused':>8} {'accepted':>8} {'wrong':>8}")
-    for name, row in sorted(rows.items()):
-        print(f"{name:>24} {row['refused']:>8} {row['accepted']:>8} {row['wrong']:>8}")
+    rows = [
+        {"input": kind, "spoilt": group} | {outcome: counts[kind, group, outcome] for outcome in OUTCOMES}
+        for kind, group in sorted({(kind, group) for kind, group, _ in counts})
+    ]
+    print("".join(f"{name:>26}" if name == "input" else f"{name:>10}" for name in ("input", "spoilt", *OUTCOMES)))
+    for row in rows:
+        print("".join(f"{value:>26}" if name == "input" else f"{value:>10}" for name, value in row.items()))
+    print("in all:", ", ".join(f"{sum(row[outcome] for row in rows)} {outcome}" for outcome in OUTCOMES))
     print(f"none took more than {largest >> 20} MiB; wrong: {len(wrong)} of {len(indices)}")
     if options.json is not None:
-        result = {"environment": describe("cpu"), "seed": options.seed, "count": options.count, "rows": rows}
+        result = {"environment": environment, "seed": options.seed, "count": options.count, "rows": rows}
         result |= {"most_mib": largest >> 20, "wrong": wrong}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     if wrong:
