@@ -1,6 +1,6 @@
 """Bad inputs, each read by a process that is watched.
 
-    python -m benchmarks.fuzz [--count 2000] [--seed 0] [--only INDEX] [--json FILE]
+    python -m benchmarks.fuzz [--count 2000] [--seed 0] [--jobs 1] [--only INDEX] [--json FILE]
 
 An input is spoilt in a way that the seed and its index give. The package has to refuse it with one line and exit code
 2, or to accept it with the values that another reader finds; see `sandbox.attempt`. Some inputs go through a whole
@@ -14,6 +14,7 @@ import argparse
 import collections
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +124,21 @@ def _process(command: str, words: list[str], place: Path) -> Outcome:
     return Outcome("refused" if fault is None else "wrong", fault or done.stderr.strip(), seconds, 0)
 
 
+def _results(inputs: Inputs, indices: Sequence[int], num_jobs: int) -> Iterator[tuple[str, str, Outcome]]:
+    """In the order of the indices."""
+    if num_jobs == 1:
+        yield from map(inputs.run, indices)
+        return
+    with multiprocessing.get_context("fork").Pool(num_jobs) as pool:
+        yield from pool.imap(inputs.run, indices)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the index of one input, of which all is said")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that work side by side")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -138,8 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     indices = range(options.count) if options.only is None else [options.only]
     with tempfile.TemporaryDirectory(prefix="fastdmd-fuzz-") as folder:
         inputs = Inputs(Path(folder).resolve(), options.seed)
-        for index in indices:
-            kind, how, outcome = inputs.run(index)
+        for index, (kind, how, outcome) in zip(indices, _results(inputs, indices, options.jobs), strict=True):
             counts[kind, how.partition(":")[0], outcome.kind] += 1
             largest = max(largest, outcome.num_bytes)
             if options.only is not None:
