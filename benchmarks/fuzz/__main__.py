@@ -40,7 +40,7 @@ WEIGHTS /= WEIGHTS.sum()
 OUTCOMES = ("refused", "accepted", "wrong")
 FLAGS_SHARE = 0.2  # of all inputs
 COMMAND_SHARE, PROCESS_SHARE = 0.1, 0.1  # of files a whole command reads; and of these a process
-PROCESS_SECONDS = 60  # with its imports
+PROCESS_SECONDS = 240  # with its imports, on a machine that others use, too
 
 
 class Inputs:
