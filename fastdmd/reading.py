@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ MAX_LINE_BYTES = 1 << 20  # of a log
 MAX_DEFLATE = 1032  # bytes that one byte of a deflate stream can become
 DIRECTORY_BYTES = 16  # that a byte of an archive's directory becomes in memory; 46 and a name describe a member
 SPARE_BYTES = 1 << 30  # that a directory may take in memory beyond the size of its archive
-CONTROL = re.compile("[\\x00-\\x1f\\x7f]")  # characters
+ENTRY = "PK\1\2"  # begins one of the directory, each of which describes a member
 # Others unpack a whole read at once, whatever it becomes: 40 bytes of bzip2 are a megabyte.
 COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
@@ -41,7 +40,7 @@ def require_regular(path: Path) -> None:
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise ValueError(f"{path.name} is {kinds.get(kind, 'a device')}")
+        raise ValueError(f"expected a regular file, got {path}, {kinds.get(kind, 'a device')}")
 
 
 def read_all(stream: IO[bytes], limit_bytes: int) -> bytes:
@@ -106,14 +105,14 @@ class _Archive(io.BufferedReader):
 @contextlib.contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     """An archive. Raises ValueError where its directory would take more memory than its size and a GiB, before it is
-    read, and for names with control characters, as they come of a wrong length, which hides what follows; and whatever
-    zipfile raises for what is none."""
+    read, and where a name of a wrong length hides the entries that follow it; and whatever zipfile raises for what is
+    none."""
     require_regular(path)
     with _Archive(io.FileIO(path)) as file:
         file.most_bytes = (os.fstat(file.fileno()).st_size + SPARE_BYTES) // DIRECTORY_BYTES
         with zipfile.ZipFile(file) as archive:
             file.most_bytes = None
-            if broken := next((info for info in archive.infolist() if CONTROL.search(info.orig_filename)), None):
+            if broken := next((info for info in archive.infolist() if ENTRY in info.orig_filename), None):
                 raise ValueError(f"its directory is damaged: {broken.orig_filename[:60]!r}")
             yield archive
 

@@ -36,9 +36,9 @@ def archive(path, compression=zipfile.ZIP_STORED, **members):
 def test_what_is_no_file_is_not_opened(tmp_path, make):
     make(tmp_path / "a")
     for read in (reading.open_regular, reading.read_json, reading.last_line, reading.require_safetensors):
-        with pytest.raises(ValueError, match="^a is a (pipe|folder|device)$"):
+        with pytest.raises(ValueError, match=f"^expected a regular file, got {tmp_path}/a, a (pipe|folder|device)$"):
             read(tmp_path / "a")
-    with pytest.raises(ValueError, match="^a is a"), reading.open_zip(tmp_path / "a"):
+    with pytest.raises(ValueError, match="^expected a regular file, got"), reading.open_zip(tmp_path / "a"):
         pass
 
 
@@ -114,7 +114,7 @@ def test_members_that_no_piece_is_read_of(tmp_path, peak, compression, refused):
     assert taken() < MIB
 
 
-def test_a_name_with_control_characters_tells_of_a_wrong_length(tmp_path):
+def test_a_name_of_a_wrong_length_hides_no_member(tmp_path):
     path = archive(tmp_path / "a.zip", a=b"1", b=b"2")
     content = bytearray(path.read_bytes())
     content[content.index(b"PK\1\2") + 28] += 47  # of the first name: it takes the second entry in

@@ -1,6 +1,6 @@
 """Bad inputs, each read by a process that is watched.
 
-    python -m benchmarks.fuzz [--count 2000] [--seed 0] [--only INDEX] [--json FILE]
+    python -m benchmarks.fuzz [--count 2000] [--seed 0] [--jobs 1] [--only INDEX] [--json FILE]
 
 An input is spoilt in a way that the seed and its index give. The package has to refuse it with one line and exit code
 2, or to accept it with the values that another reader finds; see `sandbox.attempt`. Some inputs go through a whole
@@ -14,6 +14,7 @@ import argparse
 import collections
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,10 @@ from benchmarks.fuzz.sandbox import Outcome, attempt, judge_line
 KINDS = datasets.KINDS + weights.KINDS + runs.KINDS
 WEIGHTS = np.array([0.3 if kind.goes_on else 1.0 for kind in KINDS])
 WEIGHTS /= WEIGHTS.sum()
+OUTCOMES = ("refused", "accepted", "wrong")
 FLAGS_SHARE = 0.2  # of all inputs
 COMMAND_SHARE, PROCESS_SHARE = 0.1, 0.1  # of files a whole command reads; and of these a process
-PROCESS_SECONDS = 60  # with its imports
+PROCESS_SECONDS = 240  # with its imports, on a machine that others use, too
 
 
 class Inputs:
@@ -121,26 +124,34 @@ def _process(command: str, words: list[str], place: Path) -> Outcome:
     return Outcome("refused" if fault is None else "wrong", fault or done.stderr.strip(), seconds, 0)
 
 
+def _results(inputs: Inputs, indices: Sequence[int], num_jobs: int) -> Iterator[tuple[str, str, Outcome]]:
+    """In the order of the indices."""
+    if num_jobs == 1:
+        yield from map(inputs.run, indices)
+        return
+    with multiprocessing.get_context("fork").Pool(num_jobs) as pool:
+        yield from pool.imap(inputs.run, indices)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the index of one input, of which all is said")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that work side by side")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
     wrong: list[dict[str, Any]] = []
+    environment = describe("cpu")  # of the sources as they are now
     largest = 0
     indices = range(options.count) if options.only is None else [options.only]
     with tempfile.TemporaryDirectory(prefix="fastdmd-fuzz-") as folder:
         inputs = Inputs(Path(folder).resolve(), options.seed)
-        for index in indices:
-            kind, how, outcome = inputs.run(index)
-            group = how.partition(":")[0]
-            for row in (kind, f"all {group}"):
-                counts[row][outcome.kind] += 1
+        for index, (kind, how, outcome) in zip(indices, _results(inputs, indices, options.jobs), strict=True):
+            counts[kind, how.partition(":")[0], outcome.kind] += 1
             largest = max(largest, outcome.num_bytes)
             if options.only is not None:
                 print(f"{kind}, {how}: {outcome}")
@@ -148,13 +159,17 @@ def main(arguments: list[str] | None = None) -> None:
                 repeat = f"python -m benchmarks.fuzz --seed {options.seed} --only {index}"
                 wrong.append({"input": kind, "spoilt": how, "wrong": outcome.what, "repeat": repeat})
                 print(f"WRONG {kind}, {how}: {outcome.what}\n    {repeat}", flush=True)
-    rows = {name: {kind: count[kind] for kind in ("refused", "accepted", "wrong")} for name, count in counts.items()}
-    print(f"{'input':>24} {'refused':>8} {'accepted':>8} {'wrong':>8}")
-    for name, row in sorted(rows.items()):
-        print(f"{name:>24} {row['refused']:>8} {row['accepted']:>8} {row['wrong']:>8}")
+    rows = [
+        {"input": kind, "spoilt": group} | {outcome: counts[kind, group, outcome] for outcome in OUTCOMES}
+        for kind, group in sorted({(kind, group) for kind, group, _ in counts})
+    ]
+    print("".join(f"{name:>26}" if name == "input" else f"{name:>10}" for name in ("input", "spoilt", *OUTCOMES)))
+    for row in rows:
+        print("".join(f"{value:>26}" if name == "input" else f"{value:>10}" for name, value in row.items()))
+    print("in all:", ", ".join(f"{sum(row[outcome] for row in rows)} {outcome}" for outcome in OUTCOMES))
     print(f"none took more than {largest >> 20} MiB; wrong: {len(wrong)} of {len(indices)}")
     if options.json is not None:
-        result = {"environment": describe("cpu"), "seed": options.seed, "count": options.count, "rows": rows}
+        result = {"environment": environment, "seed": options.seed, "count": options.count, "rows": rows}
         result |= {"most_mib": largest >> 20, "wrong": wrong}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     if wrong:

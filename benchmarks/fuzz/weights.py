@@ -89,6 +89,14 @@ def _flat(found: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
     return flat
 
 
+def _right_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Of whatever format the file is, whose name does not count."""
+    start = path.read_bytes()[:9]
+    if start[8:] == b"{":
+        return truth.safetensors(path)[0]
+    return _flat(truth.torch_archive(path) if start.startswith(b"PK") else truth.legacy(path))
+
+
 def _write_index(folder: Path) -> None:
     parts = [{"a.weight": STATE["a.weight"]}, {name: STATE[name] for name in ("b", "c.half")}]
     for index, part in enumerate(parts):
@@ -189,9 +197,9 @@ KINDS = (
     Kind("generator", _write_generator, "generator.safetensors", _weights, _right_weights, command=SAMPLE),
     Kind("index", _write_index, "model.index.json", _tensors, _right_index),
     Kind("pt", lambda folder: _write_torch(folder, "w.pt", is_archive=True), "w.pt", _tensors,
-         lambda path: _flat(truth.torch_archive(path))),
+         _right_tensors),
     Kind("former pt", lambda folder: _write_torch(folder, "w.pth", is_archive=False), "w.pth", _tensors,
-         lambda path: _flat(truth.legacy(path))),
+         _right_tensors),
     Kind("edm pickle", _write_edm, "edm.pkl", _edm, truth.edm, command=SAMPLE),
     Kind("diffusers", _write_diffusers, "model", _diffusers, _right_diffusers, command=SAMPLE),
     Kind("torchscript", _write_script, "features.pt", _features, _right_features),

@@ -34,6 +34,8 @@ def open_content(
     with contextlib.ExitStack() as stack:
         archive = None
         if not path.is_dir():
+            if not path.is_file():
+                raise mismatch("a regular file", path)
             with decoding(suffix, path):
                 archive = stack.enter_context(open_zip(path))
         if archive is not None and suffix == ".npz":

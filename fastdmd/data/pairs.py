@@ -172,9 +172,9 @@ def load_pairs(
     sums = _sums(path)
     for index in range(record.num_parts):
         part = record.part(index)
-        noise[part] = record.noise(part)
         images[part], found = read_part(path, record, index)
         require_as_written(_file(path, index), sums)
+        noise[part] = record.noise(part)  # not before: there may be no such pairs
         if labels is not None and found is not None:
             labels[part] = found
     return Pairs(noise, images, labels)

@@ -121,7 +121,8 @@ def _open_safetensors(path: Path) -> TensorFile:
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # torch's, of sizes that are none
         if str(error).startswith("fastdmd."):
             raise
-        raise refusal("a safetensors file", f"{path}: {str(error).splitlines()[0]:.300}") from error
+        first_line = str(error).partition("\n")[0]  # torch adds where in its C++ that was
+        raise refusal("a safetensors file", f"{path}: {first_line:.300}") from error
 
 
 def _open_index(path: Path) -> TensorFile:
@@ -174,7 +175,9 @@ def require_whole_archive(path: Path) -> None:
             if num_bytes > MAX_INFLATION * (size := path.stat().st_size):
                 expected = f"an archive of at most {MAX_INFLATION} times its own size in {path}"
                 raise refusal(expected, f"{num_bytes} bytes in {size}")
-            for name in archive.namelist():
+            if len(names := archive.namelist()) > len({*names}):  # of which readers take the one or the other
+                raise refusal(f"every member once in {path}", "some twice")
+            for name in names:
                 with reading.open_member(archive, name) as member:
                     while member.read(CHUNK_BYTES):
                         pass

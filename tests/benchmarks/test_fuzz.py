@@ -16,7 +16,7 @@ from benchmarks.fuzz import fields, flags, sandbox
 from benchmarks.fuzz.sandbox import attempt
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox asks Linux how much memory a process took")
-COUNT = 240
+COUNT = 200
 
 
 @pytest.fixture(scope="module")

@@ -181,3 +181,13 @@ def test_another_record_is_refused_by_what_differs(field, tmp_path):
     other = (3, 4, 4) if field == "image_shape" else f"{value}x" if isinstance(value, str) else value + 1
     with pytest.raises(ValueError, match=f"expected pairs of {field} .* in .*pairs, got some of {field} "):
         PairFolder(path, dataclasses.replace(RECORD, **{field: other}))
+
+
+def test_no_noise_is_drawn_for_pairs_that_are_not_there(tmp_path, monkeypatch):
+    """Of ten million it would take minutes."""
+    path = write(tmp_path / "pairs")
+    content = json.loads((path / "pairs.json").read_text())
+    (path / "pairs.json").write_text(json.dumps(content | {"num": 10**7, "batch_size": 10**7}))
+    monkeypatch.setattr(PairRecord, "noise", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match="expected .* in .*pairs-00000.safetensors, got"):
+        load_pairs(path, **ASKED)

@@ -235,7 +235,7 @@ def test_a_result_that_cannot_be_written_is_one_line(tmp_path, capsys):
         run(tmp_path / "run", [1.0] * 6, events=gone)
     output = capsys.readouterr()
     last_line = output.err.strip().splitlines()[-1]
-    assert exit_.value.code == 1 and last_line.startswith("fastdmd.train: error: [Errno 2]")
+    assert exit_.value.code == 1 and last_line.startswith("fastdmd.train: error: expected access to ")
     assert "weights.json" in last_line and "training goes on" in output.out and not (tmp_path / "run").exists()
 
 
