@@ -192,8 +192,14 @@ class NotAttention(Attention):
     def other_product(self, q, k, v, C):
         return torch.bmm(v, torch.bmm(q.mT, k).softmax(dim=-1))
 
+    def changed(self, q, k, v, C):
+        weights = torch.bmm(q.mT, k * 1)
+        k = k + 0
+        k += 1
+        return torch.bmm(v + 0 * k, weights.softmax(dim=-1).mT)
 
-@pytest.mark.parametrize("way", ["over_queries", "masked", "seen", "other_product"])
+
+@pytest.mark.parametrize("way", ["over_queries", "masked", "seen", "other_product", "changed"])
 def test_what_is_no_attention_stays(way):
     x = torch.randn(2, 16, 6, 6)
     module, original, report = accelerated(NotAttention(way), x)

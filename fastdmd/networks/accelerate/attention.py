@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fastdmd.networks.accelerate.graphs import DIV, MUL, erase, has_two, is_call, is_number
+from fastdmd.networks.accelerate.graphs import DIV, MUL, erase, has_two, is_call, is_number, may_change
 from fastdmd.networks.accelerate.tracing import is_listened_to
 from fastdmd.networks.unet_blocks import attend
 
@@ -45,6 +45,8 @@ def fuse(softmax: fx.Node, graph: fx.Graph, root: nn.Module) -> bool:
     if factors is None or output is None or len(scores.users) != 1 or dim not in (-1, factors.rank - 1):
         return False
     product, value, order = output
+    if may_change(scores.all_input_nodes, scores, product, root):
+        return False
     with graph.inserting_before(product):
         q, k, v = (_permuted(*operand) for operand in (factors.left, factors.right, value))
         scale = functools.reduce(lambda scale, factor: _applied(graph, scale, *factor), scales, 1.0)
