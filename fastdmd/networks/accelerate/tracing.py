@@ -67,8 +67,8 @@ class Call:
 def trace(module: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, frozenset[str]]:
     """The graph of `module.forward` in one of its two modes, for such calls; and the children that are traced through.
 
-    Those are modules without children whose class is not PyTorch's own, such as somebody's norm or activation; every
-    other child is one node. What depends on values or shapes, keeps something in the module, draws numbers, or computes
+    Those are modules without children whose class is not PyTorch's own, such as somebody's norm or activation, and
+    Softmax; every other child is one node. What depends on values or shapes, keeps something in the module, draws numbers, or computes
     with tensors of its own making raises Untraceable.
     """
     for inline in (True, False):
@@ -152,8 +152,8 @@ class _Tracer(fx.Tracer):
 
 
 def is_inlined(module: nn.Module) -> bool:
-    """Whether it is code of somebody's own that holds no other module, and nobody listens to it."""
-    is_own = not type(module).__module__.startswith(("torch.", "fastdmd."))
+    """Whether it is code of somebody's own that holds no other module, or a Softmax, and nobody listens to it."""
+    is_own = not type(module).__module__.startswith(("torch.", "fastdmd.")) or type(module) is nn.Softmax
     return is_own and not module._modules and not is_listened_to(module) and "forward" not in vars(module)
 
 
