@@ -68,8 +68,8 @@ def trace(module: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, f
     """The graph of `module.forward` in one of its two modes, for such calls; and the children that are traced through.
 
     Those are modules without children whose class is not PyTorch's own, such as somebody's norm or activation, and
-    Softmax; every other child is one node. What depends on values or shapes, keeps something in the module, draws numbers, or computes
-    with tensors of its own making raises Untraceable.
+    Softmax; every other child is one node. What depends on values or shapes, keeps something in the module, draws
+    numbers, or computes with tensors of its own making raises Untraceable.
     """
     for inline in (True, False):
         tracer = _Tracer(call, inline=inline)
