@@ -20,7 +20,7 @@ from fastdmd.files import write_atomically
 from fastdmd.quality import sample
 from fastdmd.randomness import Stream, normals
 from fastdmd.sampling import Sampler, step_normals
-from fastdmd.saved import Rule, require
+from fastdmd.saved import COUNT, Rule, list_of, require
 
 NUM_ROWS = 10  # of samples.png, at most: one row per class
 NUM_COLUMNS = 11  # the first repeats its noise through the run
@@ -94,7 +94,7 @@ class SampleHistory:
         return {"columns": self.columns, "iterations": self.iterations}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError for what are no columns."""
+        """Raises ValueError for what are no columns, or not of as many iterations."""
         columns = Rule(
             "images [rows, C, H, W] of one shape, float32 and finite",
             lambda found: (
@@ -103,7 +103,10 @@ class SampleHistory:
                 and all(x.dim() == 4 and x.shape == found[0].shape for x in found)
             ),
         )
-        require("samples", state, {"columns": columns})
+        require("samples", state, {"columns": columns, "iterations": list_of(COUNT)})
+        if len(state["iterations"]) != len(state["columns"]):
+            expected, got = len(state["columns"]), len(state["iterations"])
+            raise ValueError(f"expected samples.iterations of {expected} columns, got {got}")
         self.columns = list(state["columns"])
         self.iterations = list(state["iterations"])
 

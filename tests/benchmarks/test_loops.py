@@ -5,6 +5,8 @@ import argparse
 import pytest
 
 from benchmarks import loops
+from fastdmd.networks.accelerate.layers import Conv3x3, GroupNorm
+from tests.helpers import foreign
 
 ARGUMENTS = argparse.Namespace(
     preset="mnist", device="cpu", batch_size=2, ratio=2, precision="fp32", execution="eager", compile_mode="default"
@@ -16,6 +18,17 @@ def test_a_cycle(name, monkeypatch):
     monkeypatch.setattr("torch.compile", lambda function, **_: function)  # minutes
     loop = loops.make(name, ARGUMENTS)
     assert loop.cycle() > 0 and loop.step == 2 and loop.peak_bytes() > 2**20
+
+
+def test_a_network_of_somebody_else(monkeypatch):
+    """Ours with and without acceleration, and a textbook's loop, on one network."""
+    monkeypatch.setitem(loops.FOREIGN, "foreign", foreign.textbook)
+    arguments = argparse.Namespace(**{**vars(ARGUMENTS), "preset": "foreign"})
+    for name, num_ours in (("textbook", 0), ("unaccelerated", 0), ("fastdmd", 36)):
+        loop = loops.make(name, arguments)
+        assert loop.cycle() > 0 and loop.step == 2
+        for network in (loop.model.teacher, loop.model.generator, loop.model.fake_score):
+            assert sum(isinstance(part, (Conv3x3, GroupNorm)) for part in network.modules()) == num_ours
 
 
 def test_the_parts_of_a_cycle_are_its_whole():

@@ -139,7 +139,7 @@ class Attention(nn.Module):
 
     def __init__(self, way):
         super().__init__()
-        self.qkv, self.way = nn.Conv2d(16, 48, 1), way
+        self.qkv, self.way, self.softmax = nn.Conv2d(16, 48, 1), way, nn.Softmax(dim=-1)
 
     def forward(self, x):
         B, C, H, W = x.shape
@@ -164,22 +164,35 @@ class Attention(nn.Module):
         weights = (q @ k.transpose(-2, -1) * 0.5).softmax(dim=-1)
         return (weights @ v).transpose(-2, -1).flatten(1, 2)
 
-    def unscaled(self, q, k, v, C):
-        return torch.matmul(v, torch.matmul(q.mT, k).softmax(-1).mT)
+    def by_a_module(self, q, k, v, C):
+        return torch.bmm(v, self.softmax(torch.bmm(q.mT, k) / 4).transpose(1, 2))
 
 
-@pytest.mark.parametrize("way", ["bmm", "einsum", "keys_first", "heads"])
+@pytest.mark.parametrize("way", ["bmm", "einsum", "keys_first", "heads", "by_a_module"])
 def test_attention_written_out(way):
     for size in (6, 18):  # by products, and by scaled_dot_product_attention
         x = torch.randn(2, 16, size, size)
         module, original, report = accelerated(Attention(way), x)
         assert fused(report) == {"attentions": 1}
         assert_same(module, original, x)
+    module.softmax.dim = original.softmax.dim = 1
+    assert_same(module, original, x) if way == "by_a_module" else None
 
 
 class NotAttention(Attention):
     def over_queries(self, q, k, v, C):
         return torch.bmm(v, torch.bmm(q.mT, k).softmax(dim=1).mT)
+
+    def over_queries_from_behind(self, q, k, v, C):
+        return torch.matmul(v, torch.matmul(q.mT, k).softmax(dim=-2).mT)
+
+    def over_heads(self, q, k, v, C):
+        q, k, v = (x.reshape(x.shape[0], 4, C // 4, -1).transpose(-2, -1) for x in (q, k, v))
+        return ((q @ k.mT).softmax(dim=1) @ v).transpose(-2, -1).flatten(1, 2)
+
+    def over_queries_of_heads(self, q, k, v, C):
+        q, k, v = (x.reshape(x.shape[0], 4, C // 4, -1).transpose(-2, -1) for x in (q, k, v))
+        return ((q @ k.mT).softmax(dim=2) @ v).transpose(-2, -1).flatten(1, 2)
 
     def masked(self, q, k, v, C):
         weights = torch.bmm(q.mT, k).tril().softmax(dim=-1)
@@ -192,8 +205,26 @@ class NotAttention(Attention):
     def other_product(self, q, k, v, C):
         return torch.bmm(v, torch.bmm(q.mT, k).softmax(dim=-1))
 
+    def changed(self, q, k, v, C):
+        weights = torch.bmm(q.mT, k * 1)
+        k = k + 0
+        k += 1
+        return torch.bmm(v + 0 * k, weights.softmax(dim=-1).mT)
 
-@pytest.mark.parametrize("way", ["over_queries", "masked", "seen", "other_product"])
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "over_queries",
+        "over_queries_from_behind",
+        "over_heads",
+        "over_queries_of_heads",
+        "masked",
+        "seen",
+        "other_product",
+        "changed",
+    ],
+)
 def test_what_is_no_attention_stays(way):
     x = torch.randn(2, 16, 6, 6)
     module, original, report = accelerated(NotAttention(way), x)

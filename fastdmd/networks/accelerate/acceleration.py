@@ -63,7 +63,9 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
     The module runs on the inputs before and after, in eval mode, four times with gradients; what changes outputs or
     gradients of inputs and parameters beyond rounding, in the dtype that it has, is left as it was. Names and values of
     its state stay. Copies and pickles compute in the same way, and `unaccelerate` undoes it, of a copy, too. Hooks on
-    what is part of a pass, and attributes set later on a module whose forward was traced, bring its own forward back.
+    what is part of a pass, and attributes set later on a module whose forward was traced, bring its own forward back;
+    what that reads elsewhere, globals or the fields of a settings object, is read once. Meanwhile no other thread may
+    call modules: torch.fx patches all of them as it traces.
 
     Args:
         module: anybody's; where a forward is called in several ways, or has control flow of values, it stays.

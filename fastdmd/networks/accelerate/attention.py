@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fastdmd.networks.accelerate.graphs import DIV, MUL, erase, has_two, is_call, is_number
-from fastdmd.networks.accelerate.tracing import is_listened_to
+from fastdmd.networks.accelerate.graphs import DIV, MUL, erase, has_two, is_call, is_number, may_change
 from fastdmd.networks.unet_blocks import attend
 
 MATMUL, BMM = (operator.matmul, torch.matmul, torch.bmm), ((torch.bmm,), "bmm")
@@ -33,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
 
 def fuse(softmax: fx.Node, graph: fx.Graph, root: nn.Module) -> bool:
     """Replaces `softmax(scale q k^T) v` around this node, if it is one; says whether it was."""
-    source = _softmax_of(softmax, root)
+    source = _softmax_of(softmax)
     if source is None:
         return False
     scores, dim = source
@@ -42,9 +41,12 @@ def fuse(softmax: fx.Node, graph: fx.Graph, root: nn.Module) -> bool:
         scores, *factor = scaled
         scales.append(tuple(factor))
     factors, output = _factors(scores), _output(softmax)
-    if factors is None or output is None or len(scores.users) != 1 or dim not in (-1, factors.rank - 1):
+    if factors is None or output is None or len(scores.users) != 1:
         return False
     product, value, order = output
+    is_last = dim == -1 or dim + 1 == factors.num_axes
+    if not is_last or may_change(scores.all_input_nodes, scores, product, root):
+        return False
     with graph.inserting_before(product):
         q, k, v = (_permuted(*operand) for operand in (factors.left, factors.right, value))
         scale = functools.reduce(lambda scale, factor: _applied(graph, scale, *factor), scales, 1.0)
@@ -66,18 +68,13 @@ class Factors(NamedTuple):
 
     left: tuple[fx.Node, Order]
     right: tuple[fx.Node, Order]
-    rank: int  # -1: not known
+    num_axes: int | None  # None: not known
 
 
-def _softmax_of(node: fx.Node, root: nn.Module) -> tuple[Any, int] | None:
+def _softmax_of(node: fx.Node) -> tuple[Any, int] | None:
     """The scores and the axis of a softmax that has one user."""
     if len(node.users) != 1:
         return None
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        if type(module) is not nn.Softmax or is_listened_to(module) or not isinstance(module.dim, int):
-            return None
-        return node.args[0], module.dim
     if not is_call(node, (torch.softmax, F.softmax), "softmax"):
         return None
     options = {name: value for name, value in node.kwargs.items() if value is not None and name != "_stacklevel"}
@@ -102,7 +99,7 @@ def _scaled(node: fx.Node) -> tuple[fx.Node, Any, Any] | None:
 def _factors(node: fx.Node) -> Factors | None:
     a, b = _operands(node)
     if is_call(node, MATMUL, "matmul", "bmm"):
-        return None if a is None else Factors((a, None), (b, SWAPPED), 3 if is_call(node, *BMM) else -1)
+        return None if a is None else Factors((a, None), (b, SWAPPED), 3 if is_call(node, *BMM) else None)
     if (letters := _letters(node)) is None:
         return None
     one, two, out = letters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastdmd.networks.accelerate import attention, layers
-from fastdmd.networks.accelerate.graphs import ADD, MUL, erase, has_two, is_call, module_of, only_user
+from fastdmd.networks.accelerate.graphs import ADD, MUL, erase, has_two, is_call, may_change, module_of, only_user
 from fastdmd.networks.accelerate.tracing import is_listened_to
 
 SILU, SIGMOID = (F.silu,), (torch.sigmoid, torch.special.expit)
 OURS = {F.conv2d: layers.conv2d, F.group_norm: layers.group_norm}
 FUNCTIONS = "functions"  # of these two, whether or not they become part of something
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 ROUNDING = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)  # what autocast runs in less precision, whatever comes in
 
 
@@ -79,8 +77,10 @@ def _fuse_norm(norm: fx.Node, graph: fx.Graph, root: nn.Module) -> dict[str, typ
     if found is None:
         return None
     activated, skipped = found
-    if gain is not None and any(_may_change(node, norm.all_input_nodes, root) for node in _between(norm, activated)):
-        return None
+    if gain is not None:
+        is_stale = gain < norm and may_change(gain.all_input_nodes, gain, norm, root)
+        if is_stale or may_change(norm.all_input_nodes, norm, activated, root):
+            return None
     options: dict[str, Any] = {"silu": True}
     with graph.inserting_before(norm.next if gain is None else activated):
         if gain is not None:
@@ -154,21 +154,6 @@ def _is_rounded(node: fx.Node, root: nn.Module) -> bool:
         return isinstance(module, ROUNDING) or user.op == "call_function" and user.target in (F.conv2d, F.linear)
 
     return len(node.users) > 0 and all(rounds(user) for user in node.users)
-
-
-def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
-    while (first := first.next) is not last:
-        yield first
-
-
-def _may_change(node: fx.Node, tensors: list[fx.Node], root: nn.Module) -> bool:
-    """Whether it may write into one of these, or into something that shares their memory."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return node.target in IN_PLACE or name.endswith("_") or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-    return node.op == "call_module" and bool(set(node.all_input_nodes) & set(tensors))
 
 
 def _other(pair: Any, one: fx.Node) -> fx.Node | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 MUL, ADD, DIV = (operator.mul, torch.mul, torch.multiply), (operator.add, torch.add), (operator.truediv, torch.div)
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow)
 ARITHMETIC = (operator.mul, operator.truediv, operator.floordiv, operator.pow, operator.add, operator.sub, math.sqrt)
 
 
@@ -48,6 +50,20 @@ def is_number(value: Any) -> bool:
         )
         return is_shape and isinstance(index, int)
     return value.target in ARITHMETIC and all(map(is_number, value.args))
+
+
+def may_change(tensors: Sequence[fx.Node], first: fx.Node, last: fx.Node, root: nn.Module) -> bool:
+    """Whether something between two nodes may write into one of these tensors, or into what shares its memory."""
+    while (first := first.next) is not last:
+        if first.op == "call_method" and str(first.target).endswith("_") and not str(first.target).endswith("__"):
+            return True
+        if first.op == "call_function":
+            name = getattr(first.target, "__name__", "")
+            if first.target in IN_PLACE or name.endswith("_") or "out" in first.kwargs or first.kwargs.get("inplace"):
+                return True
+        if first.op == "call_module" and set(first.all_input_nodes) & set(tensors):
+            return True
+    return False
 
 
 def erase(node: fx.Node, until: fx.Node) -> None:

@@ -67,6 +67,6 @@ class _Outputs(TorchFunctionMode):
         self._names[id(output)] = name, output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.silu, torch.sigmoid, Tensor.sigmoid) and id(args[0]) in self._names:
+        if args and func in (F.silu, torch.sigmoid, Tensor.sigmoid) and id(args[0]) in self._names:
             self.activated.add(self._names[id(args[0])][0])
         return func(*args, **(kwargs or {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import operator
 import random
 import sys
@@ -22,14 +23,13 @@ CONSTANTS = (type(None), bool, int, float, str)
 # What asks a value for its kind, to which a stand-in would answer another, and what a graph does not show.
 QUESTIONS = (isinstance, issubclass, hasattr, callable, id, print)
 HIDDEN: dict[CodeType, str] = {
-    function.__code__: name
+    inspect.unwrap(function).__code__: name
     for name, function in {
         "torch.is_tensor": torch.is_tensor,
         "torch.utils.checkpoint": torch.utils.checkpoint.checkpoint,
         "torch.autograd.Function": torch.autograd.Function.apply.__func__,  # type: ignore[attr-defined]
     }.items()
 }
-
 # Of tensors that are made anew each time, or depend on the device of one that is given.
 FACTORIES = ("arange", "linspace", "zeros", "ones", "full", "empty", "tensor", "eye", "rand", "randn", "randint")
 LIBRARIES = {"torch", "fastdmd", *sys.stdlib_module_names}  # whose own questions mislead nobody
@@ -67,9 +67,9 @@ class Call:
 def trace(module: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, frozenset[str]]:
     """The graph of `module.forward` in one of its two modes, for such calls; and the children that are traced through.
 
-    Those are modules without children whose class is not PyTorch's own, such as somebody's norm or activation; every
-    other child is one node. What depends on values or shapes, keeps something in the module, draws numbers, or computes
-    with tensors of its own making raises Untraceable.
+    Those are modules without children whose class is not PyTorch's own, such as somebody's norm or activation, and
+    Softmax; every other child is one node. What depends on values or shapes, keeps something in the module, draws
+    numbers, or computes with tensors of its own making raises Untraceable.
     """
     for inline in (True, False):
         tracer = _Tracer(call, inline=inline)
@@ -152,8 +152,8 @@ class _Tracer(fx.Tracer):
 
 
 def is_inlined(module: nn.Module) -> bool:
-    """Whether it is code of somebody's own that holds no other module, and nobody listens to it."""
-    is_own = not type(module).__module__.startswith(("torch.", "fastdmd."))
+    """Whether it is code of somebody's own that holds no other module, or a Softmax, and nobody listens to it."""
+    is_own = not type(module).__module__.startswith(("torch.", "fastdmd.")) or type(module) is nn.Softmax
     return is_own and not module._modules and not is_listened_to(module) and "forward" not in vars(module)
 
 
@@ -168,7 +168,8 @@ class _OnlyProxies(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if fx.Proxy not in {base for kind in types for base in kind.__mro__}:
-            name = func.__name__ if func.__name__ != "__get__" else f"the property {func.__self__.__name__}"
+            name = getattr(func, "__name__", str(func))
+            name = f"the property {func.__self__.__name__}" if name == "__get__" else name
             raise Untraceable(f"it calls {name} without a tensor of its input")
         return func(*args, **(kwargs or {}))
 

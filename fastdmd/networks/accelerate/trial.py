@@ -33,9 +33,11 @@ class Trial:
             name: tolerance * (size + FLOOR * greatest * _is_gradient(name)) for name, size in sizes.items()
         }
         self.unsteady = self.fault()
-        for name, value in self._numbers(tuple(map(_nudged, inputs))).items():
-            own = OWN_ROUNDING * _distance(value, self._expected[name])
-            self._allowed[name] += min(own, MOST * self._allowed[name])
+        nudged = self._numbers(tuple(map(_nudged, inputs)))
+        for name, value in self._expected.items():
+            if name in nudged and nudged[name].shape == value.shape:
+                own = OWN_ROUNDING * _distance(nudged[name], value)
+                self._allowed[name] += min(own, MOST * self._allowed[name])
 
     def fault(self) -> str | None:
         """What differs now, in a few words; None for nothing beyond rounding."""
@@ -58,7 +60,7 @@ class Trial:
         with undisturbed(self._module), torch.enable_grad():
             given = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
             for i, value in enumerate(given):
-                if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+                if _is_image(value):
                     leaves[f"gradient of input {i}"] = value.requires_grad_(True)
             passed = [value.view_as(value) if isinstance(value, Tensor) else value for value in given]  # may be changed
             for name, parameter in self._module.named_parameters():
@@ -119,16 +121,20 @@ def _direction(output: Tensor) -> Tensor:
 
 
 def _nudged(value: Any) -> Any:
-    """Moved by about one rounding, up or down."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    """An image moved by about one rounding, up or down; a time might become another integer."""
+    if not _is_image(value):
         return value
     generator = torch.Generator().manual_seed(1)
     signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
     return value * (1 + torch.finfo(value.dtype).eps * signs)
 
 
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
+
+
 def _distance(one: Tensor, other: Tensor) -> float:
-    return _size(one.to(other.device) - other) if one.is_floating_point() else float((one != other).sum())
+    return _size(one - other) if one.is_floating_point() else float((one != other).sum())
 
 
 def _size(tensor: Tensor) -> float:
