@@ -220,6 +220,31 @@ def test_mistakes():
     assert type(module) is Noisy and type(module.conv) is nn.Conv2d and module.conv.weight.is_contiguous()
 
 
+class Final(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(1, 3), nn.Conv2d(3, 3, 3, padding=1)
+
+    def __init_subclass__(cls):
+        raise TypeError("no subclasses")
+
+    def forward(self, x):
+        return self.conv(F.silu(self.norm(x)))
+
+
+def test_what_ends_midway_changes_nothing(monkeypatch):
+    modules = Final(), sequential()
+    originals = copy.deepcopy(modules)
+    with pytest.raises(TypeError, match="no subclasses"):
+        fastdmd.accelerate(modules[0], IMAGES)
+    monkeypatch.setattr(ops, "group_norm_silu", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        fastdmd.accelerate(modules[1], IMAGES)
+    for module, original in zip(modules, originals, strict=True):
+        assert [type(part) for part in module.modules()] == [type(part) for part in original.modules()]
+        assert torch.equal(module(IMAGES), original(IMAGES)) and all(p.requires_grad for p in module.parameters())
+
+
 def test_features_of_a_network_beside_its_forward():
     """What is called apart from the forward that was run, as the encoder of an adversarial term."""
 

@@ -85,7 +85,11 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
         raise ValueError(f"fastdmd.accelerate: expected the same a second time, got other numbers: {trial.unsteady}")
     reasons: dict[str, str] = {}
     layout = _layout(module)
-    kept = _kept([*_swaps(module, reasons), *_rewrites(module, found, reasons), layout], trial, reasons)
+    try:
+        kept = _kept([*_swaps(module, reasons), *_rewrites(module, found, reasons), layout], trial, reasons)
+    except BaseException:  # an interruption, or a class of somebody's that has no subclasses
+        unaccelerate(module)
+        raise
     fused = sum((change.fused for change in kept), Counter[str]())
     del fused[fusions.FUNCTIONS]
     candidates = [part for part in module.modules() if _is_candidate(part)]
