@@ -16,7 +16,6 @@ from typing import Annotated, Any, get_type_hints
 
 from fastdmd.runs import terminal
 from fastdmd.runs.presets import Preset
-from fastdmd.settings import arg
 
 HELP = ("-h", "--help")
 # What stands behind a command's name: each line can be typed as it is, but for the files that it names.
@@ -97,7 +96,7 @@ def line_of(box: str) -> str:
         got = found[1].replace(", ", " ")
         known = [flag for part in parts[1:] for row in part for flag in re.findall(r"--[\w-]+", row)]
         return f"expected flags that --help lists, got {got}{terminal.meant(got.split()[0], known)}"
-    return message
+    return f"expected arguments as --help lists them, got: {message}"
 
 
 def examples(command: str) -> str:
@@ -128,7 +127,7 @@ def registry() -> Any:
                 default = tyro.MISSING_NONPROP
             text, hint = texts.get(field.name), hints[field.name]
             if default is None and "Default" in (text or ""):
-                hint = Annotated[hint, arg(help_behavior_hint="")]
+                hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
             fields.append(StructFieldSpec(name=field.name, type=hint, default=default, helptext=text))
         return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
