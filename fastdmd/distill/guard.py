@@ -44,8 +44,9 @@ class Guard:
 def marks(*seen: Tensor | None) -> Tensor:
     """Of what there is of `SEEN`, in its order, float32 `[len(SEEN)]`: NaN for one that is not finite, else zero."""
     nothing = torch.zeros((), device=next(x.device for x in seen if x is not None))
-    return torch.stack([nothing if x is None else _mark(x) for x in seen])
+    return torch.stack([nothing if x is None else mark(x) for x in seen])
 
 
-def _mark(x: Tensor) -> Tensor:
+def mark(x: Tensor) -> Tensor:
+    """Float32, 0-dim: zero, or NaN where something of it is not finite."""
     return (0 * torch.linalg.vector_norm(x.detach(), math.inf)).float()

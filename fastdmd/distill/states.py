@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdmd.distill.guard import mark
 from fastdmd.distill.turns import DMD2
 from fastdmd.optim import AdamWEMA
 from fastdmd.saved import require_tensors, take
@@ -76,11 +76,10 @@ def first_not_finite(optimizers: Mapping[str, AdamWEMA]) -> str | None:
         for kind, tensors in {**kinds, "untrained": _untrained(optimizer)}.items():
             floating = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
             if floating:
-                sizes = torch.stack([torch.linalg.vector_norm(x, math.inf).float() for x in floating.values()])
-                if not sizes.isfinite().all():
-                    place = int((~sizes.isfinite()).int().argmax())
+                broken = torch.stack(list(map(mark, floating.values()))).isnan()
+                if broken.any():
                     what = {"param": "weights", "untrained": "buffers"}.get(kind, kind)
-                    return f"{what} of the {owner.replace('_', ' ')}, {list(floating)[place]}"
+                    return f"{what} of the {owner.replace('_', ' ')}, {list(floating)[int(broken.int().argmax())]}"
     return None
 
 
