@@ -91,7 +91,7 @@ def line_of(box: str) -> str:
         got, flag, known = found[1], found[2], re.findall(r"'(.*?)'", found[3])
         return f"expected {flag} one of {', '.join(known)}, got {got}{terminal.meant(got, known)}"
     if found := re.match(r"Error parsing (--\S+): (.*)", message):
-        return f"expected {found[1]} to be readable: {found[2].partition('Got errors')[0].rstrip('. ')}"
+        return f"expected {found[1]} to be readable, got: {found[2].partition('Got errors')[0].rstrip('. ')}"
     if found := re.match("Unrecognized options: (.*)", message):
         got = found[1].replace(", ", " ")
         known = [flag for part in parts[1:] for row in part for flag in re.findall(r"--[\w-]+", row)]
