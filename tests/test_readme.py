@@ -27,12 +27,12 @@ def test_block(block):
         grad = names["ops"].dm_gradient(names["x_gen"], names["D_real"], names["D_fake"])
         torch.testing.assert_close(names["x_gen"].grad, grad / grad.numel())
         assert all(p.grad.abs().sum() > 0 for p in names["fake_score"].parameters())
-        assert names["state"].tolist() == [0, 2 << 32]
+        assert names["state"].tolist()[2] == 2
     elif "residual" in names:
         assert names["x"].grad.isfinite().all() and names["x"].grad.abs().sum() > 0
     elif "noise" in names:
-        x_t = ops.add_noise(torch.zeros(1, 3, 32, 32), torch.ones(1), rng_state=ops.rng_state(seed=0))
-        torch.testing.assert_close(torch.from_numpy(names["noise"]), x_t.flatten())
+        x_t = ops.add_noise(torch.zeros(6, 3, 32, 32), torch.ones(6), rng_key=ops.rng_key(0))
+        torch.testing.assert_close(torch.from_numpy(names["noise"]), x_t[5].flatten())
     elif "optimizer" in names:
         weight, average = names["network"][0].weight, names["average"][0].weight
         assert 0 < (weight - average).abs().max() < 1e-3 and names["grad_norm"] > 0
