@@ -44,7 +44,7 @@ class CommandLine:
         """What was made of the flags, by their names. Raises as the command does."""
         config_class = type(COMMANDS[self.command][0])
         arguments = list(self.arguments)
-        presets = {name: preset.config for name, preset in PRESETS.items()} if config_class is TrainConfig else None
+        presets = PRESETS if config_class is TrainConfig else None
         if config_class in (TrainConfig, PretrainConfig):
             arguments = resume.with_those_of_run(arguments)
         config = cli.parse(config_class, self.command, arguments, presets)

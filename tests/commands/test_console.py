@@ -133,7 +133,10 @@ def test_what_is_said_of_a_flag_is_one_paragraph():
             "--execution captred",
             "expected --execution one of auto, eager, compiled, captured, got captred; did you mean captured?",
         ),
-        ("--batch-size ten", "expected --batch-size to be readable, got: invalid literal for int() with base 10: 'ten'"),
+        (
+            "--batch-size ten",
+            "expected --batch-size to be readable, got: invalid literal for int() with base 10: 'ten'",
+        ),
         (
             "--image-shape 3 a 4",
             "expected --image-shape to be readable, got: no type matching {None}|{INT INT INT} could be instantiated "
