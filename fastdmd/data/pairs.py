@@ -126,8 +126,9 @@ class Pairs:
 
         Each is a function of (seed, step, sample).
         """
-        place = {"iteration": step, "first_sample": first_sample}
-        indices = integers(0, len(self), batch_size, seed=seed, stream=Stream.PAIR, **place)
+        indices = integers(
+            0, len(self), batch_size, seed=seed, stream=Stream.PAIR, iteration=step, first_sample=first_sample
+        )
         noise, images = (tensor.index_select(0, indices).to(device) for tensor in (self.noise, self.images))
         return noise, images, None if self.labels is None else self.labels.index_select(0, indices).to(device)
 
