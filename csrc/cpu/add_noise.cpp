@@ -42,8 +42,7 @@ constexpr int QUADS = Words::size;  // whose normals are made at a time
   interleave(x0, x2, a);
   interleave(x1, x3, b);
 #pragma omp simd
-  for (int pair = 0; pair < 2 * QUADS; ++pair)
-    box_muller(a[pair], b[pair], normals[2 * pair], normals[2 * pair + 1]);
+  for (int pair = 0; pair < 2 * QUADS; ++pair) box_muller(a[pair], b[pair], normals[2 * pair], normals[2 * pair + 1]);
 }
 
 // Elements [begin, end) of a sample, which lie at(i); the noise of each is noise(i).
@@ -104,9 +103,8 @@ void add_noise_rng_typed(const AddNoise& a, int64_t begin, int64_t end) {
       if (a.num_channels == 1)
         apply<T, Out>(a, sample, from, to, [](int64_t i) { return i; }, noise);
       else
-        by_channel(a, from, to, [&](int64_t begin, int64_t end, auto at) {
-          apply<T, Out>(a, sample, begin, end, at, noise);
-        });
+        by_channel(
+            a, from, to, [&](int64_t begin, int64_t end, auto at) { apply<T, Out>(a, sample, begin, end, at, noise); });
       done += num;
       quad = num < left ? quad + num : 0;
       sample += num < left ? 0 : 1;

@@ -143,8 +143,7 @@ Tensor noised(const Tensor& x,                     // [B, ...]
   };
   const Device device(x);
   const bool vectors = a.dtype != Dtype::float64 && a.out_dtype != Dtype::float64 && aligned({a.x, a.noise, a.out}) &&
-                       a.sample_size >= VECTOR<__half> &&
-                       (!rng_key || (a.num_channels == 1 && a.sample_size % 4 == 0));
+                       a.sample_size >= VECTOR<__half> && (!rng_key || (a.num_channels == 1 && a.sample_size % 4 == 0));
   if (vectors)
     dispatch_vectors(a.dtype, [&](auto from) {
       dispatch_vectors(a.out_dtype, [&](auto to) { launch_vectors<decltype(from), decltype(to)>(device, a); });
