@@ -98,7 +98,7 @@ def test_a_program_in_cpp(tmp_path):
 
     x_gen = torch.sin(0.01 * torch.arange(2 * 3072, dtype=torch.float64)).float().view(2, 3, 32, 32).requires_grad_()
     with torch.no_grad():
-        x_t = ops.add_noise(x_gen, torch.tensor([0.5, 2.0]), rng_state=ops.rng_state(seed=7))
+        x_t = ops.add_noise(x_gen, torch.tensor([0.5, 2.0]), rng_key=ops.rng_key(7))
     loss = ops.dm_loss(x_gen, 0.5 * x_t, 0.75 * x_t)
     loss.backward()
     expected = torch.stack([x_t.flatten()[-1], loss.detach(), x_gen.grad.flatten()[-1]])

@@ -1,6 +1,7 @@
 // Distribution matching in C++, on memory of one's own: the library of the kernels alone, without torch or Python.
-// It draws the noise that `ops.add_noise` draws with this seed on a CPU, bit for bit, and computes what `ops.dm_loss`
-// does. The kernels take pieces [begin, end) of the memory: threads are the caller's. Headers are of the same version.
+// It draws the noise that `ops.add_noise` draws with the same key on a CPU, bit for bit, and computes what
+// `ops.dm_loss` does. The kernels take pieces [begin, end) of the work: threads are the caller's. Headers are of the
+// same version.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,8 +14,8 @@ using Images = std::vector<float>;  // [B * C * H * W], dense, samples one after
 
 constexpr int64_t NUM_SAMPLES = 2, SAMPLE_SIZE = 3 * 32 * 32, SIZE = NUM_SAMPLES * SAMPLE_SIZE;
 
-// x + sigma * noise, the noise a function of seed and call: the n-th call of a state of `ops.rng_state` is number n.
-Images add_noise(const Images& x, const std::vector<double>& sigma, uint64_t seed, uint64_t call) {
+// x + sigma * noise, the noise a function of the key, as that of `ops.rng_key` is.
+Images add_noise(const Images& x, const std::vector<double>& sigma, const fastdmd::RngKey& key) {
   Images x_t(x.size());
   const fastdmd::AddNoise arguments{
       .dtype = fastdmd::Dtype::float32,
@@ -23,10 +24,10 @@ Images add_noise(const Images& x, const std::vector<double>& sigma, uint64_t see
       .out = x_t.data(),
       .sigma = sigma.data(),
       .sample_size = SAMPLE_SIZE,
-      .seed = seed,
-      .call = call,
+      .key = key,
+      .num_channels = 1,  // planes, one after the other
   };
-  fastdmd::kernels().add_noise(arguments, 0, SIZE);
+  fastdmd::kernels().add_noise_rng(arguments, 0, NUM_SAMPLES * arguments.num_quads());
   return x_t;
 }
 
@@ -53,8 +54,8 @@ double dm_loss(const Images& x_gen, const Images& D_real, const Images& D_fake, 
 int main() {
   Images x_gen(SIZE), D_real(SIZE), D_fake(SIZE), gradient(SIZE);
   for (int64_t i = 0; i < SIZE; ++i) x_gen[i] = float(std::sin(0.01 * double(i)));
-  const Images x_t = add_noise(x_gen, {0.5, 2.0}, /*seed=*/7, /*call=*/0);
-  for (int64_t i = 0; i < SIZE; ++i) {  // yours: networks that denoise x_t
+  const Images x_t = add_noise(x_gen, {0.5, 2.0}, {.seed = 7});  // stream, iteration and first sample 0
+  for (int64_t i = 0; i < SIZE; ++i) {                           // yours: networks that denoise x_t
     D_real[i] = 0.5f * x_t[i];
     D_fake[i] = 0.75f * x_t[i];
   }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastdmd.networks.tensor_files import read_json
+from fastdmd.reading import parse_json
 from fastdmd.runs.folder import CONFIG, EVALUATIONS, METRICS, SAMPLES, SUMMARY, names_in
 from fastdmd.runs.pictures import Sheet, read_sheet
 
@@ -155,9 +155,9 @@ def _lines(path: Path, missing: list[str]) -> list[Line]:
 
 def _line(text: bytes) -> Line | None:
     try:
-        line = json.loads(text)
+        line = parse_json(text)
         is_whole = isinstance(line, dict) and type(line["iteration"]) is int and 0 <= line["iteration"] < 2**53
-    except (ValueError, KeyError, RecursionError):
+    except (ValueError, KeyError):
         return None
     return line if is_whole else None
 

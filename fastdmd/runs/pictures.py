@@ -19,6 +19,7 @@ from fastdmd.diffusion import Denoiser
 from fastdmd.files import write_atomically
 from fastdmd.quality import sample
 from fastdmd.randomness import Stream, normals
+from fastdmd.reading import parse_json, require_regular
 from fastdmd.sampling import Sampler, step_normals
 from fastdmd.saved import COUNT, Rule, list_of, require
 
@@ -122,9 +123,10 @@ class Sheet:
 
 def read_sheet(path: Path) -> Sheet:
     """Raises OSError or ValueError where the file is no such picture."""
+    require_regular(path)
     try:
         with Image.open(path) as picture:
-            notes = json.loads(getattr(picture, "text", {}).get(NOTES, "{}"))
+            notes = parse_json(getattr(picture, "text", {}).get(NOTES, "{}"))
             grid = picture.reduce(SCALE)
     except Image.DecompressionBombError as error:
         raise ValueError(f"expected the samples of a run in {path}, got too large a picture") from error

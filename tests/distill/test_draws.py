@@ -72,9 +72,9 @@ def gradients(teacher, config, draws):
     found = []
     for optimizer in (model.generator_optimizer, model.guidance_optimizer, model.head_optimizer):
 
-        def keep(optimizer=optimizer, update=optimizer.update):
+        def keep(permitted=None, optimizer=optimizer, update=optimizer.update):
             found.append(torch.cat([parameter.grad.flatten().clone() for parameter in optimizer.parameters]))
-            return update()
+            return update(permitted)
 
         optimizer.update = keep
     model.iterate(0, lambda step: map_tensors(in_float64, draws(step)))

@@ -1,7 +1,10 @@
 """Forwards in which something is other than it looks: what is fused, what is not, and always the same numbers."""
 
 import contextlib
+import os
+import pathlib
 import random
+import time
 
 import pytest
 import torch
@@ -144,6 +147,15 @@ class Hidden(Block):
     def by_chance(self, x):
         return F.silu(self.norm(x)) * (1 if random.random() < 2 else 0)
 
+    def by_a_file(self, x):
+        return F.silu(self.norm(x)) if pathlib.Path("/").exists() else x
+
+    def by_the_environment(self, x):
+        return F.silu(self.norm(x)) if os.environ.get("NOWHERE") is None else x
+
+    def by_the_clock(self, x):
+        return F.silu(self.norm(x)) if time.monotonic() > 0 else x
+
     def kept_in_itself(self, x):
         self.kept = F.silu(self.norm(x))
         return self.kept
@@ -191,6 +203,9 @@ class Doubled(torch.autograd.Function):
         "by_size": "'len' is not supported",
         "by_kind": "it calls isinstance",
         "by_chance": "it draws random numbers itself",
+        "by_a_file": "it calls __new__ of pathlib",
+        "by_the_environment": "it calls __getitem__ of os",
+        "by_the_clock": "it calls monotonic of time",
         "kept_in_itself": "it keeps something of what it computes",
         "without_gradient": "it calls _set_grad_enabled",
         "in_full_precision": "it calls autocast",

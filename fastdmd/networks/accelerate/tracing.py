@@ -33,6 +33,11 @@ HIDDEN: dict[CodeType, str] = {
 # Of tensors that are made anew each time, or depend on the device of one that is given.
 FACTORIES = ("arange", "linspace", "zeros", "ones", "full", "empty", "tensor", "eye", "rand", "randn", "randint")
 LIBRARIES = {"torch", "fastdmd", *sys.stdlib_module_names}  # whose own questions mislead nobody
+# Of Python's library, what answers the same every time; all else asks the world, as files, clocks and the environment.
+PURE = frozenset(
+    "builtins math cmath operator functools itertools collections numbers fractions types typing abc enum dataclasses "
+    "contextlib copy re string textwrap warnings inspect _operator _functools _collections _abc".split()
+)
 
 
 class Untraceable(Exception):
@@ -232,6 +237,8 @@ def _watched() -> Iterator[None]:
             found.append(HIDDEN[frame.f_code])
         elif event == "c_call" and argument in QUESTIONS and _package(frame) not in LIBRARIES:
             found.append(argument.__name__)
+        elif (asked := _asked_outside(frame, event, argument)) is not None:
+            found.append(asked)
         elif event == "call" and frame.f_code.co_name == "__enter__" and _is_entered_by_somebody(frame.f_back):
             found.append(type(frame.f_locals.get("self")).__name__)
 
@@ -243,6 +250,22 @@ def _watched() -> Iterator[None]:
         sys.setprofile(before)
     if found:
         raise Untraceable(f"it calls {found[0]}")
+
+
+def _asked_outside(frame: FrameType, event: str, argument: Any) -> str | None:
+    """The function of Python's library that somebody's code calls, perhaps by way of others of it, and whose answer may
+    be another next time."""
+    caller: FrameType | None = frame
+    package, name = _package(frame), frame.f_code.co_name
+    if event == "c_call":
+        package, name = str(getattr(argument, "__module__", None)).split(".")[0], argument.__name__
+    elif event != "call":
+        return None
+    if package not in sys.stdlib_module_names - PURE:
+        return None
+    while caller is not None and _package(caller) in sys.stdlib_module_names:
+        caller = caller.f_back
+    return f"{name} of {package}" if caller is not None and _package(caller) not in LIBRARIES else None
 
 
 def _is_entered_by_somebody(frame: FrameType | None) -> bool:
