@@ -19,6 +19,7 @@ from fastdmd.diffusion import Denoiser
 from fastdmd.files import write_atomically
 from fastdmd.quality import sample
 from fastdmd.randomness import RANDOM_NUMBERS, Stream, normals
+from fastdmd.reading import open_regular
 from fastdmd.sampling import Sampler, step_normals
 from fastdmd.saved import COUNT, Rule, list_of, require
 
@@ -124,7 +125,7 @@ class Sheet:
 def read_sheet(path: Path) -> Sheet:
     """Raises OSError or ValueError where the file is no such picture."""
     try:
-        with Image.open(path) as picture:
+        with open_regular(path) as file, Image.open(file) as picture:
             notes = json.loads(getattr(picture, "text", {}).get(NOTES, "{}"))
             grid = picture.reduce(SCALE)
     except Image.DecompressionBombError as error:

@@ -1,6 +1,7 @@
 """Runs that are unfinished, broken or anybody's: what is there is shown, what is missing named, nothing is executed."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from fastdmd import data
 from fastdmd.report import __main__ as command
-from fastdmd.report import ending, page
+from fastdmd.report import ending, page, reading
 from fastdmd.report.reading import read_run
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.pictures import SampleHistory
@@ -117,6 +118,23 @@ def test_no_teacher_beside_samples_of_other_noise(run):
     assert "Teacher" not in found.texts("figcaption")
     told = "images of the teacher: expected samples of noise of Philox4x32-10, got some of before"
     assert told in missing(found)
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "evaluation.jsonl", "samples.png"])
+def test_what_never_ends_is_not_read(run, name):
+    """A pipe that nobody writes to, and a device."""
+    for make, kind in ((os.mkfifo, "a pipe"), (lambda path: path.symlink_to("/dev/zero"), "a device")):
+        (run / name).unlink(missing_ok=True)
+        make(run / name)
+        told = missing(report(run))
+        assert any(text.startswith(f"{name}: ") and text.endswith(f"{run / name}, {kind}") for text in told), told
+
+
+def test_a_log_is_read_up_to_a_bound(run, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_LOG_BYTES", (run / "metrics.jsonl").stat().st_size)
+    assert report(run).texts("p", class_="beside")[-1] == "60 of 100 iterations; unfinished"
+    monkeypatch.setattr(reading, "MAX_LOG_BYTES", (run / "metrics.jsonl").stat().st_size - 1)
+    assert any(text.startswith("metrics.jsonl: more than") for text in missing(report(run)))
 
 
 def test_a_picture_that_is_none_of_a_run(run):
