@@ -1,7 +1,9 @@
 """Forwards in which something is other than it looks: what is fused, what is not, and always the same numbers."""
 
 import contextlib
+import os
 import random
+import time
 
 import pytest
 import torch
@@ -167,6 +169,15 @@ class Hidden(Block):
     def of_a_constant(self, x):
         return F.silu(self.norm(x)) * CONSTANT
 
+    def by_a_file(self, x):
+        return F.silu(self.norm(x)) if not os.path.exists("no such file") else x
+
+    def by_the_clock(self, x):
+        return F.silu(self.norm(x)) if time.perf_counter() > 0 else x
+
+    def by_the_environment(self, x):
+        return F.silu(self.norm(x)) if not os.environ.get("NO_SUCH_VARIABLE") else x
+
     def of_somebodys_function(self, x):
         return Doubled.apply(F.silu(self.norm(x)))
 
@@ -197,6 +208,9 @@ class Doubled(torch.autograd.Function):
         "in_a_context": "it calls nullcontext",
         "recomputed": "it calls torch.utils.checkpoint",
         "of_a_constant": "it computes with a tensor that is none of its",
+        "by_a_file": "it calls stat",
+        "by_the_clock": "it calls perf_counter",
+        "by_the_environment": "it calls __getitem__",
         "of_somebodys_function": "it calls torch.autograd.Function",
     }.items(),
 )

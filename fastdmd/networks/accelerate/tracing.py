@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 CONSTANTS = (type(None), bool, int, float, str)
 # What asks a value for its kind, to which a stand-in would answer another, and what a graph does not show.
 QUESTIONS = (isinstance, issubclass, hasattr, callable, id, print)
+OUTSIDE = {"posix", "nt", "time", "_io", "io"}  # what functions of these say may be something else at the next call
 HIDDEN: dict[CodeType, str] = {
     inspect.unwrap(function).__code__: name
     for name, function in {
@@ -224,7 +225,8 @@ def _identities(values: list[Any]) -> list[list[Any]]:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    """Raises Untraceable where the module's code calls one of QUESTIONS or HIDDEN, or enters a context."""
+    """Raises Untraceable where the module's code calls one of QUESTIONS or HIDDEN, asks what is OUTSIDE, or enters a
+    context."""
     found = []
 
     def notice(frame: FrameType, event: str, argument: Any) -> None:
@@ -232,6 +234,10 @@ def _watched() -> Iterator[None]:
             found.append(HIDDEN[frame.f_code])
         elif event == "c_call" and argument in QUESTIONS and _package(frame) not in LIBRARIES:
             found.append(argument.__name__)
+        elif event == "c_call" and getattr(argument, "__module__", "") in OUTSIDE and _is_asked_by_somebody(frame):
+            found.append(argument.__name__)
+        elif event == "call" and _package(frame) == "os" and _is_asked_by_somebody(frame):  # the environment
+            found.append(frame.f_code.co_name)
         elif event == "call" and frame.f_code.co_name == "__enter__" and _is_entered_by_somebody(frame.f_back):
             found.append(type(frame.f_locals.get("self")).__name__)
 
@@ -248,6 +254,13 @@ def _watched() -> Iterator[None]:
 def _is_entered_by_somebody(frame: FrameType | None) -> bool:
     """By `with`, or by a decorator of torch's around a function."""
     return frame is not None and (_package(frame) not in LIBRARIES or frame.f_code.co_name == "decorate_context")
+
+
+def _is_asked_by_somebody(frame: FrameType | None) -> bool:
+    """By way of the standard library, too."""
+    while frame is not None and _package(frame) in sys.stdlib_module_names:
+        frame = frame.f_back
+    return frame is not None and _package(frame) not in LIBRARIES
 
 
 def _package(frame: FrameType) -> str:
