@@ -26,7 +26,7 @@ ADVICE = f"it samples {BATCH_SIZE} images at a time; use a larger --device"
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(EvaluateConfig, "fastdmd.evaluate", arguments)
     with cli.user_errors("fastdmd.evaluate", advice=ADVICE):
-        device = cli.resolve_device(config.device, deterministic=config.deterministic)
+        device = cli.resolve_device(config.device, seed=config.seed, deterministic=config.deterministic)
         if config.out is not None:
             outputs.require_file(config.out)
         machine.prepare(device)

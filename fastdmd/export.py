@@ -50,6 +50,8 @@ class ExportConfig(CommandSettings):
 
     weights: Annotated[Path, Positional, Input]
     """Weight file of a generator (.safetensors)."""
+    network: Annotated[str | None, Input] = None
+    """package.module:name of the network in the weight file, where that is not fastdmd's own."""
     out: Path
     """A torch.export program (.pt2), an ONNX file (.onnx), or weights and configuration alone (.safetensors)."""
     weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.export", "exporting", "it needs six times the weights"):
         cli.resolve_device("cpu")
         outputs.require_file(config.out)
-        network, metadata = load_network(config.weights)
+        network, metadata = load_network(config.weights, network=config.network)
         if metadata["kind"] != "generator":
             raise ValueError(f"expected a generator, got {config.weights}, a {metadata['kind']}")
         difference = export_generator(
@@ -209,9 +211,10 @@ def dynamic_shapes(generator: Generator) -> dict[str, dict[int, Dim]]:
 
 def write_weights(generator: Generator, path: Path, weights_dtype: torch.dtype) -> Exported:
     """Weights and configuration alone: what training noted about itself stays behind."""
-    own = generator_metadata(generator)
-    save_network(path, network_of(generator), kind="generator", dtype=weights_dtype, **own)
-    loaded, metadata = load_network(path)
+    own, network = generator_metadata(generator), network_of(generator)
+    save_network(path, network, kind="generator", dtype=weights_dtype, **own)
+    code = copy.deepcopy(network.inner) if "source" in getattr(network, "origin", {}) else None
+    loaded, metadata = load_network(path, network=code)
     return generator_of(loaded, metadata)
 
 

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PairsConfig, "fastdmd.pairs", arguments)
     smaller = half(config.batch_size)
     with cli.user_errors("fastdmd.pairs", advice=smaller):
-        device = cli.resolve_device(config.device, deterministic=config.deterministic)
+        device = cli.resolve_device(config.device, seed=config.seed, deterministic=config.deterministic)
         outputs.require_folder(config.out)
         machine.prepare(device, batch_size=config.batch_size)
         teacher, metadata = teachers.read(config.teacher, config.adapter, device)

@@ -35,13 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
     smaller = f"{half(config.batch_size)} or a smaller --model-channels"
     with cli.user_errors("fastdmd.pretrain", advice=smaller):
-        device = cli.resolve_device(config.device, deterministic=config.deterministic)
+        device = cli.resolve_device(config.device, seed=config.seed, deterministic=config.deterministic)
         past = None if config.dry_run else resume.past_of(config)
         config = config.replace(resume=None)
         if (notice := warm_up_notice(config.iterations, config.warmup_iterations)) is not None:
             terminal.say(notice)
         machine.prepare(device, batch_size=config.batch_size)
-        torch.manual_seed(config.seed)  # of the initial weights
         network = None if config.init is None else initial_network(config.init)
         if network is None:
             dataset = config.data.load(device=device)

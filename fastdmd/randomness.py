@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastdmd import ops
 
+RANDOM_NUMBERS = "Philox4x32-10"  # what files say that depend on them; of before, they say nothing
+
 
 class Stream(enum.IntEnum):
     """What a number is for. Numbers of streams that share the rest are independent of each other."""

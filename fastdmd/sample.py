@@ -30,7 +30,7 @@ BYTES_PER_VALUE = 4 + 1 + 1  # an image as floats, as integers, and in the pictu
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(SampleConfig, "fastdmd.sample", arguments)
     with cli.user_errors("fastdmd.sample", "sampling", f"{half(config.batch_size)} or a smaller --num"):
-        device = cli.resolve_device(config.device, deterministic=config.deterministic)
+        device = cli.resolve_device(config.device, seed=config.seed, deterministic=config.deterministic)
         outputs.require_file(config.out)
         machine.prepare(device, batch_size=config.batch_size)
         network, metadata = teachers.read(config.weights, config.adapter, device)

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, PRESETS)
     smaller = half(chosen.batch_size, chosen.compute.accumulation_steps)
     with cli.user_errors("fastdmd.train", advice=smaller):
-        device = cli.resolve_device(chosen.device, deterministic=chosen.deterministic)
+        device = cli.resolve_device(chosen.device, seed=chosen.seed, deterministic=chosen.deterministic)
         past = None if chosen.dry_run else resume.past_of(chosen)
         if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
             terminal.say(notice)

@@ -23,9 +23,8 @@ from fastdmd import ops, reading
 from fastdmd.data.content import decoding, mismatch
 from fastdmd.files import SUMS, digest, read_sums, write_atomically
 from fastdmd.memory import require_memory
-from fastdmd.randomness import Stream, integers, normals
+from fastdmd.randomness import RANDOM_NUMBERS, Stream, integers, normals
 
-RANDOM_NUMBERS = "Philox4x32-10"  # what noise is made of; folders of before do not say so
 RECORD = "pairs.json"
 MAX_PAIRS = 10**7
 MAX_RECORD_BYTES = 2**14

@@ -19,7 +19,8 @@ def state_of(model: DMD2) -> dict[str, Any]:
     """Tensors, the model's own and to be read at once, and numbers, by name.
 
     What its buffers hold is not among them: inputs are loaded at the start of an iteration, and images that were made
-    ahead come again, to the bit, from the generator, which rests between its turns.
+    ahead come again, to the bit, from the generator, which rests between its turns; not those of a network that draws
+    random numbers itself, which are others of the same kind then.
     """
     state = {name: optimizer_state(optimizer) for name, optimizer in optimizers_of(model).items()}
     return state | {name: part.state_dict() for name, part in _sums(model).items()}

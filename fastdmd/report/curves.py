@@ -35,11 +35,12 @@ def quality(run: Run) -> list[Chart]:
     levels = _levels(run)
     nums = sorted({num for line in run.measurements if (num := number(line.get("num_images")))})
     note = f"Of {', '.join(f'{num:,.0f}' for num in nums)} samples a measurement." if nums else ""
-    points: list[tuple[float, float | None]] = sorted(
-        (evaluations, run.distance(name))
+    steps = {
+        evaluations: run.distance(name)
         for name, row in run.rows.items()
         if name.startswith("generator") and (evaluations := number(row.get("evaluations"))) is not None
-    )
+    }
+    points: list[tuple[float, float | None]] = [(evaluations, steps[evaluations]) for evaluations in sorted(steps)]
     found = [
         chart("Fréchet distance as training goes on", run.distances(), levels=levels, note=note, marked=True),
         chart("Fréchet distance against steps", {"student": points}, levels=levels, x_label="steps", marked=True)

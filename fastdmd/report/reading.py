@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fastdmd.networks.tensor_files import read_json
-from fastdmd.reading import parse_json
+from fastdmd.reading import open_regular, parse_json, read_all
 from fastdmd.runs.folder import CONFIG, EVALUATIONS, METRICS, SAMPLES, SUMMARY, names_in
 from fastdmd.runs.pictures import Sheet, read_sheet
 
 Line = Mapping[str, Any]
+MAX_LOG_BYTES = 1 << 28  # of metrics.jsonl: 300,000 lines
 ALARM = ("kind", "iteration", "seen", "advice")
 
 
@@ -141,8 +142,9 @@ def _object(path: Path, missing: list[str]) -> dict[str, Any] | None:
 def _lines(path: Path, missing: list[str]) -> list[Line]:
     """Those that are whole, in the order of their iterations."""
     try:
-        texts = path.read_bytes().splitlines()
-    except OSError as error:
+        with open_regular(path) as file:
+            texts = read_all(file, MAX_LOG_BYTES).splitlines()
+    except (OSError, ValueError) as error:
         missing.append(_without(path, error))
         return []
     found = [line for text in texts if (line := _line(text)) is not None]

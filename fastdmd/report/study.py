@@ -19,6 +19,7 @@ from fastdmd.networks.user_code import reason
 from fastdmd.quality import neighbours, sample
 from fastdmd.quality.features import FeatureNetwork, is_script, load_feature_network
 from fastdmd.quality.settings import EvaluationSettings
+from fastdmd.randomness import RANDOM_NUMBERS
 from fastdmd.report.reading import Run
 from fastdmd.runs.pictures import NUM_COLUMNS, SampleSheet, Sheet, image_grid
 from fastdmd.sampling import HeunSampler
@@ -148,6 +149,8 @@ def _features(source: str | None, real: Dataset | None, device: torch.device, ru
 def _teacher_rows(sheet: Sheet, subject: Subject) -> list[list[Image.Image]] | None:
     if subject.teacher is None:
         return None
+    if not sheet.is_of_sheet_noise:
+        raise ValueError(f"expected samples of noise of {RANDOM_NUMBERS}, got some of before")
     drawn = SampleSheet(subject.teacher, subject.seed, next(subject.teacher.parameters()).device)
     if len(drawn.noise) != len(sheet.varied) * NUM_COLUMNS:
         raise ValueError(f"expected a teacher of {len(sheet.varied)} rows of samples, got another")

@@ -128,11 +128,14 @@ def parse(
         return config
 
 
-def resolve_device(name: str, *, deterministic: bool = False) -> torch.device:
-    """`auto` takes a GPU if there is one. Raises ValueError for a device that is not there, or lacks the backend that
-    the environment asks for, and as `machine.be_deterministic` does, before the device is used."""
+def resolve_device(name: str, *, seed: int | None = None, deterministic: bool = False) -> torch.device:
+    """`auto` takes a GPU if there is one. torch's own generators begin with `seed`: initial weights, dropout or code of
+    the user's own may draw from them. Raises ValueError for a device that is not there, or lacks the backend that the
+    environment asks for, and as `machine.be_deterministic` does, before the device is used."""
     if deterministic:
         machine.be_deterministic()
+    if seed is not None:
+        torch.manual_seed(seed)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     expected = "expected --device auto, cpu or a CUDA device that is there"

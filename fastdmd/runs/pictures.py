@@ -18,8 +18,8 @@ from fastdmd.data import to_uint8
 from fastdmd.diffusion import Denoiser
 from fastdmd.files import write_atomically
 from fastdmd.quality import sample
-from fastdmd.randomness import Stream, normals
-from fastdmd.reading import parse_json, require_regular
+from fastdmd.randomness import RANDOM_NUMBERS, Stream, normals
+from fastdmd.reading import open_regular, parse_json
 from fastdmd.sampling import Sampler, step_normals
 from fastdmd.saved import COUNT, Rule, list_of, require
 
@@ -88,7 +88,7 @@ class SampleHistory:
         grid = image_grid(picture.flatten(0, 1), picture.shape[1])
         grid = grid.resize((grid.width * SCALE, grid.height * SCALE), Image.Resampling.NEAREST)
         notes = PngImagePlugin.PngInfo()
-        notes.add_text(NOTES, json.dumps({"iterations": self.iterations}))
+        notes.add_text(NOTES, json.dumps({"iterations": self.iterations, "random_numbers": RANDOM_NUMBERS}))
         write_atomically(self.path, lambda file: grid.save(file, format="PNG", pnginfo=notes))
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,24 +119,26 @@ class Sheet:
     iterations: Sequence[int]  # of the history, in order; empty where the file does not say, as older ones do not
     history: Sequence[Sequence[Image.Image]]  # [rows][iterations], the same noise
     varied: Sequence[Sequence[Image.Image]]  # [rows][NUM_COLUMNS - 1], of the last of these iterations
+    is_of_sheet_noise: bool = True  # that of `SampleSheet`; older files have other noise
 
 
 def read_sheet(path: Path) -> Sheet:
     """Raises OSError or ValueError where the file is no such picture."""
-    require_regular(path)
     try:
-        with Image.open(path) as picture:
+        with open_regular(path) as file, Image.open(file) as picture:
             notes = parse_json(getattr(picture, "text", {}).get(NOTES, "{}"))
             grid = picture.reduce(SCALE)
     except Image.DecompressionBombError as error:
         raise ValueError(f"expected the samples of a run in {path}, got too large a picture") from error
     rows = _cells(grid)
-    iterations = notes.get("iterations", []) if isinstance(notes, dict) else []
+    notes = notes if isinstance(notes, dict) else {}
+    iterations = notes.get("iterations", [])
     num_history = len(rows[0]) - NUM_COLUMNS  # a gap between them
     is_whole = num_history >= 1 and isinstance(iterations, list) and {*map(type, iterations)} <= {int}
     if not is_whole or len(iterations) not in (0, num_history):
         raise ValueError(f"expected the samples of a run in {path}, got {len(rows[0])} columns")
-    return Sheet(iterations, [row[:num_history] for row in rows], [row[num_history + 1 :] for row in rows])
+    history, varied = [row[:num_history] for row in rows], [row[num_history + 1 :] for row in rows]
+    return Sheet(iterations, history, varied, notes.get("random_numbers") == RANDOM_NUMBERS)
 
 
 def _cells(grid: Image.Image) -> list[list[Image.Image]]:

@@ -1,16 +1,17 @@
 """Runs that are unfinished, broken or anybody's: what is there is shown, what is missing named, nothing is executed."""
 
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from fastdmd import data
 from fastdmd.report import __main__ as command
-from fastdmd.report import ending, page
+from fastdmd.report import ending, page, reading
 from fastdmd.report.reading import read_run
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.pictures import SampleHistory
@@ -93,6 +94,47 @@ def test_what_is_broken_is_named(run, name, content, told):
     found = report(run)
     assert told is None or any(text.startswith(told) for text in missing(found)), missing(found)
     assert found.texts("h1") == ["run"]
+
+
+def test_generators_of_as_many_evaluations(run):
+    """Of which a file that is nobody's may tell."""
+    rows = {"generator": {"frechet_distance": 2.0}, "generator, 1 step": {"images_per_second": 1.0}}
+    rows |= {"generator, 2 steps": {"frechet_distance": 0.5, "evaluations": 2}}
+    known = {name: {"evaluations": 1, **row} for name, row in rows.items()}
+    (run / "summary.json").write_text(json.dumps({"outcome": "complete", "iterations": 100, **known}))
+    (label,) = (e["aria-label"] for e in report(run).all("svg", role="img") if "against steps" in e["aria-label"])
+    assert "student 0.5 at steps 2" in label
+
+
+def test_no_teacher_beside_samples_of_other_noise(run):
+    """Files of before Philox's noise do not say what theirs is."""
+    SampleHistory(run / "samples.png").add(BLACK, 4)
+    assert "Teacher" in report(run).texts("figcaption")
+    with Image.open(run / "samples.png") as picture:
+        notes = PngImagePlugin.PngInfo()
+        notes.add_text("fastdmd", json.dumps({"iterations": [4]}))
+        picture.save(run / "samples.png", pnginfo=notes)
+    found = report(run)
+    assert "Teacher" not in found.texts("figcaption")
+    told = "images of the teacher: expected samples of noise of Philox4x32-10, got some of before"
+    assert told in missing(found)
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "evaluation.jsonl", "samples.png"])
+def test_what_never_ends_is_not_read(run, name):
+    """A pipe that nobody writes to, and a device."""
+    for make, kind in ((os.mkfifo, "a pipe"), (lambda path: path.symlink_to("/dev/zero"), "a device")):
+        (run / name).unlink(missing_ok=True)
+        make(run / name)
+        told = missing(report(run))
+        assert any(text.startswith(f"{name}: ") and text.endswith(f"{run / name}, {kind}") for text in told), told
+
+
+def test_a_log_is_read_up_to_a_bound(run, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_LOG_BYTES", (run / "metrics.jsonl").stat().st_size)
+    assert report(run).texts("p", class_="beside")[-1] == "60 of 100 iterations; unfinished"
+    monkeypatch.setattr(reading, "MAX_LOG_BYTES", (run / "metrics.jsonl").stat().st_size - 1)
+    assert any(text.startswith("metrics.jsonl: more than") for text in missing(report(run)))
 
 
 def test_a_picture_that_is_none_of_a_run(run):

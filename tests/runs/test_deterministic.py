@@ -12,6 +12,7 @@ from torch._inductor import config
 from benchmarks.soak import prepare
 from fastdmd.runs import cli, machine
 from tests.helpers.kills import training
+from tests.helpers.tiny_runs import distill
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -75,3 +76,32 @@ def test_a_run_records_it_and_goes_on_with_it_alone(tmp_path):
     assert code == 0, error
     one, two = (load_file(tmp_path / name / "run" / "networks.safetensors") for name in ("plain", "run"))
     assert len(one) > 100 and all(torch.equal(value, two[name]) for name, value in one.items())  # on a CPU as without
+
+
+NOISY = """
+import torch
+
+class Noisy(torch.nn.Conv2d):
+    image_shape, num_classes, sigma_data = (1, 8, 8), 0, 0.5
+
+    def __init__(self):
+        super().__init__(1, 1, 3, padding=1)
+
+    def forward(self, x, sigma):
+        x = x / (1 + sigma**2).sqrt()[:, None, None, None]
+        return super().forward(x) + 0.1 * torch.randn_like(x)
+"""
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_what_draws_from_torch_is_a_function_of_the_seed(tmp_path, monkeypatch, seed):
+    """Whatever the process has drawn before: initial weights of a network of one's own, and noise inside of it."""
+    (tmp_path / "noisy.py").write_text(NOISY)
+    monkeypatch.syspath_prepend(tmp_path)
+    teacher = ["--teacher", "noisy:Noisy", "--parameterization", "x0", "--num-samples", "0", "--seed"]
+    files = []
+    for name, before, own in (("one", 1, seed), ("two", 2, seed), ("other", 1, seed + 1)):
+        torch.manual_seed(before)
+        files.append(load_file(distill(tmp_path / name, *teacher, str(own))))
+    one, two, other = (file["weight"] for file in files)
+    assert torch.equal(one, two) and not torch.equal(one, other)

@@ -229,7 +229,8 @@ def _identities(values: list[Any]) -> list[list[Any]]:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    """Raises Untraceable where the module's code calls one of QUESTIONS or HIDDEN, or enters a context."""
+    """Raises Untraceable where the module's code calls one of QUESTIONS or HIDDEN, asks the world outside, or enters a
+    context."""
     found = []
 
     def notice(frame: FrameType, event: str, argument: Any) -> None:
