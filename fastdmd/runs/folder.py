@@ -30,7 +30,8 @@ REPORT = "report.html"
 EVENTS = "tensorboard"  # a folder of event files
 SAMPLES = "samples.png"
 SUMMARY = "summary.json"  # of a run that has ended
-CHECKPOINTS = "checkpoints"  # a folder
+CHECKPOINTS = "checkpoints"
+FOLDERS = (CHECKPOINTS, EVENTS)
 NAMES = (
     CONFIG,
     METRICS,
@@ -194,4 +195,4 @@ def require_new(path: Path) -> None:
 
 def names_in(path: Path) -> list[str]:
     """What a folder holds of a run, or may hold of one."""
-    return [name for name in (*NAMES, CHECKPOINTS, EVENTS) if (path / name).exists()]
+    return [name for name in (*NAMES, *FOLDERS) if (path / name).exists()]

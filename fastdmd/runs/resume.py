@@ -21,9 +21,9 @@ from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
 from fastdmd.runs.cli import to_json
 from fastdmd.runs.continuity import RunConfig, require_same_origin, require_same_settings, roundings
 from fastdmd.runs.folder import (
-    CHECKPOINTS,
     CONFIG,
     EVALUATIONS,
+    FOLDERS,
     METRICS,
     SUMMARY,
     ReopenedFolder,
@@ -81,11 +81,11 @@ class Past:
     @classmethod
     def read(cls, path: Path) -> Past:
         """Raises ValueError where something is no part of a run."""
-        folder = path / CHECKPOINTS
-        if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-            raise ValueError(f"expected a folder of checkpoints in {folder}, got something else, or a link to nothing")
+        for folder in (path / name for name in FOLDERS):
+            if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+                raise ValueError(f"expected a folder in {folder}, got something else, or a link to nothing")
         for name in names_in(path):
-            if name != CHECKPOINTS:
+            if name not in FOLDERS:
                 require_regular(path / name)
         return cls(path, _read(path / CONFIG), _read(path / SUMMARY), found(path))
 

@@ -1,6 +1,7 @@
 """Forwards in which something is other than it looks: what is fused, what is not, and always the same numbers."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import random
@@ -224,6 +225,20 @@ def test_what_a_graph_does_not_show_stays(way, reason):
     assert way == "by_chance" or random.getstate() == state
     module.kept = original.kept = None
     assert_same(module, original, X)
+
+
+def test_what_collects_garbage_meanwhile_is_not_the_module():
+    """As hypothesis does, whose callback asks the clock."""
+    asked = []
+    gc.callbacks.append(lambda phase, info: asked.append(time.perf_counter()))
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        *_, report = accelerated(Block("plain"), X)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.pop()
+    assert asked and gc.isenabled() and report.fused == {"norms with SiLU": 1}
 
 
 def test_what_changes_between_norm_and_silu_is_not_read_late():

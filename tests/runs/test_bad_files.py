@@ -11,6 +11,7 @@ from fastdmd import train
 from fastdmd.quality.settings import EvaluationSettings
 from fastdmd.runs import checkpoint
 from fastdmd.runs.contents import contents
+from fastdmd.runs.folder import FOLDERS
 from fastdmd.runs.resume import Past, with_those_of_run
 from tests.helpers.tiny_runs import refuses
 
@@ -84,6 +85,19 @@ def test_what_is_no_file_in_a_run(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ValueError, match=f"^expected a regular file, got {tmp_path}/{name}, a pipe$"):
         Past.of(tmp_path)
+
+
+def test_folders_in_a_run(tmp_path):
+    """Checkpoints, and what TensorBoard reads."""
+    for name in FOLDERS:
+        (tmp_path / name).mkdir()
+    assert Past.of(tmp_path).checkpoints == []
+    for name in FOLDERS:
+        (tmp_path / name).rmdir()
+        (tmp_path / name).write_text("")
+        with pytest.raises(ValueError, match=f"^expected a folder in {tmp_path}/{name}, got something else"):
+            Past.of(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_a_reference_that_is_a_pipe_is_not_waited_for(tmp_path):

@@ -77,7 +77,7 @@ def test_checkpoints_that_are_no_folder(config, tmp_path):
     place = config.out / "checkpoints"
     for make in (lambda: place.symlink_to(tmp_path / "not mounted"), place.touch):
         make()
-        with pytest.raises(ValueError, match="expected a folder of checkpoints in .*, got something else, or a link"):
+        with pytest.raises(ValueError, match="expected a folder in .*, got something else, or a link"):
             Past.of(config.out)
         place.unlink()
 

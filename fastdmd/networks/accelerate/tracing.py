@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import inspect
 import operator
 import random
@@ -243,12 +244,15 @@ def _watched() -> Iterator[None]:
         elif event == "call" and frame.f_code.co_name == "__enter__" and _is_entered_by_somebody(frame.f_back):
             found.append(type(frame.f_locals.get("self")).__name__)
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # whose callbacks, of anybody, would be taken for calls of the module
     sys.setprofile(notice)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     if found:
         raise Untraceable(f"it calls {found[0]}")
 
