@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,23 +15,13 @@ from benchmarks.fuzz import truth
 from benchmarks.fuzz.kind import Kind
 from benchmarks.fuzz.weights import STATE, make_network
 from fastdmd import train
-from fastdmd.data.pairs import PairFolder, PairRecord, load_pairs
+from fastdmd.data.pairs import PairFolder, load_pairs
 from fastdmd.networks.weights import save_network
 from fastdmd.runs import checkpoint
 from fastdmd.runs.stages import read_stage
 from tests.helpers import small_datasets
 
-RECORD = PairRecord(
-    teacher="0123456789abcdef",
-    image_shape=(1, 4, 4),
-    num_classes=3,
-    sigma=80.0,
-    teacher_steps=2,
-    num=5,
-    batch_size=3,
-    seed=5,
-    device="cpu",
-)
+RECORD = dataclasses.replace(small_datasets.TINY_PAIRS, num=5)
 TRAIN = (
     "--iterations 4 --batch-size 2 --dfake-gen-update-ratio 2 --warmup-iterations 0 --log-every 1 --snapshots 2 "
     "--num-samples 0 --checkpoint-every 2 --device cpu"

@@ -35,17 +35,6 @@ NETWORK = UNetConfig(
     num_blocks=1,
     attention_resolutions=(),
 )
-EDM = {
-    "model_type": "SongUNet",
-    "img_resolution": 4,
-    "img_channels": 1,
-    "label_dim": 2,
-    "model_channels": 8,
-    "channel_mult": [1],
-    "num_blocks": 1,
-    "attn_resolutions": [],
-    "embedding_type": "fourier",
-}
 STATE = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([1, 2**40]), "c.half": torch.ones(5).half()}
 
 
@@ -183,7 +172,7 @@ def _write_torch(folder: Path, name: str, *, is_archive: bool) -> None:
 
 
 def _write_edm(folder: Path) -> None:
-    content = edm_pickles.dumps(edm_pickles.published(EDM, random_state(EDM)))
+    content = edm_pickles.dumps(edm_pickles.published(edm_pickles.TINY, random_state(edm_pickles.TINY)))
     (folder / "edm.pkl").write_bytes(content)
 
 

@@ -8,18 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdmd.data.pairs import PairFolder, PairRecord, load_pairs
+from tests.helpers.small_datasets import TINY_PAIRS
 
-RECORD = PairRecord(
-    teacher="0123456789abcdef",
-    image_shape=(1, 4, 4),
-    num_classes=3,
-    sigma=80.0,
-    teacher_steps=2,
-    num=7,
-    batch_size=3,
-    seed=5,
-    device="cpu",
-)
+RECORD = TINY_PAIRS
 ASKED = {"teacher": RECORD.teacher, "image_shape": (1, 4, 4), "num_classes": 3, "sigma": 80.0}
 
 

@@ -73,6 +73,19 @@ class TimesBlock(AdaptiveBlock):
         return x + self.conv1(h * torch.sigmoid(h))
 
 
+class WrongGradient(torch.autograd.Function):
+    """The identity, whose gradient is `factor` times what it should be."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
 class Swish(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(x)

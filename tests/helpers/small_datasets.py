@@ -13,9 +13,21 @@ import torch
 from PIL import Image
 
 from fastdmd import data
+from fastdmd.data.pairs import PairRecord
 
 LABELS = np.array([1, 0, 2, 1, 0, 2, 2], np.int64)
 MIB = 2**20
+TINY_PAIRS = PairRecord(
+    teacher="0123456789abcdef",
+    image_shape=(1, 4, 4),
+    num_classes=3,
+    sigma=80.0,
+    teacher_steps=2,
+    num=7,
+    batch_size=3,
+    seed=5,
+    device="cpu",
+)
 
 
 def pixels(channels: int, size: int = 6, seed: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fastdmd
 from fastdmd import ops
 from fastdmd.networks.accelerate.layers import Conv3x3, GroupNorm
-from tests.helpers.accelerated import AdaptiveBlock, TimesBlock, assert_same, sequential
+from tests.helpers.accelerated import AdaptiveBlock, TimesBlock, WrongGradient, assert_same, sequential
 from tests.networks.test_accelerate import accelerated
 
 IMAGES = torch.randn(2, 3, 8, 8)
@@ -159,19 +159,11 @@ def test_what_comes_out_wrong_stays_torchs(name, monkeypatch):
     assert_same(module, original, IMAGES)
 
 
-class Wrong2(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 1.01
-
-
 def test_a_wrong_gradient_alone_is_seen(monkeypatch):
     own = ops.group_norm_silu
-    monkeypatch.setattr(ops, "group_norm_silu", lambda x, *rest, **options: own(Wrong2.apply(x), *rest, **options))
+    monkeypatch.setattr(
+        ops, "group_norm_silu", lambda x, *rest, **options: own(WrongGradient.apply(x, 1.01), *rest, **options)
+    )
     module, original, report = accelerated(sequential(), IMAGES)
     assert report.fused == {} and "its gradient of " in report.reasons["itself"]
     assert_same(module, original, IMAGES)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastdmd.networks.accelerate.fusions import fuse
 from fastdmd.networks.accelerate.layers import GroupNorm
 from fastdmd.networks.accelerate.tracing import Call, trace
-from tests.helpers.accelerated import assert_same
+from tests.helpers.accelerated import WrongGradient, assert_same
 from tests.networks.test_accelerate import accelerated
 
 X = torch.randn(2, 16, 8, 8)
@@ -181,20 +181,10 @@ class Hidden(Block):
         return F.silu(self.norm(x)) * CONSTANT
 
     def of_somebodys_function(self, x):
-        return Doubled.apply(F.silu(self.norm(x)))
+        return WrongGradient.apply(F.silu(self.norm(x)), 2)
 
 
 CONSTANT = torch.tensor(2.0)
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2
 
 
 @pytest.mark.parametrize(

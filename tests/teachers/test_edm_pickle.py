@@ -14,22 +14,11 @@ import torch
 from fastdmd.networks.unet import UNet
 from fastdmd.teachers import edm
 from fastdmd.teachers.edm_pickle import load_pickle
-from tests.helpers.edm_pickles import Call, assemble, dumps, module, network, published
+from tests.helpers.edm_pickles import TINY, Call, assemble, dumps, module, network, published
 from tests.helpers.edm_reference import random_state
 from tests.helpers.hostile_pickles import CALLS, REFUSED
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
-TINY = {
-    "model_type": "SongUNet",
-    "img_resolution": 4,
-    "img_channels": 1,
-    "label_dim": 2,
-    "model_channels": 8,
-    "channel_mult": [1],
-    "num_blocks": 1,
-    "attn_resolutions": [],
-    "embedding_type": "fourier",
-}
 STATE = random_state(TINY)
 PREFIX = "fastdmd.teachers: expected an EDM network in "
 
