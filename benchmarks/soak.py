@@ -1,12 +1,12 @@
 """A real training, killed at random moments as often as asked, and held against one that nobody killed.
 
-    python -m benchmarks.soak [--kills 100] [--minutes 0] [--seed 0] [--out FOLDER]
+    python -m benchmarks.soak [--kills 100] [--minutes 0] [--seed 0] [--device cpu] [--out FOLDER]
 
 Each process is `python -m fastdmd.train ... --resume auto` on a tiny network, with an adversarial term, two averages
 and measurements meanwhile. It gets SIGKILL at a moment between its start and the time that a whole run takes, one time
 in three inside of a checkpoint, and the same command is run again; where it ends by itself, the next training begins.
 Each has to leave, to the bit and but for times, what the one without kills has left. Exit code 1, and the folder stays,
-where one does not.
+where one does not. On a GPU they run with `--deterministic`.
 
 `--minutes` lets one training go on for that long, with measurements, snapshots and checkpoints, and fits lines to its
 memory and its throughput: what grows or slows down shows. Exit code 1 where, in ten minutes or more, memory grows by
@@ -65,7 +65,6 @@ FLAGS = {
     "generator-lr": 1e-2,
     "guidance-lr": 1e-2,
     "checkpoint-every": 2,
-    "device": "cpu",
     "record": "none",
 }
 
@@ -113,7 +112,7 @@ def _timeless(value: Any) -> Any:
     return [_timeless(inner) for inner in value] if isinstance(value, list) else value
 
 
-def prepare(folder: Path) -> list[str]:
+def prepare(folder: Path, device: str = "cpu") -> list[str]:
     """Writes what a training is made of; returns its arguments, but for `--out`."""
     shape = {"image_size": 28, "num_classes": 10, "patch_size": 2}
     config = UNetConfig(**shape, model_channels=8, channel_multipliers=(1, 2), num_blocks=1, attention_resolutions=(7,))
@@ -121,8 +120,9 @@ def prepare(folder: Path) -> list[str]:
     save_network(folder / "teacher.safetensors", UNet(config), kind="teacher")
     rng = np.random.default_rng(0)
     np.savez(folder / "data.npz", images=rng.integers(0, 256, (60, 1, 28, 28), np.uint8), labels=np.arange(60) % 10)
-    named = {"teacher": folder / "teacher.safetensors", "data": folder / "data.npz", **FLAGS}
-    return [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    named = {"teacher": folder / "teacher.safetensors", "data": folder / "data.npz", "device": device, **FLAGS}
+    arguments = [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    return arguments if device == "cpu" else [*arguments, "--deterministic"]
 
 
 def start(arguments: list[str], folder: Path, *options: str) -> subprocess.Popen:
@@ -158,11 +158,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=0, help="of a training that nobody kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder = options.out or Path(tempfile.mkdtemp(prefix="fastdmd-soak-"))
     folder.mkdir(parents=True, exist_ok=True)
-    arguments, rng = prepare(folder.resolve()), random.Random(options.seed)
+    arguments, rng = prepare(folder.resolve(), options.device), random.Random(options.seed)
+    if options.device != "cpu":  # what is compiled is kept; a killed training lasts no longer than one that finds it
+        start(arguments, folder / "compiling").communicate()
     began = time.monotonic()
     whole = start(arguments, folder / "whole")
     _, error = whole.communicate()

@@ -108,6 +108,24 @@ def of_samples(
 
 
 @triton.jit
+def quotient(x, y):
+    """x / y, rounded to nearest; Triton's own division of float32 is two units in the last place off."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, tl.cast(y, tl.float32))
+
+
+@triton.jit
+def square_root(x):
+    """Rounded to nearest, as Triton's own of float32 is not."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def finite_or_zero(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 

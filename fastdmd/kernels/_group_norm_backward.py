@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdmd.kernels._common import narrow
+from fastdmd.kernels._common import narrow, quotient
 from fastdmd.kernels._group_norm_tiles import add_chunks, group_sums, modulation, places, spread, store_sums
 
 
@@ -110,8 +110,8 @@ def backward_kernel(
 
         k = weight * gain
         size = group_size * num_pixels
-        S1 = spread(group_sums(k * A, group, GROUPS), group, GROUPS) / size
-        S2 = spread(group_sums(k * Q, group, GROUPS), group, GROUPS) / size
+        S1 = spread(quotient(group_sums(k * A, group, GROUPS), size), group, GROUPS)
+        S2 = spread(quotient(group_sums(k * Q, group, GROUPS), size), group, GROUPS)
         here = place
         for start in range(0, last, PIXELS):
             mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]

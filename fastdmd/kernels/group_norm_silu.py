@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fastdmd.kernels._common import narrow, wide, wide_dtype
+from fastdmd.kernels._common import narrow, quotient, square_root, wide, wide_dtype
 from fastdmd.kernels._group_norm_backward import backward_kernel
 from fastdmd.kernels._group_norm_tiles import add_chunks, group_sums, modulation, places, spread, store_sums
 
@@ -94,10 +94,11 @@ def forward_kernel(
         channel_mean = moment1 / num_pixels  # around origin
         squares = tl.maximum(moment2 - num_pixels * channel_mean * channel_mean, 0.0, tl.PropagateNan.ALL)
         channel_mean = tl.where(channel_mask, channel_mean + origin, 0.0)
-        mean = group_sums(channel_mean, group, GROUPS) / group_size
+        mean = quotient(group_sums(channel_mean, group, GROUPS), group_size)
         apart = tl.where(channel_mask, channel_mean - spread(mean, group, GROUPS), 0.0)
-        variance = group_sums(squares + num_pixels * apart * apart, group, GROUPS) / (group_size * num_pixels)
-        rstd = 1.0 / tl.sqrt(variance + EPS)
+        squares = group_sums(squares + num_pixels * apart * apart, group, GROUPS)
+        variance = quotient(squares, group_size * num_pixels)
+        rstd = quotient(tl.full(variance.shape, 1.0, WIDE), square_root(variance + EPS))
         groups = tl.arange(0, GROUPS)
         group_mask = (groups < tl.where(chunk == 0, groups_per_tile, 0)) & (first_group + groups < num_groups)
         tl.store(mean_ptr + sample * num_groups + first_group + groups, mean, group_mask)
