@@ -14,6 +14,12 @@ from fastdmd import _native
 ROOT = Path(__file__).parents[1]
 
 
+def of_process(**variables: str) -> dict[str, str]:
+    """Of a process that imports this fastdmd from any folder, and what this process finds besides."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, **variables, "PYTHONPATH": path}
+
+
 def describe(device: str) -> dict:
     """Commit, device and versions; nothing that names a machine."""
 

@@ -9,7 +9,6 @@ Prints a line for each: the same bits, or how far the weights of generator and f
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.environment import ROOT
+from benchmarks.environment import of_process
 from benchmarks.soak import prepare
 
 ITERATIONS = 12
@@ -50,12 +49,12 @@ RUNS: dict[str, tuple[Mapping[str, object], Mapping[str, str]]] = {
 }
 
 
-def command(module: str, arguments: list[str], folder: Path, environment: Mapping[str, str]) -> subprocess.Popen:
+def command(module: str, arguments: list[str], folder: Path, variables: Mapping[str, str]) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", f"fastdmd.{module}", *arguments],
         cwd=folder,
-        env={**os.environ, **BASE_ENVIRONMENT, **environment, "PYTHONPATH": str(ROOT)},
+        env=of_process(**BASE_ENVIRONMENT, **variables),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

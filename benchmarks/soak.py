@@ -19,7 +19,6 @@ import argparse
 import collections
 import contextlib
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -34,7 +33,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks import drift
-from benchmarks.environment import ROOT
+from benchmarks.environment import of_process
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 
@@ -129,11 +128,10 @@ def start(arguments: list[str], folder: Path, *options: str) -> subprocess.Popen
     """In a folder of its own, so that all runs have one name."""
     command = [sys.executable, "-W", "ignore", "-m", "fastdmd.train", *arguments, "--no-report"]
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, "--out", "run", *options],
         cwd=folder,
-        env=environment,
+        env=of_process(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

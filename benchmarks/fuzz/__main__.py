@@ -15,7 +15,6 @@ import collections
 import importlib
 import json
 import multiprocessing
-import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.environment import ROOT, describe
+from benchmarks.environment import describe, of_process
 from benchmarks.fuzz import datasets, flags, mutations, runs, weights
 from benchmarks.fuzz.kind import Kind
 from benchmarks.fuzz.sandbox import Outcome, attempt, judge_line
@@ -102,12 +101,11 @@ def _process(command: str, words: list[str], place: Path) -> Outcome:
     """As a user would start it."""
     (place / "scratch").mkdir()
     began = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(
             [sys.executable, "-m", command, *words],
             cwd=place / "scratch",
-            env=environment,
+            env=of_process(PYTHONWARNINGS="ignore"),
             capture_output=True,
             text=True,
             errors="replace",

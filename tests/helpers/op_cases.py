@@ -122,8 +122,8 @@ def assert_all_within_budget(name, arguments, device, dtype, scale=0.0):
     if name == "group_norm_silu_backward":
         scales[1:] = [max(scale, largest_partial_sum(*in_float64(arguments)[:4]))] * (len(truth) - 1)
     for implementation in available(name, device):
-        found_now = results(implementation, arguments)
-        for result, expected, exact, size in zip(found_now, same_dtype, truth, scales, strict=True):
+        rows = list(zip(results(implementation, arguments), same_dtype, truth, scales, strict=True))
+        for result, expected, exact, size in reversed(rows):  # moments before what they make: the cause fails first
             rounding = min(expected.dtype, dtype, key=lambda d: torch.finfo(d).bits)
             tolerance = slack(implementation, device) * TOLERANCES[rounding]
             assert_within_budget(result, expected, exact, tolerance, size, implementation)
