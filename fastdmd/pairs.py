@@ -17,7 +17,7 @@ from fastdmd.data.pairs import RECORD, PairFolder, PairRecord, read_record
 from fastdmd.memory import half
 from fastdmd.networks.identity import identity
 from fastdmd.runs import cli, continuity, machine, outputs, terminal
-from fastdmd.runs.config import PairsConfig
+from fastdmd.runs.config import PairsConfig, of_label_emphasis
 from fastdmd.runs.lock import locked, require_free
 from fastdmd.sampling import HeunSampler
 
@@ -33,9 +33,12 @@ def main(arguments: list[str] | None = None) -> None:
         teacher, metadata = teachers.read(config.teacher, config.adapter, device)
         if metadata["kind"] != "teacher":
             raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
+        label_emphasis, name = of_label_emphasis(config.label_emphasis, config.teacher), identity(teacher)
+        if label_emphasis != 1:
+            teacher.emphasize_labels(label_emphasis)
         sampler = HeunSampler(teacher, config.teacher_steps)
         record = PairRecord(
-            teacher=identity(teacher),
+            teacher=name,
             image_shape=teacher.image_shape,
             num_classes=teacher.num_classes,
             sigma=sampler.sigma_max,
@@ -44,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
             batch_size=config.batch_size,
             seed=config.seed,
             device=device.type,
+            label_emphasis=label_emphasis,
         )
         require_free(config.out / RECORD)
         if (config.out / RECORD).exists():

@@ -44,6 +44,7 @@ class PairRecord:
     batch_size: int
     seed: int
     device: str
+    label_emphasis: float = 1.0  # of the teacher, before it samples
     random_numbers: str = RANDOM_NUMBERS
 
     @property
@@ -145,9 +146,16 @@ class Pairs:
 
 
 def load_pairs(
-    path: Path, *, teacher: str | None, image_shape: tuple[int, int, int], num_classes: int, sigma: float
+    path: Path,
+    *,
+    teacher: str | None,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    sigma: float,
+    label_emphasis: float = 1.0,
 ) -> Pairs:
-    """The pairs of a folder, of this teacher (None: of any) and of noise that it scales with `sigma`, read whole.
+    """The pairs of a folder, of this teacher (None: of any) with labels emphasized so, and of noise that it scales with
+    `sigma`, read whole.
 
     Raises FileNotFoundError for what is no such folder, ValueError for pairs of another teacher and for files that are
     missing or broken, with what was expected and what came.
@@ -160,6 +168,7 @@ def load_pairs(
         ("a number of classes of", num_classes, record.num_classes),
         ("noise scaled with --conditioning-sigma", sigma, record.sigma),
         ("images of the teacher", record.teacher if teacher is None else teacher, record.teacher),
+        ("images of the teacher with --label-emphasis", label_emphasis, record.label_emphasis),
     ):
         if expected != got:
             raise mismatch(f"{what} {expected} in {path}", got)
@@ -197,6 +206,8 @@ def read_record(path: Path) -> PairRecord:
             raise mismatch(f"counts that can be in {file}", f"{content!r:.300}")
         if not 0 < record.sigma < math.inf:
             raise mismatch(f"a noise level in {file}", record.sigma)
+        if not 0 < record.label_emphasis < math.inf:
+            raise mismatch(f"a label_emphasis above 0 in {file}", record.label_emphasis)
     return record
 
 

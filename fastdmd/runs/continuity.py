@@ -41,7 +41,8 @@ MAY_CHANGE = ROUNDING | {
 MAY_MOVE = {"--data", "--labels", "--pairs", "--feature-network", "--reference"}  # by their content they are known
 UNTIL_MEASURED = {"--eval-samples"}  # later, distances are compared with earlier ones
 OPEN_END = {"--iterations"}  # where no learning rate falls towards it
-PAIRS_KEEP = {"num", "batch_size", "teacher_steps", "seed", "device"}  # all that decides a pair, besides the teacher
+# All that decides a pair, besides the teacher.
+PAIRS_KEEP = {"num", "batch_size", "teacher_steps", "label_emphasis", "seed", "device"}
 EARLIER = {"--deterministic": False}  # of runs from before there was such a flag
 
 
@@ -143,11 +144,11 @@ def require_same_settings(
 
 def require_same_pairs(config: PairsConfig, then: PairRecord, now: PairRecord) -> None:
     """Raises ValueError, as for a run, where pairs were begun with other settings, or of another teacher."""
+    _require_same_teacher(then.teacher, now.teacher)
     names = {place[0]: flag for place, flag in flags(config)}
     _require_equal(
         {flag: (getattr(then, name), getattr(now, name)) for name, flag in names.items() if name in PAIRS_KEEP}
     )
-    _require_same_teacher(then.teacher, now.teacher)
 
 
 def _require_equal(settings: Mapping[str, tuple[Any, Any]]) -> None:

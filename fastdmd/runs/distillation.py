@@ -164,6 +164,7 @@ def teacher_pairs(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Pai
         image_shape=teacher.image_shape,
         num_classes=teacher.num_classes,
         sigma=config.noise.conditioning_sigma,
+        label_emphasis=config.label_emphasis,
     )
 
 

@@ -56,6 +56,25 @@ def test_pairs_are_those_of_heuns_method(teacher_file, tmp_path, capsys):
     assert found.images.std() > 0.1
 
 
+def test_pairs_are_of_the_teacher_that_is_distilled(teacher_file, tmp_path, capsys):
+    """Its labels emphasized alike; so are the embedded teacher's by default."""
+    out = run_pairs(teacher_file, tmp_path / "pairs", "--label-emphasis", "1.3")
+    plain = run_pairs(teacher_file, tmp_path / "plain")
+    teacher = teachers.load(str(teacher_file))
+    config = TrainConfig(label_emphasis=1.3, method=MethodSettings(regression_weight=1.0, pairs=str(out)))
+    found = teacher_pairs(config.for_teacher(teacher), teacher)
+    teacher.emphasize_labels(1.3)
+    part = slice(0, 3)
+    assert torch.equal(HeunSampler(teacher, 2)(found.noise[part], found.labels[part]), found.images[part])
+    assert not torch.equal(found.images[part], load_file(plain / "pairs-00000.safetensors")["images"])
+
+    capsys.readouterr()
+    arguments = ["--teacher", str(teacher_file), "--pairs", str(out), "--regression-weight", "1", *QUICK]
+    refuses(train, arguments, "expected images of the teacher with --label-emphasis 1.0 in .*pairs, got 1.3", capsys)
+    embedded = run_pairs("mnist", tmp_path / "embedded", "--num", "1")
+    assert json.loads((embedded / "pairs.json").read_text())["label_emphasis"] == 0.923
+
+
 def test_a_teacher_of_shapes_alone_takes_pairs_of_any(teacher, teacher_file, tmp_path):
     """As that of a dry run of a preset; but not those of other shapes."""
     out = run_pairs(teacher_file, tmp_path / "pairs")

@@ -66,6 +66,7 @@ def test_noise_is_a_function_of_seed_and_index():
         ("teacher", "f" * 16, "expected images of the teacher f{16} in .*pairs, got 0123456789abcdef"),
         ("image_shape", (3, 4, 4), r"expected images of shape \(3, 4, 4\) in .*pairs, got \(1, 4, 4\)"),
         ("num_classes", 0, "expected a number of classes of 0 in .*pairs, got 3"),
+        ("label_emphasis", 1.3, "expected images of the teacher with --label-emphasis 1.3 in .*pairs, got 1.0"),
         ("sigma", 1e6, "expected noise scaled with --conditioning-sigma 1000000.0 in .*pairs, got 80.0"),
     ],
 )
