@@ -10,7 +10,7 @@ TORCHES := 2.11.0 2.14.1
 TORCH ?= $(lastword $(TORCHES))
 OTHER = build/torch-$(TORCH)
 
-.PHONY: train test sanitize test-torch test-matrix test-cuda-build dist lint bench soak fuzz gpu gpu-kit clean
+.PHONY: train test sanitize test-torch test-matrix test-cuda-build dist lint docs bench soak fuzz gpu gpu-kit clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
@@ -58,6 +58,10 @@ dist: .venv/ready
 	$(PIP) build
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(VENV) tools/dist.py dist
+
+# The pages of build/docs, from README.html on.
+docs: .venv/ready-dev
+	$(VENV) -m sphinx --fail-on-warning --keep-going --quiet -c tools/docs . build/docs
 
 bench: .venv/ready-dev
 	$(VENV) -m benchmarks.bench_ops $(ARGS)

@@ -49,6 +49,7 @@ class AdamWEMA(FlatOptimizer):
     It is a `torch.optim.Optimizer`: `zero_grad()`, `loss.backward()`, `step()` and torch's schedulers work;
     `backward(loss)` saves the copy that gradients cost after `zero_grad()`. The rate of a group is `lr` times
     `learning_rate_factor` times warm-up and decay. What differs from torch's AdamW:
+
     - A parameter that the loss does not reach has a gradient of zero, and decays; torch does that for zeros and skips
       None. One whose gradient `zero_grad()` made None and no backward pass filled is an error.
     - Parameters have moved, and must stay, as must modules: `.to(...)` of device, dtype or layout, wrappers that shard,
