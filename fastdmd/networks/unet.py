@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastdmd import diffusion
 from fastdmd.diffusion import DenoisingNetwork
-from fastdmd.networks.unet_blocks import Block, GroupNormSiLU, ResidualInput, conv, linear, norm_silu
+from fastdmd.networks.unet_blocks import Block, Concatenate, GroupNormSiLU, ResidualInput, conv, linear, norm_silu
 from fastdmd.networks.unet_config import UNetConfig
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class UNet(DenoisingNetwork):
         x, skips = encoded.features, list(encoded.skips)
         for block, embedding in zip(self.decoder, encoded.embeddings, strict=True):
             if block.resample is None:
-                x = torch.cat([x, skips.pop()], dim=1)
+                x = Concatenate.apply(x, skips.pop())
             x = block(x, embedding)
         x = self.conv_out(self.norm_out(x))
         return F.pixel_shuffle(x, self.config.patch_size)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastdmd import ops
 from fastdmd.networks.unet_config import UNetConfig
+from fastdmd.ops._validate import laid_out, memory_format
 
 
 class Conv3x3(nn.Conv2d):
@@ -76,6 +77,23 @@ class Repeat(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         return F.avg_pool2d(grad, 2, divisor_override=1)
+
+
+class Concatenate(torch.autograd.Function):
+    """Channels of `x` and of `skip`; their gradients are dense.
+
+    Slices of one gradient would be copied by each convolution that gets them, twice: for its input and its weights.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, skip: Tensor) -> Tensor:
+        ctx.channels, ctx.layout = (x.shape[1], skip.shape[1]), memory_format(x)
+        return torch.cat([x, skip], dim=1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = grad.split(ctx.channels, dim=1)
+        return laid_out(first, ctx.layout), laid_out(second, ctx.layout)
 
 
 class ResidualInput(nn.Module):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fastdmd import diffusion, pretrain
 from fastdmd.networks.unet import UNet, UNetConfig, positional_embedding
-from fastdmd.networks.unet_blocks import Repeat
+from fastdmd.networks.unet_blocks import Concatenate, Repeat
 from fastdmd.networks.weights import load_network, save_network
 from tests.helpers.networks import SMALL, make_network
 
@@ -80,6 +80,22 @@ def test_repetition_and_its_gradients():
     assert torch.equal(Repeat.apply(x), expected)
     assert_close(torch.autograd.grad(Repeat.apply(x), x, grad), torch.autograd.grad(expected, x, grad))
     assert torch.autograd.gradgradcheck(Repeat.apply, x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_concatenation_has_dense_gradients(layout):
+    """In the layout of the images; of a plain one they are slices, which each convolution copies."""
+    pair = [
+        torch.randn(2, channels, 4, 6, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+        for channels in (3, 5)
+    ]
+    expected = torch.cat(pair, dim=1)
+    grad = torch.randn(expected.shape, dtype=torch.float64).contiguous(memory_format=layout)
+    assert torch.equal(Concatenate.apply(*pair), expected)
+    found = torch.autograd.grad(Concatenate.apply(*pair), pair, grad)
+    for got, sliced in zip(found, torch.autograd.grad(expected, pair, grad), strict=True):
+        assert torch.equal(got, sliced) and got.is_contiguous(memory_format=layout)
+    assert torch.autograd.gradgradcheck(Concatenate.apply, pair)
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
