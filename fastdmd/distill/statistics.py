@@ -133,6 +133,16 @@ class ClassSums:
                 raise ValueError(f"expected {place}.{name} finite, of counts not negative, got other numbers")
         take(place, own, state)
 
+    def exchanged(self) -> Tensor:
+        """What other processes have to know of it, float64 `[n]`."""
+        return torch.cat([self._sums.flatten(), self._within])
+
+    def take_exchanged(self, found: Tensor, rank: int) -> None:
+        """Becomes the sum over processes of what they have, `[ranks, n]`, in the first; others begin anew."""
+        sums, within = (found.sum(0) if rank == 0 else found.new_zeros(found.shape[1])).split([self._sums.numel(), 2])
+        self._sums.copy_(sums.view_as(self._sums))
+        self._within.copy_(within)
+
     def read(self, least_images: int = 1) -> ClassFigures | None:
         """Waits for the device; the next reading starts from here. None, and nothing starts, of fewer images."""
         sums = self._sums.to("cpu", copy=True)

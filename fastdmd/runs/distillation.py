@@ -41,8 +41,10 @@ from fastdmd.runs.stages import Stage, save_networks
 from fastdmd.sampling import Generator, HeunSampler, Sampler, with_fewer_steps
 
 
-def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
-    """The networks and optimizers of one distillation. Raises ValueError for labels that cannot be emphasized."""
+def build(config: TrainConfig, teacher: DenoisingNetwork, process_group: Any = None) -> DMD2:
+    """The networks and optimizers of one distillation, which processes may share.
+
+    Raises ValueError for labels that cannot be emphasized."""
     config = config.for_teacher(teacher)
     if config.label_emphasis != 1:
         teacher = copy.deepcopy(teacher)
@@ -72,6 +74,7 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
         method=method,
         head_options={**guidance_options, "learning_rate": config.gan.gan_lr},
         nan_policy=config.nan_policy,
+        process_group=process_group,
     )
 
 
