@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastdmd.memory import ran_out_of_memory
 
@@ -78,6 +79,41 @@ class Ranks:
         with self._reaching_all():
             torch.distributed.gather_object(value, found if self.is_first else None, group=self.group, group_dst=0)
         return found
+
+    def gather_objects(self, value: Value) -> list[Value]:
+        """The same, on all ranks."""
+        found: list[Any] = [value] * self.size
+        if not self.is_alone:
+            with self._reaching_all():
+                torch.distributed.all_gather_object(found, value, group=self.group)
+        return found
+
+    def in_order(self, own: Iterable[Value | None]) -> Iterator[Value]:
+        """What all ranks make, round by round in the order of ranks: on the first one, on others nothing.
+
+        It ends where all have ended; None is left out, and tensors are on the host. A ValueError of one rank is raised
+        in all of them.
+        """
+        if self.is_alone:
+            yield from (value for value in own if value is not None)
+            return
+        values = iter(own)
+        while True:
+            value = fault = None
+            state = 1
+            try:
+                value = next(values)
+            except StopIteration:
+                state = 0
+            except ValueError as error:
+                state, fault = 2, error
+            states = self.gather(torch.tensor([state]))
+            if states.eq(2).any():
+                raise next(error for error in self.gather_objects(fault) if error is not None)
+            if not states.any():
+                return
+            value = tree_map_only(Tensor, Tensor.cpu, value)
+            yield from (other for other in self.gather_to_first(value) if other is not None)
 
     def from_first(self, make: Callable[[], Value]) -> Value:
         """What the first rank makes, on all of them; or the ValueError, TypeError or OSError that it raises."""

@@ -133,6 +133,10 @@ class ClassSums:
                 raise ValueError(f"expected {place}.{name} finite, of counts not negative, got other numbers")
         take(place, own, state)
 
+    def clear(self) -> None:
+        self._sums.zero_()
+        self._within.zero_()
+
     def exchanged(self) -> Tensor:
         """What other processes have to know of it, float64 `[n]`."""
         return torch.cat([self._sums.flatten(), self._within])
@@ -150,7 +154,6 @@ class ClassSums:
         if counts.sum() < least_images:
             return None
         squares, degrees = self._within.tolist()
-        self._sums.zero_()
-        self._within.zero_()
+        self.clear()
         means = sums[:, :-1] / counts.clamp(min=1)[:, None]
         return ClassFigures(counts, means, squares / degrees if degrees else torch.nan)

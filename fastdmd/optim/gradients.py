@@ -102,7 +102,8 @@ class Gradients:
         would reduce these gradients; for hooks that it would leave out; and for functions whose backward passes reach
         parameters by themselves.
         """
-        if not self._is_shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+        is_meant = self._is_shared or self._flat.is_meta  # of which there is nothing to reduce
+        if not is_meant and torch.distributed.is_available() and torch.distributed.is_initialized():
             if (num_processes := torch.distributed.get_world_size()) > 1:
                 raise ValueError(
                     f"fastdmd.AdamWEMA.backward: expected one process, got {num_processes}, whose gradients it does "

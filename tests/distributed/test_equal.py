@@ -11,7 +11,6 @@ from fastdmd.distill.draws import materialised
 from fastdmd.distill.exchange import exchange
 from fastdmd.distill.gan import GANSettings
 from fastdmd.distill.starts import map_tensors
-from fastdmd.distill.turns import DMD2
 from fastdmd.ranks import ALONE, Ranks
 from fastdmd.runs import distillation
 from tests.helpers.adversarial import CONFIG, TINY, real_images
@@ -46,7 +45,9 @@ def make(config, ranks, dtype):
     model = distillation.build(config, copy.deepcopy(teacher), process_group=ranks.group)
     if dtype == torch.float32:
         return model, draws
-    return model, lambda step: materialised(map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, draws(step)))
+    return model, lambda step: materialised(
+        map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, draws(step))
+    )
 
 
 def train(config, group=None, dtype=torch.float64, num_iterations=NUM_ITERATIONS):
@@ -62,7 +63,9 @@ def train(config, group=None, dtype=torch.float64, num_iterations=NUM_ITERATIONS
     kinds = [part for state in states for part in state.values() if isinstance(part, dict)]
     return {
         "weights": torch.cat([value.flatten() for part in kinds for value in part.values()]),
-        "start": torch.cat([value.flatten() for value in make(config, ALONE, dtype)[0].generator_optimizer.weights.values()]),
+        "start": torch.cat(
+            [value.flatten() for value in make(config, ALONE, dtype)[0].generator_optimizer.weights.values()]
+        ),
         "readings": [dataclasses.asdict(tally.read()) for tally in tallies],
         "class_sums": model.class_sums.state_dict()["sums"],
     }
