@@ -7,6 +7,7 @@ from fastdmd.runs import startup
 if __name__ == "__main__":
     startup.prepare("fastdmd.train")
 
+import dataclasses
 import math
 import sys
 from typing import Any
@@ -82,6 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
             if notice is not None:
                 terminal.say(notice)
         budget = budget_of(config.replace(batch_size=own_batch), teacher, device)
+        if budget is not None:
+            budget = dataclasses.replace(budget, num_processes=ranks.size)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return

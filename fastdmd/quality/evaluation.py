@@ -241,6 +241,7 @@ class Evaluation:
         if self._feature_network is None:
             for _ in self.ranks.in_order(True for _ in batches()):
                 pass
-            return Measurement(None, None, num_images=num_images), seconds
+            return Measurement(None, None, num_images=num_images), self.ranks.from_first(lambda: seconds)
         compared = {"real": self._real, "seed": self.seed, "ranks": self.ranks}
-        return metrics.evaluate(batches(), self._feature_network, self._reference, **compared), seconds
+        quality = metrics.evaluate(batches(), self._feature_network, self._reference, **compared)
+        return quality, self.ranks.from_first(lambda: seconds)
