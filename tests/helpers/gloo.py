@@ -1,7 +1,9 @@
 """Processes of one group, forked from the test: cheap, as what it has imported is there."""
 
+import functools
 import os
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 MOST_SECONDS = 100  # then a process that waits for another is killed
+FAILED = 99
 
 
 def in_processes(size, function, folder):
@@ -41,3 +44,39 @@ def _fork(rank: int, size: int, function, folder: Path) -> int:
         except BaseException:
             traceback.print_exc()
     os._exit(code)
+
+
+def started_as_torchrun_does(size, command, arguments, folder, before=lambda rank: None):
+    """Exit codes, and what each process said on stderr, of a command with `--out run` in a folder, started `size`
+    times. `before(rank)` is called in each of them first."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(size):
+        process = os.fork()
+        if process == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+            os._exit(_command(command, [*arguments, "--out", "run"], folder, functools.partial(before, rank), rank))
+        processes.append(process)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    return codes, [(folder / f"stderr-{rank}").read_text() for rank in range(size)]
+
+
+def _command(command, arguments, folder, before, rank) -> int:
+    os.chdir(folder)
+    signal.alarm(MOST_SECONDS)
+    with open(f"stderr-{rank}", "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
+        try:
+            before()
+            command.main(arguments)
+            return 0
+        except SystemExit as exit_:
+            if isinstance(exit_.code, str):
+                print(exit_.code, file=sys.stderr)
+            return exit_.code if isinstance(exit_.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            return FAILED
