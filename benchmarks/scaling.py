@@ -11,8 +11,8 @@ in `ratio` iterations, an iteration takes
     exchange(N) = 2 (N - 1) / N * bytes / bandwidth + 2 (N - 1) * latency      a ring; bytes: of the flat gradient
 
 Nothing overlaps: the exchange of all gradients stands between the backward pass and the optimizer. What does not
-shrink with N, `fixed(N) = (optimizer + exchange(N)) * updates`, takes half of the time at `B = N * fixed(N) / image`: of
-smaller batches, further GPUs help little. They make it slower beyond `N = (B * image / (2 latency * updates))^1/2`.
+shrink with N, `fixed(N) = (optimizer + exchange(N)) * updates`, takes half of the time at `B = N * fixed(N) / image`:
+of smaller batches, further GPUs help little. They make it slower beyond `N = (B * image / (2 latency * updates))^1/2`.
 """
 
 from __future__ import annotations
