@@ -48,10 +48,11 @@ class Buffers:
         """
         if self._ranks.is_alone:
             return
-        mean = self._shared[-1]
-        mean.copy_(balance) if balance is not None else mean.fill_(-1)
+        if balance is not None:
+            self._shared[-1:].copy_(balance)
         self._ranks.mean_(self._shared)
-        self.grad[:1].masked_fill_(~(mean < 0), math.nan)
+        if balance is not None:
+            self.grad[:1].masked_fill_(~(self._shared[-1] < 0), math.nan)
 
     def update(
         self, part: slice, step: Tensor, learning_rate: Tensor, *, factor: Tensor | None = None, **options: Any

@@ -73,8 +73,8 @@ def _may_report() -> bool:
         return own == "0"
     try:
         return _store.compare_set(FIRST_TO_FAIL, "", own) == own.encode()
-    except RuntimeError:  # whoever held it is gone
-        return True
+    except RuntimeError:  # without torchrun the first process holds it, which has ended, and has said why
+        return own == "0"
 
 
 def join(device: str) -> Ranks:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-MOST_SECONDS = 100  # then a process that waits for another is killed
+MOST_SECONDS = 300  # then a process that waits for another is killed
 FAILED = 99
 
 
