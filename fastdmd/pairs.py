@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
         folder = ranks.from_first(lambda: open_folder(config, record))
     with cli.run_errors("fastdmd.pairs", "making pairs", smaller):
         ranks.from_first(folder.begin)
-        with locked(config.out / RECORD) if ranks.is_first else contextlib.nullcontext():
+        lock: contextlib.AbstractContextManager = contextlib.nullcontext()
+        with locked(config.out / RECORD) if ranks.is_first else lock:
             make(folder, ranks.from_first(lambda: list(folder.missing())), sampler, device, ranks)
     print(f"{config.out}: {config.num} pairs")
 

@@ -294,7 +294,8 @@ class DMD2:
         shares = [part.left_out for part in terms if part.left_out is not None]
         left_out = _mean(shares) if shares else None
         found = torch.stack(seen).sum(0)
-        permitted, options = tally.permits(losses, found, left_out), {}
+        permitted = tally.permits(losses, found, left_out)
+        options: dict[str, Tensor] = {}
         if left_out is not None and not self.ranks.is_alone:
             options["balance"] = left_out - MOST_LEFT_OUT
         norms = [optimizer.update(permitted, **options) for optimizer in optimizers]

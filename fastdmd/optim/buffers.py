@@ -18,7 +18,7 @@ class Buffers:
     """Weights and gradients, moments, and perhaps averages and a low-precision copy of the weights, each `[n]`.
 
     `param` and `averages` are given; `compute_dtype`, if it is another than theirs, is that of `shadow` and `grad`.
-    Of several `ranks` gradients are `shared`, with a few more elements, which bring along what else they decide by.
+    Of several `ranks`, gradients are exchanged with a few more elements behind them, by which all decide together.
     """
 
     def __init__(

@@ -242,6 +242,7 @@ class Evaluation:
             for _ in self.ranks.in_order(True for _ in batches()):
                 pass
             return Measurement(None, None, num_images=num_images), self.ranks.from_first(lambda: seconds)
-        compared = {"real": self._real, "seed": self.seed, "ranks": self.ranks}
-        quality = metrics.evaluate(batches(), self._feature_network, self._reference, **compared)
+        quality = metrics.evaluate(
+            batches(), self._feature_network, self._reference, real=self._real, seed=self.seed, ranks=self.ranks
+        )
         return quality, self.ranks.from_first(lambda: seconds)

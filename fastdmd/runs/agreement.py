@@ -48,11 +48,8 @@ class Agreement:
 
     def signal(self) -> int | None:
         """The one that has come by now; at a place that all of them reach."""
-        return (
-            self._received()
-            if self._ranks.is_alone
-            else _first(self._ranks.gather(torch.tensor([self._received() or 0])))
-        )
+        own = self._received()
+        return own if self._ranks.is_alone else _first(self._ranks.gather(torch.tensor([own or 0])))
 
 
 def _first(numbers: torch.Tensor) -> int | None:

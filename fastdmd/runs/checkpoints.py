@@ -126,7 +126,9 @@ class Checkpoints:
                     raise
                 faults[path] = error
                 continue
-            for broken, fault in faults.items() if self._folder.is_written else ():
+            if not self._folder.is_written:
+                faults.clear()
+            for broken, fault in faults.items():
                 terminal.say(f"{broken} left out: {fault}; going on from {path.name}")
                 aside = broken.with_name(f"{broken.name}{BROKEN}")
                 with contextlib.suppress(OSError):
