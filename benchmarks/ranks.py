@@ -28,19 +28,7 @@ from pathlib import Path
 from benchmarks.environment import of_process
 from benchmarks.soak import differences, prepare
 
-QUIET = [
-    "--num-samples",
-    "0",
-    "--eval-every",
-    "0",
-    "--checkpoint-every",
-    "0",
-    "--record",
-    "none",
-    "--no-report",
-    "--snapshots",
-    "1",
-]
+QUIET = "--num-samples 0 --eval-every 0 --checkpoint-every 0 --record none --no-report --snapshots 1".split()
 
 
 def torchrun(arguments: Sequence[str], folder: Path, size: int, max_restarts: int = 0) -> subprocess.Popen:
