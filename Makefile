@@ -10,7 +10,7 @@ TORCHES := 2.11.0 2.14.1
 TORCH ?= $(lastword $(TORCHES))
 OTHER = build/torch-$(TORCH)
 
-.PHONY: train test sanitize test-torch test-matrix test-cuda-build dist lint docs bench soak fuzz gpu gpu-kit clean
+.PHONY: train test sanitize test-torch test-matrix test-cuda-build dist lint docs bench soak soak-ranks fuzz gpu gpu-kit clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
@@ -69,6 +69,10 @@ bench: .venv/ready-dev
 # A real training, killed a hundred times at random moments, and compared with one that was not.
 soak: .venv/ready
 	$(VENV) -m benchmarks.soak $(ARGS)
+
+# The same of several processes under torchrun.
+soak-ranks: .venv/ready
+	$(VENV) -m benchmarks.ranks $(ARGS)
 
 # Two thousand bad inputs, each of which has to be refused in a line or read right.
 fuzz: .venv/ready-dev

@@ -11,7 +11,7 @@ from benchmarks.failures import Case
 from fastdmd import teachers
 from fastdmd.quality.alarms import Alarm
 from fastdmd.quality.reference import Reference
-from fastdmd.runs import distillation
+from fastdmd.runs import distillation, watching
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.pictures import SampleSheet
 from fastdmd.sampling import Generator
@@ -37,7 +37,7 @@ def lines(case: Case, seed: int, iterations: int, **settings: Any) -> Iterator[L
     real = distillation.real_images(config, teacher, None)
     draws = distillation.make_draws(config, teacher, torch.device("cpu"), real)
     model = distillation.build(config, teacher)
-    watch, sheet = distillation.make_watch(config, model, None), SampleSheet(teacher, seed, torch.device("cpu"))
+    watch, sheet = watching.make_watch(config, model, None), SampleSheet(teacher, seed, torch.device("cpu"))
     assert watch is not None  # of a teacher that samples images
     sampler = Generator(model.average, config.noise.generator_sigmas, config.clamp_images)
     watch.see_average(sheet.of(sampler))

@@ -14,7 +14,7 @@ from fastdmd import teachers
 from fastdmd.files import write_atomically
 from fastdmd.quality import table
 from fastdmd.quality.evaluation import BATCH_SIZE
-from fastdmd.runs import cli, machine, outputs, terminal
+from fastdmd.runs import cli, distributed, machine, outputs, terminal
 from fastdmd.runs.config import EvaluateConfig
 from fastdmd.runs.machine import versions
 from fastdmd.sampling import with_fewer_steps
@@ -23,22 +23,26 @@ ADVICE = f"it samples {BATCH_SIZE} images at a time; use a larger --device"
 
 
 @terminal.command("fastdmd.evaluate")
+@distributed.command
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(EvaluateConfig, "fastdmd.evaluate", arguments)
     with cli.user_errors("fastdmd.evaluate", advice=ADVICE):
-        device = cli.resolve_device(config.device, seed=config.seed, deterministic=config.deterministic)
-        if config.out is not None:
+        ranks = distributed.join(config.device)
+        config = distributed.same_settings(config, ranks)
+        place = distributed.device_of(config.device)
+        device = cli.resolve_device(place, seed=config.seed, deterministic=config.deterministic)
+        if config.out is not None and ranks.is_first:
             outputs.require_file(config.out)
         machine.prepare(device)
         network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler = teachers.sampler_of(network, metadata, config.evaluation.teacher_steps)
         dataset = config.data.load_named(network)
-        evaluation = cli.make_evaluation(config, network, dataset, device)
+        evaluation = cli.make_evaluation(config, network, dataset, device, ranks)
         assert evaluation is not None  # at least two samples
     with cli.run_errors("fastdmd.evaluate", "measuring", ADVICE):
         samplers = with_fewer_steps(metadata["kind"], sampler)
         rows = {name: evaluation.measure(sampler, name=name) for name, sampler in samplers.items()}
-    if config.out is not None:
+    if config.out is not None and ranks.is_first:
         figures = {name: dataclasses.asdict(row) for name, row in {**rows, "floor": evaluation.floor}.items()}
         text = json.dumps({**figures, "seed": config.seed, "versions": versions(device)}, indent=2) + "\n"
         with cli.run_errors("fastdmd.evaluate", "writing the figures"):

@@ -31,7 +31,7 @@ from fastdmd.networks.accelerate import unaccelerate
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, save_network
 from fastdmd.randomness import Stream, normals
-from fastdmd.runs import cli, outputs, terminal
+from fastdmd.runs import cli, distributed, outputs, terminal
 from fastdmd.runs.config import CommandSettings
 from fastdmd.sampling import Generator, balanced_labels, step_normals
 from fastdmd.settings import Input, Positional, above
@@ -62,6 +62,7 @@ class ExportConfig(CommandSettings):
 
 @terminal.command("fastdmd.export")
 def main(arguments: list[str] | None = None) -> None:
+    distributed.require_alone("fastdmd.export")
     config = cli.parse(ExportConfig, "fastdmd.export", arguments)
     with cli.user_errors("fastdmd.export", "exporting", "it needs six times the weights"):
         cli.resolve_device("cpu")

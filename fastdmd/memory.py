@@ -47,12 +47,13 @@ def require_memory(num_bytes: float, device: torch.device, what: str, advice: st
         )
 
 
-def half(batch_size: int, accumulation_steps: int | None = None) -> str:
-    """What to try where a batch did not fit and nothing else is known; `accumulation_steps`, where there are such."""
+def half(batch_size: int, accumulation_steps: int | None = None, num_processes: int = 1) -> str:
+    """What to try where a batch, of each process, did not fit and nothing else is known; `accumulation_steps`, where
+    there are such."""
     if batch_size // (accumulation_steps or 1) == 1:
         return f"one image at a time is all that --batch-size {batch_size} leaves; use a larger device"
     steps = accumulation_steps or 1
-    smaller = f"try --batch-size {batch_size // 2 // steps * steps}"
+    smaller = f"try --batch-size {batch_size // 2 // steps * steps * num_processes}"
     if accumulation_steps is None:
         return smaller
     more = next(n for n in range(2 * steps, batch_size + 1) if batch_size % n == 0)

@@ -7,28 +7,35 @@ from fastdmd.runs import startup
 if __name__ == "__main__":
     startup.prepare("fastdmd.pairs")
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from fastdmd import quality, teachers
 from fastdmd.bars import bar
 from fastdmd.data.pairs import RECORD, PairFolder, PairRecord, read_record
 from fastdmd.memory import half
 from fastdmd.networks.identity import identity
-from fastdmd.runs import cli, continuity, machine, outputs, terminal
+from fastdmd.ranks import ALONE, Ranks
+from fastdmd.runs import cli, continuity, distributed, machine, outputs, terminal
 from fastdmd.runs.config import PairsConfig, of_label_emphasis
 from fastdmd.runs.lock import locked, require_free
 from fastdmd.sampling import HeunSampler
 
 
 @terminal.command("fastdmd.pairs")
+@distributed.command
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PairsConfig, "fastdmd.pairs", arguments)
     smaller = half(config.batch_size)
     with cli.user_errors("fastdmd.pairs", advice=smaller):
-        device = cli.resolve_device(config.device, seed=config.seed, deterministic=config.deterministic)
-        outputs.require_folder(config.out)
+        ranks = distributed.join(config.device)
+        config = distributed.same_settings(config, ranks)
+        place = distributed.device_of(config.device)
+        device = cli.resolve_device(place, seed=config.seed, deterministic=config.deterministic)
+        ranks.from_first(lambda: outputs.require_folder(config.out))
         machine.prepare(device, batch_size=config.batch_size)
         teacher, metadata = teachers.read(config.teacher, config.adapter, device)
         if metadata["kind"] != "teacher":
@@ -49,30 +56,44 @@ def main(arguments: list[str] | None = None) -> None:
             device=device.type,
             label_emphasis=label_emphasis,
         )
-        require_free(config.out / RECORD)
-        if (config.out / RECORD).exists():
-            continuity.require_same_pairs(config, read_record(config.out), record)
-        folder = PairFolder(config.out, record)
+        folder = ranks.from_first(lambda: open_folder(config, record))
     with cli.run_errors("fastdmd.pairs", "making pairs", smaller):
-        folder.begin()
-        with locked(config.out / RECORD):
-            make(folder, list(folder.missing()), sampler, device)
+        ranks.from_first(folder.begin)
+        lock: contextlib.AbstractContextManager = contextlib.nullcontext()
+        with locked(config.out / RECORD) if ranks.is_first else lock:
+            make(folder, ranks.from_first(lambda: list(folder.missing())), sampler, device, ranks)
     print(f"{config.out}: {config.num} pairs")
 
 
-def make(folder: PairFolder, missing: Sequence[int], sampler: HeunSampler, device: torch.device) -> None:
-    """Makes the files that are missing. Raises ValueError where the teacher gives NaN or infinity."""
-    record = folder.record
+def open_folder(config: PairsConfig, record: PairRecord) -> PairFolder:
+    """Raises OSError where somebody writes to it, ValueError where it is of other settings."""
+    require_free(config.out / RECORD)
+    if (config.out / RECORD).exists():
+        continuity.require_same_pairs(config, read_record(config.out), record)
+    return PairFolder(config.out, record)
+
+
+def make(
+    folder: PairFolder, missing: Sequence[int], sampler: HeunSampler, device: torch.device, ranks: Ranks = ALONE
+) -> None:
+    """Makes the files that are missing: all ranks in turn, the first one writes. Raises ValueError where the teacher
+    gives NaN or infinity."""
+    record, own = folder.record, missing[ranks.rank :: ranks.size]
     present = record.num_parts - len(missing)
-    for index in bar(missing, unit="batch", initial=present, total=record.num_parts):
-        part = record.part(index)
-        labels = record.labels(part)
-        class_labels = None if labels is None else labels.to(device)
-        images = quality.sample(sampler, record.noise(part).to(device), class_labels)
-        if num_broken := int((~images.isfinite().flatten(1).all(1)).sum()):
-            raise ValueError(
-                f"fastdmd.pairs: expected finite images of the teacher, got NaN or infinity in {num_broken}"
-            )
+
+    def made() -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        for index in bar(own, unit="batch", initial=present, total=present + len(own)):
+            part = record.part(index)
+            labels = record.labels(part)
+            class_labels = None if labels is None else labels.to(device)
+            images = quality.sample(sampler, record.noise(part).to(device), class_labels)
+            if num_broken := int((~images.isfinite().flatten(1).all(1)).sum()):
+                raise ValueError(
+                    f"fastdmd.pairs: expected finite images of the teacher, got NaN or infinity in {num_broken}"
+                )
+            yield index, images, labels
+
+    for index, images, labels in ranks.in_order(made()):
         folder.write(index, images, labels)
 
 

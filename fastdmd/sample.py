@@ -18,7 +18,7 @@ from fastdmd import quality, teachers
 from fastdmd.data import to_uint8
 from fastdmd.files import write_atomically
 from fastdmd.memory import half, require_memory
-from fastdmd.runs import cli, machine, outputs, terminal
+from fastdmd.runs import cli, distributed, machine, outputs, terminal
 from fastdmd.runs.config import SampleConfig
 from fastdmd.runs.pictures import image_grid
 from fastdmd.sampling import Sampler, balanced_labels, start_noise
@@ -28,6 +28,7 @@ BYTES_PER_VALUE = 4 + 1 + 1  # an image as floats, as integers, and in the pictu
 
 @terminal.command("fastdmd.sample")
 def main(arguments: list[str] | None = None) -> None:
+    distributed.require_alone("fastdmd.sample")
     config = cli.parse(SampleConfig, "fastdmd.sample", arguments)
     with cli.user_errors("fastdmd.sample", "sampling", f"{half(config.batch_size)} or a smaller --num"):
         device = cli.resolve_device(config.device, seed=config.seed, deterministic=config.deterministic)

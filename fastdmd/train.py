@@ -7,6 +7,7 @@ from fastdmd.runs import startup
 if __name__ == "__main__":
     startup.prepare("fastdmd.train")
 
+import dataclasses
 import math
 import sys
 from typing import Any
@@ -21,7 +22,7 @@ from fastdmd.distill.optimization import averages_notice, warm_up_notice
 from fastdmd.memory import half, require_memory
 from fastdmd.networks.unet import UNet
 from fastdmd.report import ending
-from fastdmd.runs import cli, continuity, distillation, machine, resume, terminal
+from fastdmd.runs import cli, continuity, distillation, distributed, machine, resume, terminal, watching
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.contents import contents
 from fastdmd.runs.course import Course
@@ -38,14 +39,19 @@ BYTES_PER_PAIR = 3 * 4  # more with a regression: noise, the teacher's images, a
 
 
 @terminal.command("fastdmd.train")
+@distributed.command
 def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.train"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
     chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, PRESETS)
     smaller = half(chosen.batch_size, chosen.compute.accumulation_steps)
     with cli.user_errors("fastdmd.train", advice=smaller):
-        device = cli.resolve_device(chosen.device, seed=chosen.seed, deterministic=chosen.deterministic)
-        past = None if chosen.dry_run else resume.past_of(chosen)
+        ranks = distributed.join(chosen.device)
+        chosen = distributed.same_settings(chosen, ranks)
+        distributed.require_parts(chosen.batch_size, chosen.compute.accumulation_steps, ranks)
+        place = distributed.device_of(chosen.device)
+        device = cli.resolve_device(place, seed=chosen.seed, deterministic=chosen.deterministic)
+        past = None if chosen.dry_run else ranks.from_first(lambda: resume.past_of(chosen))
         if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
             terminal.say(notice)
         averages = chosen.optimizer.averages(chosen.batch_size)
@@ -63,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         if past is not None and past.has_nothing_left(config):
             return
-        machine.prepare(device, precision=config.compute.precision, batch_size=config.batch_size)
+        own_batch = config.batch_size // ranks.size
+        machine.prepare(device, precision=config.compute.precision, batch_size=own_batch)
         dataset = config.data.load_named(teacher)
         real = distillation.real_images(config, teacher, dataset)
         pairs = distillation.teacher_pairs(config, teacher)
@@ -75,11 +82,13 @@ def main(arguments: list[str] | None = None) -> None:
             notice = unseen_classes(real, teacher.num_classes, are_judged=config.gan.is_on)
             if notice is not None:
                 terminal.say(notice)
-        budget = budget_of(config, teacher, device)
+        budget = budget_of(config.replace(batch_size=own_batch), teacher, device)
+        if budget is not None:
+            budget = dataclasses.replace(budget, num_processes=ranks.size)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return
-        num_values = config.batch_size * math.prod(teacher.image_shape)
+        num_values = own_batch * math.prod(teacher.image_shape)
         num_more_steps = len(config.noise.generator_sigmas) - 1
         bytes_per_value = BYTES_PER_DRAW + BYTES_PER_JUDGED * config.gan.is_on + BYTES_PER_STEP * num_more_steps
         bytes_per_value += BYTES_PER_PAIR * config.method.has_regression
@@ -88,29 +97,29 @@ def main(arguments: list[str] | None = None) -> None:
             if budget.is_hopeless:
                 raise ValueError(advice)
             print(f"{advice} (an estimate)")
-        evaluation = cli.make_evaluation(config, teacher, dataset, device)
-        folder = resume.open_folder(config, past)
+        evaluation = cli.make_evaluation(config, teacher, dataset, device, ranks)
+        folder = distributed.folder_of(config, past, ranks)
         teacher_record = None if config.measure_teacher else metadata.get("record")
-        print(f"distilling {config.teacher} into {folder.path} on {device}")
+        print(f"distilling {config.teacher} into {folder.path} on {device}{distributed.told(ranks, own_batch)}")
         if "acceleration" in metadata:
             print(metadata["acceleration"])
         with folder.being_set_up():
-            training = distillation.Distillation(config, teacher, folder, teacher_record, real, pairs, stage)
+            training = distillation.Distillation(config, teacher, folder, teacher_record, real, pairs, stage, ranks)
             for notice in training.notices:
                 terminal.say(notice)
             course = Course(training, config.monitor, evaluation, folder, config.batch_size)
-            watch = distillation.make_watch(config, training.model, dataset)
+            watch = watching.make_watch(config, training.model, dataset, ranks)
             made_of = contents(config.evaluation, dataset, pairs=pairs)
-            checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of, teacher)
-            record = Record(folder, config.record)
-            loop = Loop(training, config, folder, course, watch, checkpoints, record)
+            checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of, teacher, ranks)
+            record = Record(folder, config.record) if ranks.is_first else None
+            loop = Loop(training, config, folder, course, watch, checkpoints, record, ranks)
     with cli.run_errors("fastdmd.train", "distilling", smaller if budget is None else budget.smaller()):
         summary = loop.run(evaluation)
     if real is not None and evaluation is not None:
         print(overlap(dataset, "The adversarial term" if config.gan.is_on else "The generator"))
     if summary["teacher"]["recorded"]:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
-    if config.record.report:
+    if config.record.report and ranks.is_first:
         is_complete = summary["outcome"] == "complete"
         shown = config.data.load() if dataset is None and config.teacher == "mnist" and is_complete else dataset
         ending.write(folder.path, config, device, teacher=teacher, real=shown, is_complete=is_complete)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdmd.diffusion import per_sample
+from fastdmd.ranks import ALONE, Ranks
 
 Divergence = Literal["reverse-kl", "forward-kl", "jensen-shannon", "hellinger"]
 MAX_RATIO = 100.0  # of densities, either way: what a discriminator says beyond is no measurement
@@ -51,9 +52,10 @@ def density_ratio(logit: Tensor) -> Tensor:
     return logit.exp().clamp(1 / MAX_RATIO, MAX_RATIO)
 
 
-def divergence_weight(logit: Tensor, divergence: Divergence) -> Tensor:
+def divergence_weight(logit: Tensor, divergence: Divergence, ranks: Ranks = ALONE) -> Tensor:
     """`h(r) / mean(h)`, `h(r) = f''(r) r^2`, `[B]`: times the gradient of distribution matching, that of f.
 
+    The mean is over the logits of all `ranks`, one exchange of a number.
     `h` is 1 for `reverse-kl`, which is distribution matching itself, `r` for `forward-kl`, `r / (1 + r)` for
     `jensen-shannon`, `sqrt(r) / 4` for squared `hellinger`, with `r = density_ratio(logit)` (Xu et al. 2025, f-distill,
     table 1). Differentiable, though as a weight it counts as constant. Raises ValueError for another divergence or
@@ -71,7 +73,7 @@ def divergence_weight(logit: Tensor, divergence: Divergence) -> Tensor:
         h = r.sqrt() / 4
     else:
         h = torch.ones_like(r)
-    return h / h.mean()
+    return h / ranks.mean_(h.mean())
 
 
 def weigh_gradient(x: Tensor, weight: Tensor) -> Tensor:

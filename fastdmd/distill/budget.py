@@ -35,6 +35,7 @@ class Budget:
     peak_bytes: int  # the state and the most that a turn needs beside it
     available_bytes: int | None  # None: unknown
     largest_batch_size: int | None  # to first order; None where this one fits or nothing is known
+    num_processes: int = 1  # with as large a batch each; flags are of all of them
 
     @property
     def fits(self) -> bool | None:
@@ -58,10 +59,11 @@ class Budget:
     def smaller(self) -> str:
         """What fits by this estimate; of what it says to fit and yet does not, half."""
         if self.fits or self.largest_batch_size is None:
-            return half(self.batch_size, self.accumulation_steps)
+            return half(self.batch_size, self.accumulation_steps, self.num_processes)
         part = self.largest_batch_size // self.accumulation_steps
         steps = (n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0 and self.batch_size // n <= part)
-        return f"try --batch-size {part * self.accumulation_steps} or --accumulation-steps {next(steps)}"
+        of_all = part * self.accumulation_steps * self.num_processes
+        return f"try --batch-size {of_all} or --accumulation-steps {next(steps)}"
 
     def report(self) -> dict:
         """Everything, for JSON."""

@@ -62,7 +62,7 @@ class GANSettings(Settings):
     """Learning rate of the discriminator. Default: the fake score's."""
     divergence: Divergence = "reverse-kl"
     """What distribution matching minimizes; others than reverse-kl weigh each image by the discriminator's ratio of
-    densities, whose mean is taken over the images of one accumulation step."""
+    densities, whose mean is taken over the images of one accumulation step, of all processes."""
 
     @property
     def is_on(self) -> bool:

@@ -23,6 +23,7 @@ from fastdmd.distill.losses import TrainedDenoiser, denoised_loss, denoising_los
 from fastdmd.distill.matching import DistributionMatching, Matching, ScoreIdentity
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.regression import PAIRED, PairDraws, regression_loss
+from fastdmd.ranks import ALONE, Ranks
 
 R1_DEVIATION = 0.05  # of the noise that approximate R1 adds, as a share of that of the image which it is added to
 
@@ -79,6 +80,10 @@ class Method(Protocol):
     def draws(self) -> type[Draws]:
         """The random inputs that it reads."""
 
+    def of_ranks(self, ranks: Ranks) -> Method:
+        """The same where the images of a turn are those of one process of several."""
+        ...
+
     @property
     def generator_scalars(self) -> tuple[str, ...]: ...
 
@@ -107,6 +112,9 @@ class Matched:
     head = None
     draws = Draws
     guidance_scalars = ("loss_fake",)
+
+    def of_ranks(self, ranks: Ranks) -> Matched:
+        return self
 
     @property
     def generator_scalars(self) -> tuple[str, ...]:
@@ -145,8 +153,12 @@ class Adversarial:
     sigma_data: float  # in the weight of `L_fake`, and of images
     matching: Matching = DistributionMatching()
     is_weighted: bool = True  # whether `L_fake` has a weight
+    ranks: Ranks = ALONE
 
     draws = AdversarialDraws
+
+    def of_ranks(self, ranks: Ranks) -> Adversarial:
+        return dataclasses.replace(self, ranks=ranks)
 
     @property
     def generator_scalars(self) -> tuple[str, ...]:
@@ -172,7 +184,7 @@ class Adversarial:
         if gan.divergence != "reverse-kl":
             with torch.no_grad():
                 logit = judge(draws.dm_sigma, draws.dm_noise, draws.dm_key)
-                weight = divergence_weight(logit, gan.divergence)
+                weight = divergence_weight(logit, gan.divergence, self.ranks)
             matched = weigh_gradient(x_gen, weight)
         total, left_out = self.matching(matched, draws, teacher=teacher, fake_score=fake_score)
         scalars = {self.matching.scalar: total}
@@ -239,6 +251,9 @@ class Regressed:
 
     method: Method
     weight: float
+
+    def of_ranks(self, ranks: Ranks) -> Regressed:
+        return dataclasses.replace(self, method=self.method.of_ranks(ranks))
 
     @property
     def head(self) -> nn.Module | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,19 @@ def optimizers_of(model: DMD2) -> dict[str, AdamWEMA]:
     """By the names of what they train."""
     optimizers = {"generator": model.generator_optimizer, "fake_score": model.guidance_optimizer}
     return optimizers if model.head_optimizer is None else {**optimizers, "head": model.head_optimizer}
+
+
+def weights_of(model: DMD2) -> Iterator[Tensor]:
+    """And moments, averages and whatever of the networks is not trained; the teacher's."""
+    for optimizer in optimizers_of(model).values():
+        yield from tensors_of_optimizer(optimizer)
+    yield from (x for x in model.teacher.state_dict().values() if isinstance(x, Tensor))
+
+
+def tensors_of_optimizer(optimizer: AdamWEMA) -> Iterator[Tensor]:
+    """Weights, moments, averages, and what of its network is not trained."""
+    for part in (*optimizer.state_views().values(), _untrained(optimizer)):
+        yield from part.values() if isinstance(part, Mapping) else ()
 
 
 def first_not_finite(optimizers: Mapping[str, AdamWEMA]) -> str | None:

@@ -133,6 +133,20 @@ class ClassSums:
                 raise ValueError(f"expected {place}.{name} finite, of counts not negative, got other numbers")
         take(place, own, state)
 
+    def clear(self) -> None:
+        self._sums.zero_()
+        self._within.zero_()
+
+    def exchanged(self) -> Tensor:
+        """What other processes have to know of it, float64 `[n]`."""
+        return torch.cat([self._sums.flatten(), self._within])
+
+    def take_exchanged(self, found: Tensor, rank: int) -> None:
+        """Becomes the sum over processes of what they have, `[ranks, n]`, in the first; others begin anew."""
+        sums, within = (found.sum(0) if rank == 0 else found.new_zeros(found.shape[1])).split([self._sums.numel(), 2])
+        self._sums.copy_(sums.view_as(self._sums))
+        self._within.copy_(within)
+
     def read(self, least_images: int = 1) -> ClassFigures | None:
         """Waits for the device; the next reading starts from here. None, and nothing starts, of fewer images."""
         sums = self._sums.to("cpu", copy=True)
@@ -140,7 +154,6 @@ class ClassSums:
         if counts.sum() < least_images:
             return None
         squares, degrees = self._within.tolist()
-        self._sums.zero_()
-        self._within.zero_()
+        self.clear()
         means = sums[:, :-1] / counts.clamp(min=1)[:, None]
         return ClassFigures(counts, means, squares / degrees if degrees else torch.nan)

@@ -39,7 +39,8 @@ class Tally:
 
     A turn is bad if one of its scalars is NaN or infinite, or if half of its samples were left out: its update is to
     move nothing, see `permits`. It is counted and its scalars are not. `statistics` are judged by nobody: those of a
-    turn that are not finite are left out, one by one.
+    turn that are not finite are left out, one by one. `is_shared`: the samples are those of one process of several,
+    whose optimizers judge together how many were left out: a norm, which all of them have, is NaN then.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Tally:
         device: torch.device,
         statistics: tuple[str, ...] = (),
         guard: Guard | None = None,
+        *,
+        is_shared: bool = False,
     ):
-        self.names, self.statistics = names, statistics
+        self.names, self.statistics, self._is_shared = names, statistics, is_shared
         self.guard = Guard(device) if guard is None else guard
         self.latest = torch.zeros(len(names), device=device)  # scalars of the last turn
         self._sums = torch.zeros(len(names), device=device)
@@ -62,7 +65,7 @@ class Tally:
         """Whether the update of a turn is to move anything, 0-dim; `seen` are the `marks` of what it is made of."""
         needed = seen if self.guard.stops else seen[:NUM_NEEDED]
         good = torch.cat([needed, _row(losses)]).isfinite().all() & ~self.guard.is_halted
-        return good if left_out is None else good & (left_out < MOST_LEFT_OUT)
+        return good if left_out is None or self._is_shared else good & (left_out < MOST_LEFT_OUT)
 
     @torch.no_grad()
     def add(
@@ -81,8 +84,9 @@ class Tally:
         self._note(torch.zeros(len(SEEN), device=self.latest.device) if seen is None else seen)
         good = self.latest.isfinite().all()
         if left_out is not None:
-            good = good & (left_out < MOST_LEFT_OUT)
             self._counts[3] += left_out
+            if not self._is_shared:
+                good = good & (left_out < MOST_LEFT_OUT)
         self._sums += torch.where(good, self.latest, 0)
         self._counts[0] += good
         self._counts[1:3] += ~good
@@ -115,6 +119,20 @@ class Tally:
             if not (state[name] >= least).all() or not state[name][0] < num:
                 raise ValueError(f"expected {place}.{name} of a tally, got {state[name].tolist()!s:.80}")
         take(place, own, state)
+
+    def exchanged(self) -> Tensor:
+        """What other processes have to know of it, float64 `[n]`."""
+        return torch.cat([self._weighted.flatten(), self._sums, self._counts, self._first]).double()
+
+    def take_exchanged(self, found: Tensor, rank: int) -> None:
+        """Becomes the mean over processes of what they have, `[ranks, n]`; the first fault is that of all."""
+        parts = self._weighted, self._sums, self._counts, self._first
+        weighted, sums, counts, first = found.split([part.numel() for part in parts], dim=1)
+        for own, values in ((self._weighted, weighted), (self._sums, sums), (self._counts, counts)):
+            own.copy_(values.mean(0).view_as(own))
+        if faults := [(iteration, place) for place, iteration in first.tolist() if place >= 0]:
+            iteration, place = min(faults)
+            self._first.copy_(torch.tensor([place, iteration]))
 
     def read(self) -> Reading:
         """Waits for the device; the next reading starts from here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -20,8 +21,9 @@ from fastdmd.distill.methods import Matched, Method, Terms
 from fastdmd.distill.scheduled import Scheduled
 from fastdmd.distill.starts import make_images
 from fastdmd.distill.statistics import TURN_STATISTICS, ClassSums, comparison, turn_statistics
-from fastdmd.distill.tally import Tally
+from fastdmd.distill.tally import MOST_LEFT_OUT, Tally
 from fastdmd.optim import AdamWEMA
+from fastdmd.ranks import Ranks
 from fastdmd.sampling import Generator
 
 
@@ -40,7 +42,8 @@ class DMD2:
     parts, with the gradient of the whole: less memory, more time. `method` says which losses the turns add up; by
     default those of DMD2, with `sigma_data` in the weight of the fake score's. What it has for a head is trained in
     guidance turns by an `AdamWEMA` of its own, with `head_options`. `nan_policy`: an update with NaN or infinity is
-    left out ("skip"), or all that follow are, too ("stop").
+    left out ("skip"), or all that follow are, too ("stop"). With a `process_group` of torch.distributed, each process
+    has an equal part of the batch, and updates are those of the whole, see `AdamWEMA`; scalars are of a part.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class DMD2:
         method: Method | None = None,
         head_options: Mapping[str, Any] | None = None,
         nan_policy: NanPolicy = "skip",
+        process_group: Any = None,
     ):
         for name, count in (
             ("dfake_gen_update_ratio", dfake_gen_update_ratio),
@@ -74,7 +78,8 @@ class DMD2:
         assert generator_sigmas is not None
         self.device = next(teacher.parameters()).device
         self.executor = Executor(execution, self.device)
-        self.method: Method = Matched(sigma_data) if method is None else method
+        self.ranks = Ranks.of(process_group)
+        self.method: Method = (Matched(sigma_data) if method is None else method).of_ranks(self.ranks)
         self.dfake_gen_update_ratio, self.accumulation_steps = dfake_gen_update_ratio, accumulation_steps
         teacher = teacher.eval().requires_grad_(False)
         self.teacher = teacher
@@ -83,22 +88,24 @@ class DMD2:
             for parameter in self.teacher.parameters():  # not the buffers: frequencies need their digits
                 parameter.data = parameter.data.to(compute_dtype)
         # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left.
+        shared: dict[str, Any] = {"compute_dtype": compute_dtype, "process_group": process_group}
         self.generator = copy.deepcopy(teacher).requires_grad_(True)
-        self.generator_optimizer = AdamWEMA(self.generator, compute_dtype=compute_dtype, **generator_options)
+        self.generator_optimizer = AdamWEMA(self.generator, **shared, **generator_options)
         self.fake_score = copy.deepcopy(teacher).requires_grad_(True)
-        self.guidance_optimizer = AdamWEMA(self.fake_score, compute_dtype=compute_dtype, **guidance_options)
+        self.guidance_optimizer = AdamWEMA(self.fake_score, **shared, **guidance_options)
         self.head_optimizer: AdamWEMA | None = None
         guidance_norms: tuple[str, ...] = ("fake_grad_norm",)
         if self.method.head is not None:
-            self.head_optimizer = AdamWEMA(self.method.head, compute_dtype=compute_dtype, **(head_options or {}))
+            self.head_optimizer = AdamWEMA(self.method.head, **shared, **(head_options or {}))
             guidance_norms += ("head_grad_norm",)
         generator_scalars = (*self.method.generator_scalars, "generator_grad_norm")
         self.guard = Guard(self.device, stops=nan_policy == "stop")
-        self.generator_tally = Tally(generator_scalars, self.device, TURN_STATISTICS, self.guard)
+        tally = functools.partial(Tally, device=self.device, guard=self.guard, is_shared=not self.ranks.is_alone)
+        self.generator_tally = tally(generator_scalars, statistics=TURN_STATISTICS)
         self.class_sums: ClassSums | None = None  # of the images of generator turns
         if teacher.num_classes:
             self.class_sums = ClassSums(teacher.image_shape, teacher.num_classes, self.device)
-        self.guidance_tally = Tally((*self.method.guidance_scalars, *guidance_norms), self.device, guard=self.guard)
+        self.guidance_tally = tally((*self.method.guidance_scalars, *guidance_norms))
         self._teacher = self.executor.denoiser(self.teacher)
         self._fake_score = self.executor.denoiser(self.fake_score)
         self._sampler = Generator(self.executor.denoiser(self.generator), generator_sigmas, clamp_images)
@@ -288,7 +295,10 @@ class DMD2:
         left_out = _mean(shares) if shares else None
         found = torch.stack(seen).sum(0)
         permitted = tally.permits(losses, found, left_out)
-        norms = [optimizer.update(permitted) for optimizer in optimizers]
+        options: dict[str, Tensor] = {}
+        if left_out is not None and not self.ranks.is_alone:
+            options["balance"] = left_out - MOST_LEFT_OUT
+        norms = [optimizer.update(permitted, **options) for optimizer in optimizers]
         tally.add(*losses, *norms, seen=found, left_out=left_out, statistics=statistics)
 
 

@@ -19,6 +19,7 @@ from fastdmd.optim.flat import Watch, check_network, flatten, padded_size, views
 from fastdmd.optim.gradients import Gradients
 from fastdmd.optim.groups import Group, check_count, members, named, schedule
 from fastdmd.optim.states import FlatOptimizer, check_groups, check_state, without_parameters
+from fastdmd.ranks import Ranks
 
 LINKS = ("_masters", "_gradients", "_watches", "_captured_options", "_versions", "_seen")
 EMA_WARMUP = 10.0  # the n-th update averages with at most n / (n + 10), so that a short run does not remember its start
@@ -45,6 +46,9 @@ class AdamWEMA(FlatOptimizer):
     `groups` maps regular expressions, searched in parameter names, to what differs there: `{"norm|bias":
     {"weight_decay": 0.0}, "^map_": {"learning_rate_factor": 0.1}}`; the first that matches counts. Clipping stays
     global. More than one group costs a pass over the gradients, and with `compute_dtype` a wide copy of each group's.
+
+    `process_group`, of torch.distributed: each of its processes has an equal part of the batch, and the same weights at
+    first. An update takes the mean of their gradients: one all_reduce of the flat buffer, a CUDA graph may hold it.
 
     It is a `torch.optim.Optimizer`: `zero_grad()`, `loss.backward()`, `step()` and torch's schedulers work;
     `backward(loss)` saves the copy that gradients cost after `zero_grad()`. The rate of a group is `lr` times
@@ -75,6 +79,7 @@ class AdamWEMA(FlatOptimizer):
         ema_warmup: float = EMA_WARMUP,
         compute_dtype: torch.dtype | None = None,
         groups: Mapping[str, Mapping[str, float]] | None = None,
+        process_group: Any = None,
     ):
         check_options("AdamWEMA", learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
         check_options("AdamWEMA", max_grad_norm=max_grad_norm, ema_warmup=ema_warmup)
@@ -96,7 +101,8 @@ class AdamWEMA(FlatOptimizer):
             raise ValueError(f"fastdmd.AdamWEMA: expected compute_dtype bfloat16 or float16, got {compute_dtype}")
         param = flatten(self.parameters)
         self._averages = Averages(network, self._names, decays, ema_warmup)
-        self._buffers = Buffers(param, self._averages.flat, compute_dtype)
+        self._ranks = Ranks.of(process_group)
+        self._buffers = Buffers(param, self._averages.flat, compute_dtype, self._ranks)
 
         self._groups: list[Group] = []
         for names, _ in parts:
@@ -113,7 +119,8 @@ class AdamWEMA(FlatOptimizer):
         for parameter, view in zip(self.parameters, views(self._buffers.weights, self.parameters), strict=True):
             parameter.data = view
         self._masters = views(self._buffers.param, self.parameters)
-        self._gradients = Gradients(self.parameters, self._names, self._buffers.grad)
+        is_shared = not self._ranks.is_alone
+        self._gradients = Gradients(self.parameters, self._names, self._buffers.grad, is_shared=is_shared)
         self._watches = [Watch(self.network, dict(zip(self.parameters, self._names, strict=True)), flags=True)]
         self._watches += self._averages.link(self.network, self._names, set(self.parameters))
         self._captured_options: list[tuple] | None = None
@@ -149,9 +156,9 @@ class AdamWEMA(FlatOptimizer):
         """`loss.backward()` for the parameters alone, a few launches instead of one addition per parameter.
 
         Overwrites the gradients, or adds to them with `accumulate`. A parameter that the loss does not depend on has a
-        gradient of zero. Raises ValueError for what only `loss.backward()` does right: several processes, hooks of
-        `register_post_accumulate_grad_hook` (those of `register_hook` run), and functions whose backward pass reaches
-        parameters by itself, as in a reentrant checkpoint.
+        gradient of zero. Raises ValueError for what only `loss.backward()` does right: processes of no `process_group`,
+        hooks of `register_post_accumulate_grad_hook` (those of `register_hook` run), and functions whose backward pass
+        reaches parameters by itself, as in a reentrant checkpoint.
         """
         self._check()
         self._gradients.fill(loss, accumulate=accumulate)
@@ -182,19 +189,21 @@ class AdamWEMA(FlatOptimizer):
         self.num_updates += 1
 
     @torch.no_grad()
-    def update(self, permitted: Tensor | None = None) -> Tensor:
+    def update(self, permitted: Tensor | None = None, *, balance: Tensor | None = None) -> Tensor:
         """The device's part of a step, the same launches every time: what a captured graph may hold.
 
         Only `lr` may change under a graph. A replay runs no Python, so no stale autograd graph raises after it. Where
-        `permitted`, 0-dim, is False on the device, nothing moves and the norm is NaN.
+        `permitted`, 0-dim, is False on the device of any process, nothing moves and the norm is NaN, in all of them;
+        with a `process_group` also where the mean of their `balance`, 0-dim, is not below zero.
         """
         self._gradients.collect(required=True)
         self._adopt()
         if permitted is not None:  # what the op does of a gradient that is not finite
             self._buffers.grad[:1].masked_fill_(~permitted, math.nan)
-        return self._update()
+        return self._update(balance)
 
-    def _update(self) -> Tensor:
+    def _update(self, balance: Tensor | None = None) -> Tensor:
+        self._buffers.share(balance)
         if self._buffers.param.is_cuda and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
             self._captured_options = self._fixed_options()
         if len(self._groups) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,27 +10,49 @@ import torch
 from torch import Tensor
 
 from fastdmd import ops
-from fastdmd.optim.flat import views
+from fastdmd.optim.flat import ALIGNMENT, views
+from fastdmd.ranks import ALONE, Ranks
 
 
 class Buffers:
     """Weights and gradients, moments, and perhaps averages and a low-precision copy of the weights, each `[n]`.
 
     `param` and `averages` are given; `compute_dtype`, if it is another than theirs, is that of `shadow` and `grad`.
+    Of several `ranks`, gradients are exchanged with a few more elements behind them, by which all decide together.
     """
 
-    def __init__(self, param: Tensor, averages: Sequence[Tensor], compute_dtype: torch.dtype | None):
+    def __init__(
+        self, param: Tensor, averages: Sequence[Tensor], compute_dtype: torch.dtype | None, ranks: Ranks = ALONE
+    ):
+        self._ranks = ranks
         self.param = param
         self.averages = averages
         self.exp_avg = torch.zeros_like(param)
         self.exp_avg_sq = torch.zeros_like(param)
         self.shadow = None if compute_dtype in (None, param.dtype) else param.to(compute_dtype)
-        self.grad = torch.zeros_like(self.weights)
+        self._shared = self.weights.new_zeros(len(param) + (0 if ranks.is_alone else ALIGNMENT))
 
     @property
     def weights(self) -> Tensor:
         """What the network computes with."""
         return self.param if self.shadow is None else self.shadow
+
+    @property
+    def grad(self) -> Tensor:
+        return self._shared[: len(self.param)]
+
+    def share(self, balance: Tensor | None = None) -> None:
+        """Makes `grad` the mean over all ranks, in one exchange; NaN somewhere, unless that of `balance` is below zero.
+
+        In the precision of the gradients.
+        """
+        if self._ranks.is_alone:
+            return
+        if balance is not None:
+            self._shared[-1:].copy_(balance)
+        self._ranks.mean_(self._shared)
+        if balance is not None:
+            self.grad[:1].masked_fill_(~(self._shared[-1] < 0), math.nan)
 
     def update(
         self, part: slice, step: Tensor, learning_rate: Tensor, *, factor: Tensor | None = None, **options: Any

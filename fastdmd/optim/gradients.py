@@ -25,11 +25,13 @@ class Gradients:
     """`.grad` of each parameter, in a buffer `flat`.
 
     Others may rebind `.grad`: `zero_grad()`, `backward(create_graph=True)`, wrappers. `collect` moves what they left.
-    Gradients from before count.
+    Gradients from before count. `is_shared`: somebody takes their mean over all processes.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str], flat: Tensor):
-        self._parameters, self._names, self._flat = parameters, names, flat
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], names: Sequence[str], flat: Tensor, *, is_shared: bool = False
+    ):
+        self._parameters, self._names, self._flat, self._is_shared = parameters, names, flat, is_shared
         self._graph_is_known = False
         self._lay_out()
         self._take({index: own.grad for index, own in enumerate(parameters) if own.grad is not None})
@@ -96,14 +98,17 @@ class Gradients:
     def fill(self, loss: Tensor, *, accumulate: bool) -> None:
         """The gradient of a loss, instead of or in addition to what is there; zero where it depends on nothing.
 
-        Raises ValueError in a group of processes, as it runs no hooks, and so nobody would reduce these gradients; for
-        hooks that it would leave out; and for functions whose backward passes reach parameters by themselves.
+        Raises ValueError in a group of processes that the optimizer was not told of, as it runs no hooks, and so nobody
+        would reduce these gradients; for hooks that it would leave out; and for functions whose backward passes reach
+        parameters by themselves.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        is_meant = self._is_shared or self._flat.is_meta  # of which there is nothing to reduce
+        if not is_meant and torch.distributed.is_available() and torch.distributed.is_initialized():
             if (num_processes := torch.distributed.get_world_size()) > 1:
                 raise ValueError(
                     f"fastdmd.AdamWEMA.backward: expected one process, got {num_processes}, whose gradients it does "
-                    "not reduce; loss.backward() of a network in DistributedDataParallel does, and step() takes them"
+                    "not reduce; AdamWEMA(process_group=...) does, as does loss.backward() of a network in "
+                    "DistributedDataParallel, which step() takes"
                 )
         if any(map(HOOKS, self._parameters)):
             raise ValueError(

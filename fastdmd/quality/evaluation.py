@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 import zlib
@@ -19,6 +20,7 @@ from fastdmd.quality import features, metrics
 from fastdmd.quality.frechet import COVARIANCES
 from fastdmd.quality.measurement import Measurement
 from fastdmd.randomness import Stream, permutation
+from fastdmd.ranks import ALONE, Ranks
 from fastdmd.sampling import Sampler, balanced_labels, start_noise
 
 BATCH_SIZE = 250  # images per forward pass
@@ -50,6 +52,8 @@ class Evaluation:
     Where the images are not what the embedded digit classifier sees and no `feature_network` is given, only speed is
     measured. `notices` say so, and what else a reader of the figures should know, a line each.
 
+    Several `ranks` sample together, batch by batch, and the first one, which alone has a reference, measures for all.
+
     Raises ValueError or OSError for a feature network, a reference or images that do not fit each other; the network
     is tried before any image of the dataset is looked at.
     """
@@ -65,7 +69,9 @@ class Evaluation:
         reference: str | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ):
+        self.ranks = ranks
         self.image_shape = image_shape
         self.num_classes = num_classes
         self.num_samples = num_samples
@@ -97,27 +103,42 @@ class Evaluation:
         )
         if num_features > SLOW_FEATURES:
             warnings.warn(f"a Fréchet distance in {num_features} features takes minutes, each time", stacklevel=2)
+        self.floor, self.notices = ranks.from_first(
+            functools.partial(self._look_at_real, network, num_features, dataset, reference, is_digits=is_digits)
+        )
+
+    def _look_at_real(
+        self,
+        network: features.FeatureNetwork,
+        num_features: int,
+        dataset: data.Dataset | None,
+        reference: str | None,
+        *,
+        is_digits: bool,
+    ) -> tuple[Measurement, list[str]]:
+        """Takes what to compare with; returns the floor, and what is to be said."""
         if reference is not None:
             self._reference = metrics.FeatureStatistics.from_npz(reference, num_features)
         is_embedded = dataset is None
         least_images = 4 if reference is None else 2  # two have a covariance; without a reference, two halves are
         dataset = data.load() if dataset is None else dataset
-        dataset = dataset.require(image_shape=image_shape, least_images=least_images)
+        dataset = dataset.require(image_shape=self.image_shape, least_images=least_images)
         has_own_reference = reference is not None or (is_digits and is_embedded)
         if self._reference is None and has_own_reference:
             self._reference = metrics.reference_statistics()
-        order = permutation(len(dataset), seed=seed, stream=Stream.EVALUATION_ORDER)
+        order = permutation(len(dataset), seed=self.seed, stream=Stream.EVALUATION_ORDER)
         whole = self._survey_all(dataset, network, order[: metrics.MAX_KEPT])
         self._reference = self._reference or whole.statistics
         if is_digits and not is_embedded:
             self.notices += metrics.foreign_digits(whole, dataset.name)
-        self.floor = self._measure_floor(dataset, network, whole if has_own_reference else None, order)
-        num_images = min(self.num_samples, self.floor.num_images)
+        floor = self._measure_floor(dataset, network, whole if has_own_reference else None, order)
+        num_images = min(self.num_samples, floor.num_images)
         if num_images <= num_features:
             self.notices.append(
                 f"the Fréchet distance of {num_images} images in {num_features} features is too large: their "
                 "covariance needs more images than features"
             )
+        return floor, self.notices
 
     def _survey_all(self, dataset: data.Dataset, network: features.FeatureNetwork, drawn: Tensor) -> metrics.Survey:
         """All images, of which those `drawn` are to be compared with."""
@@ -181,8 +202,7 @@ class Evaluation:
         If `record` is of a measurement like this one, only the speed is measured again. `before_batch` may raise.
         """
         evaluations = sampler.num_evaluations
-        settings = self._settings(evaluations)
-        if record is not None and record["settings"] == settings:
+        if record is not None and self.ranks.from_first(lambda: record["settings"] == self._settings(evaluations)):
             num_images = min(SPEED_IMAGES, self.num_samples)
             *_, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
             known = Measurement(**record["quality"])
@@ -197,13 +217,16 @@ class Evaluation:
         """The quality of `num_images` samples, and the seconds that sampling took."""
         seconds = 0.0
         labels = balanced_labels(num_images, self.num_classes, self.device)
-        starts = range(0, num_images, BATCH_SIZE)
+        rounds = range(0, num_images, self.ranks.size * BATCH_SIZE)
 
         def batches():
             nonlocal seconds
-            for start in bar(starts, desc=f"sampling {name}", unit="batch", leave=False):
+            for first in bar(rounds, desc=f"sampling {name}", unit="batch", leave=False):
                 before_batch()
+                start = first + self.ranks.rank * BATCH_SIZE
                 part = slice(start, min(start + BATCH_SIZE, num_images))
+                if part.start >= part.stop:  # others have one
+                    return
                 noise, step_noise = start_noise(part, self.image_shape, sampler.num_step_noises, self.seed, self.device)
                 class_labels = None if labels is None else labels[part]
                 started = time.perf_counter()
@@ -216,8 +239,10 @@ class Evaluation:
                 yield images, class_labels
 
         if self._feature_network is None:
-            for _ in batches():
+            for _ in self.ranks.in_order(True for _ in batches()):
                 pass
-            return Measurement(None, None, num_images=num_images), seconds
-        quality = metrics.evaluate(batches(), self._feature_network, self._reference, real=self._real, seed=self.seed)
-        return quality, seconds
+            return Measurement(None, None, num_images=num_images), self.ranks.from_first(lambda: seconds)
+        quality = metrics.evaluate(
+            batches(), self._feature_network, self._reference, real=self._real, seed=self.seed, ranks=self.ranks
+        )
+        return quality, self.ranks.from_first(lambda: seconds)

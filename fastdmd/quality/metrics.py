@@ -19,6 +19,7 @@ from fastdmd.quality.kernel_distance import kernel_distance
 from fastdmd.quality.measurement import Measurement
 from fastdmd.quality.precision_recall import NUM_NEIGHBOURS, precision_recall
 from fastdmd.randomness import Stream, generator, permutation
+from fastdmd.ranks import ALONE, Ranks
 
 __all__ = [
     "ASSETS",
@@ -55,6 +56,7 @@ def evaluate(
     *,
     real: Tensor | None = None,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Measurement:
     """Fréchet distance of images to `reference`, how often the classifier sees the label asked for, and the rest.
 
@@ -67,15 +69,20 @@ def evaluate(
         reference: statistics of real images in the same features; None leaves out the distance.
         real: features [N, D] of real images in random order, which precision, recall and kernel distance compare with.
         seed: of the subsets that the kernel distance draws.
+        ranks: whose batches count in their order, round by round; the first one measures them all.
 
     Returns a Measurement without speed; `class_accuracy` is None if any batch lacks labels or logits, a label its
     logit, or a logit is NaN. Raises ValueError if an image is not finite, features do not fit `reference` or are beyond
     1e60, or images are too few.
     """
-    found = survey(batches, feature_network, None if reference is None else len(reference.mean))
-    if found.num_images == 0:
-        raise _error("evaluate", "at least one image", "none")
-    return measure(found, reference, real=real, seed=seed)
+    found = survey(batches, feature_network, None if reference is None else len(reference.mean), ranks=ranks)
+
+    def measured() -> Measurement:
+        if found.num_images == 0:
+            raise _error("evaluate", "at least one image", "none")
+        return measure(found, reference, real=real, seed=seed)
+
+    return ranks.from_first(measured)
 
 
 def measure(
@@ -140,15 +147,17 @@ def survey(
     feature_network: FeatureNetwork,
     num_features: int | None = None,
     chosen: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Survey:
     """Statistics, accuracy and confidence at once; arguments and errors as in `evaluate`, for a reference that has
-    `num_features` of them. Features are kept of the images that are `chosen`, bool for each, or of the first."""
+    `num_features` of them. Features are kept of the images that are `chosen`, bool for each, or of the first. Of
+    several `ranks` the first one has what they come to, others nothing."""
     statistics = FeatureStatistics()
     kept: list[Kept] = []
     num_images = num_correct = 0
     confidence = 0.0
     has_logits = has_accuracy = True
-    for features, logits, labels in _feature_batches(batches, feature_network):
+    for features, logits, labels in ranks.in_order(_feature_batches(batches, feature_network)):
         if num_features not in (None, features.shape[1]):
             raise _error("evaluate", f"a reference of {features.shape[1]} features", num_features)
         statistics.update(features)

@@ -14,7 +14,7 @@ from typing import Annotated
 from fastdmd.report import page
 from fastdmd.report.reading import read_runs
 from fastdmd.report.study import Study, study, subject_of
-from fastdmd.runs import cli, machine, outputs, terminal
+from fastdmd.runs import cli, distributed, machine, outputs, terminal
 from fastdmd.runs.config import CommandSettings
 from fastdmd.runs.folder import REPORT
 from fastdmd.settings import Positional, Switch, fail
@@ -45,6 +45,7 @@ class ReportConfig(CommandSettings):
 
 @terminal.command("fastdmd.report")
 def main(arguments: list[str] | None = None) -> None:
+    distributed.require_alone("fastdmd.report")
     config = cli.parse(ReportConfig, "fastdmd.report", arguments)
     with cli.user_errors("fastdmd.report", "reading"):
         device = cli.resolve_device(config.device)

@@ -18,6 +18,7 @@ from fastdmd.settings import Settings, at_least, fail
 
 # What a state that is none of this run's makes whoever takes it over raise.
 FAULTS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, OSError)
+EARLIER_VERSIONS = {"processes": 1}  # of runs from before there were several
 BROKEN = ".broken"  # at the end of the name of a checkpoint that was left out; it goes when there is a new one
 
 
@@ -75,9 +76,14 @@ class Checkpoints:
         somebody asks for is due in any case."""
         if self._settings.is_off or is_asked:
             return is_asked
-        every, seconds = self._settings.iterations, self._settings.seconds
+        seconds = self._settings.seconds
         is_time = seconds > 0 and time.monotonic() - self._written >= seconds
-        return is_last or is_time or (every > 0 and iteration % every == 0)
+        return is_last or is_time or self.is_fixed(iteration)
+
+    def is_fixed(self, iteration: int) -> bool:
+        """Whether the settings name this iteration."""
+        every = self._settings.iterations
+        return every > 0 and iteration % every == 0
 
     @property
     def is_off(self) -> bool:
@@ -120,6 +126,8 @@ class Checkpoints:
                     raise
                 faults[path] = error
                 continue
+            if not self._folder.is_written:
+                faults.clear()
             for broken, fault in faults.items():
                 terminal.say(f"{broken} left out: {fault}; going on from {path.name}")
                 aside = broken.with_name(f"{broken.name}{BROKEN}")
@@ -140,7 +148,7 @@ class Checkpoints:
         return False
 
     def _tell_of_versions(self, then: Mapping[str, Any]) -> None:
-        now = self._origin["versions"]
+        now, then = self._origin["versions"], {**EARLIER_VERSIONS, **then}
         if others := [f"{name} {then.get(name)}, now {now[name]}" for name in now if now[name] != then.get(name)]:
             terminal.say(
                 f"the run was begun with {'; '.join(others)}: from here on it may be another, by its roundings"

@@ -17,6 +17,7 @@ from fastdmd.diffusion import Denoiser, DenoisingNetwork
 from fastdmd.memory import SMALLER, ran_out_of_memory
 from fastdmd.networks.user_code import place_in_user_code, reason
 from fastdmd.quality import Evaluation
+from fastdmd.ranks import ALONE, Ranks
 from fastdmd.runs import help, machine, outputs, terminal
 from fastdmd.runs.config import CommandConfig, CommandSettings
 from fastdmd.runs.presets import Preset
@@ -153,7 +154,11 @@ def resolve_device(name: str, *, seed: int | None = None, deterministic: bool = 
 
 
 def make_evaluation(
-    config: CommandConfig, network: Denoiser, dataset: data.Dataset | None, device: torch.device
+    config: CommandConfig,
+    network: Denoiser,
+    dataset: data.Dataset | None,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Evaluation | None:
     """What the final figures are measured with; None where the user wants none."""
     settings = config.evaluation
@@ -168,6 +173,7 @@ def make_evaluation(
         reference=settings.reference,
         seed=config.seed,
         device=device,
+        ranks=ranks,
     )
     for notice in evaluation.notices:
         terminal.say(notice)

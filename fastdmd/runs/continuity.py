@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fastdmd.data.pairs import PairRecord
-from fastdmd.runs.checkpoints import CheckpointSettings
+from fastdmd.runs.checkpoints import EARLIER_VERSIONS, CheckpointSettings
 from fastdmd.runs.cli import to_json
 from fastdmd.runs.config import PairsConfig
 from fastdmd.settings import Settings, check, flags
@@ -116,6 +116,7 @@ def require_same_origin(origin: Mapping[str, Any], now: Mapping[str, Any], confi
 
 def _require_same_machine(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ValueError where numbers would be rounded in another way."""
+    then = {**EARLIER_VERSIONS, **then}
     if others := [f"{name} {then.get(name)}, got {now[name]}" for name in now if now[name] != then.get(name)]:
         raise ValueError(f"expected with --deterministic what the run was begun with: {'; '.join(others)}")
 

@@ -206,6 +206,8 @@ class Course:
             self._levels[f"{name}, {row.num_images} images"] = row.frechet_distance
 
     def _draw(self) -> None:
+        if not self._folder.is_written:
+            return
         num_steps = self._training.candidates.sampler.num_evaluations
         samples = f"{self._monitor.eval_samples} samples of {num_steps} step{'s' if num_steps > 1 else ''}"
         title = f"{self._folder.path.name}: {samples} a measurement"

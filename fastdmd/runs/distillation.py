@@ -16,6 +16,7 @@ from fastdmd.data import Dataset
 from fastdmd.data.pairs import Pairs, load_pairs
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill import DMD2, Draws, methods
+from fastdmd.distill.exchange import exchange
 from fastdmd.distill.regression import with_pairs
 from fastdmd.distill.starts import tensors_of
 from fastdmd.distill.states import (
@@ -25,14 +26,14 @@ from fastdmd.distill.states import (
     optimizers_of,
     require_same_draws,
     state_of,
+    weights_of,
 )
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
 from fastdmd.networks.weights import generator_metadata, save_network
-from fastdmd.quality.reference import Reference
-from fastdmd.quality.watch import Watch
 from fastdmd.randomness import Stream, generator
+from fastdmd.ranks import ALONE, Ranks
 from fastdmd.runs.candidates import Candidates
 from fastdmd.runs.config import ResolvedTrainConfig, TrainConfig
 from fastdmd.runs.folder import BEST, GENERATOR, NETWORKS, RunFolder
@@ -41,8 +42,10 @@ from fastdmd.runs.stages import Stage, save_networks
 from fastdmd.sampling import Generator, HeunSampler, Sampler, with_fewer_steps
 
 
-def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
-    """The networks and optimizers of one distillation. Raises ValueError for labels that cannot be emphasized."""
+def build(config: TrainConfig, teacher: DenoisingNetwork, process_group: Any = None) -> DMD2:
+    """The networks and optimizers of one distillation, which processes may share.
+
+    Raises ValueError for labels that cannot be emphasized."""
     config = config.for_teacher(teacher)
     if config.label_emphasis != 1:
         teacher = copy.deepcopy(teacher)
@@ -72,6 +75,7 @@ def build(config: TrainConfig, teacher: DenoisingNetwork) -> DMD2:
         method=method,
         head_options={**guidance_options, "learning_rate": config.gan.gan_lr},
         nan_policy=config.nan_policy,
+        process_group=process_group,
     )
 
 
@@ -168,32 +172,6 @@ def teacher_pairs(config: ResolvedTrainConfig, teacher: DenoisingNetwork) -> Pai
     )
 
 
-def make_watch(config: ResolvedTrainConfig, model: DMD2, named: Dataset | None) -> Watch | None:
-    """What looks for alarms: beside real images, the user's or the embedded teacher's digits, else the teacher's own.
-
-    None where the teacher samples NaN or infinity.
-    """
-    num_classes = model.teacher.num_classes
-    if named is None and config.teacher == "mnist":
-        named = config.data.load()
-    if named is not None:
-        reference = Reference.of_dataset(named, num_classes, config.seed)
-    else:
-        sampler = HeunSampler(model.teacher, config.evaluation.teacher_steps)
-        num_at_once = config.batch_size // config.compute.accumulation_steps
-        reference = Reference.of_teacher(sampler, num_at_once, config.seed)
-    if reference is None:
-        return None
-    has_one_average = len(model.generator_optimizer.ema_networks) == 1  # of several, one that lags is no fault
-    return Watch(
-        reference,
-        model.class_sums,
-        settled_at=config.optimizer.warmup_iterations,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        follows_average=has_one_average and not config.noise.uses_real_images,
-    )
-
-
 class Distillation:
     """What the loop is given: of the generator's averages one is what it keeps, shows and measures.
 
@@ -209,9 +187,10 @@ class Distillation:
         real: Dataset | None = None,
         pairs: Pairs | None = None,
         stage: Stage | None = None,
+        ranks: Ranks = ALONE,
     ):
-        self.config = config
-        self.model = build(config, teacher)
+        self.config, self._ranks = config, ranks
+        self.model = build(config, teacher, ranks.group)
         self._averages = config.optimizer.averages(config.batch_size)
         self._generator = functools.partial(
             Generator, sigmas=config.noise.generator_sigmas, clamped=config.clamp_images
@@ -224,10 +203,13 @@ class Distillation:
         self.tallies = (self.model.generator_tally, self.model.guidance_tally)
         device = next(teacher.parameters()).device
         self._teacher, self._teacher_record = teacher, teacher_record
-        self._folder = folder.path
+        self._folder = folder
         self._networks_of: tuple[int, str] | None = None  # iteration and kept average of the networks on the disk
         self._next = 0  # iteration
-        self._draws = make_draws(config, teacher, device, real, pairs)
+        self._all_draws = make_draws(config, teacher, device, real, pairs)
+        rows = ranks.rows(config.batch_size)
+        own = config.replace(batch_size=rows.stop - rows.start)
+        self._draws = make_draws(own, teacher, device, real, pairs, first_sample=rows.start)
         self._sheet = SampleSheet(teacher, config.seed, device)
 
     @property
@@ -239,19 +221,28 @@ class Distillation:
         self.model.iterate(iteration, self._draws)
 
     def state_dict(self) -> dict[str, Any]:
-        """And a digest of what the next iteration draws: images that are others by then would be no continuation."""
+        """And a digest of what the next iteration draws, of all processes: images that are others by then would be no
+        continuation."""
         return {
             "model": state_of(self.model),
             "candidates": self.candidates.state_dict(),
             "next": self._next,
-            "draws": digest(*tensors_of(self._draws(self._next))),
+            "draws": digest(*tensors_of(self._all_draws(self._next))),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._next = state["next"]  # which the loop has looked at
-        require_same_draws(self._next, state["draws"], *tensors_of(self._draws(self._next)))
+        require_same_draws(self._next, state["draws"], *tensors_of(self._all_draws(self._next)))
         load_state(self.model, state["model"], self._next)
         self.candidates.load_state_dict(state["candidates"])
+        if self.model.class_sums is not None and not self._ranks.is_first:
+            self.model.class_sums.clear()  # the first process has those of all
+
+    def exchange(self) -> None:
+        exchange([*self.tallies, *([] if self.model.class_sums is None else [self.model.class_sums])], self._ranks)
+
+    def digest(self) -> str:
+        return digest(*weights_of(self.model))
 
     def fault(self) -> str | None:
         return first_not_finite(optimizers_of(self.model))
@@ -263,11 +254,13 @@ class Distillation:
         return self._sheet.of(self.candidates.sampler)
 
     def save(self, iteration: int, **information: Any) -> None:
+        if not self._folder.is_written:
+            return
         self._save(GENERATOR, iteration, **information)
         now = iteration, self.candidates.kept
         if now != self._networks_of:
             save_networks(
-                self._folder / NETWORKS,
+                self._folder.path / NETWORKS,
                 self.model,
                 self._averages,
                 kept=self.candidates.kept,
@@ -277,16 +270,25 @@ class Distillation:
             self._networks_of = now
 
     def save_best(self, iteration: int, **information: Any) -> None:
-        self._save(BEST, iteration, **information)
+        if self._folder.is_written:
+            self._save(BEST, iteration, **information)
 
     def best_sampler(self) -> Sampler:
         network = copy.deepcopy(self._teacher)
-        load_weights(network.inner, self._folder / BEST)
+
+        def read() -> dict[str, Tensor]:
+            load_weights(network.inner, self._folder.path / BEST)
+            return {name: value.cpu() for name, value in network.inner.state_dict().items()}
+
+        if not self._ranks.is_alone:
+            network.inner.load_state_dict(self._ranks.from_first(read))
+        else:
+            read()
         return self._generator(network)
 
     def _save(self, name: str, iteration: int, **information: Any) -> None:
         save_network(
-            self._folder / name,
+            self._folder.path / name,
             self.network,
             kind="generator",
             **generator_metadata(self._generator(self.network)),

@@ -55,6 +55,8 @@ class RunFolder:
     was there before is touched.
     """
 
+    is_written = True  # by this process
+
     def __init__(self, path: Path, config: dict[str, Any]):
         require_new(path)
         self.path, self.config = path, config
@@ -151,6 +153,25 @@ class RunFolder:
         for name in (SUMMARY, REPORT):
             (self.path / name).unlink(missing_ok=True)
         self.write_json(CONFIG, self.config)
+
+
+class SilentFolder(RunFolder):
+    """The same for a process that writes nothing, as another one does."""
+
+    is_written = False
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path, self.config = path, config
+
+    def discard(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None: ...
+
+    def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None: ...
+
+    def go_back(self, reached: Mapping[str, Mapping[str, Any]], best: Path | None) -> None: ...
 
 
 class ReopenedFolder(RunFolder):

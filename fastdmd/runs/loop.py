@@ -15,17 +15,18 @@ from fastdmd import bars
 from fastdmd.networks.user_code import reason
 from fastdmd.quality import Evaluation, Measurement, table
 from fastdmd.quality.watch import Watch
-from fastdmd.runs import interrupts, randomness
+from fastdmd.ranks import ALONE, Ranks
+from fastdmd.runs import closing, distributed, interrupts, randomness
+from fastdmd.runs.agreement import Agreement
 from fastdmd.runs.checkpoints import Checkpoints
 from fastdmd.runs.course import Course
 from fastdmd.runs.folder import SAMPLES, SUMMARY, RunFolder
 from fastdmd.runs.log import Log, first_fault
 from fastdmd.runs.machine import versions
 from fastdmd.runs.pictures import SampleHistory, image_grid
-from fastdmd.runs.progress import ENDED_EARLY, Interrupted, Progress, Received, stop_if_interrupted
+from fastdmd.runs.progress import ENDED_EARLY, Interrupted, Progress, stop_if_interrupted
 from fastdmd.runs.record import Record
 from fastdmd.runs.training import LoopSettings, Resumable, Training
-from fastdmd.sampling import Sampler
 from fastdmd.saved import AMOUNT, MAPPING, require
 
 
@@ -34,8 +35,9 @@ class Loop:
     set-up: the first snapshot is in the folder, or what `checkpoints` have of a run that goes on is where it belongs.
     With them, `training` is `Resumable`, too.
 
-    `watch` looks at what the log tells, for alarms; `record` is told what the folder is. Raises ValueError where the
-    network gives NaN or infinity before it has learned anything, and where no checkpoint is whole.
+    `watch` looks at what the log tells, for alarms; `record` is told what the folder is. Several `ranks` all run it;
+    the first one writes and decides. Raises ValueError where the network gives NaN or infinity before it has learned
+    anything, where no checkpoint is whole, and where ranks start from other weights.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Loop:
         watch: Watch | None = None,
         checkpoints: Checkpoints | None = None,
         record: Record | None = None,
+        ranks: Ranks = ALONE,
     ):
         self._training, self._settings, self._folder = training, settings, folder
-        self._course, self._checkpoints = course, checkpoints
+        self._course, self._checkpoints, self._ranks = course, checkpoints, ranks
         self._record = Record(folder) if record is None else record
         self._log = Log(training, settings, self._record, watch)
         self._history = SampleHistory(folder.path / SAMPLES)
@@ -58,10 +61,13 @@ class Loop:
         self._unwritten: str | None = None  # what the disk said last
         self._is_on_cpu = next(training.network.parameters()).device.type == "cpu"
         goes_on = checkpoints is not None and checkpoints.restore(self.load_state_dict)
+        if not ranks.is_alone:
+            distributed.require_equal("weights", f"{self._progress.iterations} {training.digest()}", ranks)
+            randomness.part(ranks.rank, self._progress.iterations)
         self._record.start(self._progress.iterations)
         if goes_on:
             return
-        if (fault := self._snapshot(0)) is not None:
+        if (fault := ranks.from_first(lambda: self._snapshot(0))) is not None:
             raise ValueError(f"fastdmd: expected a network to start from, got {fault}")
 
     def run(self, evaluation: Evaluation | None = None) -> dict:
@@ -81,9 +87,10 @@ class Loop:
             interrupts.deferred() as received,
             interrupts.asked() as is_asked,
         ):
+            agreement = Agreement(self._ranks, received)
             try:
-                self._train(progress, received, is_asked)
-                self._measure(evaluation, progress, rows, received)
+                self._train(progress, agreement, is_asked)
+                closing.measure(self._training, self._course, evaluation, progress, rows, agreement.signal)
             except (Exception, SystemExit) as error:
                 progress.outcome, progress.reason = "failed", reason(error)
                 if progress.iterations < self._settings.iterations:
@@ -113,12 +120,18 @@ class Loop:
         self._folder.write_json(SUMMARY, summary)
         return summary
 
-    def _train(self, progress: Progress, received: Received, is_asked: Callable[[], bool]) -> None:
-        settings = self._settings
+    def _train(self, progress: Progress, agreement: Agreement, is_asked: Callable[[], bool]) -> None:
+        settings, checkpoints = self._settings, self._checkpoints
+
+        def is_due(*, is_last: bool) -> bool:
+            if checkpoints is None:
+                return False
+            return checkpoints.is_due(progress.iterations, is_last=is_last, is_asked=is_asked())
+
         self._log.start()
         with bars.bar(total=settings.iterations, initial=progress.iterations, unit="it") as bar:
             if progress.iterations > 0:
-                self._attend(progress, received, bar)  # to what was due when the checkpoint was written
+                self._attend(progress, agreement, bar)  # to what was due when the checkpoint was written
             while progress.iterations < settings.iterations and progress.goes_on:
                 self._training.iterate(progress.iterations)
                 progress.iterations += 1
@@ -128,29 +141,36 @@ class Loop:
                     progress.first_iteration_seconds = time.perf_counter() - self._started
                     bar.write(f"first iteration done after {progress.first_iteration_seconds:.1f} s")
                 is_last = progress.iterations == settings.iterations
-                if self._checkpoints is not None:
-                    if self._checkpoints.is_due(progress.iterations, is_last=is_last, is_asked=is_asked()):
-                        self._write_checkpoint(self._checkpoints, bar)
-                self._attend(progress, received, bar)
+                is_fixed = any(self._due()) or (checkpoints is not None and checkpoints.is_fixed(progress.iterations))
+                if agreement.look(
+                    progress.iterations, is_fixed=is_fixed, is_due=functools.partial(is_due, is_last=is_last)
+                ):
+                    assert checkpoints is not None
+                    self._write_checkpoint(checkpoints, bar)
+                self._attend(progress, agreement, bar)
         if progress.outcome != "diverged":
             self._training.finish()
             self._snapshot_or_end(progress)
         progress.train_seconds = time.perf_counter() - self._started - progress.evaluation_seconds
 
-    def _attend(self, progress: Progress, received: Received, bar: tqdm) -> None:
-        """To what is due after an iteration, all of which comes after its checkpoint: a measurement, a line of the log,
-        a snapshot. A run that a signal ends leaves a checkpoint from before that."""
-        settings, iteration = self._settings, progress.iterations
+    def _due(self) -> tuple[bool, bool, bool]:
+        """After this iteration: a line of the log, a snapshot, a measurement."""
+        settings, iteration = self._settings, self._progress.iterations
         is_last = iteration == settings.iterations
         is_logged = is_last or iteration % settings.log_every == 0
         is_shown = not is_last and iteration % -(-settings.iterations // settings.snapshots) == 0
-        is_measured = self._course is not None and self._course.is_due(iteration, is_last=is_last)
-        number = received()
+        return is_logged, is_shown, self._course is not None and self._course.is_due(iteration, is_last=is_last)
+
+    def _attend(self, progress: Progress, agreement: Agreement, bar: tqdm) -> None:
+        """To what is due after an iteration, all of which comes after its checkpoint: a measurement, a line of the log,
+        a snapshot. A run that a signal ends leaves a checkpoint from before that."""
+        is_logged, is_shown, is_measured = self._due()
+        number = agreement.seen()
         self._look(progress, must=is_logged or is_shown or is_measured or number is not None)
         if progress.goes_on and number is not None:
             progress.outcome, progress.signal = "interrupted", number
         if progress.goes_on and is_measured and self._course is not None:
-            self._evaluate(self._course, progress, received, bar)
+            self._evaluate(self._course, progress, agreement, bar)
         if progress.outcome == "interrupted" and self._checkpoints is not None and not self._checkpoints.is_off:
             self._write_checkpoint(self._checkpoints, bar)
         keep = functools.partial(self._keep, bar=bar)
@@ -161,8 +181,11 @@ class Loop:
 
     def _look(self, progress: Progress, *, must: bool) -> None:
         """Ends the run at the first fault with --nan-policy stop. A device that the host would have to wait for is
-        asked where it `must` be; from the fault on it has let nothing move."""
-        if self._settings.nan_policy == "stop" and progress.outcome == "complete" and (must or self._is_on_cpu):
+        asked where it `must` be, as are other processes; from the fault on it has let nothing move."""
+        if must and not self._ranks.is_alone:
+            self._training.exchange()
+        must = must or (self._is_on_cpu and self._ranks.is_alone)
+        if self._settings.nan_policy == "stop" and progress.outcome == "complete" and must:
             if (fault := first_fault(tally.fault() for tally in self._training.tallies)) is not None:
                 broken = self._training.fault()  # what moved last made it, and all else comes from it
                 progress.diverge(str(fault if broken is None else fault._replace(name=broken)))
@@ -174,7 +197,8 @@ class Loop:
         if progress.outcome != "diverged" and (fault := self._training.fault()) is not None:
             progress.diverge(f"there is NaN or infinity in {fault}")
         if progress.outcome != "diverged":
-            self._keep(lambda: checkpoints.write(progress.iterations, self.state_dict), bar)
+            if self._ranks.is_first:
+                self._keep(lambda: checkpoints.write(progress.iterations, self.state_dict), bar)
 
     def state_dict(self) -> dict[str, Any]:
         """After an iteration, before what is due then."""
@@ -209,19 +233,19 @@ class Loop:
         parts["training"] = self._training
         return parts if self._course is None else {**parts, "course": self._course}
 
-    def _evaluate(self, course: Course, progress: Progress, received: Received, bar: tqdm) -> None:
+    def _evaluate(self, course: Course, progress: Progress, agreement: Agreement, bar: tqdm) -> None:
         """A measurement of `course`, after which the run may end."""
         before = time.perf_counter()
         try:
             course.evaluate(
                 progress.iterations,
-                before_batch=functools.partial(stop_if_interrupted, received),
+                before_batch=functools.partial(stop_if_interrupted, agreement.signal),
                 keep=lambda write: self._keep(write, bar),
                 say=bar.write,
                 record=self._record,
             )
         except Interrupted:
-            progress.outcome, progress.signal = "interrupted", received()
+            progress.outcome, progress.signal = "interrupted", agreement.signal()
         is_last = progress.iterations == self._settings.iterations
         if progress.goes_on and not is_last and (verdict := course.verdict) is not None:
             progress.reason = f"{ENDED_EARLY}: {verdict}"
@@ -230,50 +254,14 @@ class Loop:
         progress.evaluation_seconds += seconds
         self._log.pause(seconds)
 
-    def _measure(
-        self,
-        evaluation: Evaluation | None,
-        progress: Progress,
-        rows: dict[str, Measurement],
-        received: Received,
-    ) -> None:
-        course = self._course
-        if progress.outcome != "complete" or evaluation is None:
-            return
-
-        def measure(name: str, sampler: Sampler, record: dict | None = None) -> Measurement | None:
-            before_batch = functools.partial(stop_if_interrupted, received)
-            try:
-                return evaluation.measure(sampler, name=name, record=record, before_batch=before_batch)
-            except ValueError as error:  # images that are not finite, among ten thousand
-                fault = f"{name} not measured: {error}"
-                progress.reason = fault if progress.reason is None else f"{progress.reason}; {fault}"
-                print(fault)
-                return None
-
-        try:
-            (name, sampler, record), *_ = self._training.measurements()
-            row = measure(name, sampler, record) if course is None else course.choose(name, measure)
-            if row is not None:
-                rows[name] = row
-                self._training.save(progress.iterations, record=evaluation.record(row))
-            if course is not None and (best := course.measure_best(progress.iterations, row, evaluation, measure)):
-                rows["best"] = best
-            _, *others = self._training.measurements()  # of the average that is kept by now
-            for other, sampler, record in others:
-                if (row := measure(other, sampler, record)) is not None:
-                    rows[other] = row
-            if course is not None:
-                course.finish(rows)
-        except Interrupted:
-            progress.outcome, progress.signal = "interrupted", received()
-
     def _snapshot_or_end(self, progress: Progress) -> None:
-        if (fault := self._snapshot(progress.iterations)) is not None:
+        if (fault := self._ranks.from_first(lambda: self._snapshot(progress.iterations))) is not None:
             progress.outcome, progress.reason = "diverged", f"there is {fault}"
 
     def _snapshot(self, iteration: int) -> str | None:
-        """Writes weights and samples, unless the network is broken: then it returns how."""
+        """Writes weights and samples, unless the network is broken: then it returns how. In the first process alone."""
+        if not self._ranks.is_first:
+            return None
         if (fault := self._training.fault()) is not None:
             return f"NaN or infinity in {fault}"
         samples = self._training.samples()
@@ -293,6 +281,8 @@ class Loop:
         try:
             write()
             self._unwritten = None
+        except ConnectionError:  # of another process
+            raise
         except OSError as error:
             if str(error) != self._unwritten:
                 self._unwritten = str(error)

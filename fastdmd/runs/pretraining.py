@@ -15,6 +15,7 @@ from fastdmd import ops
 from fastdmd.data import Dataset
 from fastdmd.diffusion import Dynamics, lognormal_sigma
 from fastdmd.distill.draws import DataDeviation, LogDeviation, LogMean
+from fastdmd.distill.exchange import exchange
 from fastdmd.distill.guard import Guard, NanPolicy, marks
 from fastdmd.distill.losses import denoising_loss
 from fastdmd.distill.optimization import Decay, Rate, WarmUp, WeightDecay
@@ -24,12 +25,14 @@ from fastdmd.distill.states import (
     load_optimizer_state,
     optimizer_state,
     require_same_draws,
+    tensors_of_optimizer,
 )
 from fastdmd.distill.tally import Tally
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.weights import save_network
 from fastdmd.optim import AdamWEMA
 from fastdmd.randomness import Stream, normals
+from fastdmd.ranks import ALONE, Ranks
 from fastdmd.runs.checkpoints import CheckpointSettings
 from fastdmd.runs.config import BatchSize, CommandConfig, Iterations, Snapshots
 from fastdmd.runs.folder import RunFolder
@@ -145,9 +148,11 @@ class PretrainConfig(CommandConfig):
 class Pretraining:
     """What the loop is given: the average of the weights is what it keeps, shows and measures."""
 
-    def __init__(self, config: PretrainConfig, network: UNet, dataset: Dataset, folder: RunFolder):
-        self.config, self._dataset = config, dataset
-        self._path = folder.path / "teacher.safetensors"
+    def __init__(
+        self, config: PretrainConfig, network: UNet, dataset: Dataset, folder: RunFolder, ranks: Ranks = ALONE
+    ):
+        self.config, self._dataset, self._folder, self._ranks = config, dataset, folder, ranks
+        self._rows = ranks.rows(config.batch_size)
         self._device = next(network.parameters()).device
         self._trained = network.train()
         self._optimizer = AdamWEMA(
@@ -159,6 +164,7 @@ class Pretraining:
             warmup_steps=config.warmup_iterations,
             decay_steps=config.iterations,
             ema_decay=config.ema_decay,
+            process_group=ranks.group,
         )
         self.network = cast(UNet, self._optimizer.ema_network)
         self._guard = Guard(self._device, stops=config.nan_policy == "stop")
@@ -173,10 +179,12 @@ class Pretraining:
         self._next = iteration + 1
         self._guard.begin(iteration)
         config = self.config
-        images, class_labels = self._batch(iteration)
+        first_sample = self._rows.start
+        images, class_labels = self._batch(iteration, self._rows)
 
         def key(stream: Stream) -> Tensor:
-            return ops.rng_key(config.seed, stream=stream, iteration=iteration, device=self._device)
+            place = {"iteration": iteration, "first_sample": first_sample}
+            return ops.rng_key(config.seed, stream=stream, device=self._device, **place)
 
         normal = normals((len(images), 1, 1, 1), key(Stream.TRAINING_LEVEL)).flatten()
         loss = denoising_loss(
@@ -193,11 +201,25 @@ class Pretraining:
         norm = self._optimizer.update(self.tallies[0].permits([loss], seen))
         self.tallies[0].add(loss, norm, seen=seen)
 
-    def _batch(self, iteration: int) -> tuple[Tensor, Tensor | None]:
-        config = self.config
+    def _batch(self, iteration: int, rows: slice) -> tuple[Tensor, Tensor | None]:
         return self._dataset.random_batch(
-            config.batch_size, seed=config.seed, step=iteration, device=self._device, stream=Stream.TRAINING_IMAGE
+            rows.stop - rows.start,
+            seed=self.config.seed,
+            step=iteration,
+            device=self._device,
+            stream=Stream.TRAINING_IMAGE,
+            first_sample=rows.start,
         )
+
+    def _next_batch(self) -> tuple[Tensor, Tensor | None]:
+        """That of all processes."""
+        return self._batch(self._next, slice(0, self.config.batch_size))
+
+    def exchange(self) -> None:
+        exchange(self.tallies, self._ranks)
+
+    def digest(self) -> str:
+        return digest(*tensors_of_optimizer(self._optimizer))
 
     def state_dict(self) -> dict[str, Any]:
         """And a digest of the images that come next: others would be no continuation."""
@@ -205,13 +227,13 @@ class Pretraining:
             "optimizer": optimizer_state(self._optimizer),
             "tally": self.tallies[0].state_dict(),
             "next": self._next,
-            "draws": digest(*self._batch(self._next)),
+            "draws": digest(*self._next_batch()),
             "seconds": time.perf_counter() - self._started,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._next = state["next"]  # which the loop has looked at
-        require_same_draws(self._next, state["draws"], *self._batch(self._next))
+        require_same_draws(self._next, state["draws"], *self._next_batch())
         load_optimizer_state(self._optimizer, state["optimizer"], self._next, "optimizer")
         self.tallies[0].load_state_dict(state["tally"])
         self._started = time.perf_counter() - state["seconds"]
@@ -231,8 +253,10 @@ class Pretraining:
         return self._sheet.of(self._sampler)
 
     def save(self, iteration: int, **information: Any) -> None:
+        if not self._folder.is_written:
+            return
         save_network(
-            self._path,
+            self._folder.path / "teacher.safetensors",
             self.network,
             kind="teacher",
             dtype=self._weights_dtype,

@@ -14,6 +14,12 @@ def state() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": devices}
 
 
+def part(rank: int, iteration: int) -> None:
+    """Lets one process of several, but the first, which goes on, draw numbers of its own from this iteration on."""
+    if rank:
+        torch.manual_seed((torch.initial_seed() + 2**32 * (2**20 * rank + iteration)) % 2**63)
+
+
 def restore(state: Mapping[str, Any]) -> None:
     """Those of devices that are there; the run may go on with others."""
     torch.set_rng_state(state["cpu"])

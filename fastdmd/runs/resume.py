@@ -15,6 +15,7 @@ from fastdmd import __version__, files
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.networks.identity import identity
 from fastdmd.networks.tensor_files import read_json
+from fastdmd.ranks import ALONE, Ranks
 from fastdmd.reading import last_line, parse_json, require_regular
 from fastdmd.runs import checkpoint, terminal
 from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
@@ -184,6 +185,7 @@ def checkpoints_of(
     device: torch.device,
     contents: Mapping[str, Any],
     teacher: DenoisingNetwork | None = None,
+    ranks: Ranks = ALONE,
 ) -> Checkpoints:
     """Those of a run with these arguments and contents, for which a checkpoint of another run is not whole."""
     origin = {
@@ -192,7 +194,7 @@ def checkpoints_of(
         "config": to_json(config),
         "teacher": None if teacher is None else identity(teacher),
         "contents": contents,
-        "versions": {**versions(device), **roundings(config)},
+        "versions": {**versions(device), **roundings(config), "processes": ranks.size},
     }
     require_same = functools.partial(require_same_origin, now=origin, config=config)
     return Checkpoints(folder, config.checkpoint, origin, require_same)

@@ -21,6 +21,8 @@ CLOSED_PIPE = 128 + 13  # as a shell reports a process that SIGPIPE ended
 TRACEBACK = "FASTDMD_TRACEBACK"
 MAX_LINE = 1200  # characters of what went wrong
 _verbose = contextvars.ContextVar("verbose", default=False)
+_may_report: Callable[[], bool] | None = None  # of several processes
+_errors: Any = None  # where errors go, if not to stderr
 _program: str | None = None  # that runs the commands: `fastdmd`, or `python -m fastdmd`
 
 
@@ -92,11 +94,30 @@ def say(text: str) -> None:
 
 def report(name: str, text: str, error: BaseException | None = None) -> None:
     """What went wrong, in one line; with --verbose or FASTDMD_TRACEBACK=1 the traceback beneath it."""
+    if _may_report is not None and not _may_report():
+        return
     line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     line = line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
-    say(f"{typed(name)}: error: {line}")
+    lines = [f"{typed(name)}: error: {line}"]
     if error is not None and (_verbose.get() or os.environ.get(TRACEBACK, "0") not in ("", "0")):
-        say("".join(traceback.format_exception(error)).rstrip())
+        lines.append("".join(traceback.format_exception(error)).rstrip())
+    with contextlib.suppress(OSError):
+        print("\n".join(lines), file=_errors or sys.stderr)
+
+
+@contextlib.contextmanager
+def one_of_several(may_report: Callable[[], bool], *, is_silent: bool) -> Iterator[None]:
+    """Inside, an error is said where `may_report` says so, and nothing else of a process that `is_silent`."""
+    global _may_report, _errors
+    before = _may_report, _errors, sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8", errors=PLAIN) as nowhere:
+        _may_report = may_report
+        if is_silent:
+            _errors, sys.stdout, sys.stderr = sys.stderr, nowhere, nowhere
+        try:
+            yield
+        finally:
+            _may_report, _errors, sys.stdout, sys.stderr = before
 
 
 def _prepare() -> None:

@@ -58,6 +58,15 @@ class Training(Protocol):
     def measurements(self) -> Iterable[tuple[str, Sampler, dict | None]]:
         """Rows of the table, `network` first: name, sampler, what is on record of it."""
 
+    # By several processes, of which each has a part of every batch.
+
+    def exchange(self) -> None:
+        """Lets its tallies be those of all."""
+
+    def digest(self) -> str:
+        """Of all that has to be the same in all of them."""
+        ...
+
 
 class Resumable(Protocol):
     """What a checkpoint is made of, part by part."""

@@ -25,6 +25,7 @@ from fastdmd.distill.regression import AdversarialPairDraws
 from fastdmd.distill.turns import DMD2
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.unet import UNetConfig
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,6 +44,7 @@ def execute(name, run):
     with NothingFromTheHost() as mode:
         run()
     executed.add(name)
+    exchanges[name] = [op for op in mode.names if op.startswith("c10d.")]
     assert len(mode.names) > 50 and (name.startswith("generation") or any("backward" in op for op in mode.names)), name
 
 def draws(step, with_everything=False, num_steps=1):
@@ -59,7 +61,7 @@ def draws(step, with_everything=False, num_steps=1):
                                 real_sigma=level(), real_key=key(), pair_noise=image(), pair_images=image(),
                                 pair_labels=labels)
 
-executed = set()
+executed, exchanges = set(), {{}}
 network = make_network()
 heads = [ImageDiscriminator(network.image_shape, network.num_classes, sigma_data=0.5),
          Discriminator(network.feature_shape)]
@@ -78,7 +80,10 @@ with FakeTensorMode():
         ((80.0, 6.0, 0.5), low | {{"method": Adversarial(gan, heads[1], 0.5)}}),
     ):
         source = draws
-        if "method" in options:
+        if "method" in options:  # and the processes of a group
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+            options["process_group"] = torch.distributed.group.WORLD
             options["head_options"] = dict(learning_rate=1e-3, max_grad_norm=1.0)
             source = lambda step, num_steps=len(sigmas): draws(step, with_everything=True, num_steps=num_steps)
         groups = {{"norm": {{"weight_decay": 0.0}}}} if options else None
@@ -104,6 +109,10 @@ with FakeTensorMode():
                 continue
             raise AssertionError("a host sync went unnoticed")
 assert executed == {{"generator", "guidance", "generation", "generator 1", "generation 1", "generation 2"}}, executed
+told = {{name: [op.split(".")[1] for op in ops] for name, ops in exchanges.items()}}
+means, gradients = ["allreduce_"] * 2, ["allreduce_"]  # of the parts of a batch, and of an optimizer
+assert told == {{"generator": means + gradients, "generator 1": means + gradients, "guidance": 2 * gradients,
+                "generation": [], "generation 1": [], "generation 2": []}}, told
 print("no sync in", step + 1, "iterations", flush=True)
 os._exit(0)  # the engine's thread for the fake device cannot be joined
 """

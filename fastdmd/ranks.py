@@ -1,0 +1,151 @@
+"""Processes that share a batch: which rows are whose, and what they tell each other; one alone tells nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fastdmd.memory import ran_out_of_memory
+
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """One process among `size` of a process group of torch's; without a group, the only one: then nothing is
+    communicated, and every method is the identity.
+
+    All ranks call the same methods in the same order. Where one has ended, or does not answer, they raise
+    ConnectionError.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None  # torch.distributed.ProcessGroup
+
+    @classmethod
+    def of(cls, group: Any) -> Ranks:
+        """Of a group, which may have one process; None: of no group."""
+        return ALONE if group is None or group.size() == 1 else cls(group.rank(), group.size(), group)
+
+    @property
+    def is_alone(self) -> bool:
+        return self.size == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the one that writes and decides."""
+        return self.rank == 0
+
+    def rows(self, num_samples: int) -> slice:
+        """Its samples of a batch, as many as every other rank's. Raises ValueError for a batch without such parts."""
+        if num_samples % self.size:
+            raise ValueError(f"fastdmd.Ranks: expected a batch that {self.size} processes divide, got {num_samples}")
+        length = num_samples // self.size
+        return slice(self.rank * length, (self.rank + 1) * length)
+
+    def mean_(self, x: Tensor) -> Tensor:
+        """Replaces a tensor, of any device, by its mean over all ranks: a launch or two, which a graph may hold."""
+        if self.is_alone:
+            return x
+        with self._reaching_all():
+            if x.is_cuda:
+                torch.distributed.all_reduce(x, torch.distributed.ReduceOp.AVG, group=self.group)
+            else:  # gloo has no mean
+                torch.distributed.all_reduce(x.div_(self.size), group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Of all ranks, in their order, `[size, *x.shape]`, on the host; waits for the device."""
+        x = x.cpu()
+        if self.is_alone:
+            return x[None]
+        found = x.new_empty(self.size, *x.shape)
+        with self._reaching_all():
+            torch.distributed.all_gather(list(found.unbind()), x.contiguous(), group=self.group)
+        return found
+
+    def gather_to_first(self, value: Value) -> list[Value]:
+        """Whatever can be pickled, of all ranks, in their order; empty on the others."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.size if self.is_first else []
+        with self._reaching_all():
+            torch.distributed.gather_object(value, found if self.is_first else None, group=self.group, group_dst=0)
+        return found
+
+    def gather_objects(self, value: Value) -> list[Value]:
+        """The same, on all ranks."""
+        found: list[Any] = [value] * self.size
+        if not self.is_alone:
+            with self._reaching_all():
+                torch.distributed.all_gather_object(found, value, group=self.group)
+        return found
+
+    def in_order(self, own: Iterable[Value | None]) -> Iterator[Value]:
+        """What all ranks make, round by round in the order of ranks: on the first one, on others nothing.
+
+        It ends where all have ended; None is left out, and tensors are on the host. A ValueError of one rank is raised
+        in all of them.
+        """
+        if self.is_alone:
+            yield from (value for value in own if value is not None)
+            return
+        values = iter(own)
+        while True:
+            value = fault = None
+            state = 1
+            try:
+                value = next(values)
+            except StopIteration:
+                state = 0
+            except ValueError as error:
+                state, fault = 2, error
+            states = self.gather(torch.tensor([state]))
+            if states.eq(2).any():
+                raise next(error for error in self.gather_objects(fault) if error is not None)
+            if not states.any():
+                return
+            value = tree_map_only(Tensor, Tensor.cpu, value)
+            yield from (other for other in self.gather_to_first(value) if other is not None)
+
+    def from_first(self, make: Callable[[], Value]) -> Value:
+        """What the first rank makes, on all of them; or the ValueError, TypeError or OSError that it raises."""
+        if self.is_alone:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = make()
+            except (ValueError, TypeError, OSError) as error:
+                outcome[1] = error
+        with self._reaching_all():
+            torch.distributed.broadcast_object_list(outcome, group=self.group, group_src=0)
+        value, error = outcome
+        if error is not None:
+            raise error
+        return value
+
+    def __deepcopy__(self, memo: object) -> Ranks:
+        return self  # there is one group
+
+    @contextlib.contextmanager
+    def _reaching_all(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if ran_out_of_memory(error):
+                raise
+            got = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConnectionError(
+                f"fastdmd: expected an answer of all {self.size} processes, got one that ended or is silent: {got:.200}"
+            ) from error
+
+
+ALONE = Ranks()

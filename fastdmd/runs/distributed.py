@@ -1,0 +1,161 @@
+"""A command that torchrun, or who sets the variables that it sets, has started several times: one run of them all."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from fastdmd.ranks import ALONE, Ranks
+from fastdmd.runs import terminal
+from fastdmd.runs.cli import to_json
+from fastdmd.runs.folder import RunFolder, SilentFolder
+from fastdmd.runs.resume import Past, open_folder
+from fastdmd.settings import flags
+
+RANK, SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+NEEDED = (RANK, SIZE, LOCAL_RANK, "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT = datetime.timedelta(minutes=30)  # for the slowest that one does while others wait: distances of many features
+FIRST_TO_FAIL = "fastdmd/first_to_fail"  # whose error is said, a key of the store
+
+Chosen = TypeVar("Chosen", bound=Any)
+_store: Any = None  # of torch.distributed, which all processes reach
+
+
+def is_alone() -> bool:
+    return os.environ.get(SIZE, "1") == "1"
+
+
+def require_alone(command: str) -> None:
+    """For commands that one process runs. Raises SystemExit, once said, where there are more."""
+    if not is_alone():
+        if os.environ.get(RANK, "0") == "0":
+            terminal.report(
+                command, f"expected one process, got {os.environ[SIZE]} ({SIZE}); start it without torchrun"
+            )
+        raise SystemExit(2)
+
+
+def command(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Around the `main` of a command that may have several processes: all but the first are silent, an error is said by
+    the process that has it first, and the group ends with the work."""
+
+    @functools.wraps(main)
+    def one_of_several(arguments: list[str] | None = None) -> Any:
+        if is_alone():
+            return main(arguments)
+        is_first = os.environ.get(RANK, "0") == "0"
+        with terminal.one_of_several(_may_report, is_silent=not is_first):
+            try:
+                result = main(arguments)
+            except SystemExit as exit_:
+                if isinstance(exit_.code, str) and not is_first:
+                    raise SystemExit(1) from None  # the first one says it
+                raise
+            except BaseException:
+                _may_report()  # as good as said: this one shows its traceback
+                raise
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            return result
+
+    return one_of_several
+
+
+def _may_report() -> bool:
+    """Whether no other process has had an error before."""
+    own = os.environ.get(RANK, "0")
+    if _store is None:  # what is wrong with arguments is wrong with those of all
+        return own == "0"
+    try:
+        return _store.compare_set(FIRST_TO_FAIL, "", own) == own.encode()
+    except RuntimeError:  # without torchrun the first process holds it, which has ended, and has said why
+        return own == "0"
+
+
+def join(device: str) -> Ranks:
+    """The processes that run this command on `--device`, which waits for all of them; `ALONE` where there is one.
+
+    NCCL joins GPUs, gloo CPUs, and what the hosts tell each other. Raises ValueError for an environment without what
+    torch needs to know, and for a GPU that is not there or that all would share.
+    """
+    global _store
+    if is_alone():
+        return ALONE
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise ValueError(f"expected {', '.join(NEEDED)} in the environment, as torchrun sets them, got no {missing[0]}")
+    try:
+        _store, rank, size = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"expected {os.environ[SIZE]} processes to meet at {place}, got {error!s:.200}") from error
+    found = device_of(device)
+    if found != "cpu":
+        torch.cuda.set_device(found)
+    backend = "gloo" if found == "cpu" else "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return Ranks.of(torch.distributed.group.WORLD)
+
+
+def device_of(name: str) -> str:
+    """`--device`, of several processes that of this one. Raises ValueError for one that all would share."""
+    if is_alone() or name == "cpu":
+        return name
+    if name not in ("auto", "cuda"):
+        raise ValueError(f"expected --device auto, cuda or cpu of {os.environ[SIZE]} processes, got {name}")
+    num_devices = torch.cuda.device_count()
+    if name == "auto" and num_devices == 0:
+        return "cpu"
+    local = int(os.environ[LOCAL_RANK])
+    if local >= num_devices:
+        raise ValueError(f"expected a GPU for each process of a machine, got {num_devices} for {LOCAL_RANK} {local}")
+    return f"cuda:{local}"
+
+
+def same_settings(config: Chosen, ranks: Ranks) -> Chosen:
+    """Those of the first process. Raises ValueError where others were started with others, but for the time of a
+    default --out."""
+    first = ranks.from_first(lambda: config)
+    if ranks.is_alone:
+        return config
+    places = {flag: place for place, flag in flags(config)}
+
+    def value(settings: Any, flag: str) -> Any:
+        return functools.reduce(lambda room, name: (room or {}).get(name), places[flag], to_json(settings))
+
+    others = [flag for flag in places if flag != "--out" and value(config, flag) != value(first, flag)]
+    require_equal("settings", ", ".join(others), ranks)
+    return first
+
+
+def require_parts(batch_size: int, accumulation_steps: int, ranks: Ranks) -> None:
+    """Raises ValueError for a batch that ranks and accumulation steps do not divide."""
+    if batch_size % (ranks.size * accumulation_steps):
+        steps = f", with {accumulation_steps} --accumulation-steps each" if accumulation_steps > 1 else ""
+        raise ValueError(f"expected --batch-size that {ranks.size} processes divide{steps}, got {batch_size}")
+
+
+def told(ranks: Ranks, own_batch: int) -> str:
+    """Behind the name of a device."""
+    return "" if ranks.is_alone else f", {ranks.size} processes of {own_batch} images each"
+
+
+def require_equal(what: str, own: str, ranks: Ranks) -> None:
+    """Raises ValueError, in all processes, naming those that have another text than the first."""
+    found = ranks.gather_objects(own)
+    if others := [str(rank) for rank, text in enumerate(found) if text != found[0]]:
+        got = next(text for text in found if text != found[0])
+        raise ValueError(
+            f"fastdmd: expected the same {what} in all processes, got others of ranks {', '.join(others)}: {got:.80}"
+        )
+
+
+def folder_of(config: Any, past: Past | None, ranks: Ranks) -> RunFolder:
+    """The run's, which the first process writes to. Raises as `resume.open_folder` does, in all of them."""
+    opened: list[RunFolder] = []
+    ranks.from_first(lambda: opened.append(open_folder(config, past)))
+    return opened[0] if opened else SilentFolder(config.out, to_json(config))

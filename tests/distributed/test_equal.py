@@ -1,0 +1,105 @@
+"""N processes of a part of the batch each learn what one of the whole batch learns."""
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from fastdmd.distill.draws import materialised
+from fastdmd.distill.exchange import exchange
+from fastdmd.distill.gan import GANSettings
+from fastdmd.distill.starts import map_tensors
+from fastdmd.ranks import ALONE, Ranks
+from fastdmd.runs import distillation
+from tests.helpers.adversarial import CONFIG, TINY, real_images
+from tests.helpers.gloo import in_processes
+from tests.helpers.networks import make_network
+
+NUM_ITERATIONS = 50
+CPU = torch.device("cpu")
+PLAIN = CONFIG.replace(batch_size=4, gan=GANSettings(), clamp_images=False, ema_halflives=(8.0, 40.0))
+FULL = CONFIG.replace(batch_size=8, accumulation_steps=2, ema_halflives=(8.0, 40.0), divergence="reverse-kl")
+CASES = {
+    "plain": PLAIN,
+    "f-divergence": CONFIG.replace(batch_size=4),
+    "everything": FULL.replace(generator_sigmas=(80.0, 5.0, 0.5)),
+    "score identity": PLAIN.replace(method="sid", sid_alpha=1.2, dfake_gen_update_ratio=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_global_dtype():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make(config, ranks, dtype):
+    """A model, and the draws of its rows."""
+    torch.set_default_dtype(dtype)  # of the head
+    teacher = make_network(TINY).to(dtype)
+    rows = ranks.rows(config.batch_size)
+    own = config.replace(batch_size=rows.stop - rows.start)
+    draws = distillation.make_draws(own, teacher, CPU, real_images(), first_sample=rows.start)
+    model = distillation.build(config, copy.deepcopy(teacher), process_group=ranks.group)
+    if dtype == torch.float32:
+        return model, draws
+    return model, lambda step: materialised(
+        map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, draws(step))
+    )
+
+
+def train(config, group=None, dtype=torch.float64, num_iterations=NUM_ITERATIONS):
+    """All weights and averages after so many iterations, and what the tallies and class sums came to."""
+    ranks = Ranks.of(group)
+    model, draws = make(config, ranks, dtype)
+    for step in range(num_iterations):
+        model.iterate(step, draws)
+    tallies = model.generator_tally, model.guidance_tally
+    exchange([*tallies, model.class_sums], ranks)
+    optimizers = [model.generator_optimizer, model.guidance_optimizer, model.head_optimizer]
+    states = [optimizer.state_dict() for optimizer in optimizers if optimizer is not None]
+    kinds = [part for state in states for part in state.values() if isinstance(part, dict)]
+    start = make(config, ALONE, dtype)[0].generator_optimizer.weights
+    return {
+        "state": torch.cat([value.flatten() for part in kinds for value in part.values()]),
+        "moved": max((value - start[name]).abs().max() for name, value in states[0]["param"].items()),
+        "readings": [dataclasses.asdict(tally.read()) for tally in tallies],
+        "class_sums": model.class_sums.state_dict()["sums"],
+    }
+
+
+def shown(reading, but=()):
+    """What a line of the log says of it, as numbers."""
+    found = {**reading["means"], **{name: value for name, value in reading.items() if name != "means"}}
+    return {name: value for name, value in found.items() if name not in but}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("plain", 4), ("f-divergence", 2), ("everything", 2), ("everything", 4), ("score identity", 2)]
+)
+def test_processes_learn_what_one_learns(name, size, tmp_path):
+    """Weights, moments and averages in float64, to 1e-10; what the log tells to the rounding of its sums, float32."""
+    config = CASES[name]
+    alone = train(config)
+    found = in_processes(size, functools.partial(train, config), tmp_path)
+    assert all(torch.equal(one["state"], found[0]["state"]) for one in found)
+    assert (found[0]["state"] - alone["state"]).abs().max() < 1e-10
+    assert alone["moved"] > 1e-2
+    for one in found:  # the spread of images is that within a process
+        for mine, theirs in zip(one["readings"], alone["readings"], strict=True):
+            assert shown(mine, ["spread"]) == pytest.approx(shown(theirs, ["spread"]), rel=1e-5, abs=1e-7)
+            assert mine["means"].get("spread") == pytest.approx(theirs["means"].get("spread"), rel=0.2)
+    sums = [one["class_sums"] for one in found]
+    torch.testing.assert_close(sums[0], alone["class_sums"])
+    assert all(other.count_nonzero() == 0 for other in sums[1:])
+
+
+def test_float32_to_rounding(tmp_path):
+    """Ten iterations of Adam, of which each moves a weight by up to 1e-3."""
+    alone, *found = (
+        train(FULL, None, torch.float32, 10),
+        *in_processes(2, functools.partial(train, FULL, dtype=torch.float32, num_iterations=10), tmp_path),
+    )
+    assert (found[0]["state"] - alone["state"]).abs().max() < 1e-4 < alone["moved"]
