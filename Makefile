@@ -59,8 +59,9 @@ dist: .venv/ready
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(VENV) tools/dist.py dist
 
+# All benchmarks, or some: ARGS="--list" names them.
 bench: .venv/ready-dev
-	$(VENV) -m benchmarks.bench_ops $(ARGS)
+	$(VENV) -m benchmarks $(ARGS)
 
 # A real training, killed a hundred times at random moments, and compared with one that was not.
 soak: .venv/ready
