@@ -29,10 +29,10 @@ from pathlib import Path
 
 from benchmarks.environment import gpu_name
 from benchmarks.sources import ROOT
-from benchmarks.suite import measure, readme, report, stored
+from benchmarks.suite import measure, readme, registry, report, stored
 from benchmarks.suite.compare import Comparison, compare
 from benchmarks.suite.measure import Sources
-from benchmarks.suite.registry import BENCHMARKS, Benchmark, chosen
+from benchmarks.suite.registry import Benchmark
 from benchmarks.suite.stored import RESULTS, Stored
 from fastdmd.files import write_atomically
 from fastdmd.runs.cli import resolve_device
@@ -175,7 +175,7 @@ def listing() -> str:
     """A line for each benchmark."""
     results = stored.found(RESULTS)
     lines = [f"{'':<30}{'minutes':>7}  measures; stored"]
-    for benchmark in BENCHMARKS:
+    for benchmark in registry.BENCHMARKS:
         own = [result for result in results if result.benchmark == benchmark]
         told = [f"{result.path.name} of {result.commits}" for result in own] or ["nothing"]
         state = " (stale)" if stored.fault(benchmark) else ""
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_pages()
             return 0
         device = "cpu" if options.stale else resolve_device(options.device).type
-        benchmarks = chosen(options.names, device)
+        benchmarks = registry.chosen(options.names, device)
         if options.stale:
             benchmarks = [benchmark for benchmark in benchmarks if stored.fault(benchmark)]
             if not benchmarks:

@@ -174,8 +174,8 @@ def chosen(names: Sequence[str], device: str) -> list[Benchmark]:
 
 
 def _hint(name: str, own: Sequence[str]) -> str:
-    others = [benchmark.name for benchmark in BENCHMARKS if name in benchmark.name]
+    others = [benchmark for benchmark in BENCHMARKS if name in benchmark.name]
     if others:
-        return f": {others[0]} needs the other --device"
+        return f": {others[0].name} needs --device {others[0].device}"
     close = difflib.get_close_matches(name, own, 1, cutoff=0.5)
     return f": did you mean {close[0]}?" if close else f": --list names {', '.join(own)}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.sources import ROOT, source_hashes
-from benchmarks.suite.registry import BENCHMARKS, Benchmark
+from benchmarks.suite import registry
+from benchmarks.suite.registry import Benchmark
 from benchmarks.suite.rows import Row
 from fastdmd.files import write_atomically
 
@@ -57,7 +58,7 @@ def write(path: Path, result: dict) -> None:
 def found(folder: Path) -> list[Stored]:
     """All results of benchmarks in a folder, of any GPU. Raises ValueError for one that is not what its name says."""
     paths = sorted(folder.glob("*.json"))
-    return [read(path, benchmark) for benchmark in BENCHMARKS for path in paths if benchmark.owns(path.name)]
+    return [read(path, benchmark) for benchmark in registry.BENCHMARKS for path in paths if benchmark.owns(path.name)]
 
 
 def fault(benchmark: Benchmark, folder: Path = RESULTS, root: Path = ROOT) -> str | None:
