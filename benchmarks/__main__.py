@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,8 +37,10 @@ from benchmarks.suite.registry import Benchmark
 from benchmarks.suite.stored import RESULTS, Stored
 from fastdmd.files import write_atomically
 from fastdmd.runs.cli import resolve_device
+from fastdmd.runs.startup import THREAD_SETTINGS
 
 OUT = ROOT / "build" / "benchmarks"
+SPOILING = (*THREAD_SETTINGS, "ATEN_CPU_CAPABILITY", "FASTDMD_BACKEND", "FASTDMD_NATIVE")  # what results are of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,9 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"expected --rounds of at least 1, got {options.rounds}")
     if (options.store or options.stale) and (options.out or options.arguments):
         raise ValueError("expected --store and --stale without --out and --arguments, got both")
+    spoiling = [name for name in SPOILING if name in os.environ]
+    if (options.store or options.stale) and spoiling:
+        raise ValueError(f"expected --store and --stale in an environment of defaults, got {', '.join(spoiling)}")
     if options.stale and options.device == "cuda":
         raise ValueError("expected --stale for a CPU, got --device cuda: results of GPUs name their commit")
 
@@ -199,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
             benchmarks = [benchmark for benchmark in benchmarks if stored.fault(benchmark)]
             if not benchmarks:
                 print("benchmarks: nothing is stale")
+                write_pages()
                 return 0
         gpu = gpu_name() if device == "cuda" else ""
         other = opponent(options.against, benchmarks, gpu)

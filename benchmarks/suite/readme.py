@@ -24,14 +24,23 @@ BLOCK = re.compile(r"(<!-- benchmarks: (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTA
 
 
 def filled(text: str, folder: Path = stored.RESULTS) -> str:
-    """The text with its blocks of the results in `folder`. Raises ValueError where blocks and `BLOCKS` differ."""
+    """The text with its blocks of the results in `folder`. Raises ValueError where blocks and `BLOCKS` differ, or
+    results are not what a block is made of."""
     names, expected = [name for _, name, _, _ in BLOCK.findall(text)], sorted(BLOCKS)
     num_begun = text.count("<!-- benchmarks: ")
     if sorted(names) != expected or num_begun != len(names):
         got = f"{', '.join(names)} of {num_begun} that begin"
         raise ValueError(f"benchmarks.readme: expected a block each of {', '.join(expected)}, got {got}")
     read = readme_tables.reader(folder)
-    return BLOCK.sub(lambda block: f"{block[1]}\n{_wrapped(BLOCKS[block[2]](read))}\n\n{block[4]}", text)
+    return BLOCK.sub(lambda block: f"{block[1]}\n{_made(block[2], read)}\n\n{block[4]}", text)
+
+
+def _made(name: str, read: Read) -> str:
+    try:
+        return _wrapped(BLOCKS[name](read))
+    except (KeyError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"benchmarks.readme: expected results to make {name} of, got others: {told}") from error
 
 
 def _wrapped(block: str) -> str:

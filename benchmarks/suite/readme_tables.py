@@ -25,8 +25,9 @@ def of(name: str, result: dict) -> str:
 
 def digits(value: float, count: int = 3) -> str:
     """A number with so many digits: 0.63, 31.7, 40,400."""
-    places = count - 1 - math.floor(math.log10(abs(value)))
-    return f"{round(value, places):,.{max(0, places)}f}"
+    rounded = float(f"{value:.{count - 1}e}")
+    places = max(0, count - 1 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{places}f}"
 
 
 def span(values: Iterable[float], form: Callable[[float], str]) -> str:
@@ -177,8 +178,7 @@ KERNEL_BYTES = (61e6, 67e6)  # of a tensor: 64 MB, which no cache holds
 
 def kernels(read: Read) -> str:
     result = read("h200-ops")
-    results = [{"commit": result["commit"], **r} for r in result["results"]]
-    cells = [_kernel(op, name, [r for r in results if r["op"] == op]) for op, name in KERNELS.items()]
+    cells = [kernel(op, name, result["results"], result["commit"]) for op, name in KERNELS.items()]
     rate, device = result["copy"]["bytes_per_second"] / 1e12, result["device"].removeprefix("NVIDIA ")
     heads = ["op", "float32", "bfloat16", "PyTorch, float32", "PyTorch, bfloat16", "commit"]
     link = "[h200-ops](benchmarks/results/h200-ops.json)"
@@ -189,23 +189,28 @@ def kernels(read: Read) -> str:
     )
 
 
-def _kernel(op: str, name: str, results: Sequence[dict]) -> list[str]:
+def kernel(op: str, name: str, results: Sequence[dict], commit: str) -> list[str]:
+    """A line of the table; `commit` is that of results which name none."""
     layout = "channels_last" if op.startswith("group_norm") else "contiguous"
     best: dict[tuple, float] = {}  # by dtype, whose it is and shape
     commits, channels = set(), set()
     for r in results:
         itemsize = 2 if r["dtype"] == "bfloat16" and op != "adamw_ema_" else 4
-        if r["layout"] != layout or not KERNEL_BYTES[0] < math.prod(r["shape"]) * itemsize < KERNEL_BYTES[1]:
+        if (
+            r["op"] != op
+            or r["layout"] != layout
+            or not KERNEL_BYTES[0] < math.prod(r["shape"]) * itemsize < KERNEL_BYTES[1]
+        ):
             continue
         is_ours = r["implementation"] in ("triton", "native")
         if "seconds" in r and (is_ours or r["implementation"] == "eager"):
             key = r["dtype"], is_ours, tuple(r["shape"])
             best[key] = max(best.get(key, 0.0), r["percent_of_copy"])
-            commits |= {r["commit"]}
+            commits |= {r.get("commit", commit)}
             channels |= {r["shape"][1]} if len(r["shape"]) > 1 else set()
     line = [name.format(min(channels, default=0), max(channels, default=0))]
     for is_ours in (True, False):
         for dtype in ("float32", "bfloat16"):
             percents = [percent for key, percent in best.items() if key[:2] == (dtype, is_ours)]
-            line.append(span(percents, lambda percent: f"{percent:.0f}"))
+            line.append(span(percents, lambda percent: f"{percent:.0f}") if percents else "")
     return [*line, ", ".join(sorted(commits))]

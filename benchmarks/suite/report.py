@@ -27,7 +27,9 @@ def markdown(results: Sequence[Stored], comparisons: Comparisons) -> str:
     parts = ["# Benchmarks", "Made by `python -m benchmarks`. `×` says how many times as good a figure is."]
     for stored in results:
         comparison = comparisons.get(stored.path.stem)
-        parts.append(f"## {stored.path.stem}\n\nOf {stored.benchmark.measures}; {stored.came_from}.")
+        extra = " ".join(stored.extra)
+        measures = stored.benchmark.measures + (f", with {extra}" if extra else "")
+        parts.append(f"## {stored.path.stem}\n\nOf {measures}; {stored.came_from}.")
         yardsticks = dict.fromkeys(row.yardstick for row in stored.rows if row.ratio is not None)
         heads = ["", "measured", f"× {' or '.join(yardsticks)}" if yardsticks else ""]
         parts.append(table([*heads, *([f"× {comparison.other}"] if comparison else [])], lines(stored, comparison)))

@@ -31,6 +31,11 @@ class Stored:
         return ", ".join(sorted(of_rows)) or str(self.result.get("commit"))
 
     @property
+    def extra(self) -> list[str]:
+        """Arguments beyond those of the benchmark."""
+        return self.result.get("command", [])[len(self.benchmark.command) :]
+
+    @property
     def came_from(self) -> str:
         return f"{self.result.get('device')}, commit {self.commits}"
 

@@ -61,7 +61,7 @@ def test_what_a_cycle_runs_is_among_its_sources():
         execution="auto",
         compile_mode=execution.COMPILE_MODE,
     )
-    for name in ("fastdmd", "textbook", "floor"):
+    for name in ("fastdmd", "textbook"):
         loop = loops.make(name, arguments)
         sys.setprofile(note)
         try:
@@ -69,7 +69,7 @@ def test_what_a_cycle_runs_is_among_its_sources():
         finally:
             sys.setprofile(None)
     ran = {name for name in source_hashes(["fastdmd/**/*.py", "benchmarks/*.py"]) if str(ROOT / name) in files}
-    assert {"fastdmd/distill/turns.py", "fastdmd/ops/_math.py", "benchmarks/floor.py"} <= ran
+    assert {"fastdmd/distill/turns.py", "fastdmd/ops/_math.py", "benchmarks/textbook.py"} <= ran
     assert ran <= source_hashes(registry.STEP).keys()
 
 

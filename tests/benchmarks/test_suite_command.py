@@ -66,7 +66,8 @@ def clone(tmp_path, monkeypatch):
         git("commit", "-m", tag)
         git("tag", tag)
     monkeypatch.delenv("FASTDMD_COMMIT", raising=False)
-    monkeypatch.setenv("FASTDMD_NATIVE", "1")
+    for name in command.SPOILING:
+        monkeypatch.delenv(name, raising=False)
     for module in (measure, environment):
         monkeypatch.setattr(module, "ROOT", root)
     monkeypatch.setattr(registry, "BENCHMARKS", tuple(stub(name, log) for name in ("fine", "fails", "changes")))
@@ -155,6 +156,7 @@ def test_what_is_stale_is_measured_and_stored(clone, monkeypatch, capsys):
     assert command.main(["--stale"]) == 0
     assert len(written) == 1 and written[0]["seconds"] == 2.0 and len(log_of(clone)) == 1
     assert command.main(["--stale"]) == 0 and capsys.readouterr().out.endswith("nothing is stale\n")
+    assert len(written) == 2 and len(log_of(clone)) == 1
     (clone / "seconds").write_text("5")
     assert command.main(["--stale"]) == 0 and len(log_of(clone)) == 2
     assert json.loads((results / "cpu-fine.json").read_text())["seconds"] == 5.0 and not (clone / "out").exists()
@@ -163,6 +165,7 @@ def test_what_is_stale_is_measured_and_stored(clone, monkeypatch, capsys):
 def test_arguments_are_for_the_benchmark(clone):
     assert command.main(["fine", "--device", "cpu", "--arguments", "-k", "dm_loss"]) == 0
     assert log_of(clone)[0][3:] == ["-k", "dm_loss"]
+    assert "Of fine, with -k dm_loss; " in (clone / "out" / "report.md").read_text()
     assert json.loads((clone / "out" / "cpu-fine.json").read_text())["command"][-2:] == ["-k", "dm_loss"]
 
 
@@ -188,6 +191,13 @@ def test_mistakes_are_one_line_before_anything_runs(options, told, clone, capsys
     error = capsys.readouterr().err
     assert error.startswith("benchmarks: error: expected") and told in error and error.count("\n") == 1
     assert not (clone / "built").exists() and not (clone.parent / "log").exists()
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "FASTDMD_BACKEND"])
+def test_nothing_is_stored_of_settings_of_ones_own(name, clone, monkeypatch, capsys):
+    monkeypatch.setenv(name, "1")
+    assert command.main(["--stale"]) == 2
+    assert capsys.readouterr().err.endswith(f"in an environment of defaults, got {name}\n")
 
 
 def test_a_build_that_fails_is_an_error(clone, capsys):
