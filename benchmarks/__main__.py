@@ -40,7 +40,7 @@ from fastdmd.runs.cli import resolve_device
 from fastdmd.runs.startup import THREAD_SETTINGS
 
 OUT = ROOT / "build" / "benchmarks"
-SPOILING = (*THREAD_SETTINGS, "ATEN_CPU_CAPABILITY", "FASTDMD_BACKEND", "FASTDMD_NATIVE")  # what results are of
+SPOILING = (*THREAD_SETTINGS, "ATEN_CPU_CAPABILITY", "FASTDMD_BACKEND", "FASTDMD_NATIVE")  # would be stored unseen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,15 +148,15 @@ def run_all(benchmarks: Sequence[Benchmark], options: argparse.Namespace, other:
             if comparison:
                 comparisons[path.stem] = comparison
                 faults += [f"{benchmark.name}: {line}" for line in comparison.faults(options.factor)]
-    print(report.markdown(measured, comparisons))
+    print(report.markdown(measured, comparisons), flush=True)
+    for fault in faults:
+        print(f"benchmarks: error: {fault}", file=sys.stderr)
     if options.out == RESULTS:
         write_pages()
     else:
         results = stored.found(options.out)
         write_text(options.out / "report.md", report.markdown(results, comparisons))
         write_text(options.out / "report.svg", report.picture(results, comparisons))
-    for fault in faults:
-        print(f"benchmarks: error: {fault}", file=sys.stderr)
     return 1 if faults else 0
 
 

@@ -103,7 +103,7 @@ def _run(command: Sequence[str], sources: Sources) -> None:
     process = subprocess.Popen(command, cwd=sources.root, env=sources.environment(), start_new_session=True)
     try:
         if code := process.wait():
-            raise RuntimeError(f"exit code {code}, see above")
+            raise RuntimeError(f"exit code {code} at {sources.commit}, see above")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

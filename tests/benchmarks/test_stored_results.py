@@ -45,6 +45,19 @@ def test_every_stored_figure_can_be_compared_once():
         assert set(compare([result.rows], [result.rows], "itself", same_machine=True).times.values()) == {1.0}
 
 
+@pytest.mark.parametrize("measured", registry.BENCHMARKS, ids=lambda measured: measured.name)
+def test_sources_are_there(measured):
+    hashes = source_hashes(measured.sources)
+    assert measured.module.replace(".", "/") + ".py" in hashes
+    assert ("csrc/cpu/conv3x3.cpp" in hashes) == (not measured.name.startswith("inspect"))
+    assert ("fastdmd/kernels/dm_loss.py" in hashes) == (not measured.name.startswith("cpu"))
+
+
+def test_a_name_of_no_file_is_an_error():
+    with pytest.raises(FileNotFoundError, match=r"expected files named fastdmd/nothing\*.py, got none"):
+        source_hashes(["benchmarks/sources.py", "fastdmd/nothing*.py"])
+
+
 def test_what_a_cycle_runs_is_among_its_sources():
     files = set()
 

@@ -1,11 +1,13 @@
 """`python -m benchmarks` with benchmarks that take no time: what it compares with, writes, tells, and leaves."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import time
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command
 from benchmarks import environment
@@ -129,7 +131,7 @@ def test_one_that_fails_is_told_and_the_others_go_on(clone, capsys):
     assert command.main(["--device", "cpu"]) == 1
     errors = capsys.readouterr().err.splitlines()[-2:]
     assert errors == [
-        "benchmarks: error: cpu-fails failed: exit code 1, see above",
+        f"benchmarks: error: cpu-fails failed: exit code 1 at {commit_of(clone, 'HEAD')}, see above",
         "benchmarks: error: cpu-changes failed: its sources have changed while it was measured",
     ]
     assert {path.name for path in (clone / "out").glob("*.json")} == {"cpu-fine.json"}
@@ -160,6 +162,19 @@ def test_what_is_stale_is_measured_and_stored(clone, monkeypatch, capsys):
     (clone / "seconds").write_text("5")
     assert command.main(["--stale"]) == 0 and len(log_of(clone)) == 2
     assert json.loads((results / "cpu-fine.json").read_text())["seconds"] == 5.0 and not (clone / "out").exists()
+
+
+def test_results_of_a_gpu_have_the_name_of_the_card(clone, monkeypatch):
+    gpu = dataclasses.replace(registry.BENCHMARKS[0], name="gpu-fine")
+    monkeypatch.setattr(registry, "BENCHMARKS", (*registry.BENCHMARKS, gpu))
+    monkeypatch.setattr(command, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(command, "gpu_name", lambda: "h100")
+    assert command.main([]) == 0 and len(log_of(clone)) == 1
+    assert json.loads((clone / "out" / "h100-fine.json").read_text())["seconds"] == 2.0
+    assert "## h100-fine\n" in (clone / "out" / "report.md").read_text()
+    monkeypatch.setattr(command, "gpu_name", lambda: "h200")  # another card's are no results of this one
+    assert command.main(["--against", str(clone / "out")]) == 2
+    assert command.main(["--against", str(clone / "out" / "h100-fine.json")]) == 0
 
 
 def test_arguments_are_for_the_benchmark(clone):
