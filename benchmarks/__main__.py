@@ -155,7 +155,7 @@ def run_all(benchmarks: Sequence[Benchmark], options: argparse.Namespace, other:
         write_pages()
     else:
         results = stored.found(options.out)
-        write_text(options.out / "report.md", report.markdown(results, comparisons))
+        write_text(options.out / "report.md", report.markdown(results, comparisons, "report.svg"))
         write_text(options.out / "report.svg", report.picture(results, comparisons))
     return 1 if faults else 0
 

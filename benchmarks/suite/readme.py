@@ -11,7 +11,7 @@ from benchmarks.sources import ROOT
 from benchmarks.suite import readme_tables, report, stored
 from benchmarks.suite.readme_tables import Read
 
-README = ROOT / "README.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 WIDTH = 125  # of its lines
 BLOCKS: dict[str, Callable[[Read], str]] = {
     "ops": readme_tables.ops,
@@ -52,11 +52,11 @@ def _wrapped(block: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def pages(readme: Path = README, folder: Path = stored.RESULTS) -> dict[Path, str]:
+def pages() -> dict[Path, str]:
     """All that is made of stored results, by its path. Raises as `filled` and `found` do."""
-    results = stored.found(folder)
+    results = stored.found(stored.RESULTS)
     return {
-        readme: filled(readme.read_text(), folder),
-        folder / "report.md": report.markdown(results, {}),
-        folder / "report.svg": report.picture(results, {}),
+        README: filled(README.read_text()),
+        DOCS / "benchmarks.md": report.markdown(results, {}, "benchmarks.svg"),
+        DOCS / "benchmarks.svg": report.picture(results, {}),
     }

@@ -22,9 +22,10 @@ text { font: 11px sans-serif; fill: #24292f } .head { font-weight: bold } .tick 
 """
 
 
-def markdown(results: Sequence[Stored], comparisons: Comparisons) -> str:
-    """A section for each result, a line for each figure."""
+def markdown(results: Sequence[Stored], comparisons: Comparisons, drawn: str | None = None) -> str:
+    """A section for each result, a line for each figure; `drawn` is the file of the picture."""
     parts = ["# Benchmarks", "Made by `python -m benchmarks`. `×` says how many times as good a figure is."]
+    parts += [f"![The same as bars, from 1 to how many times as good]({drawn})"] if drawn else []
     for stored in results:
         comparison = comparisons.get(stored.path.stem)
         extra = " ".join(stored.extra)
