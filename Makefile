@@ -59,7 +59,6 @@ dist: .venv/ready
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(VENV) tools/dist.py dist
 
-# All benchmarks, or some: ARGS="--list" names them.
 bench: .venv/ready-dev
 	$(VENV) -m benchmarks $(ARGS)
 

@@ -18,6 +18,7 @@ BLOCKS: dict[str, Callable[[Read], str]] = {
     "cycles": readme_tables.cycles,
     "busy": readme_tables.busy,
     "cycles on a GPU": readme_tables.gpu_cycles,
+    "where the time goes": readme_tables.profiles,
     "kernels": readme_tables.kernels,
 }
 BLOCK = re.compile(r"(<!-- benchmarks: (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -79,7 +79,7 @@ CYCLES = (("MNIST", "mnist-b128"), ("MNIST", "mnist-b8"), ("CIFAR-10", "cifar10-
 
 
 def cycles(read: Read) -> str:
-    cells, commits = [], []
+    cells, commits, gains = [], [], {}
     for network, name in CYCLES:
         single, half = (read(f"cpu-step-{name}-{precision}") for precision in ("fp32", "bf16"))
         commits += [single["commit"], half["commit"]]
@@ -87,9 +87,13 @@ def cycles(read: Read) -> str:
         memory = f"{held['fastdmd'] / 1e9:.2f} GB ({held['textbook'] / 1e9:.2f} GB)" if held else ""
         times = [f"{result['ratio_to_textbook']:.2f}×" for result in (single, half)]
         cells.append([network, str(settings["batch_size"]), str(settings["ratio"]), *times, memory])
+        rates = [result["images_per_second"]["fastdmd"] for result in (half, single)]
+        gains.setdefault(network, []).append(rates[0] / rates[1])
     heads = ["network", "batch", "guidance turns", "float32", "bfloat16", "peak memory, float32 (textbook)"]
     of_commits = f"Files `cpu-step-*` in [results](benchmarks/results), commit {', '.join(dict.fromkeys(commits))}."
-    return f"{table(heads, cells)}\n\n{of_commits} {_parts(read('cpu-step-mnist-b128-fp32'))}"
+    gained = ", ".join(f"{span(own, lambda gain: f'{gain:.2f}')} times on {network}" for network, own in gains.items())
+    half = f"In bfloat16 fastdmd makes as many images a second as in float32 {gained}."
+    return f"{table(heads, cells)}\n\n{of_commits} {half} {_parts(read('cpu-step-mnist-b128-fp32'))}"
 
 
 FAMILIES = {"convolutions": "conv", "GroupNorm and SiLU": "group_norm", "attention": "bmm|attention|softmax"}
@@ -112,7 +116,7 @@ def _parts(result: dict) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1f} %"
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
 
 
 def busy(read: Read) -> str:
@@ -142,6 +146,9 @@ def gpu_cycles(read: Read) -> str:
         sizes = f"batch {settings['batch_size']}, ratio {settings['ratio']}"
         heads.append(f"{NETWORKS[settings['preset']]}, {sizes}, {name.split('-')[0].upper()}")
     cells = [[loop, *(_cycle(result, name) for result in results.values())] for name, loop in LOOPS.items()]
+    for name, loop in list(LOOPS.items())[1:]:
+        ratios = [_ratios_of_cycles(result, name) for result in results.values()]
+        cells.append([f"fastdmd beside {loop.split(',')[0]}", *ratios])
     commits = ["commit", *(f"[{_commits(result)}](benchmarks/results/{name}.json)" for name, result in results.items())]
     return table(heads, [*cells, commits])
 
@@ -154,6 +161,12 @@ def _cycle(result: dict, loop: str) -> str:
     return f"{span((1e3 * seconds for seconds in found), digits)} ms, {rates} images/s"
 
 
+def _ratios_of_cycles(result: dict, loop: str) -> str:
+    seconds = {name: _median(taken) for name, taken in result["seconds_per_cycle"].items()}
+    ratios = [taken / seconds["fastdmd"] for name, taken in seconds.items() if name.split(",")[0] == loop]
+    return f"{span(ratios, digits)}×"
+
+
 def _median(seconds: float | Sequence[float]) -> float:
     return statistics.median(seconds) if isinstance(seconds, list) else seconds
 
@@ -162,6 +175,36 @@ def _commits(result: dict) -> str:
     """Of the other loops and, where it was measured at another, of fastdmd."""
     own = re.match(r"commit (\w+)", result.get("fastdmd", ""))
     return f"{result['commit']}, fastdmd {own[1]}" if own else result["commit"]
+
+
+PROFILES = ("h200-profile-mnist", "h100-profile-mnist", "h100-profile-cifar10-cond", "h100-profile-imagenet64")
+
+
+def profiles(read: Read) -> str:
+    results = {name: read(name) for name in PROFILES}
+    heads = ["of a cycle's time"]
+    for name, result in results.items():
+        heads.append(f"{NETWORKS[result['settings']['preset']]}, {name.split('-')[0].upper()}")
+    families = dict.fromkeys(family for result in results.values() for family in result["cycle"]["families"])
+    cells = [[family, *(_share(result, family) for result in results.values())] for family in families]
+    facts: dict[str, Callable[[dict], str]] = {
+        "of the rate of a large matrix product": lambda r: _percent(r["utilisation"]["of a large matrix product"]),
+        "of the nominal rate": lambda r: _percent(r["utilisation"]["of nominal"]),
+        "the GPU was idle": lambda r: _percent(r["idle_share_without_profiler"]),
+        "the host waited for the device": lambda r: (
+            f"{r['steady']['host_syncs']} times in {r['steady']['iterations']:,}"
+        ),
+        "memory reserved": lambda r: f"{digits(r['steady']['memory']['peak_reserved_bytes'] / 1e9)} GB",
+        "first iteration": lambda r: f"{r['first_iteration_seconds']:.0f} s",
+    }
+    cells += [[name, *(fact(result) for result in results.values())] for name, fact in facts.items()]
+    commits = [f"[{result['commit']}](benchmarks/results/{name}.json)" for name, result in results.items()]
+    return table(heads, [*cells, ["commit", *commits]])
+
+
+def _share(result: dict, family: str) -> str:
+    found = result["cycle"]["families"].get(family)
+    return _percent(found["share"]) if found else ""
 
 
 KERNELS = {
