@@ -91,8 +91,8 @@ def cycles(read: Read) -> str:
         gains.setdefault(network, []).append(rates[0] / rates[1])
     heads = ["network", "batch", "guidance turns", "float32", "bfloat16", "peak memory, float32 (textbook)"]
     of_commits = f"Files `cpu-step-*` in [results](benchmarks/results), commit {', '.join(dict.fromkeys(commits))}."
-    gained = ", ".join(f"{span(own, lambda gain: f'{gain:.2f}')} times on {network}" for network, own in gains.items())
-    half = f"In bfloat16 fastdmd makes as many images a second as in float32 {gained}."
+    gained = ", ".join(f"{span(own, lambda gain: f'{gain:.2f}')} on {network}" for network, own in gains.items())
+    half = f"Images a second of fastdmd in bfloat16 are those in float32 times {gained}."
     return f"{table(heads, cells)}\n\n{of_commits} {half} {_parts(read('cpu-step-mnist-b128-fp32'))}"
 
 
