@@ -64,7 +64,7 @@ docs: .venv/ready-dev
 	$(VENV) -m sphinx --fail-on-warning --keep-going --quiet -c tools/docs . build/docs
 
 bench: .venv/ready-dev
-	$(VENV) -m benchmarks.bench_ops $(ARGS)
+	$(VENV) -m benchmarks $(ARGS)
 
 # A real training, killed a hundred times at random moments, and compared with one that was not.
 soak: .venv/ready

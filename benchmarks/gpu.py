@@ -14,7 +14,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ if importlib.util.find_spec("torch") is None:
 import torch
 
 from benchmarks import kit
-from benchmarks.environment import ROOT, describe
+from benchmarks.environment import ROOT, describe, gpu_name
 from fastdmd import _native
 from fastdmd.files import write_atomically
 
@@ -186,9 +185,7 @@ def main() -> None:
         sys.exit(f"benchmarks.gpu: error: expected --results to be a folder, got {options.results}: {error.strerror}")
     end_on_sigterm()
     build()
-    name = re.search(r"[A-Z]+\d+\w*", torch.cuda.get_device_name())
-    device = name.group().lower() if name else "gpu"
-    failed = []
+    device, failed = gpu_name(), []
     with tempfile.TemporaryDirectory() as folder:
         try:
             installed = kit.install(Path(folder))

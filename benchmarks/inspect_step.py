@@ -14,7 +14,6 @@ epilogues instead of cuDNN and cuBLAS, padded shapes).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -24,8 +23,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from benchmarks import fake_cuda  # its load comes before torch is imported
+from benchmarks.sources import source_hashes
 
-ROOT = Path(__file__).parents[1]
 KIND = "estimate from generated code, nothing was run on a GPU"
 BYTES_PER_S, FLOPS_PER_S = 3.35e12, 989e12  # the data sheet's, H100 SXM, dense bfloat16
 LAUNCHES = (
@@ -71,17 +70,6 @@ SOURCES = (
     "benchmarks/fake_cuda/*",
     "benchmarks/inspect_step.py",
 )
-
-
-def source_hashes() -> dict[str, str]:
-    """SHA-256 of each of `SOURCES`, shortened. Raises FileNotFoundError for a name of which there is no file."""
-    hashes = {}
-    for pattern in SOURCES:
-        paths = sorted(path for path in ROOT.glob(pattern) if path.is_file())
-        if not paths:
-            raise FileNotFoundError(f"benchmarks.inspect_step: expected files named {pattern}, got none")
-        hashes |= {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
-    return hashes
 
 
 def record_turns(config, batch_size: int) -> dict[str, list]:
@@ -253,7 +241,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write everything to")
     arguments = parser.parse_args()
     batch_size = arguments.batch_size or BATCHES[arguments.preset]
-    sources = source_hashes()
+    sources = source_hashes(SOURCES)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         fake_cuda.load(Path(folder))

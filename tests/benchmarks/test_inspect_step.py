@@ -1,4 +1,4 @@
-"""What torch.compile generates for an H100: feature maps stay in channels_last; stored results are of these sources."""
+"""What torch.compile generates for an H100: feature maps stay in channels_last."""
 
 import importlib.util
 import json
@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import inspect_step
-
-RESULTS = inspect_step.ROOT / "benchmarks" / "results"
 NEEDS = [
     (shutil.which("g++") is None, "needs g++ to make a fake CUDA device"),
     (torch.__version__ < "2.13", "reaches into Inductor as it is in torch 2.13"),
@@ -52,35 +49,6 @@ summary["weights"] = [[*p.shape] for p in network.parameters() if p.dim() == 4]
 print(json.dumps(summary), flush=True)
 os._exit(0)  # the engine's thread for the fake device cannot be joined
 """
-
-
-@pytest.mark.parametrize("preset", inspect_step.BATCHES)
-def test_stored_results_are_of_these_sources(preset):
-    """One that is not is made again: `python -m benchmarks.inspect_step --preset PRESET --json FILE`."""
-    stored = json.loads((RESULTS / f"inspect-{preset}.json").read_text())["sources"]
-    assert stored == inspect_step.source_hashes()
-
-
-def test_what_is_hashed_is_there_and_matters(tmp_path, monkeypatch):
-    hashes = inspect_step.source_hashes()
-    assert {
-        "fastdmd/networks/unet.py",
-        "fastdmd/distill/methods.py",
-        "fastdmd/kernels/dm_loss.py",
-        "benchmarks/fake_cuda/fake_cuda.cpp",
-    } <= hashes.keys()
-    for name in hashes:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((inspect_step.ROOT / name).read_bytes())
-    monkeypatch.setattr(inspect_step, "ROOT", tmp_path)
-    assert inspect_step.source_hashes() == hashes
-    (tmp_path / "fastdmd" / "optim" / "flat.py").write_text("changed = True\n")
-    changed = inspect_step.source_hashes()
-    assert {name for name in hashes if changed[name] != hashes[name]} == {"fastdmd/optim/flat.py"}
-    (tmp_path / "fastdmd" / "optim" / "flat.py").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected files named fastdmd/optim/flat.py, got none"):
-        inspect_step.source_hashes()
 
 
 @pytest.mark.skipif(missing is not None, reason=str(missing))
