@@ -127,9 +127,9 @@ class Ranks:
                 outcome[1] = error
         with self._reaching_all():
             torch.distributed.broadcast_object_list(outcome, group=self.group, group_src=0)
-        value, error = outcome
-        if error is not None:
-            raise error
+        value, fault = outcome
+        if fault is not None:
+            raise fault
         return value
 
     def __deepcopy__(self, memo: object) -> Ranks:

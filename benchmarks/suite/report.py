@@ -94,5 +94,5 @@ def _page(parts: Sequence[Markup], across: Axis, height: int) -> str:
         grid.append(Markup('<path class="grid" d="M{} 20V{}"/>').format(place, height - 20))
         grid.append(label.format(place, height - 6, show(tick)))
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}"><style>{}</style>{}</svg>\n'
-    page = Markup('<rect class="page" width="100%" height="100%"/>') + Markup("").join([*grid, *parts])
+    page = Markup('<rect class="page" width="100%" height="100%"/>') + Markup("\n").join([*grid, *parts])
     return str(Markup(svg).format(WIDTH, height, WIDTH, Markup(STYLE), page))

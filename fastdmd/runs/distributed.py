@@ -125,7 +125,10 @@ def same_settings(config: Chosen, ranks: Ranks) -> Chosen:
     places = {flag: place for place, flag in flags(config)}
 
     def value(settings: Any, flag: str) -> Any:
-        return functools.reduce(lambda room, name: (room or {}).get(name), places[flag], to_json(settings))
+        room: Any = to_json(settings)
+        for name in places[flag]:
+            room = room[name]
+        return room
 
     others = [flag for flag in places if flag != "--out" and value(config, flag) != value(first, flag)]
     require_equal("settings", ", ".join(others), ranks)

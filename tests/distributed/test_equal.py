@@ -86,7 +86,7 @@ def test_processes_learn_what_one_learns(name, size, tmp_path):
     found = in_processes(size, functools.partial(train, config), tmp_path)
     assert all(torch.equal(one["state"], found[0]["state"]) for one in found)
     assert (found[0]["state"] - alone["state"]).abs().max() < 1e-10
-    assert alone["moved"] > 1e-2
+    assert alone["moved"] > 1e-3
     for one in found:  # the spread of images is that within a process
         for mine, theirs in zip(one["readings"], alone["readings"], strict=True):
             assert shown(mine, ["spread"]) == pytest.approx(shown(theirs, ["spread"]), rel=1e-5, abs=1e-7)
