@@ -64,7 +64,7 @@ def train(config, group=None, dtype=torch.float64, num_iterations=NUM_ITERATIONS
     start = make(config, ALONE, dtype)[0].generator_optimizer.weights
     return {
         "state": torch.cat([value.flatten() for part in kinds for value in part.values()]),
-        "moved": max((value - start[name]).abs().max() for name, value in states[0]["param"].items()),
+        "moved": torch.cat([(value - start[name]).flatten() for name, value in states[0]["param"].items()]),
         "readings": [dataclasses.asdict(tally.read()) for tally in tallies],
         "class_sums": model.class_sums.state_dict()["sums"],
     }
@@ -87,7 +87,7 @@ def test_processes_learn_what_one_learns(name, size, tmp_path):
     found = in_processes(size, functools.partial(train, config), tmp_path)
     assert all(torch.equal(one["state"], found[0]["state"]) for one in found)
     assert (found[0]["state"] - alone["state"]).abs().max() < 1e-10
-    assert alone["moved"] > 1e-3
+    assert alone["moved"].abs().max() > 1e-3
     for one in found:
         for mine, theirs in zip(one["readings"], alone["readings"], strict=True):
             assert shown(mine) == pytest.approx(shown(theirs), rel=1e-5, abs=1e-7)
@@ -100,9 +100,10 @@ def test_processes_learn_what_one_learns(name, size, tmp_path):
 
 
 def test_float32_to_rounding(tmp_path):
-    """Ten iterations of Adam, of which each moves a weight by up to 1e-3."""
-    alone, *found = (
-        train(FULL, None, torch.float32, 10),
-        *in_processes(2, functools.partial(train, FULL, dtype=torch.float32, num_iterations=10), tmp_path),
-    )
-    assert (found[0]["state"] - alone["state"]).abs().max() < 1e-4 < alone["moved"]
+    """Of how far the generator went in ten iterations, a thousandth. Where a gradient is little more than its rounding,
+    Adam, which divides by its size, takes a weight elsewhere by up to the rate, 1e-3: no bound of single weights."""
+    alone = train(FULL, None, torch.float32, 10)["moved"]
+    task = functools.partial(train, FULL, dtype=torch.float32, num_iterations=10)
+    found = [one["moved"] for one in in_processes(2, task, tmp_path)]
+    assert torch.equal(*found) and alone.norm() > 1e-2
+    assert (found[0] - alone).norm() < 1e-3 * alone.norm(), (found[0] - alone).norm() / alone.norm()
