@@ -280,10 +280,7 @@ class Distillation:
             load_weights(network.inner, self._folder.path / BEST)
             return {name: value.cpu() for name, value in network.inner.state_dict().items()}
 
-        if not self._ranks.is_alone:
-            network.inner.load_state_dict(self._ranks.from_first(read))
-        else:
-            read()
+        network.inner.load_state_dict(self._ranks.from_first(read))
         return self._generator(network)
 
     def _save(self, name: str, iteration: int, **information: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import functools
 import os
+import secrets
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from fastdmd.settings import flags
 RANK, SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 NEEDED = (RANK, SIZE, LOCAL_RANK, "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = datetime.timedelta(minutes=30)  # for the slowest that one does while others wait: distances of many features
+WAIT_SECONDS = 0.02
 FIRST_TO_FAIL = "fastdmd/first_to_fail"  # whose error is said, a key of the store
 
 Chosen = TypeVar("Chosen", bound=Any)
@@ -89,7 +92,8 @@ def join(device: str) -> Ranks:
     if missing := [name for name in NEEDED if name not in os.environ]:
         raise ValueError(f"expected {', '.join(NEEDED)} in the environment, as torchrun sets them, got no {missing[0]}")
     try:
-        _store, rank, size = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
+        _store = torch.distributed.PrefixStore(name_of_start(store, rank, size), store)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"expected {os.environ[SIZE]} processes to meet at {place}, got {error!s:.200}") from error
@@ -99,6 +103,30 @@ def join(device: str) -> Ranks:
     backend = "gloo" if found == "cpu" else "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TIMEOUT)
     return Ranks.of(torch.distributed.group.WORLD)
+
+
+def name_of_start(store: Any, rank: int, size: int) -> str:
+    """A name for this start of all processes, the same in all of them.
+
+    torchrun keeps its store when it starts them again, and counts its starts on each machine apart: without a name of
+    its own, a start would find the addresses of processes that are gone. The first process takes a new name; the others
+    answer to what they find, until it is one that has heard them.
+    """
+    own, place = secrets.token_hex(8), "fastdmd/start"
+    if rank == 0:
+        store.set(place, own)
+        answers = [store.get(f"{place}/{own}/{other}").decode() for other in range(1, size)]  # waits for each
+        store.set(f"{place}/{own}/heard", ",".join(answers))
+        return own
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < end:
+        name = store.get(place).decode()
+        store.set(f"{place}/{name}/{rank}", own)
+        heard = f"{place}/{name}/heard"
+        if store.check([heard]) and own in store.get(heard).decode().split(","):
+            return name
+        time.sleep(WAIT_SECONDS)
+    raise ValueError(f"no answer of the first process in {TIMEOUT}")
 
 
 def device_of(name: str) -> str:

@@ -1,6 +1,8 @@
 """What processes tell each other, and how often: counted by the operations that torch's dispatcher sees."""
 
+import concurrent.futures
 import functools
+import time
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fastdmd.distill.gan import GANSettings
 from fastdmd.distill.turns import DMD2
 from fastdmd.optim import AdamWEMA
 from fastdmd.ranks import Ranks
-from fastdmd.runs import distillation
+from fastdmd.runs import distillation, distributed
 from tests.helpers.adversarial import CONFIG, TINY, real_images
 from tests.helpers.gloo import in_processes
 from tests.helpers.networks import make_network
@@ -182,3 +184,16 @@ def test_without_an_adversarial_term_there_is_no_other_optimizer(two_processes):
     with Told() as told:
         model.iterate(0, distillation.make_draws(config, make_network(TINY), CPU))
     assert [name for name, _ in told.collectives] == ["allreduce_"] * 2
+
+
+def test_each_start_has_a_name_of_its_own():
+    """In a store that is kept, whoever comes first to it."""
+    store, names = torch.distributed.HashStore(), []
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            found = []
+            for rank in order:
+                found.append(pool.submit(distributed.name_of_start, store, rank, 3))
+                time.sleep(0.05)
+        names.append({future.result() for future in found})
+    assert [len(own) for own in names] == [1, 1, 1] and len(set.union(*names)) == 3

@@ -64,16 +64,17 @@ def train(config, group=None, dtype=torch.float64, num_iterations=NUM_ITERATIONS
     start = make(config, ALONE, dtype)[0].generator_optimizer.weights
     return {
         "state": torch.cat([value.flatten() for part in kinds for value in part.values()]),
-        "moved": max((value - start[name]).abs().max() for name, value in states[0]["param"].items()),
+        "moved": torch.cat([(value - start[name]).flatten() for name, value in states[0]["param"].items()]),
         "readings": [dataclasses.asdict(tally.read()) for tally in tallies],
         "class_sums": model.class_sums.state_dict()["sums"],
     }
 
 
-def shown(reading, but=()):
-    """What a line of the log says of it, as numbers."""
-    found = {**reading["means"], **{name: value for name, value in reading.items() if name != "means"}}
-    return {name: value for name, value in found.items() if name not in but}
+def shown(reading):
+    """What a line of the log says of it, as numbers, but for the spread of images, which a process knows of its own."""
+    assert reading["fault"] is None
+    found = {**reading["means"], **{name: value for name, value in reading.items() if name not in ("means", "fault")}}
+    return {name: value for name, value in found.items() if name != "spread"}
 
 
 @pytest.mark.parametrize(
@@ -86,20 +87,23 @@ def test_processes_learn_what_one_learns(name, size, tmp_path):
     found = in_processes(size, functools.partial(train, config), tmp_path)
     assert all(torch.equal(one["state"], found[0]["state"]) for one in found)
     assert (found[0]["state"] - alone["state"]).abs().max() < 1e-10
-    assert alone["moved"] > 1e-3
-    for one in found:  # the spread of images is that within a process
+    assert alone["moved"].abs().max() > 1e-3
+    for one in found:
         for mine, theirs in zip(one["readings"], alone["readings"], strict=True):
-            assert shown(mine, ["spread"]) == pytest.approx(shown(theirs, ["spread"]), rel=1e-5, abs=1e-7)
-            assert mine["means"].get("spread") == pytest.approx(theirs["means"].get("spread"), rel=0.2)
+            assert shown(mine) == pytest.approx(shown(theirs), rel=1e-5, abs=1e-7)
+        if config.batch_size > size:
+            spread = alone["readings"][0]["means"]["spread"]
+            assert one["readings"][0]["means"]["spread"] == pytest.approx(spread, rel=0.2)
     sums = [one["class_sums"] for one in found]
     torch.testing.assert_close(sums[0], alone["class_sums"])
     assert all(other.count_nonzero() == 0 for other in sums[1:])
 
 
 def test_float32_to_rounding(tmp_path):
-    """Ten iterations of Adam, of which each moves a weight by up to 1e-3."""
-    alone, *found = (
-        train(FULL, None, torch.float32, 10),
-        *in_processes(2, functools.partial(train, FULL, dtype=torch.float32, num_iterations=10), tmp_path),
-    )
-    assert (found[0]["state"] - alone["state"]).abs().max() < 1e-4 < alone["moved"]
+    """Of how far the generator went in ten iterations, a thousandth. Where a gradient is little more than its rounding,
+    Adam, which divides by its size, takes a weight elsewhere by up to the rate, 1e-3: no bound of single weights."""
+    alone = train(FULL, None, torch.float32, 10)["moved"]
+    task = functools.partial(train, FULL, dtype=torch.float32, num_iterations=10)
+    found = [one["moved"] for one in in_processes(2, task, tmp_path)]
+    assert torch.equal(*found) and alone.norm() > 1e-2
+    assert (found[0] - alone).norm() < 1e-3 * alone.norm(), (found[0] - alone).norm() / alone.norm()
