@@ -79,8 +79,13 @@ def test_pretraining_stops_at_a_broken_image(begun, tmp_path):
 
     def spoil(training, iteration):
         if iteration == 4:
-            images, labels = training._batch(iteration)
-            training._batch = lambda step: (images * (math.nan if step == 4 else 1), labels)
+            batch = training._batch
+
+            def broken(step, rows):
+                images, *rest = batch(iteration, rows)
+                return images * (math.nan if step == 4 else 1), *rest
+
+            training._batch = broken
 
     code, summary, _, checkpoints = begun(spoil, "--nan-policy", "stop", command=pretrain, given=given)
     assert code.startswith("fastdmd.pretrain: error: NaN or infinity in real image, iteration 5; ")
