@@ -8,6 +8,7 @@ if __name__ == "__main__":
     startup.prepare("fastdmd.evaluate")
 
 import dataclasses
+import functools
 import json
 
 from fastdmd import teachers
@@ -27,12 +28,9 @@ ADVICE = f"it samples {BATCH_SIZE} images at a time; use a larger --device"
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(EvaluateConfig, "fastdmd.evaluate", arguments)
     with cli.user_errors("fastdmd.evaluate", advice=ADVICE):
-        ranks = distributed.join(config.device)
-        config = distributed.same_settings(config, ranks)
-        place = distributed.device_of(config.device)
-        device = cli.resolve_device(place, seed=config.seed, deterministic=config.deterministic)
-        if config.out is not None and ranks.is_first:
-            outputs.require_file(config.out)
+        config, ranks, device = distributed.begin(config)
+        if config.out is not None:
+            ranks.from_first(functools.partial(outputs.require_file, config.out))
         machine.prepare(device)
         network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler = teachers.sampler_of(network, metadata, config.evaluation.teacher_steps)

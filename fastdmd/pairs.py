@@ -31,10 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PairsConfig, "fastdmd.pairs", arguments)
     smaller = half(config.batch_size)
     with cli.user_errors("fastdmd.pairs", advice=smaller):
-        ranks = distributed.join(config.device)
-        config = distributed.same_settings(config, ranks)
-        place = distributed.device_of(config.device)
-        device = cli.resolve_device(place, seed=config.seed, deterministic=config.deterministic)
+        config, ranks, device = distributed.begin(config)
         ranks.from_first(lambda: outputs.require_folder(config.out))
         machine.prepare(device, batch_size=config.batch_size)
         teacher, metadata = teachers.read(config.teacher, config.adapter, device)

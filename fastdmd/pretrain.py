@@ -37,11 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
     smaller = f"{half(config.batch_size)} or a smaller --model-channels"
     with cli.user_errors("fastdmd.pretrain", advice=smaller):
-        ranks = distributed.join(config.device)
-        config = distributed.same_settings(config, ranks)
+        config, ranks, device = distributed.begin(config)
         distributed.require_parts(config.batch_size, 1, ranks)
-        place = distributed.device_of(config.device)
-        device = cli.resolve_device(place, seed=config.seed, deterministic=config.deterministic)
         past = None if config.dry_run else ranks.from_first(lambda: resume.past_of(config))
         config = config.replace(resume=None)
         if (notice := warm_up_notice(config.iterations, config.warmup_iterations)) is not None:

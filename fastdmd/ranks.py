@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastdmd.memory import ran_out_of_memory
@@ -60,6 +60,33 @@ class Ranks:
             else:  # gloo has no mean
                 torch.distributed.all_reduce(x.div_(self.size), group=self.group)
         return x
+
+    def require_equal(self, what: str, describe: Callable[[], str]) -> None:
+        """Raises ValueError, in all processes, naming those whose description is another than the first one's."""
+        if self.is_alone:
+            return
+        found = self.gather_objects(describe())
+        if others := [str(rank) for rank, text in enumerate(found) if text != found[0]]:
+            got = next(text for text in found if text != found[0])
+            raise ValueError(
+                f"fastdmd: expected the same {what} in all processes, got others of ranks {', '.join(others)}: "
+                f"{got:.80}"
+            )
+
+    @torch.no_grad()
+    def spread_(self, network: nn.Module) -> None:
+        """Replaces parameters and buffers by those of the first rank. Raises ValueError where names, shapes or dtypes
+        differ."""
+        if self.is_alone:
+            return
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        names = {name: (x.dtype, *x.shape) for name, x in tensors.items()}
+        self.require_equal("names, shapes and dtypes of tensors", lambda: str(names))
+        with self._reaching_all():
+            for x in tensors.values():
+                dense = x.contiguous()
+                torch.distributed.broadcast(dense, group=self.group, group_src=0)
+                x.copy_(dense)
 
     def gather(self, x: Tensor) -> Tensor:
         """Of all ranks, in their order, `[size, *x.shape]`, on the host; waits for the device."""

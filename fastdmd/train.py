@@ -46,11 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, PRESETS)
     smaller = half(chosen.batch_size, chosen.compute.accumulation_steps)
     with cli.user_errors("fastdmd.train", advice=smaller):
-        ranks = distributed.join(chosen.device)
-        chosen = distributed.same_settings(chosen, ranks)
+        chosen, ranks, device = distributed.begin(chosen)
         distributed.require_parts(chosen.batch_size, chosen.compute.accumulation_steps, ranks)
-        place = distributed.device_of(chosen.device)
-        device = cli.resolve_device(place, seed=chosen.seed, deterministic=chosen.deterministic)
         past = None if chosen.dry_run else ranks.from_first(lambda: resume.past_of(chosen))
         if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
             terminal.say(notice)

@@ -70,10 +70,9 @@ def optimizers_of(model: DMD2) -> dict[str, AdamWEMA]:
 
 
 def weights_of(model: DMD2) -> Iterator[Tensor]:
-    """And moments, averages and whatever of the networks is not trained; the teacher's."""
+    """And moments, averages and whatever of the networks is not trained, without the teacher."""
     for optimizer in optimizers_of(model).values():
         yield from tensors_of_optimizer(optimizer)
-    yield from (x for x in model.teacher.state_dict().values() if isinstance(x, Tensor))
 
 
 def tensors_of_optimizer(optimizer: AdamWEMA) -> Iterator[Tensor]:

@@ -43,7 +43,8 @@ class DMD2:
     default those of DMD2, with `sigma_data` in the weight of the fake score's. What it has for a head is trained in
     guidance turns by an `AdamWEMA` of its own, with `head_options`. `nan_policy`: an update with NaN or infinity is
     left out ("skip"), or all that follow are, too ("stop"). With a `process_group` of torch.distributed, each process
-    has an equal part of the batch, and updates are those of the whole, see `AdamWEMA`; scalars are of a part.
+    has an equal part of the batch, and updates are those of the whole, see `AdamWEMA`; scalars are of a part. The
+    teacher is the first one's.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class DMD2:
         self.device = next(teacher.parameters()).device
         self.executor = Executor(execution, self.device)
         self.ranks = Ranks.of(process_group)
+        self.ranks.spread_(teacher)
         self.method: Method = (Matched(sigma_data) if method is None else method).of_ranks(self.ranks)
         self.dfake_gen_update_ratio, self.accumulation_steps = dfake_gen_update_ratio, accumulation_steps
         teacher = teacher.eval().requires_grad_(False)

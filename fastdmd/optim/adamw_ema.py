@@ -47,8 +47,8 @@ class AdamWEMA(FlatOptimizer):
     {"weight_decay": 0.0}, "^map_": {"learning_rate_factor": 0.1}}`; the first that matches counts. Clipping stays
     global. More than one group costs a pass over the gradients, and with `compute_dtype` a wide copy of each group's.
 
-    `process_group`, of torch.distributed: each of its processes has an equal part of the batch, and the same weights at
-    first. An update takes the mean of their gradients: one all_reduce of the flat buffer, a CUDA graph may hold it.
+    `process_group`, of torch.distributed: each of its processes has an equal part of the batch, and begins with weights
+    and buffers of the first. An update takes the mean of their gradients: one all_reduce, which a CUDA graph may hold.
 
     It is a `torch.optim.Optimizer`: `zero_grad()`, `loss.backward()`, `step()` and torch's schedulers work;
     `backward(loss)` saves the copy that gradients cost after `zero_grad()`. The rate of a group is `lr` times
@@ -99,9 +99,10 @@ class AdamWEMA(FlatOptimizer):
         dtype = self.parameters[0].dtype
         if compute_dtype not in (None, dtype, torch.bfloat16, torch.float16):
             raise ValueError(f"fastdmd.AdamWEMA: expected compute_dtype bfloat16 or float16, got {compute_dtype}")
+        self._ranks = Ranks.of(process_group)
+        self._ranks.spread_(network)
         param = flatten(self.parameters)
         self._averages = Averages(network, self._names, decays, ema_warmup)
-        self._ranks = Ranks.of(process_group)
         self._buffers = Buffers(param, self._averages.flat, compute_dtype, self._ranks)
 
         self._groups: list[Group] = []
@@ -119,8 +120,8 @@ class AdamWEMA(FlatOptimizer):
         for parameter, view in zip(self.parameters, views(self._buffers.weights, self.parameters), strict=True):
             parameter.data = view
         self._masters = views(self._buffers.param, self.parameters)
-        is_shared = not self._ranks.is_alone
-        self._gradients = Gradients(self.parameters, self._names, self._buffers.grad, is_shared=is_shared)
+        grad, is_shared = self._buffers.grad, not self._ranks.is_alone
+        self._gradients = Gradients(self.parameters, self._names, grad, is_shared=is_shared)
         self._watches = [Watch(self.network, dict(zip(self.parameters, self._names, strict=True)), flags=True)]
         self._watches += self._averages.link(self.network, self._names, set(self.parameters))
         self._captured_options: list[tuple] | None = None
@@ -209,9 +210,7 @@ class AdamWEMA(FlatOptimizer):
         if len(self._groups) == 1:
             norm = self._update_group(0, self._max_grad_norm)
         else:
-            norm = torch.linalg.vector_norm(self._buffers.grad, dtype=self._buffers.param.dtype)
-            # NaN where the norm is not finite: no group moves.
-            factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1) + 0 * norm
+            norm, factor = self._buffers.clipping(self._max_grad_norm)
             for index in range(len(self._groups)):
                 self._update_group(index, math.inf, factor)
             if self._buffers.shadow is not None:

@@ -54,6 +54,12 @@ class Buffers:
         if balance is not None:
             self.grad[:1].masked_fill_(~(self._shared[-1] < 0), math.nan)
 
+    def clipping(self, max_grad_norm: float) -> tuple[Tensor, Tensor]:
+        """The norm of all gradients, and the factor that clips each of them: NaN, so that no group moves, where the
+        norm is not finite."""
+        norm = torch.linalg.vector_norm(self.grad, dtype=self.param.dtype)
+        return norm, (max_grad_norm / (norm + 1e-6)).clamp(max=1) + 0 * norm
+
     def update(
         self, part: slice, step: Tensor, learning_rate: Tensor, *, factor: Tensor | None = None, **options: Any
     ) -> Tensor:

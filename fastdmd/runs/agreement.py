@@ -27,11 +27,11 @@ class Agreement:
         self._last = 0, time.monotonic()  # of the last time
         self._signal: int | None = None
 
-    def look(self, iteration: int, *, is_fixed: bool, is_due: Callable[[], bool]) -> bool:
+    def look(self, iteration: int, *, is_fixed: Callable[[], bool], is_due: Callable[[], bool]) -> bool:
         """Whether after an iteration, which may be one that `is_fixed`, a checkpoint is due: for the first process."""
         if self._ranks.is_alone:
             return is_due()
-        if not is_fixed and iteration < self._next:
+        if iteration < self._next and not is_fixed():
             return False
         before, began = self._last
         self._last = iteration, time.monotonic()

@@ -190,6 +190,7 @@ class Distillation:
         ranks: Ranks = ALONE,
     ):
         self.config, self._ranks = config, ranks
+        ranks.require_equal("teacher", lambda: identity(teacher))
         self.model = build(config, teacher, ranks.group)
         self._averages = config.optimizer.averages(config.batch_size)
         self._generator = functools.partial(

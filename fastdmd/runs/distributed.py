@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from fastdmd.ranks import ALONE, Ranks
-from fastdmd.runs import terminal
+from fastdmd.runs import cli, terminal
 from fastdmd.runs.cli import to_json
 from fastdmd.runs.folder import RunFolder, SilentFolder
 from fastdmd.runs.resume import Past, open_folder
@@ -105,6 +105,15 @@ def join(device: str) -> Ranks:
     return Ranks.of(torch.distributed.group.WORLD)
 
 
+def begin(config: Chosen) -> tuple[Chosen, Ranks, torch.device]:
+    """Joins the processes of a command: the settings of the first, and the device of this one. Raises ValueError as
+    `join`, `same_settings` and `cli.resolve_device` do."""
+    ranks = join(config.device)
+    config = same_settings(config, ranks)
+    place = device_of(config.device)
+    return config, ranks, cli.resolve_device(place, seed=config.seed, deterministic=config.deterministic)
+
+
 def name_of_start(store: Any, rank: int, size: int) -> str:
     """A name for this start of all processes, the same in all of them.
 
@@ -159,7 +168,7 @@ def same_settings(config: Chosen, ranks: Ranks) -> Chosen:
         return room
 
     others = [flag for flag in places if flag != "--out" and value(config, flag) != value(first, flag)]
-    require_equal("settings", ", ".join(others), ranks)
+    ranks.require_equal("settings", lambda: ", ".join(others))
     return first
 
 
@@ -173,16 +182,6 @@ def require_parts(batch_size: int, accumulation_steps: int, ranks: Ranks) -> Non
 def told(ranks: Ranks, own_batch: int) -> str:
     """Behind the name of a device."""
     return "" if ranks.is_alone else f", {ranks.size} processes of {own_batch} images each"
-
-
-def require_equal(what: str, own: str, ranks: Ranks) -> None:
-    """Raises ValueError, in all processes, naming those that have another text than the first."""
-    found = ranks.gather_objects(own)
-    if others := [str(rank) for rank, text in enumerate(found) if text != found[0]]:
-        got = next(text for text in found if text != found[0])
-        raise ValueError(
-            f"fastdmd: expected the same {what} in all processes, got others of ranks {', '.join(others)}: {got:.80}"
-        )
 
 
 def folder_of(config: Any, past: Past | None, ranks: Ranks) -> RunFolder:

@@ -16,7 +16,7 @@ from fastdmd.networks.user_code import reason
 from fastdmd.quality import Evaluation, Measurement, table
 from fastdmd.quality.watch import Watch
 from fastdmd.ranks import ALONE, Ranks
-from fastdmd.runs import closing, distributed, interrupts, randomness
+from fastdmd.runs import closing, interrupts, randomness
 from fastdmd.runs.agreement import Agreement
 from fastdmd.runs.checkpoints import Checkpoints
 from fastdmd.runs.course import Course
@@ -62,7 +62,7 @@ class Loop:
         self._is_on_cpu = next(training.network.parameters()).device.type == "cpu"
         goes_on = checkpoints is not None and checkpoints.restore(self.load_state_dict)
         if not ranks.is_alone:
-            distributed.require_equal("weights", f"{self._progress.iterations} {training.digest()}", ranks)
+            ranks.require_equal("weights", lambda: f"{self._progress.iterations} {training.digest()}")
             randomness.part(ranks.rank, self._progress.iterations)
         self._record.start(self._progress.iterations)
         if goes_on:
@@ -123,9 +123,10 @@ class Loop:
     def _train(self, progress: Progress, agreement: Agreement, is_asked: Callable[[], bool]) -> None:
         settings, checkpoints = self._settings, self._checkpoints
 
-        def is_due(*, is_last: bool) -> bool:
+        def is_due() -> bool:
             if checkpoints is None:
                 return False
+            is_last = progress.iterations == settings.iterations
             return checkpoints.is_due(progress.iterations, is_last=is_last, is_asked=is_asked())
 
         self._log.start()
@@ -140,11 +141,7 @@ class Loop:
                     self._training.tallies[0].latest.tolist()  # waits for the device
                     progress.first_iteration_seconds = time.perf_counter() - self._started
                     bar.write(f"first iteration done after {progress.first_iteration_seconds:.1f} s")
-                is_last = progress.iterations == settings.iterations
-                is_fixed = any(self._due()) or (checkpoints is not None and checkpoints.is_fixed(progress.iterations))
-                if agreement.look(
-                    progress.iterations, is_fixed=is_fixed, is_due=functools.partial(is_due, is_last=is_last)
-                ):
+                if agreement.look(progress.iterations, is_fixed=self._is_fixed, is_due=is_due):
                     assert checkpoints is not None
                     self._write_checkpoint(checkpoints, bar)
                 self._attend(progress, agreement, bar)
@@ -160,6 +157,11 @@ class Loop:
         is_logged = is_last or iteration % settings.log_every == 0
         is_shown = not is_last and iteration % -(-settings.iterations // settings.snapshots) == 0
         return is_logged, is_shown, self._course is not None and self._course.is_due(iteration, is_last=is_last)
+
+    def _is_fixed(self) -> bool:
+        """Whether the settings name this iteration for anything."""
+        of_checkpoint = self._checkpoints is not None and self._checkpoints.is_fixed(self._progress.iterations)
+        return of_checkpoint or any(self._due())
 
     def _attend(self, progress: Progress, agreement: Agreement, bar: tqdm) -> None:
         """To what is due after an iteration, all of which comes after its checkpoint: a measurement, a line of the log,

@@ -20,6 +20,7 @@ from tests.helpers.gloo import in_processes
 from tests.helpers.networks import make_network
 
 CPU = torch.device("cpu")
+NOTHING = lambda network, rank: None  # noqa: E731
 TAIL = 16  # elements behind the gradients, by which processes decide together
 
 
@@ -132,6 +133,44 @@ def balanced(shares, group):
         moved.append(is_moved)
         assert norm.isnan() != is_moved
     return moved
+
+
+def begun(spoil, group):
+    """The weights that an optimizer begins with, and which weights and buffers the process had brought."""
+    torch.manual_seed(Ranks.of(group).rank)
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4))
+    network.to(memory_format=torch.channels_last)
+    network[1].running_mean.fill_(Ranks.of(group).rank)
+    spoil(network, Ranks.of(group).rank)
+    own = network[0].weight.detach().clone()
+    optimizer = AdamWEMA(network, learning_rate=0.1, ema_decay=0.9, process_group=group)
+    averaged = optimizer.ema_network[0].weight.detach()
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(optimizer.weights["0.weight"], network[0].weight) and torch.equal(averaged, network[0].weight)
+    return own, network[0].weight.detach(), network[1].running_mean
+
+
+def test_all_begin_with_the_weights_and_buffers_of_the_first(tmp_path):
+    """As in DistributedDataParallel: weights that differ would stay apart, unseen."""
+    (first, taken, mean), (second, other, other_mean) = in_processes(2, functools.partial(begun, NOTHING), tmp_path)
+    assert torch.equal(first, taken) and torch.equal(first, other) and not torch.equal(first, second)
+    assert mean.tolist() == other_mean.tolist() == [0.0] * 4
+
+
+def test_networks_of_other_shapes_are_refused_and_the_first_teacher_is_taken(tmp_path):
+    def reshape(network, rank):
+        network[1].running_var = torch.ones(4, dtype=torch.float64 if rank else torch.float32)
+
+    def made(group):
+        with pytest.raises(ValueError) as error:
+            begun(reshape, group)
+        teacher = make_network(TINY)
+        teacher.conv_in.bias.data += Ranks.of(group).rank
+        return str(error.value), distillation.build(CONFIG, teacher, group).teacher.conv_in.bias.detach()
+
+    expected = "fastdmd: expected the same names, shapes and dtypes of tensors in all processes, got others of ranks 1"
+    for said, bias in in_processes(2, made, tmp_path):
+        assert said.startswith(expected) and torch.equal(bias, make_network(TINY).conv_in.bias)
 
 
 def test_processes_judge_together_how_many_samples_were_left_out(tmp_path):

@@ -146,7 +146,7 @@ def test_what_processes_do_not_divide_is_refused(alone, tmp_path):
     refused(tmp_path, more, "expected --batch-size that 2 processes divide, with 8 --accumulation-steps each, got 8")
 
 
-def test_other_settings_and_weights_of_one_process_are_refused_by_its_rank(alone, tmp_path, monkeypatch):
+def test_other_settings_or_another_teacher_of_one_process_are_refused_by_its_rank(alone, tmp_path, monkeypatch):
     from fastdmd import teachers
     from fastdmd.runs import cli
 
@@ -157,7 +157,7 @@ def test_other_settings_and_weights_of_one_process_are_refused_by_its_rank(alone
 
     refused(tmp_path, alone[0], "expected the same settings in all processes, got others of ranks 1: --seed", others)
 
-    def other_weights(rank):
+    def other_teacher(rank):
         if rank == 1:
             read = teachers.read
 
@@ -168,7 +168,7 @@ def test_other_settings_and_weights_of_one_process_are_refused_by_its_rank(alone
 
             teachers.read = changed
 
-    refused(tmp_path, alone[0], "expected the same weights in all processes, got others of ranks 1: 0 ", other_weights)
+    refused(tmp_path, alone[0], "expected the same teacher in all processes, got others of ranks 1: ", other_teacher)
 
 
 def test_a_device_that_all_would_share_is_refused(alone, tmp_path):
