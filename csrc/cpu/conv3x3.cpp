@@ -1,10 +1,19 @@
-// 3x3 convolutions of channels_last float32 images by Winograd's minimal filtering, F(2x2, 3x3) (Lavin & Gray 2016):
-// 16 multiplications where the definition has 36. A tile is 2x2 outputs and the 4x4 inputs that they depend on; of a
-// block of tiles everything stays in the cache.
+// 3x3 convolutions of channels_last float32 images by Winograd's minimal filtering, F(4x4, 3x3) or F(2x2, 3x3) (Lavin &
+// Gray 2016): 36 multiplications for 16 outputs, or 16 for 4, where the definition has 9 for each. A tile is OUT x OUT
+// outputs and the IN x IN inputs that they depend on; of a block of tiles everything stays in the cache.
 #include "winograd.h"
 
 namespace fastdmd::FASTDMD_ISA {
 namespace {
+
+// Calls body(F4{}) or body(F2{}), as the argument says.
+template <class Body>
+FASTDMD_INLINE void with_tiles(const Conv3x3& a, Body body) {
+  if (a.tile == F4::OUT)
+    body(F4{});
+  else
+    body(F2{});
+}
 
 // Calls body(first output channel, vectors of the panel as a constant) for each panel.
 template <class Body>
@@ -21,70 +30,68 @@ FASTDMD_INLINE void each_panel(const Conv3x3& a, Body body) {
 }
 
 // A^T M A of the products of a block of tiles and a panel, plus bias.
-template <int N>
+template <class F, int N>
 void write_outputs(const Conv3x3& a,
-                   const Tiles& tiles,
-                   const float* products,  // [16, PRODUCTS]
+                   const Tiles<F>& tiles,
+                   const float* products,  // [IN^2, PRODUCTS]
                    int64_t first,
                    int64_t o) {
+  constexpr int IN = F::IN, OUT = F::OUT;
   for (int64_t t = 0; t < tiles.count(first); ++t)
     tiles.at(first + t, [&](int64_t pixel, int64_t top, int64_t left) {
-      const bool below = top + 1 < a.height, beside = left + 1 < a.width;
-#pragma GCC unroll 3
+      const int64_t height = a.height - top, width = a.width - left;  // what the image still has
       for (int n = 0; n < N; ++n) {
-        V m[4][4], half[2][4];
-#pragma GCC unroll 16
-        for (int e = 0; e < 16; ++e) m[e / 4][e % 4] = load_vector(products + e * PRODUCTS + (t * N + n) * LANES);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          half[0][j] = m[0][j] + m[1][j] + m[2][j];
-          half[1][j] = m[1][j] - m[2][j] - m[3][j];
-        }
+        V m[IN][IN], y[OUT][OUT];
+#pragma GCC unroll 36
+        for (int e = 0; e < IN * IN; ++e)
+          m[e / IN][e % IN] = load_vector(products + e * tiles.PRODUCTS + (t * N + n) * LANES);
+        on_both_axes<F::output>(m, y);
         const V bias = a.bias ? load_vector(a.bias + o + n * LANES) : V{};
         float* to = a.y + pixel * a.out_channels + o + n * LANES;
-        store_vector(to, half[0][0] + half[0][1] + half[0][2] + bias);
-        if (beside) store_vector(to + a.out_channels, half[0][1] - half[0][2] - half[0][3] + bias);
-        if (!below) continue;
-        to += a.width * a.out_channels;
-        store_vector(to, half[1][0] + half[1][1] + half[1][2] + bias);
-        if (beside) store_vector(to + a.out_channels, half[1][1] - half[1][2] - half[1][3] + bias);
+#pragma GCC unroll 4
+        for (int row = 0; row < OUT; ++row)
+#pragma GCC unroll 4
+          for (int column = 0; column < OUT; ++column)
+            if (row < height && column < width)
+              store_vector(to + (row * a.width + column) * a.out_channels, y[row][column] + bias);
       }
     });
 }
 
-// A dY A^T of a block of tiles and a panel, zeros up to a whole number of ROWS; bias_sums += the outputs.
-template <int N>
+// A dY A^T of a block of tiles and a panel; bias_sums += the outputs.
+template <class F, int N>
 void transform_gradient(const Conv3x3& a,
-                        const Tiles& tiles,
-                        float* matrices,    // [16, PRODUCTS]
+                        const Tiles<F>& tiles,
+                        float* matrices,    // [IN^2, PRODUCTS]
                         double* bias_sums,  // [out_channels]
                         int64_t first,
                         int64_t o) {
+  constexpr int IN = F::IN, OUT = F::OUT;
   V sums[N] = {};
-  const auto put = [&](int64_t t, int n, int e, V x) {
-    store_vector(matrices + e * PRODUCTS + (t * N + n) * LANES, x);
-  };
   for (int64_t t = 0; t < tiles.count(first); ++t)
     tiles.at(first + t, [&](int64_t pixel, int64_t top, int64_t left) {
-      const bool below = top + 1 < a.height, beside = left + 1 < a.width;
+      const int64_t height = a.height - top, width = a.width - left;  // what the image still has
 #pragma GCC unroll 3
       for (int n = 0; n < N; ++n) {
         const float* from = a.y + pixel * a.out_channels + o + n * LANES;
-        V g[2][2] = {};
-        g[0][0] = load_vector(from);
-        if (beside) g[0][1] = load_vector(from + a.out_channels);
-        if (below) g[1][0] = load_vector(from + a.width * a.out_channels);
-        if (below && beside) g[1][1] = load_vector(from + (a.width + 1) * a.out_channels);
-        sums[n] += (g[0][0] + g[0][1]) + (g[1][0] + g[1][1]);
+        V g[OUT][OUT] = {}, transformed[IN][IN];
+        V rows = {};
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const V g0 = i == 3 ? -g[1][0] : i == 0 ? g[0][0] : i == 1 ? g[0][0] + g[1][0] : g[0][0] - g[1][0];
-          const V g1 = i == 3 ? -g[1][1] : i == 0 ? g[0][1] : i == 1 ? g[0][1] + g[1][1] : g[0][1] - g[1][1];
-          put(t, n, i * 4, g0);
-          put(t, n, i * 4 + 1, g0 + g1);
-          put(t, n, i * 4 + 2, g0 - g1);
-          put(t, n, i * 4 + 3, -g1);
+        for (int row = 0; row < OUT; ++row) {
+          V sum = {};
+#pragma GCC unroll 4
+          for (int column = 0; column < OUT; ++column) {
+            if (row < height && column < width)
+              g[row][column] = load_vector(from + (row * a.width + column) * a.out_channels);
+            sum += g[row][column];
+          }
+          rows += sum;
         }
+        sums[n] += rows;
+        on_both_axes<F::gradient>(g, transformed);
+#pragma GCC unroll 36
+        for (int e = 0; e < IN * IN; ++e)
+          store_vector(matrices + e * tiles.PRODUCTS + (t * N + n) * LANES, transformed[e / IN][e % IN]);
       }
     });
   for (int n = 0; n < N; ++n)
@@ -101,25 +108,24 @@ FASTDMD_INLINE float* weight_at(const Conv3x3& a, int64_t o, int64_t i, int y, i
 }
 
 // Where the LANES output channels from o on are in matrix 0 of their panel, and how wide that is.
+template <class F>
 FASTDMD_INLINE float* panel_at(const Conv3x3& a,
-                               float* matrices,  // [16 * in_channels * out_channels]
+                               float* matrices,  // [IN^2 * in_channels * out_channels]
                                int64_t o,
                                int64_t& width) {
   const int64_t start = o / WIDTH * WIDTH;
   width = start + WIDTH < a.out_channels ? WIDTH : a.out_channels - start;
-  return matrices + start * 16 * a.in_channels + (o - start);
+  return matrices + start * F::IN * F::IN * a.in_channels + (o - start);
 }
 
-}  // namespace
-
-// G g G^T of output channels [begin, end) * CHANNEL_STEP: panels of WIDTH output channels, in each the 16 matrices
-// [in_channels, WIDTH], the last panel narrower.
-void conv3x3_weights(const Conv3x3& a, int64_t begin, int64_t end) {
+template <class F>
+void transform_weights(const Conv3x3& a, int64_t begin, int64_t end) {
+  constexpr int IN = F::IN;
   for (int64_t o = begin * Conv3x3::CHANNEL_STEP; o < end * Conv3x3::CHANNEL_STEP; o += LANES) {
     int64_t width;
-    float* out = panel_at(a, a.transformed, o, width);
+    float* out = panel_at<F>(a, a.transformed, o, width);
     for (int64_t i = 0; i < a.in_channels; ++i) {
-      V g[3][3], half[4][3];
+      V g[3][3], transformed[IN][IN];
       for (int y = 0; y < 3; ++y)
         for (int x = 0; x < 3; ++x) {
           const float* w = weight_at(a, o, i, y, x);
@@ -128,46 +134,112 @@ void conv3x3_weights(const Conv3x3& a, int64_t begin, int64_t end) {
           else
             for (int lane = 0; lane < LANES; ++lane) g[y][x][lane] = w[lane * a.weight_out];
         }
-      for (int x = 0; x < 3; ++x) {
-        const V even = 0.5f * (g[0][x] + g[2][x]);
-        const V odd = 0.5f * g[1][x];
-        half[0][x] = g[0][x];
-        half[1][x] = even + odd;
-        half[2][x] = even - odd;
-        half[3][x] = g[2][x];
-      }
-      for (int y = 0; y < 4; ++y) {
-        const V even = 0.5f * (half[y][0] + half[y][2]);
-        const V odd = 0.5f * half[y][1];
-        const V row[4] = {half[y][0], even + odd, even - odd, half[y][2]};
-        for (int x = 0; x < 4; ++x) store_vector(out + ((y * 4 + x) * a.in_channels + i) * width, row[x]);
-      }
+      on_both_axes<F::weight>(g, transformed);
+      for (int e = 0; e < IN * IN; ++e)
+        store_vector(out + (e * a.in_channels + i) * width, transformed[e / IN][e % IN]);
     }
   }
 }
 
-// The blocks [begin, end) of tiles.
-void conv3x3(const Conv3x3& a, int64_t begin, int64_t end) {
-  const Tiles tiles(a);
-  Inputs inputs(a);
-  Scratch products(16 * PRODUCTS);
-  for (int64_t first = begin * TILES; first < end * TILES && first < tiles.total; first += TILES) {
+template <class F>
+void convolve(const Conv3x3& a, int64_t begin, int64_t end) {
+  constexpr int NUM_MATRICES = F::IN * F::IN;
+  const Tiles<F> tiles(a);
+  Inputs<F> inputs(a);
+  Scratch products(NUM_MATRICES * tiles.PRODUCTS);
+  for (int64_t first = begin * F::TILES; first < end * F::TILES && first < tiles.total; first += F::TILES) {
     inputs.fill(tiles, first);
+    const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
+    Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels, calls);
+    Prefetch next_y(tiles, first + F::TILES, a.y, a.out_channels, calls);
     each_panel(a, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
-      const float* weights = a.transformed + o * 16 * a.in_channels;
-      for (int e = 0; e < 16; ++e)
+      const float* weights = a.transformed + o * NUM_MATRICES * a.in_channels;
+      for (int e = 0; e < NUM_MATRICES; ++e, next_x.lines(), next_y.lines())
         for (int64_t row = 0; row < rounded_up(tiles.count(first)); row += ROWS)
           multiply<N>(false,
                       inputs.matrices.data + e * inputs.step + row * inputs.depth,
                       inputs.depth,
                       1,
                       weights + e * inputs.depth * N * LANES,
-                      products.data + e * PRODUCTS + row * N * LANES,
+                      products.data + e * tiles.PRODUCTS + row * N * LANES,
                       inputs.depth);
-      write_outputs<N>(a, tiles, products.data, first, o);
+      write_outputs<F, N>(a, tiles, products.data, first, o);
     });
   }
+}
+
+template <class F>
+void sum_weight_gradient(const Conv3x3& a,
+                         double* bias_sums,  // [out_channels]
+                         int64_t begin,
+                         int64_t end) {
+  constexpr int NUM_MATRICES = F::IN * F::IN;
+  const Tiles<F> tiles(a);
+  Inputs<F> inputs(a);
+  Scratch gradients(NUM_MATRICES * tiles.PRODUCTS);
+  for (int64_t first = begin * F::TILES; first < end * F::TILES && first < tiles.total; first += F::TILES) {
+    inputs.fill(tiles, first);
+    const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
+    Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels, calls);
+    Prefetch next_y(tiles, first + F::TILES, a.y, a.out_channels, calls);
+    each_panel(a, [&](int64_t o, auto vectors) {
+      constexpr int N = vectors;
+      transform_gradient<F, N>(a, tiles, gradients.data, bias_sums, first, o);
+      float* sums = a.transformed + o * NUM_MATRICES * a.in_channels;
+      for (int e = 0; e < NUM_MATRICES; ++e, next_x.lines(), next_y.lines())
+        for (int64_t i = 0; i < a.in_channels; i += ROWS)
+          multiply<N>(first > begin * F::TILES,
+                      inputs.matrices.data + e * inputs.step + i,
+                      1,
+                      inputs.depth,
+                      gradients.data + e * tiles.PRODUCTS,
+                      sums + (e * a.in_channels + i) * N * LANES,
+                      tiles.count(first));
+    });
+  }
+}
+
+template <class F>
+void write_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, int64_t end) {
+  constexpr int IN = F::IN;
+  const int64_t size = IN * IN * a.in_channels * a.out_channels;
+  for (int64_t o = begin * Conv3x3::CHANNEL_STEP; o < end * Conv3x3::CHANNEL_STEP; o += LANES) {
+    int64_t width;
+    const float* from = panel_at<F>(a, a.transformed, o, width);
+    for (int64_t i = 0; i < a.in_channels; ++i) {
+      V s[IN][IN] = {}, g[3][3];
+      for (int64_t part = 0; part < num_sums; ++part)
+        for (int e = 0; e < IN * IN; ++e)
+          s[e / IN][e % IN] += load_vector(from + part * size + (e * a.in_channels + i) * width);
+      on_both_axes<F::weight_gradient>(s, g);
+      for (int y = 0; y < 3; ++y)
+        for (int x = 0; x < 3; ++x)
+          for (int lane = 0; lane < LANES; ++lane) weight_at(a, o, i, y, x)[lane * a.weight_out] = g[y][x][lane];
+    }
+  }
+}
+
+}  // namespace
+
+int64_t conv3x3_blocks(const Conv3x3& a) {
+  int64_t blocks = 0;
+  with_tiles(a, [&](auto filter) {
+    using F = decltype(filter);
+    blocks = (Tiles<F>(a).total + F::TILES - 1) / F::TILES;
+  });
+  return blocks;
+}
+
+// G g G^T of output channels [begin, end) * CHANNEL_STEP: panels of WIDTH output channels, in each the matrices
+// [in_channels, WIDTH], the last panel narrower.
+void conv3x3_weights(const Conv3x3& a, int64_t begin, int64_t end) {
+  with_tiles(a, [&](auto filter) { transform_weights<decltype(filter)>(a, begin, end); });
+}
+
+// The blocks [begin, end) of tiles.
+void conv3x3(const Conv3x3& a, int64_t begin, int64_t end) {
+  with_tiles(a, [&](auto filter) { convolve<decltype(filter)>(a, begin, end); });
 }
 
 // Sums over the blocks [begin, end) of tiles, of which there is one: a.transformed = what conv3x3_weight_gradient takes
@@ -176,54 +248,13 @@ void conv3x3_weight_sums(const Conv3x3& a,
                          double* bias_sums,  // [out_channels]
                          int64_t begin,
                          int64_t end) {
-  const Tiles tiles(a);
-  Inputs inputs(a);
-  Scratch gradients(16 * PRODUCTS);
-  for (int64_t first = begin * TILES; first < end * TILES && first < tiles.total; first += TILES) {
-    inputs.fill(tiles, first);
-    each_panel(a, [&](int64_t o, auto vectors) {
-      constexpr int N = vectors;
-      transform_gradient<N>(a, tiles, gradients.data, bias_sums, first, o);
-      float* sums = a.transformed + o * 16 * a.in_channels;
-      for (int e = 0; e < 16; ++e)
-        for (int64_t i = 0; i < a.in_channels; i += ROWS)
-          multiply<N>(first > begin * TILES,
-                      inputs.matrices.data + e * inputs.step + i,
-                      1,
-                      inputs.depth,
-                      gradients.data + e * PRODUCTS,
-                      sums + (e * a.in_channels + i) * N * LANES,
-                      tiles.count(first));
-    });
-  }
+  with_tiles(a, [&](auto filter) { sum_weight_gradient<decltype(filter)>(a, bias_sums, begin, end); });
 }
 
 // G^T S G of output channels [begin, end) * CHANNEL_STEP, where S is the sum of `num_sums` results of
 // conv3x3_weight_sums that lie in a row in a.transformed. Writes a.weight.
 void conv3x3_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, int64_t end) {
-  const int64_t size = 16 * a.in_channels * a.out_channels;
-  for (int64_t o = begin * Conv3x3::CHANNEL_STEP; o < end * Conv3x3::CHANNEL_STEP; o += LANES) {
-    int64_t width;
-    const float* from = panel_at(a, a.transformed, o, width);
-    for (int64_t i = 0; i < a.in_channels; ++i) {
-      V s[4][4] = {}, half[3][4];
-      for (int64_t part = 0; part < num_sums; ++part)
-        for (int e = 0; e < 16; ++e)
-          s[e / 4][e % 4] += load_vector(from + part * size + (e * a.in_channels + i) * width);
-      for (int x = 0; x < 4; ++x) {
-        const V sum = 0.5f * (s[1][x] + s[2][x]);
-        half[0][x] = s[0][x] + sum;
-        half[1][x] = 0.5f * (s[1][x] - s[2][x]);
-        half[2][x] = sum + s[3][x];
-      }
-      for (int y = 0; y < 3; ++y) {
-        const V sum = 0.5f * (half[y][1] + half[y][2]);
-        const V row[3] = {half[y][0] + sum, 0.5f * (half[y][1] - half[y][2]), sum + half[y][3]};
-        for (int x = 0; x < 3; ++x)
-          for (int lane = 0; lane < LANES; ++lane) weight_at(a, o, i, y, x)[lane * a.weight_out] = row[x][lane];
-      }
-    }
-  }
+  with_tiles(a, [&](auto filter) { write_weight_gradient<decltype(filter)>(a, num_sums, begin, end); });
 }
 
 }  // namespace fastdmd::FASTDMD_ISA

@@ -18,13 +18,15 @@ AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # torch 2.11 cannot trace the question
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`conv2d(x, weight, bias, padding=1)` for 3x3 weights; float32 on a CPU with 16 instead of 36 multiplications.
+    """`conv2d(x, weight, bias, padding=1)` for 3x3 weights; float32 on a CPU with a half to a quarter of the
+    multiplications.
 
     Where `x` is float32, on a CPU, channels_last and not tiny, and both numbers of channels are multiples of 16,
-    output and gradients are Winograd's F(2x2, 3x3) (Lavin & Gray 2016). Everywhere else it is torch's own convolution.
-    Against float64 output and gradient of the input err 0.6 to 0.8 times as much as torch's (root mean square, 16 to
-    256 channels, 256 to 130,000 tiles), that of the weight 0.5 to 1.7 times, the less the more tiles: see docs/ops.md.
-    A gradient that is to be differentiated itself is torch's.
+    output and gradients are Winograd's (Lavin & Gray 2016): F(4x4, 3x3), 36 instead of 144 multiplications, or of few
+    pixels F(2x2, 3x3), 16 instead of 36. Everywhere else it is torch's own convolution. Against float64 (root mean
+    square, 16 to 256 channels) output and gradient of the input err 1.7 to 2.5 times as much as torch's by 4x4, 0.6 to
+    0.8 times by 2x2, that of the weight 1.3 to 2.8 times and 0.5 to 1.7 times, the less the more pixels: see
+    docs/ops.md. A gradient that is to be differentiated itself is torch's.
 
     Args:
         x: features `[B, C, H, W]`, floating point.
@@ -56,7 +58,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """With fewer tiles than channels, transforming the weight was measured to take longer than what it saves.
+    """With fewer tiles than half of the channels, transforming the weight takes longer than what it saves.
 
     An exported program holds for any batch, so it may not depend on the number of tiles: it takes torch's convolution.
     So do forward mode and torch's counter of FLOPs, which know that one; a formula for the counter would import Triton.
@@ -70,7 +72,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and C % CHANNELS == weight.shape[0] % CHANNELS == 0
-        and tiles >= max(channels, MIN_TILES)
+        and tiles >= max(channels / 2, MIN_TILES)
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 

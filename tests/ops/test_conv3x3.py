@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdmd import ops
 
 module = importlib.import_module("fastdmd.ops.conv3x3")  # behind the function of its name
-# B, C_in, C_out, H, W: whole and cut tiles, one row, all widths of a panel, more than one block, one or two threads.
+# B, C_in, C_out, H, W: whole and cut tiles, one row, all widths of a panel, more than one block, one or two threads;
+# the last four by tiles of 4x4.
 SHAPES = [
     (4, 16, 16, 8, 8),
     (3, 48, 48, 7, 7),
@@ -24,6 +25,10 @@ SHAPES = [
     (20, 96, 48, 5, 6),
     (70, 32, 16, 1, 1),
     (9, 64, 144, 14, 14),
+    (40, 48, 48, 7, 7),
+    (20, 32, 80, 9, 11),
+    (1, 16, 32, 64, 65),
+    (90, 96, 16, 3, 4),
 ]
 
 
