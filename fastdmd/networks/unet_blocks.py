@@ -18,23 +18,9 @@ class Conv3x3(nn.Conv2d):
         return ops.conv3x3(x, self.weight, self.bias)
 
 
-class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution; on a CPU, of channels_last maps, the product of pixels and weights.
-
-    torch convolves few pixels without oneDNN: 8 maps of 7x7, 96 to 288 channels, in float32 took 1.8 times as long as
-    that product, forward and backward, 128 maps as long.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        pixels = x.permute(0, 2, 3, 1)
-        if not x.is_cpu or not pixels.is_contiguous() or torch.compiler.is_compiling():
-            return super().forward(x)
-        return F.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
 def conv(in_channels: int, out_channels: int, kernel: int = 3, init_scale: float = 1.0) -> nn.Conv2d:
     """A same-padded convolution with Xavier-uniform weights times `init_scale` and zero bias."""
-    kind = {3: Conv3x3, 1: Conv1x1}[kernel]
+    kind = Conv3x3 if kernel == 3 else nn.Conv2d
     layer = kind(in_channels, out_channels, kernel, padding=kernel // 2)
     nn.init.xavier_uniform_(layer.weight)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fastdmd import diffusion, pretrain
 from fastdmd.networks.unet import UNet, UNetConfig, positional_embedding
-from fastdmd.networks.unet_blocks import Concatenate, Conv1x1, Repeat
+from fastdmd.networks.unet_blocks import Concatenate, Repeat
 from fastdmd.networks.weights import load_network, save_network
 from tests.helpers.networks import SMALL, make_network
 
@@ -71,24 +71,6 @@ def test_forward_is_preconditioning_around_the_raw_network(config):
     expected = c_skip * x + c_out * network.raw(c_in * x, c_noise.flatten(), labels)
     assert_close(network(x, sigma, labels), expected)
     assert network(x, sigma, labels).std() > 0.1
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 3, 1, 1), (0, 3, 4, 4)], ids=str)
-def test_1x1_convolutions_are_torchs(shape, layout):
-    own, plain = Conv1x1(3, 5, 1).double(), torch.nn.Conv2d(3, 5, 1).double()
-    plain.load_state_dict(own.state_dict())
-    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
-    y, expected = own(x), plain(x)
-    grad = torch.randn_like(y)
-    assert y.is_contiguous(memory_format=layout)
-    assert_close(y, expected, check_stride=shape == (2, 3, 4, 6))
-    assert_close(
-        torch.autograd.grad(y, (x, *own.parameters()), grad),
-        torch.autograd.grad(expected, (x, *plain.parameters()), grad),
-    )
-    compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x), expected)
 
 
 def test_repetition_and_its_gradients():
