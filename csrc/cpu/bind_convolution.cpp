@@ -57,7 +57,7 @@ void run(Conv3x3 a, const Tensor& x) {
     kernels().conv3x3_weights(a, first, last);
   });
   parallel_for(
-      0, kernels().conv3x3_blocks(a), 1, [&](int64_t first, int64_t last) { kernels().conv3x3(a, first, last); });
+      0, kernels().conv3x3_steps(a), 1, [&](int64_t first, int64_t last) { kernels().conv3x3(a, first, last); });
 }
 
 Tensor conv3x3(Tensor x,       // [B, C_in, H, W]
@@ -93,12 +93,12 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
   if (of_input) run(arguments(grad_y, weight, grad_x, true), x);
   if (!of_parameters) return {grad_x, grad_weight, grad_bias};
   Conv3x3 a = arguments(x, grad_weight, grad_y, false);
-  const int64_t blocks = kernels().conv3x3_blocks(a);
-  if (blocks == 0)  // no tile, so nobody would write them
+  const int64_t steps = kernels().conv3x3_steps(a);
+  if (steps == 0)  // no tile, so nobody would write them
     return {grad_x, torch::stable::fill_(grad_weight, 0), torch::stable::fill_(grad_bias, 0)};
 
   const int64_t size = a.transformed_size();
-  const int64_t parts = std::max(int64_t(1), std::min(blocks, int64_t(torch::stable::get_num_threads())));
+  const int64_t parts = std::max(int64_t(1), std::min(steps, int64_t(torch::stable::get_num_threads())));
   const Tensor sums = torch::stable::new_empty(x, {parts * size});
   std::vector<double> bias_sums(parts * a.out_channels);
   float* data = static_cast<float*>(sums.mutable_data_ptr());
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
       Conv3x3 own = a;
       own.transformed = data + part * size;
       kernels().conv3x3_weight_sums(
-          own, bias_sums.data() + part * a.out_channels, part * blocks / parts, (part + 1) * blocks / parts);
+          own, bias_sums.data() + part * a.out_channels, part * steps / parts, (part + 1) * steps / parts);
     }
   });
   a.transformed = data;

@@ -144,10 +144,10 @@ void transform_weights(const Conv3x3& a, int64_t begin, int64_t end) {
 template <class F>
 void convolve(const Conv3x3& a, int64_t begin, int64_t end) {
   constexpr int NUM_MATRICES = F::IN * F::IN;
-  const Tiles<F> tiles(a);
+  const Tiles<F> tiles(a, begin, end);
   Inputs<F> inputs(a);
   Scratch products(NUM_MATRICES * tiles.PRODUCTS);
-  for (int64_t first = begin * F::TILES; first < end * F::TILES && first < tiles.total; first += F::TILES) {
+  for (int64_t first = tiles.begin; first < tiles.end; first += F::TILES) {
     inputs.fill(tiles, first);
     const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
     Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels, calls);
@@ -175,10 +175,10 @@ void sum_weight_gradient(const Conv3x3& a,
                          int64_t begin,
                          int64_t end) {
   constexpr int NUM_MATRICES = F::IN * F::IN;
-  const Tiles<F> tiles(a);
+  const Tiles<F> tiles(a, begin, end);
   Inputs<F> inputs(a);
   Scratch gradients(NUM_MATRICES * tiles.PRODUCTS);
-  for (int64_t first = begin * F::TILES; first < end * F::TILES && first < tiles.total; first += F::TILES) {
+  for (int64_t first = tiles.begin; first < tiles.end; first += F::TILES) {
     inputs.fill(tiles, first);
     const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
     Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels, calls);
@@ -189,7 +189,7 @@ void sum_weight_gradient(const Conv3x3& a,
       float* sums = a.transformed + o * NUM_MATRICES * a.in_channels;
       for (int e = 0; e < NUM_MATRICES; ++e, next_x.lines(), next_y.lines())
         for (int64_t i = 0; i < a.in_channels; i += ROWS)
-          multiply<N>(first > begin * F::TILES,
+          multiply<N>(first > tiles.begin,
                       inputs.matrices.data + e * inputs.step + i,
                       1,
                       inputs.depth,
@@ -222,13 +222,12 @@ void write_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, in
 
 }  // namespace
 
-int64_t conv3x3_blocks(const Conv3x3& a) {
-  int64_t blocks = 0;
+int64_t conv3x3_steps(const Conv3x3& a) {
+  int64_t steps = 0;
   with_tiles(a, [&](auto filter) {
-    using F = decltype(filter);
-    blocks = (Tiles<F>(a).total + F::TILES - 1) / F::TILES;
+    steps = (Tiles<decltype(filter)>(a, 0, 0).total + Conv3x3::TILE_STEP - 1) / Conv3x3::TILE_STEP;
   });
-  return blocks;
+  return steps;
 }
 
 // G g G^T of output channels [begin, end) * CHANNEL_STEP: panels of WIDTH output channels, in each the matrices
@@ -237,13 +236,14 @@ void conv3x3_weights(const Conv3x3& a, int64_t begin, int64_t end) {
   with_tiles(a, [&](auto filter) { transform_weights<decltype(filter)>(a, begin, end); });
 }
 
-// The blocks [begin, end) of tiles.
+// The steps [begin, end) of TILE_STEP tiles.
 void conv3x3(const Conv3x3& a, int64_t begin, int64_t end) {
   with_tiles(a, [&](auto filter) { convolve<decltype(filter)>(a, begin, end); });
 }
 
-// Sums over the blocks [begin, end) of tiles, of which there is one: a.transformed = what conv3x3_weight_gradient takes
-// for the gradient of the weight, bias_sums += that of the bias. a.y is the gradient of the output.
+// Sums over the steps [begin, end) of TILE_STEP tiles, of which there is one: a.transformed = what
+// conv3x3_weight_gradient takes for the gradient of the weight, bias_sums += that of the bias. a.y is the gradient of
+// the output.
 void conv3x3_weight_sums(const Conv3x3& a,
                          double* bias_sums,  // [out_channels]
                          int64_t begin,

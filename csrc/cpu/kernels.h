@@ -73,7 +73,7 @@ struct GroupNormSiLU {
 // A 3x3 convolution, padded by one, of dense channels_last float32 images. Element (o, i, y, x) of the weight is at
 // o * weight_out + i * weight_in + y * weight_y + x * weight_x. Numbers of channels are multiples of CHANNEL_STEP.
 struct Conv3x3 {
-  static constexpr int64_t CHANNEL_STEP = 16;
+  static constexpr int64_t CHANNEL_STEP = 16, TILE_STEP = 8;
   const float* x;      // [num_images, height, width, in_channels]
   const float* bias;   // [out_channels], or null
   float* weight;       // [out_channels, in_channels, 3, 3], strided
@@ -128,7 +128,7 @@ struct Kernels {
                          int64_t end);
   void (*group_norm_silu)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
   void (*group_norm_silu_backward)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
-  int64_t (*conv3x3_blocks)(const Conv3x3&);  // of tiles
+  int64_t (*conv3x3_steps)(const Conv3x3&);  // of TILE_STEP tiles
   void (*conv3x3_weights)(const Conv3x3&, int64_t begin, int64_t end);
   void (*conv3x3)(const Conv3x3&, int64_t begin, int64_t end);
   void (*conv3x3_weight_sums)(const Conv3x3&,
@@ -158,7 +158,7 @@ struct Kernels {
   FASTDMD_DECLARE_KERNEL(scale_gradient)           \
   FASTDMD_DECLARE_KERNEL(group_norm_silu)          \
   FASTDMD_DECLARE_KERNEL(group_norm_silu_backward) \
-  FASTDMD_DECLARE_KERNEL(conv3x3_blocks)           \
+  FASTDMD_DECLARE_KERNEL(conv3x3_steps)            \
   FASTDMD_DECLARE_KERNEL(conv3x3_weights)          \
   FASTDMD_DECLARE_KERNEL(conv3x3)                  \
   FASTDMD_DECLARE_KERNEL(conv3x3_weight_sums)      \
@@ -176,7 +176,7 @@ struct Kernels {
       scale_gradient,                              \
       group_norm_silu,                             \
       group_norm_silu_backward,                    \
-      conv3x3_blocks,                              \
+      conv3x3_steps,                               \
       conv3x3_weights,                             \
       conv3x3,                                     \
       conv3x3_weight_sums,                         \

@@ -194,20 +194,23 @@ FASTDMD_INLINE void on_both_axes(const V (&x)[N][N], V (&y)[K][K]) {
   }
 }
 
-// The tiles of OUT x OUT outputs of all images, in a row.
+// The tiles of OUT x OUT outputs of all images, in a row; [begin, end) of them are at hand.
 template <class F>
 struct Tiles {
   static constexpr int64_t COUNT = F::TILES;
   static constexpr int64_t PRODUCTS = COUNT * WIDTH + PAD;  // floats from one matrix of a panel's products to the next
-  int64_t height, width, across, per_image, total;
-  explicit Tiles(const Conv3x3& a)
+  int64_t height, width, across, per_image, total, begin, end;
+  // Of the steps [first, last) of TILE_STEP tiles.
+  explicit Tiles(const Conv3x3& a, int64_t first, int64_t last)
       : height(a.height),
         width(a.width),
         across((a.width + F::OUT - 1) / F::OUT),
         per_image(across * ((a.height + F::OUT - 1) / F::OUT)),
-        total(a.num_images * per_image) {}
+        total(a.num_images * per_image),
+        begin(first * Conv3x3::TILE_STEP),
+        end(last * Conv3x3::TILE_STEP < total ? last * Conv3x3::TILE_STEP : total) {}
 
-  int64_t count(int64_t first) const { return first + COUNT < total ? COUNT : total - first; }
+  int64_t count(int64_t first) const { return first + COUNT < end ? COUNT : end - first; }
 
   // visit(number of the pixel of all images that tile t starts at, its row, its column)
   template <class Visit>
@@ -269,7 +272,7 @@ struct Prefetch {
   template <class F>
   Prefetch(const Tiles<F>& tiles, int64_t first, const float* images, int64_t channels, int64_t calls)
       : from(images), end(images) {
-    if (first >= tiles.total) return;
+    if (first >= tiles.end) return;
     int64_t start = 0;
     tiles.at(first, [&](int64_t pixel, int64_t, int64_t) { start = pixel; });
     const int64_t block = F::TILES * F::OUT * F::OUT,
