@@ -10,13 +10,22 @@ TORCHES := 2.11.0 2.14.1
 TORCH ?= $(lastword $(TORCHES))
 OTHER = build/torch-$(TORCH)
 
-.PHONY: train test sanitize test-torch test-matrix test-cuda-build dist lint docs bench soak soak-ranks fuzz gpu gpu-kit clean
+.PHONY: train test coverage sanitize test-torch test-matrix test-cuda-build dist lint docs bench soak soak-ranks fuzz gpu gpu-kit clean
 
 train: .venv/ready
 	$(VENV) -m fastdmd.train $(ARGS)
 
 test: .venv/ready-dev lint
 	$(VENV) -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+# The lines of fastdmd/ that the tests reach without a GPU, in the processes that they start, too: the files below 90 %, and
+# the whole, which must not be. Failing tests are told, and do not keep it from being measured. Takes longer than the tests.
+coverage: .venv/ready-dev
+	rm -rf build/coverage
+	-$(VENV) -m coverage run -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	$(VENV) -m coverage combine --quiet
+	$(VENV) -m coverage report --sort=cover | awk '$$4 == "Cover" || $$4 ~ /%/ && ($$4 + 0 < 90 || $$1 == "TOTAL")'
+	$(VENV) -m coverage report --format=total --fail-under=90
 
 # The CUDA kernels, compiled for the CPU under g++'s sanitizers, through the tests of the ops.
 sanitize: .venv/ready-dev

@@ -18,7 +18,14 @@ def test_pages_are_built_without_a_warning(tmp_path):
     )
     assert built.returncode == 0 and built.stderr == "", built.stderr
     page = (tmp_path / "docs" / "README.html").read_text()
-    for name in ("docs/training", "docs/operations", "docs/quality", "tools/docs/reference", "CHANGELOG"):
+    for name in (
+        "docs/own-teacher",
+        "docs/training",
+        "docs/operations",
+        "docs/quality",
+        "tools/docs/reference",
+        "CHANGELOG",
+    ):
         assert f'href="{name}.html"' in page
     reference = (tmp_path / "docs" / "tools" / "docs" / "reference.html").read_text()
     assert 'id="fastdmd.ops.dm_loss"' in reference and 'id="fastdmd.optim.AdamWEMA"' in reference

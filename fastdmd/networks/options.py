@@ -112,7 +112,7 @@ class AdapterOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherOptions(AdapterOptions):
-    """How a teacher that is not fastdmd's is taken. README, 'Your own teacher', has the table."""
+    """How a teacher that is not fastdmd's is taken. docs/own-teacher.md has the tables."""
 
     weights: Annotated[Path | None, Input, arg(name=FLAGS["weights"])] = None
     """State of a teacher given as package.module:name: .safetensors, or .pt without code. Default: as the code made

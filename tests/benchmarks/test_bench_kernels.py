@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import time
 
 import pytest
@@ -190,7 +191,7 @@ def test_a_lost_process_costs_one_job():
             worker(divmod, 7, 0, seconds=30)
         first = worker(os.getpid, seconds=30)
         with pytest.raises(RuntimeError, match="died"):
-            worker(os._exit, 3, seconds=30)
+            worker(signal.raise_signal, signal.SIGKILL, seconds=30)
         second = worker(os.getpid, seconds=30)
         with pytest.raises(RuntimeError, match="longer than 1 s"):
             worker(time.sleep, 30, seconds=1)

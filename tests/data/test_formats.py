@@ -133,3 +133,11 @@ def test_image_modes(tmp_path):
     check(data.load(tmp_path), np.stack([*as_rgb, colour, colour, colour]), None)
     Image.fromarray(np.zeros((6, 6), np.uint16)).save(tmp_path / "f.png")
     refuses(tmp_path, "images of 8 bits a channel", f"mode I;16 in {tmp_path / 'f.png'}")
+
+
+def test_arrays_that_are_enlarged_are_warned_of(tmp_path):
+    images = np.full((3, 4, 6, 1), 255, np.uint8)
+    np.savez(tmp_path / "small.npz", images=images)
+    with pytest.warns(UserWarning, match=r"the images of \S+small.npz are smaller than --resize 8: enlarged$"):
+        enlarged = data.load(tmp_path / "small.npz", resize=8)
+    assert enlarged.images.shape == (3, 1, 8, 8) and enlarged.images.eq(255).all()
