@@ -13,10 +13,12 @@ import json
 
 from fastdmd import teachers
 from fastdmd.files import write_atomically
+from fastdmd.networks.identity import identity
 from fastdmd.quality import table
 from fastdmd.quality.evaluation import BATCH_SIZE
 from fastdmd.runs import cli, distributed, machine, outputs, terminal
 from fastdmd.runs.config import EvaluateConfig
+from fastdmd.runs.contents import contents
 from fastdmd.runs.machine import versions
 from fastdmd.sampling import with_fewer_steps
 
@@ -24,7 +26,7 @@ ADVICE = f"it samples {BATCH_SIZE} images at a time; use a larger --device"
 
 
 @terminal.command("fastdmd.evaluate")
-@distributed.command
+@distributed.command("fastdmd.evaluate")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(EvaluateConfig, "fastdmd.evaluate", arguments)
     with cli.user_errors("fastdmd.evaluate", advice=ADVICE):
@@ -33,6 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
             ranks.from_first(functools.partial(outputs.require_file, config.out))
         machine.prepare(device)
         network, metadata = teachers.read(config.weights, config.adapter, device)
+        distributed.require_same(
+            "files", lambda: {"the network": identity(network), **contents(config.evaluation, None)}, ranks
+        )
         sampler = teachers.sampler_of(network, metadata, config.evaluation.teacher_steps)
         dataset = config.data.load_named(network)
         evaluation = cli.make_evaluation(config, network, dataset, device, ranks)

@@ -26,7 +26,7 @@ from fastdmd.sampling import HeunSampler
 
 
 @terminal.command("fastdmd.pairs")
-@distributed.command
+@distributed.command("fastdmd.pairs")
 def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(PairsConfig, "fastdmd.pairs", arguments)
     smaller = half(config.batch_size)
@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         if metadata["kind"] != "teacher":
             raise ValueError(f"expected --teacher to be a teacher, got a {metadata['kind']} in {config.teacher}")
         label_emphasis, name = of_label_emphasis(config.label_emphasis, config.teacher), identity(teacher)
+        distributed.require_same("files", lambda: {"the teacher": name}, ranks)
         if label_emphasis != 1:
             teacher.emphasize_labels(label_emphasis)
         sampler = HeunSampler(teacher, config.teacher_steps)
@@ -90,8 +91,7 @@ def make(
                 )
             yield index, images, labels
 
-    for index, images, labels in ranks.in_order(made()):
-        folder.write(index, images, labels)
+    ranks.in_order(made(), lambda pairs: folder.write(*pairs))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     startup.prepare("fastdmd.pretrain")
 
 import dataclasses
+import functools
 import sys
 
 import torch
@@ -30,7 +31,7 @@ ADVICE = "a smaller --batch-size or --model-channels needs less"
 
 
 @terminal.command("fastdmd.pretrain")
-@distributed.command
+@distributed.command("fastdmd.pretrain")
 def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.pretrain"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         if (notice := warm_up_notice(config.iterations, config.warmup_iterations)) is not None:
             terminal.say(notice)
         machine.prepare(device, batch_size=config.batch_size // ranks.size)
+        distributed.require_same("arithmetic", lambda: machine.arithmetic(device), ranks)
         network = None if config.init is None else initial_network(config.init)
         if network is None:
             dataset = config.data.load(device=device)
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
             network = UNet(architecture)
         else:
             dataset = config.data.load(image_shape=network.image_shape, num_classes=network.num_classes, device=device)
-        if past is not None and past.has_nothing_left(config):
+        if past is not None and ranks.from_first(functools.partial(past.has_nothing_left, config)):
             return
         if config.dry_run:
             cli.print_resolved(config, network)
@@ -67,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         with folder.being_set_up():
             training = Pretraining(config, network, dataset, folder, ranks)
             made_of = contents(config.evaluation, named, init=network if config.init else None)
+            distributed.require_same("files", lambda: made_of, ranks)
             checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of, ranks=ranks)
             record = Record(folder, config.record) if ranks.is_first else None
             loop = Loop(training, config, folder, checkpoints=checkpoints, record=record, ranks=ranks)

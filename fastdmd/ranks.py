@@ -31,8 +31,13 @@ class Ranks:
 
     @classmethod
     def of(cls, group: Any) -> Ranks:
-        """Of a group, which may have one process; None: of no group."""
-        return ALONE if group is None or group.size() == 1 else cls(group.rank(), group.size(), group)
+        """Of a group, which may have one process; None: of no group. Raises TypeError for what is no group, as torch
+        gives to a process that is not in one."""
+        if group is None:
+            return ALONE
+        if not isinstance(group, torch.distributed.ProcessGroup):
+            raise TypeError(f"fastdmd.Ranks: expected a process group that this process is in, got {group!r:.80}")
+        return ALONE if group.size() == 1 else cls(group.rank(), group.size(), group)
 
     @property
     def is_alone(self) -> bool:
@@ -82,11 +87,11 @@ class Ranks:
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         names = {name: (x.dtype, *x.shape) for name, x in tensors.items()}
         self.require_equal("names, shapes and dtypes of tensors", lambda: str(names))
-        with self._reaching_all():
-            for x in tensors.values():
-                dense = x.contiguous()
-                torch.distributed.broadcast(dense, group=self.group, group_src=0)
-                x.copy_(dense)
+        for x in tensors.values():
+            dense = x.contiguous()
+            with self._reaching_all():  # as bytes: gloo knows some types of numbers alone
+                torch.distributed.broadcast(dense.view(-1).view(torch.uint8), group=self.group, group_src=0)
+            x.copy_(dense)
 
     def gather(self, x: Tensor) -> Tensor:
         """Of all ranks, in their order, `[size, *x.shape]`, on the host; waits for the device."""
@@ -115,32 +120,41 @@ class Ranks:
                 torch.distributed.all_gather_object(found, value, group=self.group)
         return found
 
-    def in_order(self, own: Iterable[Value | None]) -> Iterator[Value]:
-        """What all ranks make, round by round in the order of ranks: on the first one, on others nothing.
+    def in_order(self, own: Iterable[Value | None], take: Callable[[Value], None]) -> None:
+        """Lets the first rank `take` what all ranks make, round by round in their order, until all have ended; None is
+        left out, and tensors are on the host.
 
-        It ends where all have ended; None is left out, and tensors are on the host. A ValueError of one rank is raised
-        in all of them.
+        A ValueError or OSError of one rank, or of `take`, is raised in all of them.
         """
         if self.is_alone:
-            yield from (value for value in own if value is not None)
+            for value in own:
+                if value is not None:
+                    take(value)
             return
         values = iter(own)
+        fault: Exception | None = None  # of what was taken in the round before
         while True:
-            value = fault = None
-            state = 1
-            try:
-                value = next(values)
+            made, is_over = None, False
+            try:  # after a fault, too: to make something may be a talk of all ranks
+                made = next(values)
             except StopIteration:
-                state = 0
-            except ValueError as error:
-                state, fault = 2, error
-            states = self.gather(torch.tensor([state]))
-            if states.eq(2).any():
+                is_over = True
+            except ConnectionError:
+                raise
+            except (ValueError, OSError) as error:
+                fault = fault or error
+            states = self.gather(torch.tensor([fault is not None, is_over]))  # [ranks, 2]
+            if states[:, 0].any():
                 raise next(error for error in self.gather_objects(fault) if error is not None)
-            if not states.any():
+            if states[:, 1].all():
                 return
-            value = tree_map_only(Tensor, Tensor.cpu, value)
-            yield from (other for other in self.gather_to_first(value) if other is not None)
+            found = self.gather_to_first(tree_map_only(Tensor, Tensor.cpu, made))
+            try:
+                for value in found:
+                    if value is not None:
+                        take(value)
+            except (ValueError, OSError) as error:
+                fault = error
 
     def from_first(self, make: Callable[[], Value]) -> Value:
         """What the first rank makes, on all of them; or the ValueError, TypeError or OSError that it raises."""

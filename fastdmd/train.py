@@ -8,6 +8,7 @@ if __name__ == "__main__":
     startup.prepare("fastdmd.train")
 
 import dataclasses
+import functools
 import math
 import sys
 from typing import Any
@@ -39,7 +40,7 @@ BYTES_PER_PAIR = 3 * 4  # more with a regression: noise, the teacher's images, a
 
 
 @terminal.command("fastdmd.train")
-@distributed.command
+@distributed.command("fastdmd.train")
 def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.train"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
@@ -64,10 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
             lambda settings: settings.for_teacher(teacher, device),
             None if past is None else past.config,
         )
-        if past is not None and past.has_nothing_left(config):
+        if past is not None and ranks.from_first(functools.partial(past.has_nothing_left, config)):
             return
         own_batch = config.batch_size // ranks.size
         machine.prepare(device, precision=config.compute.precision, batch_size=own_batch)
+        distributed.require_same("arithmetic", lambda: machine.arithmetic(device), ranks)
         dataset = config.data.load_named(teacher)
         real = distillation.real_images(config, teacher, dataset)
         pairs = distillation.teacher_pairs(config, teacher)
@@ -107,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
             course = Course(training, config.monitor, evaluation, folder, config.batch_size)
             watch = watching.make_watch(config, training.model, dataset, ranks)
             made_of = contents(config.evaluation, dataset, pairs=pairs)
+            distributed.require_same("files", lambda: made_of, ranks)
             checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of, teacher, ranks)
             record = Record(folder, config.record) if ranks.is_first else None
             loop = Loop(training, config, folder, course, watch, checkpoints, record, ranks)

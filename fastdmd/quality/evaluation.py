@@ -202,14 +202,18 @@ class Evaluation:
         If `record` is of a measurement like this one, only the speed is measured again. `before_batch` may raise.
         """
         evaluations = sampler.num_evaluations
-        if record is not None and self.ranks.from_first(lambda: record["settings"] == self._settings(evaluations)):
+        known = self.ranks.from_first(lambda: self._known(record, evaluations))
+        if known is not None:
             num_images = min(SPEED_IMAGES, self.num_samples)
             *_, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
-            known = Measurement(**record["quality"])
             return dataclasses.replace(known, images_per_second=num_images / sampling_seconds, recorded=True)
         num_images = self.num_samples if self._feature_network is not None else min(SPEED_IMAGES, self.num_samples)
         quality, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
         return dataclasses.replace(quality, images_per_second=num_images / sampling_seconds, evaluations=evaluations)
+
+    def _known(self, record: dict | None, evaluations: int | None) -> Measurement | None:
+        is_alike = record is not None and record["settings"] == self._settings(evaluations)
+        return Measurement(**record["quality"]) if record is not None and is_alike else None
 
     def _sample(
         self, sampler: Sampler, num_images: int, name: str, before_batch: Callable[[], None]
@@ -239,10 +243,12 @@ class Evaluation:
                 yield images, class_labels
 
         if self._feature_network is None:
-            for _ in self.ranks.in_order(True for _ in batches()):
-                pass
+            self.ranks.in_order((None for _ in batches()), _nothing)
             return Measurement(None, None, num_images=num_images), self.ranks.from_first(lambda: seconds)
         quality = metrics.evaluate(
             batches(), self._feature_network, self._reference, real=self._real, seed=self.seed, ranks=self.ranks
         )
         return quality, self.ranks.from_first(lambda: seconds)
+
+
+def _nothing(_: object) -> None: ...

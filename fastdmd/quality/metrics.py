@@ -157,7 +157,10 @@ def survey(
     num_images = num_correct = 0
     confidence = 0.0
     has_logits = has_accuracy = True
-    for features, logits, labels in ranks.in_order(_feature_batches(batches, feature_network)):
+
+    def take(batch: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        nonlocal num_images, num_correct, confidence, has_logits, has_accuracy
+        features, logits, labels = batch
         if num_features not in (None, features.shape[1]):
             raise _error("evaluate", f"a reference of {features.shape[1]} features", num_features)
         statistics.update(features)
@@ -166,12 +169,14 @@ def survey(
         num_images += len(features)
         has_logits = has_logits and logits is not None
         has_accuracy = has_accuracy and has_logits and labels is not None
-        has_accuracy = has_accuracy and bool(((labels >= 0) & (labels < logits.shape[1])).all())
-        has_accuracy = has_accuracy and not bool(logits.isnan().any())  # which argmax takes for the greatest
-        if has_logits:
+        if logits is not None and labels is not None:
+            has_accuracy = has_accuracy and bool(((labels >= 0) & (labels < logits.shape[1])).all())
+            has_accuracy = has_accuracy and not bool(logits.isnan().any())  # which argmax takes for the greatest
+            num_correct += int((logits.argmax(1).cpu() == labels.cpu()).sum()) if has_accuracy else 0
+        if logits is not None and has_logits:
             confidence += logits.double().softmax(1).amax(1).sum().item()
-        if has_accuracy:
-            num_correct += int((logits.argmax(1).cpu() == labels.cpu()).sum())
+
+    ranks.in_order(_feature_batches(batches, feature_network), take)
     total = max(1, num_images)
     return Survey(
         statistics,

@@ -15,16 +15,17 @@ SECONDS = 1.0  # between two iterations at which processes agree, as far as thei
 
 
 class Agreement:
-    """Alone, a process looks after every iteration. Several tell each other, by their hosts alone: at iterations that
-    the settings fix, and at others in between, about a second apart, which the first process names the time before.
+    """Alone, a process looks after every iteration, from `iteration` on. Several tell each other, by their hosts alone:
+    at iterations that the settings fix, and at others in between, about a second apart, which the first process names
+    the time before. `wait` ends when the device has done what it was given, as a host may be far ahead of it.
 
     A signal that any of them has received counts, and the first one's clock.
     """
 
-    def __init__(self, ranks: Ranks, received: Received):
-        self._ranks, self._received = ranks, received
-        self._next = 0  # iteration at which they agree
-        self._last = 0, time.monotonic()  # of the last time
+    def __init__(self, ranks: Ranks, received: Received, iteration: int, wait: Callable[[], object]):
+        self._ranks, self._received, self._wait = ranks, received, wait
+        self._next = iteration  # at which they agree
+        self._last = iteration, time.monotonic()  # of the last time
         self._signal: int | None = None
 
     def look(self, iteration: int, *, is_fixed: Callable[[], bool], is_due: Callable[[], bool]) -> bool:
@@ -33,6 +34,7 @@ class Agreement:
             return is_due()
         if iteration < self._next and not is_fixed():
             return False
+        self._wait()
         before, began = self._last
         self._last = iteration, time.monotonic()
         seconds = (self._last[1] - began) / max(1, iteration - before)  # an iteration

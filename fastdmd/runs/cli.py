@@ -59,7 +59,8 @@ def _one_line(
             line = f"expected operations that --deterministic allows, got {operation}, while {doing}"
         elif not isinstance(error, SystemExit) and says_it_all(error):
             line = _said(error) if code == 2 else f"{_said(error)} (while {doing})"
-            code = 1 if isinstance(error, OSError) and error.errno in DISK_ERRORS else code
+            is_fate = isinstance(error, ConnectionError)  # of another process
+            code = 1 if is_fate or (isinstance(error, OSError) and error.errno in DISK_ERRORS) else code
         elif place_in_user_code(error) is not None:  # a SystemExit of other code has its reasons
             line = f"expected your code to run, got {reason(error)}, while {doing}"
         else:

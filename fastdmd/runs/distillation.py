@@ -271,8 +271,7 @@ class Distillation:
             self._networks_of = now
 
     def save_best(self, iteration: int, **information: Any) -> None:
-        if self._folder.is_written:
-            self._save(BEST, iteration, **information)
+        self._ranks.from_first(lambda: self._save(BEST, iteration, **information))  # all know whether it is there
 
     def best_sampler(self) -> Sampler:
         network = copy.deepcopy(self._teacher)

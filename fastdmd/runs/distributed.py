@@ -7,7 +7,7 @@ import functools
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -43,36 +43,41 @@ def require_alone(command: str) -> None:
         raise SystemExit(2)
 
 
-def command(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Around the `main` of a command that may have several processes: all but the first are silent, an error is said by
-    the process that has it first, and the group ends with the work."""
+def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Around the `main` of a command that may have several processes: they meet first, all but the first are silent, an
+    error is said by the process that has it first, and the group ends with the work."""
 
-    @functools.wraps(main)
-    def one_of_several(arguments: list[str] | None = None) -> Any:
-        if is_alone():
-            return main(arguments)
-        is_first = os.environ.get(RANK, "0") == "0"
-        with terminal.one_of_several(_may_report, is_silent=not is_first):
-            try:
-                result = main(arguments)
-            except SystemExit as exit_:
-                if isinstance(exit_.code, str) and not is_first:
-                    raise SystemExit(1) from None  # the first one says it
-                raise
-            except BaseException:
-                _may_report()  # as good as said: this one shows its traceback
-                raise
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-            return result
+    def decorate(main: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(main)
+        def one_of_several(arguments: list[str] | None = None) -> Any:
+            if is_alone():
+                return main(arguments)
+            is_first = os.environ.get(RANK, "0") == "0"
+            with terminal.one_of_several(_may_report, is_silent=not is_first):
+                try:
+                    with cli.user_errors(name):
+                        _meet()
+                    result = main(arguments)
+                except SystemExit as exit_:
+                    if isinstance(exit_.code, str) and not is_first:
+                        raise SystemExit(1) from None  # the first one says it
+                    raise
+                except BaseException:
+                    _may_report()  # as good as said: this one shows its traceback
+                    raise
+                if torch.distributed.is_initialized():
+                    torch.distributed.destroy_process_group()
+                return result
 
-    return one_of_several
+        return one_of_several
+
+    return decorate
 
 
 def _may_report() -> bool:
     """Whether no other process has had an error before."""
     own = os.environ.get(RANK, "0")
-    if _store is None:  # what is wrong with arguments is wrong with those of all
+    if _store is None:  # they have not met
         return own == "0"
     try:
         return _store.compare_set(FIRST_TO_FAIL, "", own) == own.encode()
@@ -83,12 +88,25 @@ def _may_report() -> bool:
 def join(device: str) -> Ranks:
     """The processes that run this command on `--device`, which waits for all of them; `ALONE` where there is one.
 
-    NCCL joins GPUs, gloo CPUs, and what the hosts tell each other. Raises ValueError for an environment without what
-    torch needs to know, and for a GPU that is not there or that all would share.
+    NCCL joins GPUs, gloo CPUs, and what the hosts tell each other. Raises ValueError for a GPU that is not there or
+    that all would share.
     """
-    global _store
     if is_alone():
         return ALONE
+    size = int(os.environ[SIZE])
+    rank = int(os.environ[RANK])
+    found = device_of(device)
+    if found != "cpu":
+        torch.cuda.set_device(found)
+    backend = "gloo" if found == "cpu" else "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return Ranks.of(torch.distributed.group.WORLD)
+
+
+def _meet() -> None:
+    """At a store, before anything else: what is wrong may be so with one process alone, as on a machine without the
+    folder of a run. Raises ValueError for an environment without what torch needs to know."""
+    global _store
     if missing := [name for name in NEEDED if name not in os.environ]:
         raise ValueError(f"expected {', '.join(NEEDED)} in the environment, as torchrun sets them, got no {missing[0]}")
     try:
@@ -97,12 +115,6 @@ def join(device: str) -> Ranks:
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"expected {os.environ[SIZE]} processes to meet at {place}, got {error!s:.200}") from error
-    found = device_of(device)
-    if found != "cpu":
-        torch.cuda.set_device(found)
-    backend = "gloo" if found == "cpu" else "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TIMEOUT)
-    return Ranks.of(torch.distributed.group.WORLD)
 
 
 def begin(config: Chosen) -> tuple[Chosen, Ranks, torch.device]:
@@ -170,6 +182,16 @@ def same_settings(config: Chosen, ranks: Ranks) -> Chosen:
     others = [flag for flag in places if flag != "--out" and value(config, flag) != value(first, flag)]
     ranks.require_equal("settings", lambda: ", ".join(others))
     return first
+
+
+def require_same(what: str, describe: Callable[[], Mapping[str, Any]], ranks: Ranks) -> None:
+    """Raises ValueError where a process has another description than the first one, by what is another in it."""
+    if ranks.is_alone:
+        return
+    own = describe()
+    first = ranks.from_first(lambda: own)
+    others = [f"{name} {own.get(name)}" for name in {**first, **own} if own.get(name) != first.get(name)]
+    ranks.require_equal(what, lambda: "; ".join(others))
 
 
 def require_parts(batch_size: int, accumulation_steps: int, ranks: Ranks) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -63,10 +63,10 @@ class Loop:
         goes_on = checkpoints is not None and checkpoints.restore(self.load_state_dict)
         if not ranks.is_alone:
             ranks.require_equal("weights", lambda: f"{self._progress.iterations} {training.digest()}")
-            randomness.part(ranks.rank, self._progress.iterations)
         self._record.start(self._progress.iterations)
         if goes_on:
             return
+        randomness.part(ranks.rank, iteration=0)
         if (fault := ranks.from_first(lambda: self._snapshot(0))) is not None:
             raise ValueError(f"fastdmd: expected a network to start from, got {fault}")
 
@@ -87,7 +87,7 @@ class Loop:
             interrupts.deferred() as received,
             interrupts.asked() as is_asked,
         ):
-            agreement = Agreement(self._ranks, received)
+            agreement = Agreement(self._ranks, received, progress.iterations, self._wait)
             try:
                 self._train(progress, agreement, is_asked)
                 closing.measure(self._training, self._course, evaluation, progress, rows, agreement.signal)
@@ -138,7 +138,7 @@ class Loop:
                 progress.iterations += 1
                 bar.update()
                 if progress.iterations == 1:
-                    self._training.tallies[0].latest.tolist()  # waits for the device
+                    self._wait()
                     progress.first_iteration_seconds = time.perf_counter() - self._started
                     bar.write(f"first iteration done after {progress.first_iteration_seconds:.1f} s")
                 if agreement.look(progress.iterations, is_fixed=self._is_fixed, is_due=is_due):
@@ -149,6 +149,10 @@ class Loop:
             self._training.finish()
             self._snapshot_or_end(progress)
         progress.train_seconds = time.perf_counter() - self._started - progress.evaluation_seconds
+
+    def _wait(self) -> None:
+        """For the device."""
+        self._training.tallies[0].latest.tolist()
 
     def _due(self) -> tuple[bool, bool, bool]:
         """After this iteration: a line of the log, a snapshot, a measurement."""
@@ -199,15 +203,17 @@ class Loop:
         if progress.outcome != "diverged" and (fault := self._training.fault()) is not None:
             progress.diverge(f"there is NaN or infinity in {fault}")
         if progress.outcome != "diverged":
+            others = self._ranks.gather_to_first(randomness.state())[1:]
             if self._ranks.is_first:
-                self._keep(lambda: checkpoints.write(progress.iterations, self.state_dict), bar)
+                state = functools.partial(self.state_dict, others)
+                self._keep(lambda: checkpoints.write(progress.iterations, state), bar)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, random_of_others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """After an iteration, before what is due then."""
         return {
             **{name: part.state_dict() for name, part in self._parts().items()},
             "seconds": time.perf_counter() - self._started,
-            "random": randomness.state(),
+            "random": randomness.state() | {"others": list(random_of_others)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], iteration: int) -> None:
@@ -228,7 +234,7 @@ class Loop:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         self._started = time.perf_counter() - state["seconds"]
-        randomness.restore(state["random"])
+        randomness.restore(state["random"], self._ranks, iteration)
 
     def _parts(self) -> dict[str, Resumable]:
         parts: dict[str, Any] = {"progress": self._progress, "log": self._log, "samples": self._history}

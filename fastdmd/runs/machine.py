@@ -160,6 +160,16 @@ def commit() -> str | None:
     return found.stdout.strip() or None
 
 
+def arithmetic(device: torch.device) -> dict[str, str | int | None]:
+    """What decides the last digit of what every process of a run computes for itself: the norm of a gradient that all
+    have, and the update. Where it is not the same, weights go apart."""
+    of_ops = {name: os.environ.get(name) for name in ("FASTDMD_BACKEND", "FASTDMD_NATIVE")}
+    found: dict[str, str | int | None] = {"fastdmd": __version__, "torch": torch.__version__, **of_ops}
+    if device.type == "cuda":
+        return found | {"device": torch.cuda.get_device_name(device)}
+    return found | {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
 def versions(device: torch.device) -> dict[str, str | int | None]:
     """What a result depends on: package versions and the device's name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

@@ -157,6 +157,33 @@ def test_all_begin_with_the_weights_and_buffers_of_the_first(tmp_path):
     assert mean.tolist() == other_mean.tolist() == [0.0] * 4
 
 
+KINDS = [torch.bool, torch.int16, torch.uint16, torch.int64, torch.float8_e4m3fn, torch.bfloat16, torch.complex64]
+
+
+def with_buffers(group):
+    """Of every kind of number, empty, of no dimension, and laid out in another order."""
+    ranks = Ranks.of(group)
+    network = torch.nn.Linear(2, 2)
+    for index, kind in enumerate(KINDS):
+        network.register_buffer(f"own_{index}", torch.tensor([1 - ranks.rank, 0, 1 - ranks.rank]).to(kind))
+    network.register_buffer("empty", torch.zeros(0))
+    network.register_buffer("number", torch.tensor(float(ranks.rank)))
+    network.register_buffer("turned", torch.arange(6.0).add(ranks.rank).view(2, 3).t())
+    ranks.spread_(network)
+    with pytest.raises(TypeError) as error:
+        AdamWEMA(network, learning_rate=0.1, process_group=torch.distributed.GroupMember.NON_GROUP_MEMBER)
+    return dict(network.named_buffers()), str(error.value)
+
+
+def test_buffers_of_any_kind_are_those_of_the_first(tmp_path):
+    """gloo alone knows no int16 and no float8. A process that is not in a group has none, which is said."""
+    for found, said in in_processes(2, with_buffers, tmp_path):
+        assert all(found[f"own_{i}"].to(torch.complex64).tolist() == [1, 0, 1] for i in range(len(KINDS)))
+        assert [found[f"own_{i}"].dtype for i in range(len(KINDS))] == KINDS
+        assert found["number"].item() == 0 and found["turned"].tolist() == [[0, 3], [1, 4], [2, 5]]
+        assert said == "fastdmd.Ranks: expected a process group that this process is in, got -100"
+
+
 def test_networks_of_other_shapes_are_refused_and_the_first_teacher_is_taken(tmp_path):
     def reshape(network, rank):
         network[1].running_var = torch.ones(4, dtype=torch.float64 if rank else torch.float32)
@@ -188,8 +215,14 @@ def shared(group):
         ranks.gather(torch.tensor(ranks.rank)),
     ]
     made = iter([f"{ranks.rank} a", f"{ranks.rank} b"][: 2 - ranks.rank])
-    rows += [list(ranks.in_order(made)), ranks.from_first(lambda: ranks.rank), ranks.gather_objects(ranks.rank)]
+    taken: list[str] = []
+    ranks.in_order(made, taken.append)
+    rows += [taken, ranks.from_first(lambda: ranks.rank), ranks.gather_objects(ranks.rank)]
     errors = []
+
+    def refuse(value):
+        if value == "b":
+            raise ValueError(f"took {value} of {ranks.rank}")
 
     def fail():
         raise ValueError(f"of {ranks.rank}")
@@ -197,7 +230,8 @@ def shared(group):
 
     for attempt in (
         lambda: ranks.from_first(lambda: next(fail())),
-        lambda: list(ranks.in_order(fail() if ranks.rank == 1 else iter("abc"))),
+        lambda: ranks.in_order(fail() if ranks.rank == 1 else iter("abc"), taken.append),
+        lambda: ranks.in_order(iter("ab"), refuse),  # in their last round, by the first process alone
         lambda: ranks.rows(7),
     ):
         with pytest.raises(ValueError) as error:
@@ -209,7 +243,8 @@ def shared(group):
 def test_what_ranks_share(tmp_path):
     """Also the errors of one."""
     (first, errors), (second, other_errors) = in_processes(2, shared, tmp_path)
-    assert errors == other_errors == ["of 0", "of 1", "fastdmd.Ranks: expected a batch that 2 processes divide, got 7"]
+    refused = "fastdmd.Ranks: expected a batch that 2 processes divide, got 7"
+    assert errors == other_errors == ["of 0", "of 1", "took b of 0", refused]
     assert first[0] == slice(0, 3) and second[0] == slice(3, 6)
     for found in (first, second):
         assert found[1].tolist() == [1.5, 3.0] and found[2].tolist() == [0, 1]
