@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from fastdmd.memory import ran_out_of_memory
 
 Value = TypeVar("Value")
+FAULTS = (ValueError, TypeError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ class Ranks:
         if self.is_first:
             try:
                 outcome[0] = make()
-            except (ValueError, TypeError, OSError) as error:
+            except FAULTS as error:
                 outcome[1] = error
         with self._reaching_all():
             torch.distributed.broadcast_object_list(outcome, group=self.group, group_src=0)
@@ -173,20 +174,46 @@ class Ranks:
             raise fault
         return value
 
+    def together(self, make: Callable[[], Value], faults: tuple[type[Exception], ...] = FAULTS) -> Value:
+        """What each rank makes, which exchanges nothing; where one raises one of these faults, all do."""
+        if self.is_alone:
+            return make()
+        value, fault = None, None
+        try:
+            value = make()
+        except faults as error:
+            fault = error
+        for other in self.gather_objects(fault):
+            if other is not None:
+                raise other
+        return cast(Value, value)
+
     def __deepcopy__(self, memo: object) -> Ranks:
         return self  # there is one group
 
     @contextlib.contextmanager
-    def _reaching_all(self) -> Iterator[None]:
+    def reaching_all(self) -> Iterator[None]:
+        """Around what torch exchanges by itself."""
+        with contextlib.nullcontext() if self.is_alone else self._reaching_all(_is_of_connection):
+            yield
+
+    @contextlib.contextmanager
+    def _reaching_all(self, is_meant: Callable[[RuntimeError], bool] = lambda error: True) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if ran_out_of_memory(error):
+            if ran_out_of_memory(error) or not is_meant(error):
                 raise
             got = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConnectionError(
                 f"fastdmd: expected an answer of all {self.size} processes, got one that ended or is silent: {got:.200}"
             ) from error
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Whether it is about other processes, and not about networks: gloo's have no type of their own."""
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or "gloo" in text or "connection closed by peer" in text
 
 
 ALONE = Ranks()

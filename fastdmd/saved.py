@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdmd.shards import local
+
 
 class Rule(NamedTuple):
     """What an entry is to be."""
@@ -65,7 +67,7 @@ def require_tensors(place: str, own: Mapping[str, Tensor], state: Any) -> None:
         expected, got = (f"{x.dtype} {tuple(x.shape)}" for x in (tensor, state[name]))
         if expected != got:
             raise ValueError(f"expected {place}.{name} of {expected}, got {got}")
-        if state[name].isnan().any():
+        if local(state[name]).isnan().any():
             raise ValueError(f"expected {place}.{name} to be numbers, got NaN")
 
 
@@ -74,4 +76,4 @@ def take(place: str, own: Mapping[str, Tensor], state: Any) -> None:
     """Copies a state into these tensors. Raises as `require_tensors` does, before it has changed any."""
     require_tensors(place, own, state)
     for name, tensor in own.items():
-        tensor.copy_(state[name])
+        local(tensor).copy_(local(state[name]))

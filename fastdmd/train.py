@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.train", advice=smaller):
         chosen, ranks, device = distributed.begin(chosen)
         distributed.require_parts(chosen.batch_size, chosen.compute.accumulation_steps, ranks)
+        distributed.require_several(chosen.compute.shard, ranks)
         past = None if chosen.dry_run else ranks.from_first(lambda: resume.past_of(chosen))
         if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
             terminal.say(notice)
@@ -110,7 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
             watch = watching.make_watch(config, training.model, dataset, ranks)
             made_of = contents(config.evaluation, dataset, pairs=pairs)
             distributed.require_same("files", lambda: made_of, ranks)
-            checkpoints = resume.checkpoints_of(config, folder, arguments, device, made_of, teacher, ranks)
+            checkpoints = resume.checkpoints_of(
+                config, folder, arguments, device, made_of, training.teacher_identity, ranks
+            )
             record = Record(folder, config.record) if ranks.is_first else None
             loop = Loop(training, config, folder, course, watch, checkpoints, record, ranks)
     with cli.run_errors("fastdmd.train", "distilling", smaller if budget is None else budget.smaller()):
@@ -173,7 +176,9 @@ def load_teacher(config: TrainConfig, device: torch.device) -> tuple[DenoisingNe
 
 
 def budget_of(config: ResolvedTrainConfig, teacher: DenoisingNetwork, device: torch.device) -> Budget | None:
-    """None where the teacher is somebody's module that does not run on meta tensors."""
+    """None where the teacher is somebody's module that does not run on meta tensors, and of networks in parts."""
+    if config.compute.shard:
+        return None
     eager = config.replace(execution="eager")  # as meta tensors can be
     try:
         return estimate(

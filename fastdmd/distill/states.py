@@ -13,6 +13,7 @@ from fastdmd.distill.guard import mark
 from fastdmd.distill.turns import DMD2
 from fastdmd.optim import AdamWEMA
 from fastdmd.saved import require_tensors, take
+from fastdmd.shards import local
 
 
 def state_of(model: DMD2) -> dict[str, Any]:
@@ -82,12 +83,14 @@ def tensors_of_optimizer(optimizer: AdamWEMA) -> Iterator[Tensor]:
 
 
 def first_not_finite(optimizers: Mapping[str, AdamWEMA]) -> str | None:
-    """The name of a tensor with NaN or infinity among weights, averages, moments and buffers; waits for the device."""
+    """The name of a tensor with NaN or infinity among weights, averages, moments and buffers; waits for the device.
+    Of what is cut, in the part of this process."""
     for owner, optimizer in optimizers.items():
         state = optimizer.state_views()
         kinds = {kind: part for kind, part in state.items() if isinstance(part, Mapping)}
         for kind, tensors in {**kinds, "untrained": _untrained(optimizer)}.items():
-            floating = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+            own = {name: local(x) for name, x in tensors.items()}
+            floating = {name: x for name, x in own.items() if x.is_floating_point() and x.numel()}
             if floating:
                 broken = torch.stack(list(map(mark, floating.values()))).isnan()
                 if broken.any():

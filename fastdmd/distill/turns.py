@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from fastdmd.distill.draws import Draws
 from fastdmd.distill.execution import Executor
 from fastdmd.distill.guard import Guard, NanPolicy, marks
 from fastdmd.distill.methods import Matched, Method, Terms
+from fastdmd.distill.roles import cast_in_parts, cast_roles
 from fastdmd.distill.scheduled import Scheduled
 from fastdmd.distill.starts import make_images
 from fastdmd.distill.statistics import TURN_STATISTICS, ClassSums, comparison, turn_statistics
@@ -25,16 +25,16 @@ from fastdmd.distill.tally import MOST_LEFT_OUT, Tally
 from fastdmd.optim import AdamWEMA
 from fastdmd.ranks import Ranks
 from fastdmd.sampling import Generator
+from fastdmd.shards import rest
 
 
 class DMD2:
     """Teacher, generator and fake score, and the two turns that alternate (Yin et al. 2024, DMD2).
 
-    Generator and fake score start as copies of the teacher, all in eval mode: dropout would be noise that the other
-    networks do not see. The generator makes images at `generator_sigmas`, the highest first, or at `conditioning_sigma`
-    alone; of several, the draws of an iteration say which. With `clamp_images` they stay in [-1, 1], see
-    `sampling.clamp_images`. `generator_options` and `guidance_options` go to `AdamWEMA`. The teacher never requires
-    gradients, and no flag is toggled between turns: each turn differentiates only through the network that it trains.
+    Generator and fake score start as copies of the teacher, see `roles`. The generator makes images at
+    `generator_sigmas`, the highest first, or at `conditioning_sigma` alone; of several, the draws of an iteration say
+    which. With `clamp_images` they stay in [-1, 1], see `sampling.clamp_images`. `generator_options` and
+    `guidance_options` go to `AdamWEMA`. Each turn differentiates only through the network that it trains.
 
     `execution`: "eager"; "compiled", every network by `torch.compile`; "captured" (CUDA), compiled networks and each
     whole turn, from noising to the average of the weights, one CUDA graph. All three give the same numbers to rounding.
@@ -44,7 +44,8 @@ class DMD2:
     guidance turns by an `AdamWEMA` of its own, with `head_options`. `nan_policy`: an update with NaN or infinity is
     left out ("skip"), or all that follow are, too ("stop"). With a `process_group` of torch.distributed, each process
     has an equal part of the batch, and updates are those of the whole, see `AdamWEMA`; scalars are of a part. The
-    teacher is the first one's.
+    teacher is the first one's. With `shard` each process has a part of each network, too, see `ShardedAdamWEMA`, but
+    for the head: the teacher that is given is cut, and execution is eager.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class DMD2:
         head_options: Mapping[str, Any] | None = None,
         nan_policy: NanPolicy = "skip",
         process_group: Any = None,
+        shard: bool = False,
     ):
         for name, count in (
             ("dfake_gen_update_ratio", dfake_gen_update_ratio),
@@ -79,25 +81,24 @@ class DMD2:
         assert generator_sigmas is not None
         self.device = next(teacher.parameters()).device
         self.executor = Executor(execution, self.device)
-        self.ranks = Ranks.of(process_group)
-        self.ranks.spread_(teacher)
+        self.ranks, self.is_in_parts = Ranks.of(process_group), shard
+        if shard and execution != "eager":
+            raise ValueError(f"fastdmd.DMD2: expected eager execution of networks that are cut, got {execution}")
         self.method: Method = (Matched(sigma_data) if method is None else method).of_ranks(self.ranks)
         self.dfake_gen_update_ratio, self.accumulation_steps = dfake_gen_update_ratio, accumulation_steps
-        teacher = teacher.eval().requires_grad_(False)
-        self.teacher = teacher
-        if compute_dtype is not None:
-            self.teacher = copy.deepcopy(teacher)
-            for parameter in self.teacher.parameters():  # not the buffers: frequencies need their digits
-                parameter.data = parameter.data.to(compute_dtype)
-        # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left.
-        shared: dict[str, Any] = {"compute_dtype": compute_dtype, "process_group": process_group}
-        self.generator = copy.deepcopy(teacher).requires_grad_(True)
-        self.generator_optimizer = AdamWEMA(self.generator, **shared, **generator_options)
-        self.fake_score = copy.deepcopy(teacher).requires_grad_(True)
-        self.guidance_optimizer = AdamWEMA(self.fake_score, **shared, **guidance_options)
+        self.teacher, self.generator_optimizer, self.guidance_optimizer = (cast_in_parts if shard else cast_roles)(
+            teacher,
+            self.ranks,
+            compute_dtype=compute_dtype,
+            generator_options=generator_options,
+            guidance_options=guidance_options,
+        )
+        self.generator = cast(DenoisingNetwork, self.generator_optimizer.network)
+        self.fake_score = cast(DenoisingNetwork, self.guidance_optimizer.network)
         self.head_optimizer: AdamWEMA | None = None
         guidance_norms: tuple[str, ...] = ("fake_grad_norm",)
         if self.method.head is not None:
+            shared: dict[str, Any] = {"compute_dtype": compute_dtype, "process_group": process_group}
             self.head_optimizer = AdamWEMA(self.method.head, **shared, **(head_options or {}))
             guidance_norms += ("head_grad_norm",)
         generator_scalars = (*self.method.generator_scalars, "generator_grad_norm")
@@ -244,6 +245,8 @@ class DMD2:
                 comparisons.append(comparison(part.x_gen, teacher.D_x, fake_score.D_x, part.draws.dm_sigma))
         statistics = turn_statistics(buffers.x_gen, comparisons) if is_watched else None
         self._update(self.generator_tally, [self.generator_optimizer], terms, seen, statistics)
+        if self.is_in_parts:
+            rest(self.teacher)
         if is_watched and self.class_sums is not None and buffers.inputs.class_labels is not None:
             self.class_sums.add(buffers.x_gen, buffers.inputs.class_labels)
 

@@ -24,8 +24,10 @@ from fastdmd.networks.states import fill, require_same, tensors_of
 from fastdmd.networks.tensor_files import TensorFile, open_tensors
 from fastdmd.networks.unet import UNet, UNetConfig
 from fastdmd.networks.user_code import Code, make_network, user_code
+from fastdmd.ranks import ALONE, Ranks
 from fastdmd.reading import parse_json
 from fastdmd.sampling import Generator
+from fastdmd.shards import local, whole
 
 METADATA_KEY = "fastdmd"
 KINDS = ("teacher", "generator")
@@ -56,22 +58,40 @@ def save_network(
     *,
     kind: str,
     dtype: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
     **information: Any,
 ) -> None:
     """Writes weights and configuration to a safetensors file, in one atomic replacement.
 
     `kind` is "teacher" or "generator"; `dtype` is that of the weights in the file; `information` is anything JSON can
     hold and is read back by `load_network`. The file can be read by any safetensors reader; the tensors of an adapted
-    network have the names that the network itself gives them. Raises TypeError for what is no `DenoisingNetwork`,
-    ValueError for weights that `dtype` cannot hold.
+    network have the names that the network itself gives them. Of a network of which each of `ranks` has a part, all of
+    them call this, and the first one writes. Raises TypeError for what is no `DenoisingNetwork`, ValueError for weights
+    that `dtype` cannot hold.
     """
     if not isinstance(network, DenoisingNetwork):
         raise TypeError(f"fastdmd.save_network: expected a UNet or an Adapted network, got a {type(network).__name__}")
     state = network.inner.state_dict()
     metadata = {"kind": kind, "network": network.describe(), "version": __version__, **information}
-    tensors = {name: stored(name, value, dtype) for name, value in state.items()}
-    content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata, default=str)})
-    write_atomically(path, lambda file: file.write(content))
+    found = on_first(state, ranks)
+
+    def write() -> None:
+        tensors = {name: stored(name, value, dtype) for name, value in found.items()}
+        content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata, default=str)})
+        write_atomically(path, lambda file: file.write(content))
+
+    ranks.from_first(write)
+
+
+def on_first(state: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Its tensors, those of which each process has a part gathered on the host of the first one, one at a time; nothing
+    on others."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        gathered = value if local(value) is value else whole(value)
+        if ranks.is_first:
+            found[name] = gathered
+    return found
 
 
 def stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +12,11 @@ from torch.utils._pytree import tree_map_only
 
 from fastdmd.ops.adamw_ema import check_options
 from fastdmd.optim.averages import Averages, decays_of
-from fastdmd.optim.buffers import Buffers
+from fastdmd.optim.buffers import Buffers, adopt
 from fastdmd.optim.flat import Watch, check_network, flatten, padded_size, views
 from fastdmd.optim.gradients import Gradients
 from fastdmd.optim.groups import Group, check_count, members, named, schedule
-from fastdmd.optim.states import FlatOptimizer, check_groups, check_state, without_parameters
+from fastdmd.optim.states import FlatOptimizer, check_groups, check_state, fixed_options, without_parameters
 from fastdmd.ranks import Ranks
 
 LINKS = ("_masters", "_gradients", "_watches", "_captured_options", "_versions", "_seen")
@@ -87,7 +85,7 @@ class AdamWEMA(FlatOptimizer):
         check_count("warmup_steps", warmup_steps, least=0)
         if decay_steps is not None:
             check_count("decay_steps", decay_steps, least=1)
-        check_network(network)
+        self._require(network)
         parts = members(network, groups or {})
         self.network = network
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
@@ -100,20 +98,28 @@ class AdamWEMA(FlatOptimizer):
         if compute_dtype not in (None, dtype, torch.bfloat16, torch.float16):
             raise ValueError(f"fastdmd.AdamWEMA: expected compute_dtype bfloat16 or float16, got {compute_dtype}")
         self._ranks = Ranks.of(process_group)
-        self._ranks.spread_(network)
-        param = flatten(self.parameters)
-        self._averages = Averages(network, self._names, decays, ema_warmup)
-        self._buffers = Buffers(param, self._averages.flat, compute_dtype, self._ranks)
+        self._averages, self._buffers = self._lay_out(decays, ema_warmup, compute_dtype)
 
         self._groups: list[Group] = []
         for names, _ in parts:
-            start = self._groups[-1].part.stop if self._groups else 0
-            part = slice(start, start + sum(map(padded_size, named(network, names))))
+            start, param = self._groups[-1].part.stop if self._groups else 0, self._buffers.param
+            part = slice(start, start + sum(map(self._room, named(network, names))))
             self._groups.append(Group(part, param.new_zeros(1, dtype=torch.int64), param.new_zeros(())))
         shared = {"lr": learning_rate, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         shared["learning_rate_factor"] = 1.0
         super().__init__([{"params": named(network, names), **changes} for names, changes in parts], shared)
         self._link()
+
+    # What another kind of network has other ways for.
+
+    _require, _room = staticmethod(check_network), staticmethod(padded_size)
+
+    def _lay_out(self, decays: Sequence[float], warmup: float, compute_dtype: torch.dtype | None) -> tuple:
+        """Moves parameters, and those of averages, into flat buffers."""
+        self._ranks.spread_(self.network)
+        param = flatten(self.parameters)
+        averages = Averages(self.network, self._names, decays, warmup)
+        return averages, Buffers(param, averages.flat, compute_dtype, self._ranks)
 
     def _link(self) -> None:
         """Parameters, averages and gradients as views of the buffers; again in a copy, whose tensors are apart."""
@@ -206,8 +212,8 @@ class AdamWEMA(FlatOptimizer):
     def _update(self, balance: Tensor | None = None) -> Tensor:
         self._buffers.share(balance)
         if self._buffers.param.is_cuda and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
-            self._captured_options = self._fixed_options()
-        if len(self._groups) == 1:
+            self._captured_options = fixed_options(self.param_groups)
+        if len(self._groups) == 1 and self._buffers.is_whole:
             norm = self._update_group(0, self._max_grad_norm)
         else:
             norm, factor = self._buffers.clipping(self._max_grad_norm)
@@ -242,25 +248,16 @@ class AdamWEMA(FlatOptimizer):
         for watch in self._watches:
             watch.check()
         self._seen = check_groups(self.param_groups, self.parameters, self._seen)
-        if self._captured_options not in (None, self._fixed_options()):
+        if self._captured_options not in (None, found := fixed_options(self.param_groups)):
             raise ValueError(
                 "fastdmd.AdamWEMA: expected lr alone to change under a captured graph, got other options: "
-                f"{self._fixed_options()} instead of {self._captured_options}"
+                f"{found} instead of {self._captured_options}"
             )
 
-    def _fixed_options(self) -> list[tuple]:
-        return [(options["betas"], options["eps"], options["weight_decay"]) for options in self.param_groups]
-
-    @torch.no_grad()
     def _adopt(self) -> None:
         """Low-precision weights that somebody changed in place become master weights; equal ones keep their digits."""
-        if self._buffers.shadow is None:
-            return
-        versions = [parameter._version for parameter in self.parameters]
-        for index in itertools.compress(range(len(versions)), map(operator.ne, versions, self._versions)):
-            master, parameter = self._masters[index], self.parameters[index]
-            master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
-        self._versions = versions
+        if self._buffers.shadow is not None:
+            self._versions = adopt(self._masters, self.parameters, self._versions)
 
     # Saving and copying.
 

@@ -28,12 +28,16 @@ class Averages:
         self.networks: list[nn.Module] = []
         self.flat: list[Tensor] = []  # [n] each
         for _ in self.decays:  # a copy takes the place in memory that the parameters before it have just left
-            average = copy.deepcopy(network).requires_grad_(False).eval()
-            self.flat.append(flatten(named(average, list(names))))
+            average, flat = self._copy(network, list(names))
+            self.flat.append(flat)
             self.networks.append(average)
         if len(self.flat) > 1:
             further = torch.tensor(self.decays[1:], dtype=torch.float64)
             self._further = further.to(self.flat[0].device)  # [number of averages - 1]
+
+    def _copy(self, network: nn.Module, names: list[str]) -> tuple[nn.Module, Tensor]:
+        average = copy.deepcopy(network).requires_grad_(False).eval()
+        return average, flatten(named(average, names))
 
     def link(self, network: nn.Module, names: Sequence[str], trained: set[nn.Parameter]) -> list[Watch]:
         """Parameters as views of the buffers; again in a copy, whose tensors are apart. Returns who watches them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ class Buffers:
     `param` and `averages` are given; `compute_dtype`, if it is another than theirs, is that of `shadow` and `grad`.
     Of several `ranks`, gradients are exchanged with a few more elements behind them, by which all decide together.
     """
+
+    is_whole = True  # of all parameters of the network
 
     def __init__(
         self, param: Tensor, averages: Sequence[Tensor], compute_dtype: torch.dtype | None, ranks: Ranks = ALONE
@@ -85,6 +89,20 @@ class Buffers:
         """What a state holds: views of weights, moments and averages, shaped as `like`, by kind and parameter name.
 
         The kinds of averages are `ema`, `ema_2`, `ema_3`, ..."""
+        return {kind: dict(zip(names, views(buffer, like), strict=True)) for kind, buffer in self.kinds().items()}
+
+    def kinds(self) -> dict[str, Tensor]:
+        """What a state holds, `[n]` each."""
         kinds = {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        kinds |= {f"ema_{number}" if number > 1 else "ema": flat for number, flat in enumerate(self.averages, start=1)}
-        return {kind: dict(zip(names, views(buffer, like), strict=True)) for kind, buffer in kinds.items()}
+        return kinds | {f"ema_{n}" if n > 1 else "ema": flat for n, flat in enumerate(self.averages, start=1)}
+
+
+@torch.no_grad()
+def adopt(masters: Sequence[Tensor], parameters: Sequence[Tensor], versions: Sequence[int]) -> list[int]:
+    """Low-precision weights that have other `versions` than these become master weights; equal ones keep their digits.
+    Returns the versions of now."""
+    now = [parameter._version for parameter in parameters]
+    for index in itertools.compress(range(len(now)), map(operator.ne, now, versions)):
+        master, parameter = masters[index], parameters[index]
+        master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
+    return now

@@ -15,8 +15,8 @@ from fastdmd.optim.flat import places, views
 # Of gradients that a CPU may hold twice for a moment, to copy them at once. Profiled on two cores, 1.8 M parameters,
 # 8 images: additions, a parameter at a time, take 3 % of a cycle, the copy 1 %. For 56 M they would be 0.2 GB.
 MAX_BYTES_TWICE = 2**26
-# Functions that torch writes for ops and compiled graphs: their backward passes reach no parameter by themselves.
-GENERATED = ("GeneratedBackwardFor", "CompiledFunction")
+# Functions that torch writes, for ops, compiled graphs and FSDP2: their backward passes reach no parameter themselves.
+GENERATED = ("GeneratedBackwardFor", "CompiledFunction", "RegisterPostBackwardFunction")
 HOOKS = operator.attrgetter("_post_accumulate_grad_hooks")
 VERSION = operator.attrgetter("_version")
 
@@ -132,7 +132,7 @@ class Gradients:
             if versions != [*map(VERSION, self._views)]:
                 raise _reached("a function whose backward pass adds to gradients by itself")
         if not complete or not self._graph_is_known:
-            _check_graph(loss, self._parameters)
+            check_graph(loss, self._parameters)
             self._graph_is_known = True
         if not in_place:
             self._store(gradients, accumulate)
@@ -152,7 +152,7 @@ class Gradients:
                 (torch._foreach_add_ if accumulate else torch._foreach_copy_)(targets, sources)
 
 
-def _check_graph(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+def check_graph(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     """Raises ValueError for somebody's autograd.Function in the graph of the loss that leads to no parameter.
 
     The engine runs what lies on the way to the parameters alone, so that what such a backward pass does to them inside,

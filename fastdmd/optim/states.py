@@ -80,6 +80,11 @@ def _options(group: Mapping[str, Any]) -> tuple:
     return tuple(group.get(name) for name in OPTIONS)
 
 
+def fixed_options(groups: Sequence[Mapping[str, Any]]) -> list[tuple]:
+    """Those that are numbers in a graph."""
+    return [(options["betas"], options["eps"], options["weight_decay"]) for options in groups]
+
+
 def without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a group, as a state holds them."""
     return {name: value for name, value in group.items() if name != "params"}

@@ -22,6 +22,7 @@ from fastdmd.quality.measurement import Measurement
 from fastdmd.randomness import Stream, permutation
 from fastdmd.ranks import ALONE, Ranks
 from fastdmd.sampling import Sampler, balanced_labels, start_noise
+from fastdmd.shards import is_cut
 
 BATCH_SIZE = 250  # images per forward pass
 COPIES = 4  # of the features kept: of both sides, and while they are compared
@@ -229,12 +230,16 @@ class Evaluation:
                 before_batch()
                 start = first + self.ranks.rank * BATCH_SIZE
                 part = slice(start, min(start + BATCH_SIZE, num_images))
-                if part.start >= part.stop:  # others have one
-                    return
+                if is_idle := part.start >= part.stop:  # others have one
+                    if not is_cut(sampler.network):
+                        return
+                    part = slice(0, 1)  # all of them gather its parts
                 noise, step_noise = start_noise(part, self.image_shape, sampler.num_step_noises, self.seed, self.device)
                 class_labels = None if labels is None else labels[part]
                 started = time.perf_counter()
                 images = sample(sampler, noise, class_labels, step_noise)
+                if is_idle:
+                    return
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds += time.perf_counter() - started

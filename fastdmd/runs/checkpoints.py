@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 from fastdmd import files
 from fastdmd.memory import ran_out_of_memory
+from fastdmd.ranks import ALONE, Ranks
 from fastdmd.runs import checkpoint, terminal
 from fastdmd.runs.folder import BEST, CHECKPOINTS, RunFolder
 from fastdmd.settings import Settings, at_least, fail
@@ -56,7 +58,8 @@ class CheckpointSettings(Settings):
 
 class Checkpoints:
     """Those of one run. `origin` says what it is made from, as JSON has it; `require_same(origin)` raises ValueError
-    for another one than a run may go on from."""
+    for another one than a run may go on from. `ranks` write and read them together, where each has a part of networks.
+    """
 
     def __init__(
         self,
@@ -64,9 +67,10 @@ class Checkpoints:
         settings: CheckpointSettings,
         origin: Mapping[str, Any],
         require_same: Callable[[Mapping[str, Any]], None],
+        ranks: Ranks = ALONE,
     ):
         self._folder, self._settings = folder, settings
-        self._origin, self._require_same = origin, require_same
+        self._origin, self._require_same, self._ranks = origin, require_same, ranks
         self._path = folder.path / CHECKPOINTS
         self._last: int | None = None  # iteration of the one on the disk
         self._written = time.monotonic()
@@ -94,12 +98,20 @@ class Checkpoints:
         self._written = time.monotonic()  # of an attempt, too: where the disk is full, training is not to be held up
         if iteration == self._last:
             return
+        self._ranks.from_first(self._make_room)
+        best = self._folder.path / BEST
+        reached = self._ranks.from_first(self._folder.reached)
+        content = {"iteration": iteration, "origin": self._origin, "reached": reached, "run": state()}
+        checkpoint.write(self._path / f"{iteration:08d}", content, [best] if best.exists() else [], self._ranks)
+        self._last = iteration
+        if self._ranks.is_first:
+            self._let_go(iteration)
+
+    def _make_room(self) -> None:
         self._path.mkdir(exist_ok=True)
         files.flush(self._folder.path)
-        best = self._folder.path / BEST
-        content = {"iteration": iteration, "origin": self._origin, "reached": self._folder.reached(), "run": state()}
-        checkpoint.write(self._path / f"{iteration:08d}", content, [best] if best.exists() else [])
-        self._last = iteration
+
+    def _let_go(self, iteration: int) -> None:
         own = [path for path in found(self._folder.path) if _iteration(path) <= iteration]
         for path in (*own[self._settings.keep_last :], *self._path.glob(f"*{BROKEN}")):
             with contextlib.suppress(OSError):  # what is too much is no reason to end
@@ -114,13 +126,8 @@ class Checkpoints:
         faults: dict[Path, Exception] = {}
         for path in found(self._folder.path):
             try:
-                content = checkpoint.read(path)
-                if content["iteration"] != _iteration(path):
-                    raise ValueError(f"expected a checkpoint of iteration {_iteration(path)} in {path}, got another's")
-                self._require_same(content["origin"])
-                self._folder.require(content["reached"])
-                versions = dict(content["origin"]["versions"])
-                load(content["run"], _iteration(path))
+                content = checkpoint.read(path, self._ranks)
+                versions = self._ranks.together(functools.partial(self._take, content, path, load), FAULTS)
             except FAULTS as error:
                 if ran_out_of_memory(error):
                     raise
@@ -146,6 +153,16 @@ class Checkpoints:
                 raise fault
             raise ValueError(f"expected a checkpoint of such a run in {path}, got {type(fault).__name__}: {fault}")
         return False
+
+    def _take(self, content: Mapping[str, Any], path: Path, load: Callable[[Mapping[str, Any], int], None]) -> dict:
+        """Goes on from what was read there; returns the versions that it was begun with."""
+        if content["iteration"] != _iteration(path):
+            raise ValueError(f"expected a checkpoint of iteration {_iteration(path)} in {path}, got another's")
+        self._require_same(content["origin"])
+        self._folder.require(content["reached"])
+        versions = dict(content["origin"]["versions"])
+        load(content["run"], _iteration(path))
+        return versions
 
     def _tell_of_versions(self, then: Mapping[str, Any]) -> None:
         now, then = self._origin["versions"], {**EARLIER_VERSIONS, **then}

@@ -43,7 +43,7 @@ UNTIL_MEASURED = {"--eval-samples"}  # later, distances are compared with earlie
 OPEN_END = {"--iterations"}  # where no learning rate falls towards it
 # All that decides a pair, besides the teacher.
 PAIRS_KEEP = {"num", "batch_size", "teacher_steps", "label_emphasis", "seed", "device"}
-EARLIER = {"--deterministic": False}  # of runs from before there was such a flag
+EARLIER = {"--deterministic": False, "--shard": False}  # of runs from before there was such a flag
 
 
 class RunConfig(Protocol):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdmd.data import Dataset
@@ -32,6 +33,7 @@ from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
 from fastdmd.networks.states import load_weights
 from fastdmd.networks.weights import generator_metadata, save_network
+from fastdmd.optim.sharded import ShardedAdamWEMA
 from fastdmd.randomness import Stream, generator
 from fastdmd.ranks import ALONE, Ranks
 from fastdmd.runs.candidates import Candidates
@@ -40,6 +42,7 @@ from fastdmd.runs.folder import BEST, GENERATOR, NETWORKS, RunFolder
 from fastdmd.runs.pictures import SampleSheet
 from fastdmd.runs.stages import Stage, save_networks
 from fastdmd.sampling import Generator, HeunSampler, Sampler, with_fewer_steps
+from fastdmd.shards import Sharding, fill_parts, is_cut, local
 
 
 def build(config: TrainConfig, teacher: DenoisingNetwork, process_group: Any = None) -> DMD2:
@@ -76,6 +79,7 @@ def build(config: TrainConfig, teacher: DenoisingNetwork, process_group: Any = N
         head_options={**guidance_options, "learning_rate": config.gan.gan_lr},
         nan_policy=config.nan_policy,
         process_group=process_group,
+        shard=config.compute.shard,
     )
 
 
@@ -190,8 +194,13 @@ class Distillation:
         ranks: Ranks = ALONE,
     ):
         self.config, self._ranks = config, ranks
-        ranks.require_equal("teacher", lambda: identity(teacher))
+        self.teacher_identity = identity(teacher)
+        ranks.require_equal("teacher", lambda: self.teacher_identity)
         self.model = build(config, teacher, ranks.group)
+        self.is_in_parts = self.model.is_in_parts
+        self._writers = ranks if self.is_in_parts else ALONE
+        if self.is_in_parts and not is_cut(teacher):  # another one was distilled, with other labels
+            Sharding(teacher, ranks.group).cut_(teacher)
         self._averages = config.optimizer.averages(config.batch_size)
         self._generator = functools.partial(
             Generator, sigmas=config.noise.generator_sigmas, clamped=config.clamp_images
@@ -219,7 +228,8 @@ class Distillation:
 
     def iterate(self, iteration: int) -> None:
         self._next = iteration + 1
-        self.model.iterate(iteration, self._draws)
+        with self._writers.reaching_all():
+            self.model.iterate(iteration, self._draws)
 
     def state_dict(self) -> dict[str, Any]:
         """And a digest of what the next iteration draws, of all processes: images that are others by then would be no
@@ -243,10 +253,11 @@ class Distillation:
         exchange([*self.tallies, *([] if self.model.class_sums is None else [self.model.class_sums])], self._ranks)
 
     def digest(self) -> str:
-        return digest(*weights_of(self.model))
+        return digest(*(own for own in weights_of(self.model) if local(own) is own))  # each has its part of the others
 
     def fault(self) -> str | None:
-        return first_not_finite(optimizers_of(self.model))
+        found = self._writers.gather_objects(first_not_finite(optimizers_of(self.model)))
+        return next((fault for fault in found if fault is not None), None)
 
     def finish(self) -> None:
         pass
@@ -255,7 +266,7 @@ class Distillation:
         return self._sheet.of(self.candidates.sampler)
 
     def save(self, iteration: int, **information: Any) -> None:
-        if not self._folder.is_written:
+        if not (self._folder.is_written or self.is_in_parts):
             return
         self._save(GENERATOR, iteration, **information)
         now = iteration, self.candidates.kept
@@ -267,13 +278,19 @@ class Distillation:
                 kept=self.candidates.kept,
                 iteration=iteration,
                 generator=self._generator(self.network),
+                ranks=self._writers,
             )
             self._networks_of = now
 
     def save_best(self, iteration: int, **information: Any) -> None:
-        self._ranks.from_first(lambda: self._save(BEST, iteration, **information))  # all know whether it is there
+        together = ALONE if self.is_in_parts else self._ranks  # all know whether it is there
+        together.from_first(lambda: self._save(BEST, iteration, **information))
 
     def best_sampler(self) -> Sampler:
+        if self.is_in_parts:
+            like = cast(ShardedAdamWEMA, self.model.generator_optimizer).sharding.like(self._teacher)
+            fill_parts(like.inner, self._ranks.from_first(lambda: load_file(self._folder.path / BEST)))
+            return self._generator(like)
         network = copy.deepcopy(self._teacher)
 
         def read() -> dict[str, Tensor]:
@@ -292,6 +309,7 @@ class Distillation:
             iterations=iteration,
             average=self.candidates.kept,
             config=dataclasses.asdict(self.config),
+            ranks=self._writers,
             **information,
         )
 

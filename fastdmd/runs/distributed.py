@@ -201,6 +201,12 @@ def require_parts(batch_size: int, accumulation_steps: int, ranks: Ranks) -> Non
         raise ValueError(f"expected --batch-size that {ranks.size} processes divide{steps}, got {batch_size}")
 
 
+def require_several(shard: bool, ranks: Ranks) -> None:
+    """Raises ValueError where one process is to have parts of networks."""
+    if shard and ranks.is_alone:
+        raise ValueError("expected several processes for --shard, as torchrun starts them, got one")
+
+
 def told(ranks: Ranks, own_batch: int) -> str:
     """Behind the name of a device."""
     return "" if ranks.is_alone else f", {ranks.size} processes of {own_batch} images each"

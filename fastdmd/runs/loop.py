@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from fastdmd import bars
@@ -67,7 +68,7 @@ class Loop:
         if goes_on:
             return
         randomness.part(ranks.rank, iteration=0)
-        if (fault := ranks.from_first(lambda: self._snapshot(0))) is not None:
+        if (fault := self._snapshot(0)) is not None:
             raise ValueError(f"fastdmd: expected a network to start from, got {fault}")
 
     def run(self, evaluation: Evaluation | None = None) -> dict:
@@ -93,9 +94,9 @@ class Loop:
                 closing.measure(self._training, self._course, evaluation, progress, rows, agreement.signal)
             except (Exception, SystemExit) as error:
                 progress.outcome, progress.reason = "failed", reason(error)
-                if progress.iterations < self._settings.iterations:
+                if progress.iterations < self._settings.iterations and self._is_whole_here:
                     with contextlib.suppress(Exception, SystemExit):  # the network may not run for this either
-                        self._snapshot(progress.iterations)
+                        self._take_snapshot(progress.iterations, self._show)
                 with contextlib.suppress(OSError):
                     self._summarise(progress, rows, floor)
                 raise
@@ -204,7 +205,7 @@ class Loop:
             progress.diverge(f"there is NaN or infinity in {fault}")
         if progress.outcome != "diverged":
             others = self._ranks.gather_to_first(randomness.state())[1:]
-            if self._ranks.is_first:
+            if self._ranks.is_first or self._training.is_in_parts:
                 state = functools.partial(self.state_dict, others)
                 self._keep(lambda: checkpoints.write(progress.iterations, state), bar)
 
@@ -263,13 +264,22 @@ class Loop:
         self._log.pause(seconds)
 
     def _snapshot_or_end(self, progress: Progress) -> None:
-        if (fault := self._ranks.from_first(lambda: self._snapshot(progress.iterations))) is not None:
+        if (fault := self._snapshot(progress.iterations)) is not None:
             progress.outcome, progress.reason = "diverged", f"there is {fault}"
 
+    @property
+    def _is_whole_here(self) -> bool:
+        """Whether this process has all that a snapshot is made of, and is to make it."""
+        return self._ranks.is_first and not self._training.is_in_parts
+
     def _snapshot(self, iteration: int) -> str | None:
-        """Writes weights and samples, unless the network is broken: then it returns how. In the first process alone."""
-        if not self._ranks.is_first:
-            return None
+        """Writes weights and samples, unless the network is broken: then it returns how, to all processes."""
+        ranks = self._ranks
+        if not self._training.is_in_parts:
+            return ranks.from_first(lambda: self._take_snapshot(iteration, self._show))
+        return self._take_snapshot(iteration, lambda *shown: ranks.from_first(lambda: self._show(*shown)))
+
+    def _take_snapshot(self, iteration: int, show: Callable[[Tensor, int], None]) -> str | None:
         if (fault := self._training.fault()) is not None:
             return f"NaN or infinity in {fault}"
         samples = self._training.samples()
@@ -279,10 +289,13 @@ class Loop:
             self._training.save(iteration)
         except ValueError as error:  # weights beyond what the file's precision holds
             return str(error)
+        show(samples, iteration)
+        return None
+
+    def _show(self, samples: Tensor, iteration: int) -> None:
         self._history.add(samples, iteration)
         self._record.samples(iteration, lambda: image_grid(samples.flatten(0, 1), samples.shape[1]))
         self._log.see_average(samples)
-        return None
 
     def _keep(self, write: Callable[[], None], bar: tqdm) -> None:
         """Training goes on where the disk does not: a later write may succeed, and the last one must."""

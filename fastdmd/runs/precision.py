@@ -27,20 +27,30 @@ class ComputeSettings(Settings):
     """Short for --execution compiled."""
     accumulation_steps: Annotated[int, at_least(1, 10**6)] = 1
     """Parts that a batch is processed in: less memory, the same gradient."""
+    shard: Switch = False
+    """Let each of several processes have a part of every network, average and moment, for what outgrows a GPU. Turns
+    run eagerly, and networks are gathered each time that they run."""
 
     def check(self) -> None:
         super().check()
         if self.compile and self.execution not in ("auto", "compiled"):
             fail(self, "execution", "compiled with --compile")
+        if self.shard and (self.compile or self.execution not in ("auto", "eager")):
+            fail(self, "shard", "with --execution eager alone")
 
     def for_device(self, device: torch.device) -> Compute:
         """With the defaults of the device filled in. Raises ValueError for what it cannot do."""
         return Compute(
             precision=resolve_precision(self.precision, device),
-            execution="compiled" if self.compile else resolve_execution(self.execution, device),
+            execution="compiled" if self.compile else resolve_execution(self._execution, device),
             compile=self.compile,
             accumulation_steps=self.accumulation_steps,
+            shard=self.shard,
         )
+
+    @property
+    def _execution(self) -> Literal["auto", Execution]:
+        return "eager" if self.shard else self.execution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -148,6 +148,8 @@ class PretrainConfig(CommandConfig):
 class Pretraining:
     """What the loop is given: the average of the weights is what it keeps, shows and measures."""
 
+    is_in_parts = False
+
     def __init__(
         self, config: PretrainConfig, network: UNet, dataset: Dataset, folder: RunFolder, ranks: Ranks = ALONE
     ):

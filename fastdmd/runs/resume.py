@@ -12,8 +12,6 @@ from typing import Any
 import torch
 
 from fastdmd import __version__, files
-from fastdmd.diffusion import DenoisingNetwork
-from fastdmd.networks.identity import identity
 from fastdmd.networks.tensor_files import read_json
 from fastdmd.ranks import ALONE, Ranks
 from fastdmd.reading import last_line, parse_json, require_regular
@@ -184,20 +182,23 @@ def checkpoints_of(
     arguments: Sequence[str],
     device: torch.device,
     contents: Mapping[str, Any],
-    teacher: DenoisingNetwork | None = None,
+    teacher: str | None = None,
     ranks: Ranks = ALONE,
 ) -> Checkpoints:
-    """Those of a run with these arguments and contents, for which a checkpoint of another run is not whole."""
+    """Those of a run with these arguments, contents and identity of its teacher, for which a checkpoint of another run
+    is not whole."""
     origin = {
         "version": __version__,
         "arguments": _without_resume(arguments),
         "config": to_json(config),
-        "teacher": None if teacher is None else identity(teacher),
+        "teacher": teacher,
         "contents": contents,
         "versions": {**versions(device), **roundings(config), "processes": ranks.size},
     }
     require_same = functools.partial(require_same_origin, now=origin, config=config)
-    return Checkpoints(folder, config.checkpoint, origin, require_same)
+    compute = getattr(config, "compute", None)
+    together = ranks if compute is not None and compute.shard else ALONE
+    return Checkpoints(folder, config.checkpoint, origin, require_same, together)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

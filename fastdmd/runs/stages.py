@@ -30,22 +30,33 @@ from fastdmd.networks.weights import (
     generator_metadata,
     generator_of,
     load_network,
+    on_first,
     stored,
 )
 from fastdmd.optim import AdamWEMA
+from fastdmd.ranks import ALONE, Ranks
 from fastdmd.reading import parse_json
 from fastdmd.runs.folder import GENERATOR, NETWORKS
 from fastdmd.sampling import Generator
+from fastdmd.shards import fill_parts, part_of
 
 KIND = "networks"
 State = Mapping[str, Tensor]
 
 
 def save_networks(
-    path: Path, model: DMD2, averages: Sequence[Average], *, kept: str, iteration: int, generator: Generator
+    path: Path,
+    model: DMD2,
+    averages: Sequence[Average],
+    *,
+    kept: str,
+    iteration: int,
+    generator: Generator,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Writes what a second stage needs, in one atomic replacement; `averages` are those of the model, in its order, and
-    `generator` says at which levels one makes images, and whether these are clamped."""
+    `generator` says at which levels one makes images, and whether these are clamped. Of a model of which each of
+    `ranks` has a part, all of them call this, and the first one writes."""
     states = {
         "generator": _state(model.generator_optimizer),
         "fake_score": _state(model.guidance_optimizer),
@@ -62,13 +73,18 @@ def save_networks(
         **generator_metadata(generator),
         "version": __version__,
     }
-    tensors = {
-        f"{part}.{name}": stored(name, value, value.dtype)
-        for part, state in states.items()
-        for name, value in state.items()
-    }
-    content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata)})
-    write_atomically(path, lambda file: file.write(content))
+    found = {part: on_first(state, ranks) for part, state in states.items()}
+
+    def write() -> None:
+        tensors = {
+            f"{part}.{name}": stored(name, value, value.dtype)
+            for part, state in found.items()
+            for name, value in state.items()
+        }
+        content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata)})
+        write_atomically(path, lambda file: file.write(content))
+
+    ranks.from_first(write)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,9 +222,9 @@ def _state(optimizer: AdamWEMA) -> dict[str, Tensor]:
 
 def _fill(optimizer: AdamWEMA, weights: State, averages: Sequence[State] = ()) -> None:
     """Weights and averages of an optimizer, and buffers and fixed parameters of its network; its moments stay."""
-    optimizer.network.load_state_dict(weights)
+    fill_parts(optimizer.network, weights)
     state = optimizer.state_dict()
     kinds = ["param", *(kind for kind in state if kind.startswith("ema"))]
     for kind, values in zip(kinds, (weights, *averages), strict=True):
-        state[kind] = {name: values[name] for name in state[kind]}
+        state[kind] = {name: part_of(values[name], like) for name, like in state[kind].items()}
     optimizer.load_state_dict(state)

@@ -60,6 +60,10 @@ class Training(Protocol):
 
     # By several processes, of which each has a part of every batch.
 
+    @property
+    def is_in_parts(self) -> bool:
+        """Whether each has a part of the networks, too: then all of them sample, save and look for faults together."""
+
     def exchange(self) -> None:
         """Lets its tallies be those of all."""
 

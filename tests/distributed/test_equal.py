@@ -13,6 +13,7 @@ from fastdmd.distill.gan import GANSettings
 from fastdmd.distill.starts import map_tensors
 from fastdmd.ranks import ALONE, Ranks
 from fastdmd.runs import distillation
+from fastdmd.shards import whole
 from tests.helpers.adversarial import CONFIG, TINY, real_images
 from tests.helpers.gloo import in_processes
 from tests.helpers.networks import make_network
@@ -35,11 +36,12 @@ def no_global_dtype():
     torch.set_default_dtype(torch.float32)
 
 
-def make(config, ranks, dtype):
-    """A model, and the draws of its rows."""
+def make(config, ranks, dtype, shard=False):
+    """A model, of which each process has all or a part, and the draws of its rows."""
     torch.set_default_dtype(dtype)  # of the head
     teacher = make_network(TINY).to(dtype)
     rows = ranks.rows(config.batch_size)
+    config = config.replace(shard=shard)
     own = config.replace(batch_size=rows.stop - rows.start)
     draws = distillation.make_draws(own, teacher, CPU, real_images(), first_sample=rows.start)
     model = distillation.build(config, copy.deepcopy(teacher), process_group=ranks.group)
@@ -50,10 +52,10 @@ def make(config, ranks, dtype):
     )
 
 
-def train(config, group=None, dtype=torch.float64, num_iterations=NUM_ITERATIONS):
+def train(config, group=None, dtype=torch.float64, num_iterations=NUM_ITERATIONS, shard=False):
     """All weights and averages after so many iterations, and what the tallies and class sums came to."""
     ranks = Ranks.of(group)
-    model, draws = make(config, ranks, dtype)
+    model, draws = make(config, ranks, dtype, shard)
     for step in range(num_iterations):
         model.iterate(step, draws)
     tallies = model.generator_tally, model.guidance_tally
@@ -63,8 +65,8 @@ def train(config, group=None, dtype=torch.float64, num_iterations=NUM_ITERATIONS
     kinds = [part for state in states for part in state.values() if isinstance(part, dict)]
     start = make(config, ALONE, dtype)[0].generator_optimizer.weights
     return {
-        "state": torch.cat([value.flatten() for part in kinds for value in part.values()]),
-        "moved": torch.cat([(value - start[name]).flatten() for name, value in states[0]["param"].items()]),
+        "state": torch.cat([whole(value).flatten() for part in kinds for value in part.values()]),
+        "moved": torch.cat([(whole(value) - start[name]).flatten() for name, value in states[0]["param"].items()]),
         "readings": [dataclasses.asdict(tally.read()) for tally in tallies],
         "class_sums": model.class_sums.state_dict()["sums"],
     }

@@ -1,14 +1,26 @@
 """torchrun itself: a process that dies is started again with the others, and the run ends as if nothing had been."""
 
+import json
 import random
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from benchmarks import ranks
 from benchmarks.soak import differences, prepare
 
 SHORT = ["--iterations", "16", "--num-samples", "0", "--eval-every", "0", "--no-report"]
+
+
+def test_parts_of_networks(tmp_path):
+    arguments = [*prepare(tmp_path), *SHORT, "--iterations", "4", "--shard"]
+    assert ranks.torchrun(arguments, tmp_path / "parts", 2).wait() == 0, (tmp_path / "parts" / "stderr").read_text()
+    run = tmp_path / "parts" / "run"
+    assert json.loads((run / "summary.json").read_text())["outcome"] == "complete"
+    parts = sorted(path.name for path in (run / "checkpoints" / "00000004").glob("*.distcp"))
+    assert parts == ["__0_0.distcp", "__1_0.distcp"]
+    assert all(value.isfinite().all() for value in load_file(run / "generator.safetensors").values())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")

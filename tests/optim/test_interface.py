@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdmd import ops
 from fastdmd.optim import AdamWEMA
+from fastdmd.optim.states import fixed_options
 from tests.helpers.optimizers import LOW, adamw, assert_alike, images, loss_of, network, pair, saved, train
 
 
@@ -204,7 +205,7 @@ def test_the_rest_of_the_interface():
     assert seen == ["step"] and "lr: 0.01" in repr(optimizer)
     with pytest.raises(ValueError, match="expected its groups at construction, got add_param_group"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-    optimizer._captured_options = optimizer._fixed_options()  # as a capture does
+    optimizer._captured_options = fixed_options(optimizer.param_groups)  # as a capture does
     optimizer.param_groups[0]["lr"] = 0.2
     optimizer.advance()
     optimizer.param_groups[0]["weight_decay"] = 0.2
