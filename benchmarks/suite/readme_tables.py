@@ -110,8 +110,8 @@ def _parts(result: dict) -> str:
     shares = ", ".join(f"{_percent(taken / cycle)} {family}" for family, taken in seconds.items())
     return (
         f"At batch {result['settings']['batch_size']} the float32 cycle takes {result['time_over_floor']:.2f} of the"
-        " time that PyTorch's convolutions and matrix products take in it alone: `ops.conv3x3` needs 16"
-        f" multiplications where they need 36. Of it are {shares}."
+        " time that PyTorch's convolutions and matrix products take in it alone: `ops.conv3x3` needs 36"
+        f" multiplications where they need 144. Of it are {shares}."
     )
 
 
