@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fastdmd.distill.gan import GANSettings
 from fastdmd.distill.turns import DMD2
@@ -60,14 +61,20 @@ def test_parts_learn_what_copies_learn_to_rounding(precision, bound, tmp_path):
 # What each process holds, and what is exchanged.
 
 
-def bytes_in_use():
-    """Of all tensors of this process that have memory of their own, where each byte of it counts once."""
+def spans_in_use():
+    """First and last byte of the memory of all tensors on the host."""
     spans = set()
     for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and found.layout == torch.strided:
-            storage = local(found.detach()).untyped_storage()
-            if storage.nbytes():
+        if type(found) in (torch.Tensor, torch.nn.Parameter, DTensor) and found.layout == torch.strided:
+            part = local(found.detach())
+            storage = part.untyped_storage()
+            if part.device == CPU and storage.nbytes():
                 spans.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    return spans
+
+
+def num_bytes(spans):
+    """Each byte counts once."""
     total, end = 0, 0
     for start, stop in sorted(spans):
         total += max(0, stop - max(start, end))
@@ -80,14 +87,14 @@ def held(group):
     config = CONFIG.replace(gan=GANSettings(), batch_size=2, ema_halflives=(8.0, 40.0), shard=True)
     network = dataclasses.replace(TINY, num_classes=0, model_channels=32, num_blocks=2)
     gc.collect()
-    before = bytes_in_use()
+    before = spans_in_use()  # of other tests, which may go meanwhile
     model = distillation.build(config, make_network(network), group)
     draws = distillation.make_draws(config, make_network(network), CPU)
     for step in range(2):
         model.iterate(step, draws)
     gc.collect()
     size = sum(4 * own.numel() for own in make_network(network).parameters())
-    return (bytes_in_use() - before) / size
+    return num_bytes(spans_in_use() - before) / size
 
 
 @pytest.mark.parametrize("size", [2, 4])
