@@ -14,7 +14,7 @@ from benchmarks.soak import differences, prepare
 from fastdmd import evaluate, pairs, pretrain, teachers, train
 from fastdmd.data.settings import DataSettings
 from fastdmd.runs import distillation, pretraining, resume
-from tests.helpers.gloo import started_as_torchrun_does
+from tests.helpers.gloo import spoil_teacher, started_as_torchrun_does
 from tests.helpers.kills import no_budget
 from tests.helpers.tiny_runs import QUIET
 
@@ -52,17 +52,6 @@ def spoil_data():
         return dataset
 
     DataSettings.load_named = changed
-
-
-def spoil_teacher():
-    read = teachers.read
-
-    def changed(*given):
-        network, metadata = read(*given)
-        next(network.parameters()).data.mul_(1.0001)
-        return network, metadata
-
-    teachers.read = changed
 
 
 def refused(folder, command, arguments, before, message):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from benchmarks.soak import differences, prepare
 from fastdmd import evaluate, pairs, pretrain, sample, train
 from fastdmd.runs import distillation
-from tests.helpers.gloo import started_as_torchrun_does
+from tests.helpers.gloo import spoil_teacher, started_as_torchrun_does
 from tests.helpers.kills import no_budget, training
 from tests.helpers.tiny_runs import QUIET
 
@@ -147,7 +147,6 @@ def test_what_processes_do_not_divide_is_refused(alone, tmp_path):
 
 
 def test_other_settings_or_another_teacher_of_one_process_are_refused_by_its_rank(alone, tmp_path, monkeypatch):
-    from fastdmd import teachers
     from fastdmd.runs import cli
 
     def others(rank):
@@ -159,14 +158,7 @@ def test_other_settings_or_another_teacher_of_one_process_are_refused_by_its_ran
 
     def other_teacher(rank):
         if rank == 1:
-            read = teachers.read
-
-            def changed(*given):
-                network, metadata = read(*given)
-                next(network.parameters()).data.mul_(1.0001)
-                return network, metadata
-
-            teachers.read = changed
+            spoil_teacher()
 
     refused(tmp_path, alone[0], "expected the same teacher in all processes, got others of ranks 1: ", other_teacher)
 

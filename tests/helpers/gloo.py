@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdmd import teachers
+
 MOST_SECONDS = 300  # then a process that waits for another is killed
 FAILED = 99
 
@@ -80,3 +82,15 @@ def _command(command, arguments, folder, before, rank) -> int:
         except BaseException:
             traceback.print_exc()
             return FAILED
+
+
+def spoil_teacher():
+    """Lets this process read other weights than there are."""
+    read = teachers.read
+
+    def changed(*given):
+        network, metadata = read(*given)
+        next(network.parameters()).data.mul_(1.0001)
+        return network, metadata
+
+    teachers.read = changed
