@@ -54,7 +54,7 @@ def command(module: str, arguments: list[str], folder: Path, variables: Mapping[
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", f"fastdmd.{module}", *arguments],
         cwd=folder,
-        env=of_process(**BASE_ENVIRONMENT, **variables),
+        env=of_process(**BASE_ENVIRONMENT | variables),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
