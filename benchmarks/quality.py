@@ -1,7 +1,7 @@
 """Distils MNIST once per variant and seed, and keeps what each result scores: recipes and ablations.
 
-    python -m benchmarks.quality recipe|terms|steps [--seeds 0,1,2] [--variants NAME,...] [--iterations 800]
-        [--jobs 2] [--json FILE]
+    python -m benchmarks.quality recipe|terms|steps|long [--seeds 0,1,2] [--variants NAME,...] [--iterations 800]
+        [--device cpu] [--precision auto] [--jobs 2] [--json FILE]
 
 Every run is `python -m fastdmd.train` with the flags of its variant, a third as long as by default, and `python -m
 fastdmd.evaluate` of what it leaves, on the same noise for every seed, in processes of their own; `--jobs` says how many
@@ -29,6 +29,7 @@ from benchmarks.environment import ROOT, describe
 from fastdmd.files import write_atomically
 
 Flags = dict[str, Any]  # of `fastdmd.train`, without their dashes
+LONG: Flags = {"batch-size": 96, "divergence": "jensen-shannon"}
 STUDIES: dict[str, dict[str, Flags]] = {
     "recipe": {
         "default": {},
@@ -70,6 +71,17 @@ STUDIES: dict[str, dict[str, Flags]] = {
         "4 steps": {"generator-sigmas": "80,24.4,5.8,0.9"},
         "4 steps, noised data": {"generator-sigmas": "80,24.4,5.8,0.9", "generator-inputs": "noised-data"},
     },
+    "long": {  # of batches of 96, for --iterations 7200
+        "Jensen-Shannon, emphasis 1.00": LONG | {"label-emphasis": 0.77},
+        "Jensen-Shannon, emphasis 0.91": LONG | {"label-emphasis": 0.7},
+        "Jensen-Shannon, emphasis 1.10": LONG | {"label-emphasis": 0.85},
+        "Jensen-Shannon, emphasis 1.00, weight 0.15": LONG | {"label-emphasis": 0.77, "gan-generator-weight": 0.15},
+        "forward KL, emphasis 1.10": LONG | {"divergence": "forward-kl", "label-emphasis": 0.85},
+        "Hellinger, emphasis 1.00": LONG | {"divergence": "hellinger", "label-emphasis": 0.77},
+        "reverse KL, emphasis 0.85": LONG | {"divergence": "reverse-kl", "label-emphasis": 0.65},
+        "Jensen-Shannon, emphasis 1.00, ratio 5": LONG | {"label-emphasis": 0.77, "dfake-gen-update-ratio": 5},
+        "SiD, alpha 1.2": {"batch-size": 96, "method": "sid", "sid-alpha": 1.2},
+    },
 }
 FIGURES = (  # of a row: key, heading, factor, format
     ("frechet_distance", "Fréchet distance", 1, ".3f"),
@@ -82,7 +94,7 @@ FIGURES = (  # of a row: key, heading, factor, format
 )
 
 
-def run(flags: Flags, seed: int, num_threads: int) -> dict:
+def run(flags: Flags, seed: int, device: str, num_threads: int) -> dict:
     """The figures of the generator that comes of one distillation."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -90,8 +102,8 @@ def run(flags: Flags, seed: int, num_threads: int) -> dict:
         options += ["--seed", str(seed), "--num-samples", "0", "--out", str(out)]  # nothing of the teacher's is wanted
         figures = Path(folder) / "figures.json"
         for command in (
-            ["fastdmd.train", *options],
-            ["fastdmd.evaluate", str(out / "generator.safetensors"), "--out", str(figures)],
+            ["fastdmd.train", *options, "--device", device],
+            ["fastdmd.evaluate", str(out / "generator.safetensors"), "--out", str(figures), "--device", device],
         ):
             environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
             command = [sys.executable, "-m", *command]
@@ -122,7 +134,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variants", help="some of the study's, separated by commas (default: all)")
     parser.add_argument("--iterations", type=int, default=800, help="of every run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the threads")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="auto", help="of every run that its variant says nothing of")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the threads and the GPU")
     parser.add_argument("--json", type=Path, help="where to keep the figures, and to find those of earlier calls")
     arguments = parser.parse_args()
     variants = STUDIES[arguments.study]
@@ -132,21 +146,24 @@ def main() -> None:
     rows: list[dict] = []
     if arguments.json and arguments.json.exists():
         rows = json.loads(arguments.json.read_text())["rows"]
-    length, num_threads = {"iterations": arguments.iterations}, max(1, torch.get_num_threads() // arguments.jobs)
+    common: Flags = {"iterations": arguments.iterations}
+    if arguments.precision != "auto":
+        common["precision"] = arguments.precision
+    num_threads = max(1, torch.get_num_threads() // arguments.jobs)
     wanted = [
-        {"variant": variant, "flags": variants[variant] | length, "seed": seed}
+        {"variant": variant, "flags": common | variants[variant], "seed": seed}
         for seed, variant in itertools.product(map(int, arguments.seeds.split(",")), chosen)
     ]
     missing = [one for one in wanted if not any(row.items() >= one.items() for row in rows)]
     jobs, num_failed = ThreadPoolExecutor(arguments.jobs), 0
     try:
-        runs = {jobs.submit(run, one["flags"], one["seed"], num_threads): one for one in missing}
+        runs = {jobs.submit(run, one["flags"], one["seed"], arguments.device, num_threads): one for one in missing}
         for done in as_completed(runs):
             if (error := done.exception()) is not None:
                 num_failed += 1
                 print(error, file=sys.stderr, flush=True)
                 continue
-            rows.append(runs[done] | done.result() | {"threads": num_threads} | describe("cpu"))
+            rows.append(runs[done] | done.result() | {"threads": num_threads} | describe(arguments.device))
             print(table(rows[-1:]), flush=True)
             if arguments.json:
                 content = json.dumps({"study": arguments.study, "rows": rows}, indent=1) + "\n"
