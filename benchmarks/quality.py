@@ -5,8 +5,9 @@
 
 Every run is `python -m fastdmd.train` with the flags of its variant, a third as long as by default, and `python -m
 fastdmd.evaluate` of what it leaves, on the same noise for every seed, in processes of their own; `--jobs` says how many
-runs at once. With `--json` each result is written as it comes, and a run that the file has is not made again: it may be
-called as often as needed. The table has the mean over the seeds and, behind it, the standard deviation between them.
+runs at once. With `--json` each result is written as it comes, and a run that the file has of this kind of device is
+not made again: it may be called as often as needed. The table has the mean over the seeds and, behind it, the standard
+deviation between them.
 """
 
 from __future__ import annotations
@@ -143,15 +144,17 @@ def main() -> None:
     chosen = arguments.variants.split(",") if arguments.variants else list(variants)
     if unknown := [name for name in chosen if name not in variants]:
         parser.error(f"expected variants out of {', '.join(variants)}, got {', '.join(unknown)}")
-    rows: list[dict] = []
+    stored: dict[str, Any] = {"study": arguments.study, "rows": []}
     if arguments.json and arguments.json.exists():
-        rows = json.loads(arguments.json.read_text())["rows"]
+        stored = json.loads(arguments.json.read_text())
+    rows = stored["rows"]
     common: Flags = {"iterations": arguments.iterations}
     if arguments.precision != "auto":
         common["precision"] = arguments.precision
+    device = describe(arguments.device)["device"]
     num_threads = max(1, torch.get_num_threads() // arguments.jobs)
     wanted = [
-        {"variant": variant, "flags": common | variants[variant], "seed": seed}
+        {"variant": variant, "flags": common | variants[variant], "seed": seed, "device": device}
         for seed, variant in itertools.product(map(int, arguments.seeds.split(",")), chosen)
     ]
     missing = [one for one in wanted if not any(row.items() >= one.items() for row in rows)]
@@ -166,7 +169,7 @@ def main() -> None:
             rows.append(runs[done] | done.result() | {"threads": num_threads} | describe(arguments.device))
             print(table(rows[-1:]), flush=True)
             if arguments.json:
-                content = json.dumps({"study": arguments.study, "rows": rows}, indent=1) + "\n"
+                content = json.dumps(stored, indent=1) + "\n"
                 write_atomically(arguments.json, lambda file, content=content: file.write(content.encode()))
     finally:
         jobs.shutdown(cancel_futures=True)

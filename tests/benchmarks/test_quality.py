@@ -23,7 +23,8 @@ def test_flags_are_those_of_the_command(flags):
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
     made = []
 
-    def run(flags, seed, num_threads):
+    def run(flags, seed, device, num_threads):
+        assert device == "cpu"
         if flags == {"iterations": 800, "beta1": 0.7}:
             raise RuntimeError("diverged")
         made.append((flags, seed))
@@ -40,7 +41,10 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="runs failed"):  # what fails leaves the others
             quality.main()
         assert sorted(made, key=str) == sorted(expected, key=str)
-    rows = json.loads(file.read_text())["rows"]
+        stored = json.loads(file.read_text())
+        file.write_text(json.dumps(stored | {"how": "by hand"}))
+    assert stored["how"] == "by hand"
+    rows = stored["rows"]
     assert [(row["variant"], row["seed"], row["frechet_distance"]) for row in rows] == [
         ("plain", 0, 0.25),
         ("other", 0, 1.25),
