@@ -8,7 +8,8 @@ random moment, torchrun ends the others and starts all anew, which go on with th
 other until there were so many kills; each has to leave, to the bit and but for times, what one without kills has left.
 
 The second: images per second of N processes, each with its part of the batch, over N times those of one process with
-such a part alone. Only on a machine with a GPU, or a core and nothing else to do, for each.
+such a part alone, and over the sum of N that run at the same time and know nothing of each other: these share memory
+and caches, so the rest is what talking costs. Only on a machine with a GPU, or a core and nothing else to do, for each.
 """
 
 from __future__ import annotations
@@ -101,19 +102,29 @@ def soak(folder: Path, num_kills: int, size: int, seed: int) -> None:
     print(f"{kills} kills in {trainings} trainings of {size} processes, each of which left what one without has left")
 
 
-def images_per_second(arguments: Sequence[str], folder: Path, size: int) -> float:
-    if torchrun(arguments, folder, size).wait() != 0:
-        raise SystemExit((folder / "stderr").read_text()[-3000:])
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return max(json.loads(line)["images_per_second"] for line in lines[1:])  # the first one warms up
+def images_per_second(arguments: Sequence[str], folder: Path, size: int, trainings: int = 1) -> float:
+    """Of so many trainings at once, of so many processes each."""
+    folders = [folder / str(place) for place in range(trainings)]
+    launchers = [torchrun(arguments, place, size) for place in folders]
+    total = 0.0
+    for launcher, place in zip(launchers, folders, strict=True):
+        if launcher.wait() != 0:
+            raise SystemExit((place / "stderr").read_text()[-3000:])
+        lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
+        total += max(json.loads(line)["images_per_second"] for line in lines[1:])  # the first one warms up
+    return total
 
 
 def overhead(folder: Path, size: int, iterations: int, flags: Sequence[str]) -> None:
     shared = ["--iterations", str(iterations), "--log-every", str(max(1, iterations // 5)), *QUIET, *flags]
-    part = 24
-    one = images_per_second([*shared, "--batch-size", str(part)], folder / "one", 1)
-    several = images_per_second([*shared, "--batch-size", str(part * size)], folder / "several", size)
-    print(f"{several:.1f} images/s of {size} processes, {several / size / one:.1%} of {size} times one's {one:.1f}")
+    part = ["--batch-size", "24"]
+    one = images_per_second([*shared, *part], folder / "one", 1)
+    apart = images_per_second([*shared, *part], folder / "apart", 1, trainings=size)
+    several = images_per_second([*shared, "--batch-size", str(24 * size)], folder / "several", size)
+    print(
+        f"{several:.1f} images/s of {size} processes: {several / size / one:.1%} of {size} times one's {one:.1f}, "
+        f"{several / apart:.1%} of the {apart:.1f} of {size} that know nothing of each other"
+    )
 
 
 def main() -> None:
