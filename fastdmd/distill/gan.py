@@ -47,7 +47,7 @@ class GANSettings(Settings):
     discriminator, and with `--gan-features fake` the fake score's encoder. It needs real images: --data, or the digits
     beside the embedded teacher. None, of --preset mnist: 1e-2 for that teacher, 0 for others."""
     gan_generator_weight: Weight | None = None
-    """Weight of the generator's adversarial loss. Default: 0.05 with `--gan-features images`, otherwise DMD2's 3e-3."""
+    """Weight of the generator's adversarial loss. Default: 0.02 with `--gan-features images`, otherwise DMD2's 3e-3."""
     gan_features: Features | None = None
     """What the discriminator sees images through: the fake score's encoder, which learns with it (DMD2), the teacher's,
     or none: noised images as they are, by a small network of its own. Default: images where they have at most 32x32
@@ -95,7 +95,7 @@ class GANSettings(Settings):
             max_sigma = min(2 * noise.sigma_data, max_sigma)
         defaults: dict[str, Any] = {
             "gan_features": features,
-            "gan_generator_weight": 0.05 if features == "images" else 3e-3,
+            "gan_generator_weight": 0.02 if features == "images" else 3e-3,
             "gan_max_sigma": max_sigma,
             "gan_lr": fake_score_lr,
         }

@@ -87,7 +87,7 @@ class TrainConfig(CommandConfig):
     them, optimizers anew."""
     out: Path | None = None
     """Run folder; must not hold a run yet, but for --resume auto. Default: runs/PRESET-DATE-TIME."""
-    iterations: Iterations = 2400
+    iterations: Iterations = 2700
     """Guidance turns; one in dfake_gen_update_ratio of them comes with a generator turn."""
     batch_size: BatchSize = 48
     """Images per iteration."""

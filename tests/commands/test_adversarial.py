@@ -55,7 +55,7 @@ def test_a_run_with_the_term(teacher_file, labelled, tmp_path):
     }
 
 
-SMALL_IMAGES = {"gan_features": "images", "gan_generator_weight": 0.05, "gan_max_sigma": 1.0}
+SMALL_IMAGES = {"gan_features": "images", "gan_generator_weight": 0.02, "gan_max_sigma": 1.0}
 PUBLISHED = {"gan_features": "fake", "gan_generator_weight": 3e-3, "gan_max_sigma": 80.0}
 
 
