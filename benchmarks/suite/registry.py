@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks import inspect_step
-from benchmarks.suite import rows, scaling
+from benchmarks.suite import reaching, rows, scaling
 from benchmarks.suite.rows import Row
 
 
@@ -65,6 +65,15 @@ SCALING = (
     "fastdmd/runs/startup.py",
     *CYCLE,
 )
+TIME_TO_QUALITY = (
+    *(f"benchmarks/{name}.py" for name in ("time_to_quality", "timed_run", "textbook", "worker")),
+    "fastdmd/distill/adversarial.py",
+    "fastdmd/distill/gan.py",
+    "fastdmd/networks/discriminator.py",
+    "fastdmd/quality/*.py",
+    "fastdmd/runs/startup.py",
+    *CYCLE,
+)
 
 CPU_STEPS = {  # preset, batch size: guidance turns, rounds, minutes
     ("mnist", 8): (10, 5, 0.5),
@@ -107,6 +116,25 @@ def _gpu_step(name: str) -> Benchmark:
         rows.of_step,
         ("benchmarks/fair.py", *STEP, *CUDA),
         6,
+    )
+
+
+def time_to_quality_sources(device: str) -> tuple[str, ...]:
+    return TIME_TO_QUALITY if device == "cpu" else (*TIME_TO_QUALITY, *CUDA)
+
+
+def _time_to_quality(device: str, minutes: float) -> Benchmark:
+    return Benchmark(
+        "cpu-time-to-quality" if device == "cpu" else "gpu-time-to-quality",
+        "seconds of training to given Fréchet distances, beside the textbook loop",
+        "benchmarks.time_to_quality",
+        ("--device", device),
+        reaching.rows,
+        time_to_quality_sources(device),
+        minutes,
+        on_request=True,
+        told=reaching.told,
+        drawn=reaching.drawn,
     )
 
 
@@ -185,6 +213,8 @@ BENCHMARKS = (
     ),
     _scaling("cpu", 6),
     _scaling("cuda", 20),
+    _time_to_quality("cpu", 360),
+    _time_to_quality("cuda", 120),
 )
 
 

@@ -15,11 +15,13 @@ from benchmarks.suite.registry import Benchmark
 from benchmarks.suite.rows import Row
 from benchmarks.suite.stored import Stored
 
+ON_REQUEST = ("cpu-scaling", "cpu-time-to-quality")
+
 
 @pytest.mark.parametrize(
     ("names", "device", "expected"),
     [
-        ([], "cpu", [b.name for b in registry.BENCHMARKS if b.device == "cpu" and b.name != "cpu-scaling"]),
+        ([], "cpu", [b.name for b in registry.BENCHMARKS if b.device == "cpu" and b.name not in ON_REQUEST]),
         (["cpu-scaling", "cpu-ops"], "cpu", ["cpu-scaling", "cpu-ops"]),  # on request: by its whole name alone
         (["cpu-ops"], "cpu", ["cpu-ops"]),
         (["b128", "ops", "b128-fp32"], "cpu", ["cpu-step-mnist-b128-fp32", "cpu-step-mnist-b128-bf16", "cpu-ops"]),
