@@ -157,8 +157,9 @@ def train(run: dict[str, Any], at: list[int], results: Results) -> None:
                 return
             results.write()
         run["ended"] = "whole"
-    except RuntimeError as error:  # diverged, most likely
-        run["ended"] = f"failed: {error}"
+    except RuntimeError as error:
+        if worker is not None and worker.process is not None:  # it has diverged, and would again
+            run["ended"] = f"failed: {error}"
         print(f"{run['recipe']}, seed {run['seed']}: {error}", flush=True)
     finally:
         if worker is not None:
@@ -256,6 +257,8 @@ def main() -> None:
     startup.settle_threads()  # of the processes that are begun here, as a command's are
     benchmark(arguments, results)
     print(reaching.told(results.content()))
+    if lost := sum(not run["ended"] for run in results.runs):
+        raise SystemExit(f"benchmarks.time_to_quality: error: {lost} runs broke off, see above; call it again for them")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from fastdmd.report.charts import Axis, show
 Curve = Sequence[tuple[float, float]]  # positive x and y
 
 WIDTH, HEIGHT, COLUMNS = 450, 300, 2  # of a panel, in units
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 48, 40  # its margins
-LINE = 14  # of text
+LEFT, RIGHT, BOTTOM = 52, 14, 40  # its margins, but for the upper one
+HEAD, LINE = 16, 14  # baseline of the title, and from there to each line of names
 MOST_TICKS = 12  # that whole numbers get, one each
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#9d755d")
 STYLE = """
@@ -35,47 +35,55 @@ class Panel:
     marks: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of x; those beyond the curves are left out
 
 
-def picture(panels: Sequence[Panel]) -> str:
-    """SVG. A colour is that of a name, in each panel. Raises ValueError for a panel without a point."""
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Where the curves of a panel are, in its units."""
+
+    top: int
+    right: int
+    bottom: int
+
+
+def picture(panels: Sequence[Panel], width: int = WIDTH, height: int = HEIGHT) -> str:
+    """SVG, each panel of this size. A colour is that of a name, in each. Raises ValueError for one without a point."""
     names = dict.fromkeys(name for panel in panels for name, curve in panel.curves.items() if curve)
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     columns = min(COLUMNS, len(panels))
     parts = [
         Markup('<g transform="translate({} {})">{}</g>').format(
-            WIDTH * (index % columns), HEIGHT * (index // columns), _panel(panel, colours)
+            width * (index % columns), height * (index // columns), _panel(panel, colours, width, height)
         )
         for index, panel in enumerate(panels)
     ]
-    width, height = WIDTH * columns, HEIGHT * -(-len(panels) // columns)
+    whole = width * columns, height * -(-len(panels) // columns)
     svg = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}"><style>{}</style>{}{}</svg>\n')
     page = Markup('<rect class="page" width="100%" height="100%"/>')
-    return str(svg.format(width, height, width, Markup(STYLE), page, Markup("\n").join(parts)))
+    return str(svg.format(*whole, whole[0], Markup(STYLE), page, Markup("\n").join(parts)))
 
 
-def _panel(panel: Panel, colours: Mapping[str, str]) -> Markup:
+def _panel(panel: Panel, colours: Mapping[str, str], width: int, height: int) -> Markup:
     curves = {name: sorted(curve) for name, curve in panel.curves.items() if curve}
     if not curves:
         raise ValueError(f"benchmarks.lines: expected a point in {panel.title}, got none")
+    legend, last = _legend({name: colours[name] for name in curves}, width)
+    frame = Frame(last + LINE, width - RIGHT, height - BOTTOM)
     xs = [x for curve in curves.values() for x, _ in curve]
-    ys = [y for curve in curves.values() for _, y in curve] + list(panel.levels.values())
-    across = _axis(xs, LEFT, WIDTH - RIGHT)
-    up = _axis(ys, HEIGHT - BOTTOM, TOP)
+    across = _axis(xs, LEFT, frame.right)
+    up = _axis([y for curve in curves.values() for _, y in curve] + [*panel.levels.values()], frame.bottom, frame.top)
     if len(whole := sorted(set(xs))) <= MOST_TICKS and all(float(x).is_integer() for x in whole):
         across = dataclasses.replace(across, ticks=whole)
-    parts = [Markup('<text class="head" x="{}" y="16">{}</text>').format(LEFT, panel.title)]
-    parts += [_across(tick, across) for tick in across.ticks]
-    parts += [_up(tick, up) for tick in up.ticks]
+    parts = [Markup('<text class="head" x="{}" y="{}">{}</text>').format(LEFT, HEAD, panel.title), legend]
+    parts += [_across(tick, across, frame) for tick in across.ticks]
+    parts += [_up(tick, up, frame) for tick in up.ticks]
     parts.append(
-        Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(WIDTH - RIGHT, HEIGHT - 8, panel.x_label)
+        Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(frame.right, height - 8, panel.x_label)
     )
-    for name, x in panel.marks.items():
-        if across.least < x < across.greatest:
-            parts.append(_mark(name, across.place(x)))
-    for name, y in panel.levels.items():
-        parts.append(_level(name, up.place(y)))
+    parts += [
+        _mark(name, across.place(x), frame) for name, x in panel.marks.items() if across.least < x < across.greatest
+    ]
+    parts += [_level(name, up.place(y), frame) for name, y in panel.levels.items()]
     for name, curve in curves.items():
         parts.append(_curve(name, [(across.place(x), up.place(y)) for x, y in curve], curve, colours[name]))
-    parts.append(_legend([(name, colours[name]) for name in curves]))
     return Markup("").join(parts)
 
 
@@ -86,27 +94,27 @@ def _axis(values: Sequence[float], first: float, last: float) -> Axis:
     return Axis.logarithmic(least, greatest, first, last)
 
 
-def _across(tick: float, across: Axis) -> Markup:
+def _across(tick: float, across: Axis, frame: Frame) -> Markup:
     place = across.place(tick)
-    line = Markup('<path class="grid" d="M{} {}V{}"/>').format(place, TOP, HEIGHT - BOTTOM)
+    line = Markup('<path class="grid" d="M{} {}V{}"/>').format(place, frame.top, frame.bottom)
     label = Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>')
-    return line + label.format(place, HEIGHT - BOTTOM + LINE, show(tick))
+    return line + label.format(place, frame.bottom + LINE, show(tick))
 
 
-def _up(tick: float, up: Axis) -> Markup:
+def _up(tick: float, up: Axis, frame: Frame) -> Markup:
     place = up.place(tick)
-    line = Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, place, WIDTH - RIGHT)
+    line = Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, place, frame.right)
     label = Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>')
     return line + label.format(LEFT - 5, place + 3.5, show(tick))
 
 
-def _mark(name: str, place: float) -> Markup:
-    line = Markup('<path class="level" d="M{} {}V{}"/>').format(place, TOP, HEIGHT - BOTTOM)
-    return line + Markup('<text class="tick" x="{}" y="{}">{}</text>').format(place + 3, HEIGHT - BOTTOM - 5, name)
+def _mark(name: str, place: float, frame: Frame) -> Markup:
+    line = Markup('<path class="level" d="M{} {}V{}"/>').format(place, frame.top, frame.bottom)
+    return line + Markup('<text class="tick" x="{}" y="{}">{}</text>').format(place + 3, frame.bottom - 5, name)
 
 
-def _level(name: str, place: float) -> Markup:
-    line = Markup('<path class="level" d="M{} {}H{}"/>').format(LEFT, place, WIDTH - RIGHT)
+def _level(name: str, place: float, frame: Frame) -> Markup:
+    line = Markup('<path class="level" d="M{} {}H{}"/>').format(LEFT, place, frame.right)
     return line + Markup('<text class="tick" x="{}" y="{}">{}</text>').format(LEFT + 4, place - 4, name)
 
 
@@ -119,14 +127,14 @@ def _curve(name: str, places: Curve, curve: Curve, colour: str) -> Markup:
     return Markup("").join(parts)
 
 
-def _legend(names: Sequence[tuple[str, str]]) -> Markup:
-    """A line or two above the panel, as many names in each as there is room for."""
-    parts, x, y = [], LEFT, 16 + LINE
-    for name, colour in names:
-        width = 24 + 6 * len(name)  # of letters of 11 pixels, roughly
-        if x > LEFT and x + width > WIDTH:
+def _legend(colours: Mapping[str, str], width: int) -> tuple[Markup, int]:
+    """Lines below the title, as many names in each as there is room for; and where the last one is."""
+    parts, x, y = [], LEFT, HEAD + LINE
+    for name, colour in colours.items():
+        taken = 24 + 6 * len(name)  # by letters of 11 pixels, roughly
+        if x > LEFT and x + taken > width:
             x, y = LEFT, y + LINE
         box = Markup('<rect x="{}" y="{}" width="10" height="3" fill="{}"/><text x="{}" y="{}">{}</text>')
         parts.append(box.format(x, y - 5, colour, x + 14, y, name))
-        x += width
-    return Markup("").join(parts)
+        x += taken
+    return Markup("").join(parts), y

@@ -93,7 +93,7 @@ def drawn(result: dict) -> str:
     teacher = result["teacher"]["frechet_distance"]
     curves = {name: curve(result, name) for name in recipes(result)}
     levels = {named(target): target * teacher for target in DRAWN}
-    return picture([Panel("Fréchet distance over seconds of training", "seconds", curves, levels=levels)])
+    return picture([Panel("Fréchet distance over seconds of training", "seconds", curves, levels=levels)], 760, 440)
 
 
 def curve(result: dict, recipe: str) -> Curve:

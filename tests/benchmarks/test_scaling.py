@@ -8,10 +8,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from benchmarks import __main__ as command
 from benchmarks import bench_scaling
 from benchmarks.bench_scaling import Cycle, Point
 from benchmarks.sources import ROOT, source_hashes
 from benchmarks.suite import lines, registry, report, scaling
+from benchmarks.suite.registry import Benchmark
 from benchmarks.suite.stored import Stored
 
 
@@ -140,6 +142,20 @@ def test_what_is_told_of_known_numbers():
     assert "from 24 to 48 4.0 and 2.0 times: 0.23 of a matrix product's rate at first, 0.45 at last" in width
 
 
+def test_what_is_on_request_is_stale_only_where_it_is_named(monkeypatch, capsys):
+    long = Benchmark("cpu-long", "more", "more", (), lambda result: [], ("README.md",), 100, on_request=True)
+    monkeypatch.setattr(registry, "BENCHMARKS", (long,))
+    monkeypatch.setattr(command, "write_pages", lambda: None)
+    run = []
+    monkeypatch.setattr(command, "run_all", lambda benchmarks, *_: run.extend(benchmarks) or 0)
+    for name in command.SPOILING:
+        monkeypatch.delenv(name, raising=False)
+    assert command.main(["--stale"]) == 0 and run == []
+    assert "nothing is stale" in capsys.readouterr().out
+    assert command.main(["--stale", "cpu-long"]) == 0 and run == [long]
+    assert command.main(["--list"]) == 0 and "nothing (stale); on request" in capsys.readouterr().out
+
+
 def test_pages_with_curves():
     """A picture of its own, in place of bars; and the paragraphs below the table."""
     own = next(b for b in registry.BENCHMARKS if b.name == "cpu-scaling")
@@ -157,11 +173,12 @@ def test_curves_are_where_their_numbers_are():
     tree = ElementTree.fromstring(lines.picture([panel]))
     (line,) = (path for path in tree.iter() if path.get("class") == "line")
     places = [tuple(map(float, place.split())) for place in re.split("[ML]", line.get("d"))[1:]]
-    left, right = lines.LEFT, lines.WIDTH - lines.RIGHT
+    left, right, bottom = lines.LEFT, lines.WIDTH - lines.RIGHT, lines.HEIGHT - lines.BOTTOM
+    top = lines.HEAD + 2 * lines.LINE  # below one line of names
     assert [x for x, _ in places] == pytest.approx([left, (left + right) / 2, right], abs=0.1)
-    assert [y for _, y in places] == [lines.HEIGHT - lines.BOTTOM, lines.HEIGHT - lines.BOTTOM, lines.TOP]
+    assert [y for _, y in places] == [bottom, bottom, top]
     (level,) = (path for path in tree.iter() if path.get("class") == "level")
-    assert level.get("d") == f"M{left} {float(lines.TOP)}H{right}"
+    assert level.get("d") == f"M{left} {float(top)}H{right}"
     texts = [text.text for text in tree.iter() if text.tag.endswith("text")]
     assert {"rate", "batch", "a", "b", "1", "2", "4", "10"} == set(texts)
     with pytest.raises(ValueError, match="benchmarks.lines: expected a point in rate, got none"):

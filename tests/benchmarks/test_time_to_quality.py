@@ -138,10 +138,10 @@ class FakeWorker:
 
     rates = {"fastdmd": 10.0, "textbook": 2.0}
     begun: list = []
-    broken = False
+    broken = lost = False
 
     def __init__(self, recipe, iterations, seed, **options):
-        self.recipe, self.step = recipe, 0
+        self.recipe, self.step, self.process = recipe, 0, "it"
         FakeWorker.begun.append((recipe.loop, iterations, seed))
 
     def __call__(self, ask):
@@ -156,6 +156,9 @@ class FakeWorker:
         return {"iteration": self.step, "seconds": self.step / rate, "first_seconds": 10 / rate}
 
     def measure(self):
+        if FakeWorker.lost:
+            self.process = None
+            raise RuntimeError("its process died")
         if FakeWorker.broken:
             raise RuntimeError("ValueError: expected finite images of the student, got NaN or infinity")
         return {"frechet_distance": 8 / self.step, "class_accuracy": 1.0}
@@ -226,6 +229,15 @@ def test_a_run_that_fails_is_told_and_not_made_again(call, monkeypatch, capsys):
     assert stored["results"][0]["ended"].startswith("failed: ValueError: expected finite images")
     assert "got NaN or infinity" in capsys.readouterr().out
     assert call("--seeds", "0", "--recipes", "fastdmd, default")[0] == []
+
+
+def test_a_run_whose_process_dies_is_an_error_and_made_again(call, monkeypatch):
+    monkeypatch.setattr(FakeWorker, "lost", True)
+    with pytest.raises(SystemExit, match="error: 1 runs broke off, see above"):
+        call("--seeds", "0", "--recipes", "fastdmd, default")
+    monkeypatch.setattr(FakeWorker, "lost", False)
+    begun, stored = call("--seeds", "0", "--recipes", "fastdmd, default")
+    assert begun == [("fastdmd", n, 0) for n in (100, 200, 400)] and len(stored["results"]) == 3
 
 
 @pytest.mark.parametrize(
