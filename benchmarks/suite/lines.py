@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
@@ -68,10 +69,10 @@ def _panel(panel: Panel, colours: Mapping[str, str], width: int, height: int) ->
     legend, last = _legend({name: colours[name] for name in curves}, width)
     frame = Frame(last + LINE, width - RIGHT, height - BOTTOM)
     xs = [x for curve in curves.values() for x, _ in curve]
-    across = _axis(xs, LEFT, frame.right)
     up = _axis([y for curve in curves.values() for _, y in curve] + [*panel.levels.values()], frame.bottom, frame.top)
-    if len(whole := sorted(set(xs))) <= MOST_TICKS and all(float(x).is_integer() for x in whole):
-        across = dataclasses.replace(across, ticks=whole)
+    across = _axis(xs, LEFT, frame.right)
+    if 2 <= len(whole := sorted(set(xs))) <= MOST_TICKS and all(float(x).is_integer() for x in whole):
+        across = Axis(whole, whole[0], whole[-1], LEFT, frame.right, is_logarithmic=True)
     parts = [Markup('<text class="head" x="{}" y="{}">{}</text>').format(LEFT, HEAD, panel.title), legend]
     parts += [_across(tick, across, frame) for tick in across.ticks]
     parts += [_up(tick, up, frame) for tick in up.ticks]
@@ -88,9 +89,13 @@ def _panel(panel: Panel, colours: Mapping[str, str], width: int, height: int) ->
 
 
 def _axis(values: Sequence[float], first: float, last: float) -> Axis:
-    least, greatest = min(values), max(values)
-    if greatest < 1.2 * least:  # nothing to spread over the whole axis
-        least, greatest = least / 1.2, greatest * 1.2
+    """From the last of 1, 2, 5, 10, ... that is no greater than any value, to the first that is no less."""
+    powers = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+    steps = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    least = max(step for step in steps if step <= min(values) * (1 + 1e-9))
+    greatest = min(step for step in steps if step >= max(values) * (1 - 1e-9))
+    if least == greatest:
+        least, greatest = least / 2, greatest * 2
     return Axis.logarithmic(least, greatest, first, last)
 
 

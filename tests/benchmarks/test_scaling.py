@@ -181,5 +181,8 @@ def test_curves_are_where_their_numbers_are():
     assert level.get("d") == f"M{left} {float(top)}H{right}"
     texts = [text.text for text in tree.iter() if text.tag.endswith("text")]
     assert {"rate", "batch", "a", "b", "1", "2", "4", "10"} == set(texts)
+    alone = ElementTree.fromstring(lines.picture([lines.Panel("rate", "batch", {"a": [(0.3, 7.0)]})]))
+    ticks = [text.text for text in alone.iter() if text.get("class") == "tick"]
+    assert ticks == ["0.2", "0.5", "5", "10"]
     with pytest.raises(ValueError, match="benchmarks.lines: expected a point in rate, got none"):
         lines.picture([lines.Panel("rate", "batch", {"none": []})])
