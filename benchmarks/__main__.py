@@ -5,7 +5,8 @@
     python -m benchmarks [NAME ...] --against FILE|FOLDER|COMMIT [--factor 1.1] [--rounds 3]
     python -m benchmarks --stale
 
-A NAME is that of a benchmark, or a part of one: `step`, `mnist-b8`. Each runs in processes of its own, on native
+A NAME is that of a benchmark, or a part of one: `step`, `mnist-b8`; what `--list` says is on request needs its whole
+name, and is neither among all nor among what is stale otherwise. Each runs in processes of its own, on native
 libraries that are built of these sources before; one that fails is reported, and the others go on. Another commit is
 measured here, too, by its own benchmarks, in alternation: its figures are compared themselves, by the medians of the
 rounds. Stored results may be another machine's: theirs are compared by ratios, to eager PyTorch, the textbook loop or
@@ -156,7 +157,9 @@ def run_all(benchmarks: Sequence[Benchmark], options: argparse.Namespace, other:
     else:
         results = stored.found(options.out)
         write_text(options.out / "report.md", report.markdown(results, comparisons, "report.svg"))
-        write_text(options.out / "report.svg", report.picture(results, comparisons))
+        pictures = {"report.svg": report.picture(results, comparisons), **report.curves(results)}
+        for name, text in pictures.items():
+            write_text(options.out / name, text)
     return 1 if faults else 0
 
 
@@ -185,6 +188,7 @@ def listing() -> str:
         own = [result for result in results if result.benchmark == benchmark]
         told = [f"{result.path.name} of {result.commits}" for result in own] or ["nothing"]
         state = " (stale)" if stored.fault(benchmark) else ""
+        state += "; on request" if benchmark.on_request else ""
         lines.append(f"{benchmark.name:<30}{benchmark.minutes:>7g}  {benchmark.measures}; {', '.join(told)}{state}")
     return "\n".join(lines)
 

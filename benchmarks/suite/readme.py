@@ -60,4 +60,5 @@ def pages() -> dict[Path, str]:
         README: filled(README.read_text()),
         DOCS / "benchmarks.md": report.markdown(results, {}, "benchmarks.svg"),
         DOCS / "benchmarks.svg": report.picture(results, {}),
+        **{DOCS / name: text for name, text in report.curves(results).items()},
     }

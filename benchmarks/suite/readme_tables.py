@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.suite.figures import digits, span
 from benchmarks.suite.report import table
 
 Read = Callable[[str], dict]  # a result by its name
@@ -21,19 +22,6 @@ def reader(folder: Path) -> Read:
 def of(name: str, result: dict) -> str:
     """Where figures come from."""
     return f"[{name}](benchmarks/results/{name}.json), commit {result['commit']}"
-
-
-def digits(value: float, count: int = 3) -> str:
-    """A number with so many digits: 0.63, 31.7, 40,400."""
-    rounded = float(f"{value:.{count - 1}e}")
-    places = max(0, count - 1 - math.floor(math.log10(abs(rounded))))
-    return f"{rounded:,.{places}f}"
-
-
-def span(values: Iterable[float], form: Callable[[float], str]) -> str:
-    """From the least to the greatest, or what both are."""
-    ordered = sorted(values)
-    return " to ".join(dict.fromkeys([form(ordered[0]), form(ordered[-1])]))
 
 
 OPS = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks import inspect_step
-from benchmarks.suite import rows
+from benchmarks.suite import reaching, rows, scaling
 from benchmarks.suite.rows import Row
 
 
@@ -22,6 +22,9 @@ class Benchmark:
     rows: Callable[[dict], list[Row]]
     sources: tuple[str, ...]
     minutes: float  # on two cores, or on a H100; roughly
+    on_request: bool = False  # only where its whole name is given: a result may be of older sources, or none be there
+    told: Callable[[dict], str] | None = None  # paragraphs in Markdown, of a result
+    drawn: Callable[[dict], str] | None = None  # a picture in SVG, of a result
 
     @property
     def device(self) -> str:
@@ -57,6 +60,20 @@ CYCLE = (
 )
 STEP = (*(f"benchmarks/{name}.py" for name in ("bench_step", "loops", "textbook", "floor", "worker")), *CYCLE)
 CUDA = ("fastdmd/kernels/*.py", "csrc/cuda/*")
+SCALING = (
+    *(f"benchmarks/{name}.py" for name in ("bench_scaling", "loops", "worker")),
+    "fastdmd/runs/startup.py",
+    *CYCLE,
+)
+TIME_TO_QUALITY = (
+    *(f"benchmarks/{name}.py" for name in ("time_to_quality", "timed_run", "textbook", "worker")),
+    "fastdmd/distill/adversarial.py",
+    "fastdmd/distill/gan.py",
+    "fastdmd/networks/discriminator.py",
+    "fastdmd/quality/*.py",
+    "fastdmd/runs/startup.py",
+    *CYCLE,
+)
 
 CPU_STEPS = {  # preset, batch size: guidance turns, rounds, minutes
     ("mnist", 8): (10, 5, 0.5),
@@ -99,6 +116,44 @@ def _gpu_step(name: str) -> Benchmark:
         rows.of_step,
         ("benchmarks/fair.py", *STEP, *CUDA),
         6,
+    )
+
+
+def time_to_quality_sources(device: str) -> tuple[str, ...]:
+    return TIME_TO_QUALITY if device == "cpu" else (*TIME_TO_QUALITY, *CUDA)
+
+
+def _time_to_quality(device: str, minutes: float) -> Benchmark:
+    return Benchmark(
+        "cpu-time-to-quality" if device == "cpu" else "gpu-time-to-quality",
+        "seconds of training to given Fréchet distances, beside the textbook loop",
+        "benchmarks.time_to_quality",
+        ("--device", device),
+        reaching.rows,
+        time_to_quality_sources(device),
+        minutes,
+        on_request=True,
+        told=reaching.told,
+        drawn=reaching.drawn,
+    )
+
+
+def scaling_sources(device: str) -> tuple[str, ...]:
+    return SCALING if device == "cpu" else (*SCALING, *CUDA)
+
+
+def _scaling(device: str, minutes: float) -> Benchmark:
+    return Benchmark(
+        "cpu-scaling" if device == "cpu" else "gpu-scaling",
+        "whole cycles of mnist over batch, threads, width and resolution",
+        "benchmarks.bench_scaling",
+        ("--device", device),
+        scaling.rows,
+        scaling_sources(device),
+        minutes,
+        on_request=True,
+        told=scaling.told,
+        drawn=scaling.drawn,
     )
 
 
@@ -156,18 +211,24 @@ BENCHMARKS = (
         )
         for preset in PROFILES
     ),
+    _scaling("cpu", 6),
+    _scaling("cuda", 20),
+    _time_to_quality("cpu", 360),
+    _time_to_quality("cuda", 120),
 )
 
 
 def chosen(names: Sequence[str], device: str) -> list[Benchmark]:
     """Those of a device, "cpu" or "cuda", that have a name, or in theirs a part, of `names`; all if there are none.
+    What is measured on request has to be named whole.
 
     Raises ValueError, with what was perhaps meant, for a name of none of them.
     """
     own = [benchmark for benchmark in BENCHMARKS if benchmark.device == device]
-    found = [] if names else own
+    usual = [benchmark for benchmark in own if not benchmark.on_request]
+    found = [] if names else usual
     for name in names:
-        matches = [b for b in own if b.name == name] or [b for b in own if name in b.name]
+        matches = [b for b in own if b.name == name] or [b for b in usual if name in b.name]
         if not matches:
             raise ValueError(f"expected benchmarks of {device}, got {name}{_hint(name, [b.name for b in own])}")
         found += [benchmark for benchmark in matches if benchmark not in found]
@@ -175,8 +236,10 @@ def chosen(names: Sequence[str], device: str) -> list[Benchmark]:
 
 
 def _hint(name: str, own: Sequence[str]) -> str:
-    others = [benchmark for benchmark in BENCHMARKS if name in benchmark.name]
-    if others:
-        return f": {others[0].name} needs --device {others[0].device}"
+    named = [benchmark for benchmark in BENCHMARKS if name in benchmark.name]
+    if whole := [benchmark.name for benchmark in named if benchmark.name in own]:
+        return f": did you mean {whole[0]}?"
+    if named:
+        return f": {named[0].name} needs --device {named[0].device}"
     close = difflib.get_close_matches(name, own, 1, cutoff=0.5)
     return f": did you mean {close[0]}?" if close else f": --list names {', '.join(own)}"

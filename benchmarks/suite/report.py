@@ -23,7 +23,8 @@ text { font: 11px sans-serif; fill: #24292f } .head { font-weight: bold } .tick 
 
 
 def markdown(results: Sequence[Stored], comparisons: Comparisons, drawn: str | None = None) -> str:
-    """A section for each result, a line for each figure; `drawn` is the file of the picture."""
+    """A section for each result, a line for each figure, and what is told of it; `drawn` is the file of the
+    picture, beside which those of `curves` lie."""
     parts = ["# Benchmarks", "Made by `python -m benchmarks`. `×` says how many times as good a figure is."]
     parts += [f"![The same as bars, from 1 to how many times as good]({drawn})"] if drawn else []
     for stored in results:
@@ -34,7 +35,15 @@ def markdown(results: Sequence[Stored], comparisons: Comparisons, drawn: str | N
         yardsticks = dict.fromkeys(row.yardstick for row in stored.rows if row.ratio is not None)
         heads = ["", "measured", f"× {' or '.join(yardsticks)}" if yardsticks else ""]
         parts.append(table([*heads, *([f"× {comparison.other}"] if comparison else [])], lines(stored, comparison)))
+        if drawn and stored.benchmark.drawn:
+            parts.append(f"![Curves of {stored.path.stem}]({stored.path.stem}.svg)")
+        parts += [stored.benchmark.told(stored.result)] if stored.benchmark.told else []
     return "\n\n".join(parts) + "\n"
+
+
+def curves(results: Sequence[Stored]) -> dict[str, str]:
+    """SVG by the name of its file, of each result that is drawn in a picture of its own."""
+    return {f"{one.path.stem}.svg": one.benchmark.drawn(one.result) for one in results if one.benchmark.drawn}
 
 
 def lines(stored: Stored, comparison: Comparison | None) -> list[list[str]]:
@@ -55,9 +64,12 @@ def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def picture(results: Sequence[Stored], comparisons: Comparisons) -> str:
-    """SVG: a bar for each figure from 1 to its ratio, on a logarithmic axis; a mark where it was before."""
-    bars = [(stored, [row for row in stored.rows if is_measured(row.ratio)]) for stored in results]
-    before = {name: comparison.before for name, comparison in comparisons.items()}
+    """SVG: a bar for each figure from 1 to its ratio, on a logarithmic axis; a mark where it was before. Without what
+    has a picture of its own."""
+    barred = [stored for stored in results if not stored.benchmark.drawn]
+    bars = [(stored, [row for row in stored.rows if is_measured(row.ratio)]) for stored in barred]
+    names = {stored.path.stem for stored in barred}
+    before = {name: comparison.before for name, comparison in comparisons.items() if name in names}
     ratios = [1.0, *(row.ratio for _, rows in bars for row in rows)]
     ratios += [row.ratio for rows in before.values() for row in rows.values() if is_measured(row.ratio)]
     across = Axis.logarithmic(min(*ratios, 0.9), max(*ratios, 1.1), LABELS, WIDTH - MARGIN)

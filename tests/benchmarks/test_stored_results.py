@@ -15,7 +15,7 @@ from benchmarks.suite.registry import Benchmark
 from benchmarks.suite.rows import Row
 from fastdmd.distill import execution
 
-CPU = [measured for measured in registry.BENCHMARKS if measured.device == "cpu"]
+CPU = [measured for measured in registry.BENCHMARKS if measured.device == "cpu" and not measured.on_request]
 
 
 @pytest.mark.parametrize("measured", CPU, ids=lambda measured: measured.name)

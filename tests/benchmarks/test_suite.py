@@ -15,11 +15,14 @@ from benchmarks.suite.registry import Benchmark
 from benchmarks.suite.rows import Row
 from benchmarks.suite.stored import Stored
 
+ON_REQUEST = ("cpu-scaling", "cpu-time-to-quality")
+
 
 @pytest.mark.parametrize(
     ("names", "device", "expected"),
     [
-        ([], "cpu", [b.name for b in registry.BENCHMARKS if b.name.startswith(("cpu", "inspect"))]),
+        ([], "cpu", [b.name for b in registry.BENCHMARKS if b.device == "cpu" and b.name not in ON_REQUEST]),
+        (["cpu-scaling", "cpu-ops"], "cpu", ["cpu-scaling", "cpu-ops"]),  # on request: by its whole name alone
         (["cpu-ops"], "cpu", ["cpu-ops"]),
         (["b128", "ops", "b128-fp32"], "cpu", ["cpu-step-mnist-b128-fp32", "cpu-step-mnist-b128-bf16", "cpu-ops"]),
         (["gpu-step-cifar10-cond"], "cuda", ["gpu-step-cifar10-cond"]),  # the whole name of one, a part of another's
@@ -35,6 +38,8 @@ def test_names_and_parts_of_names_choose(names, device, expected):
     [
         ("cpu-opps", "did you mean cpu-ops?"),
         ("gpu-ops", "gpu-ops needs --device cuda"),
+        ("scaling", "did you mean cpu-scaling?"),
+        ("gpu-scaling", "gpu-scaling needs --device cuda"),
         ("xyz", "--list names cpu-ops"),
     ],
 )
