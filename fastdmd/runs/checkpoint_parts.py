@@ -70,18 +70,12 @@ def write(folder: Path, parts: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
             checkpoint.save(dict(parts), storage_writer=FileSystemWriter(folder), process_group=ranks.group)
     except CheckpointException as error:
         raise OSError(errno.EIO, _first(error), str(folder)) from error
-    own: list[str] = []
-    fault: OSError | None = None
-    try:
+
+    def sums() -> list[str]:
         names = [METADATA] * ranks.is_first + [path.name for path in folder.glob(f"__{ranks.rank}_*")]
-        own = [sum_line(folder / name) for name in names]
-    except OSError as error:
-        fault = error
-    found = ranks.gather_objects((own, fault))
-    for _, other in found:
-        if other is not None:
-            raise other
-    return [line for lines, _ in found for line in lines]
+        return [sum_line(folder / name) for name in names]
+
+    return [line for lines in ranks.gather_objects(ranks.together(sums)) for line in lines]
 
 
 def read(folder: Path, parts: Mapping[str, Tensor], ranks: Ranks) -> None:
