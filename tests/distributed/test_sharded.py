@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from fastdmd.optim import AdamWEMA
 from fastdmd.optim.sharded import ShardedAdamWEMA
 from fastdmd.ranks import Ranks
 from fastdmd.runs import distillation
+from fastdmd.runs.stages import Stage
+from fastdmd.sampling import Generator
 from fastdmd.shards import Sharding, local, whole
 from tests.distributed.test_collectives import TAIL, Told
 from tests.distributed.test_equal import CASES, CPU, FULL, PLAIN, no_global_dtype, shown, train  # noqa: F401
@@ -271,6 +274,11 @@ def refused(group):
     refuse(lambda: DMD2(make_network(TINY), **options, process_group=group, shard=True))
     network.register_parameter("gain", nn.Parameter(torch.tensor(1.0)))
     refuse(lambda: Sharding(network, group))
+    options["execution"] = "eager"
+    model = DMD2(make_network(TINY), **options, process_group=group, shard=True)
+    state = {"own": torch.tensor([float(Ranks.of(group).rank)])}
+    sampler = Generator(model.generator, (80.0,))
+    refuse(lambda: Stage(Path("run"), state, None, None, {}, state, sampler).fill(model, [], sampler))
     return said
 
 
@@ -284,6 +292,7 @@ def test_what_is_refused(tmp_path):
         "fastdmd.AdamWEMA: expected 0.weight where the optimizer put it, got it moved or replaced",
         "fastdmd.DMD2: expected eager execution of networks that are cut, got compiled",
         "fastdmd.Sharding: expected parameters with a dimension to cut, got gain without; one of shape ",
+        "fastdmd: expected the same content of --init-from in all processes, got others of ranks 1: ",
     ]
     for said in in_processes(2, refused, tmp_path):
         assert len(said) == len(expected) and all(map(str.startswith, said, expected)), said
