@@ -19,8 +19,8 @@ FAULTS = (ValueError, TypeError, OSError)
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """One process among `size` of a process group of torch's; without a group, the only one: then nothing is
-    communicated, and every method is the identity.
+    """One process among `size` of a process group of torch's; without a group, or in one of its own, it is alone: then
+    nothing is communicated, and every method is the identity.
 
     All ranks call the same methods in the same order. Where one has ended, or does not answer, they raise
     ConnectionError.
@@ -38,7 +38,7 @@ class Ranks:
             return ALONE
         if not isinstance(group, torch.distributed.ProcessGroup):
             raise TypeError(f"fastdmd.Ranks: expected a process group that this process is in, got {group!r:.80}")
-        return ALONE if group.size() == 1 else cls(group.rank(), group.size(), group)
+        return cls(group.rank(), group.size(), group)
 
     @property
     def is_alone(self) -> bool:
@@ -92,6 +92,9 @@ class Ranks:
             dense = x.contiguous()
             with self._reaching_all():  # as bytes: gloo knows some types of numbers alone
                 torch.distributed.broadcast(dense.view(-1).view(torch.uint8), group=self.group, group_src=0)
+            for dim, stride in enumerate(x.stride()):
+                if stride == 0:  # expanded: what is written is there once
+                    x, dense = x[(slice(None),) * dim + (slice(1),)], dense.narrow(dim, 0, 1)
             x.copy_(dense)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ class Ranks:
                 fault = fault or error
             states = self.gather(torch.tensor([fault is not None, is_over]))  # [ranks, 2]
             if states[:, 0].any():
-                raise next(error for error in self.gather_objects(fault) if error is not None)
+                self.raise_first(fault)
             if states[:, 1].all():
                 return
             found = self.gather_to_first(tree_map_only(Tensor, Tensor.cpu, made))
@@ -166,12 +169,12 @@ class Ranks:
             try:
                 outcome[0] = make()
             except FAULTS as error:
-                outcome[1] = error
+                outcome[1] = _told(error)
         with self._reaching_all():
             torch.distributed.broadcast_object_list(outcome, group=self.group, group_src=0)
         value, fault = outcome
         if fault is not None:
-            raise fault
+            raise _heard(fault)
         return value
 
     def together(self, make: Callable[[], Value], faults: tuple[type[Exception], ...] = FAULTS) -> Value:
@@ -183,13 +186,26 @@ class Ranks:
             value = make()
         except faults as error:
             fault = error
-        for other in self.gather_objects(fault):
-            if other is not None:
-                raise other
+        self.raise_first(fault)
         return cast(Value, value)
+
+    def raise_first(self, fault: Exception | None) -> None:
+        """Raises that of the first rank that has one, in all of them."""
+        for told in self.gather_objects(_told(fault)):
+            if told is not None:
+                raise _heard(told)
 
     def __deepcopy__(self, memo: object) -> Ranks:
         return self  # there is one group
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickles, of which no other process could make the group. Raises TypeError where there is one."""
+        if self.group is not None:
+            raise TypeError(
+                f"fastdmd.Ranks: expected what is pickled to have no process_group, got one of {self.size} processes; "
+                "save its state_dict() instead, which load_state_dict of one with a process_group takes"
+            )
+        return Ranks, ()
 
     @contextlib.contextmanager
     def reaching_all(self) -> Iterator[None]:
@@ -208,6 +224,18 @@ class Ranks:
             raise ConnectionError(
                 f"fastdmd: expected an answer of all {self.size} processes, got one that ended or is silent: {got:.200}"
             ) from error
+
+
+def _told(error: Exception | None) -> tuple[Exception, int | None] | None:
+    """What other ranks are told of an error: a pickle loses an errno that an OSError was not made with."""
+    return None if error is None else (error, getattr(error, "errno", None))
+
+
+def _heard(told: tuple[Exception, int | None]) -> Exception:
+    error, number = told
+    if isinstance(error, OSError):
+        error.errno = number
+    return error
 
 
 def _is_of_connection(error: RuntimeError) -> bool:

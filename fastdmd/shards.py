@@ -21,11 +21,12 @@ class Sharding:
 
     Parameters are cut along their first dimension (`torch.distributed.fsdp.fully_shard`). While it runs, a network
     gathers them module by module: each entry of a ModuleList or Sequential with a 64th of all parameters or more, and
-    what is left with the network itself. So entries are to be called, not read, by the network they are in. Parameters
-    become contiguous, as FSDP2 takes no other.
+    what is left with the network itself. So entries are to be called, not read, by the network they are in. An entry
+    that has a parameter in common with what is outside of it is gathered with that. Parameters become contiguous, as
+    FSDP2 takes no other.
 
     Made of a network that is whole, and before it is cut. Raises ValueError for a group of one process, and for
-    parameters that have no shape yet.
+    parameters that have no shape yet, or no dimension.
     """
 
     def __init__(self, network: nn.Module, group: Any):
@@ -33,6 +34,11 @@ class Sharding:
             raise ValueError("fastdmd.Sharding: expected a process group of several processes, got one process")
         if waiting := next((name for name, own in network.named_parameters() if is_lazy(own)), None):
             raise ValueError(f"fastdmd.Sharding: expected parameters that have their shape, got {waiting} without")
+        if single := next((name for name, own in network.named_parameters() if own.dim() == 0), None):
+            raise ValueError(
+                f"fastdmd.Sharding: expected parameters with a dimension to cut, got {single} without; one of shape "
+                "(1,) is added and multiplied as it is"
+            )
         from torch.distributed.device_mesh import DeviceMesh
 
         self.group = group
@@ -201,6 +207,10 @@ def _without_memory(network: Network) -> Network:
 def _apart(network: nn.Module) -> list[nn.Module]:
     """What is gathered by itself, the innermost first."""
     least = LEAST_SHARE * _size(network)
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(module)
     found: dict[nn.Module, None] = {}
 
     def look(module: nn.Module) -> None:
@@ -208,7 +218,9 @@ def _apart(network: nn.Module) -> list[nn.Module]:
             look(child)
             is_called = not isinstance(child, (nn.ModuleList, nn.ModuleDict))
             if isinstance(module, (nn.ModuleList, nn.Sequential)) and is_called and _size(child) >= least:
-                found[child] = None
+                inside = set(child.modules())
+                if all(owners[parameter] <= inside for parameter in child.parameters()):
+                    found[child] = None
 
     look(network)
     return list(found)

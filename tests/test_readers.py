@@ -27,8 +27,7 @@ ALONE_IN = {
     "gzip.open": {"data/array_files.py"},
     "mmap.mmap": {"teachers/edm_pickle.py"},
     "safe_open": {"networks/tensor_files.py", "data/pairs.py"},
-    # The second of the package's own file, the third of the best that the run itself has written.
-    "load_file": {"runs/checkpoint.py", "quality/features.py", "runs/distillation.py"},
+    "load_file": {"runs/checkpoint.py", "quality/features.py"},  # the latter of the package's own file
     "pickle.load": set(),
     "pickle.loads": set(),
     "pickle.Unpickler": set(),

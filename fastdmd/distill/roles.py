@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,47 +25,53 @@ class Roles(NamedTuple):
     fake_score: AdamWEMA
 
 
+Cast = tuple[DenoisingNetwork, Callable[[Options], AdamWEMA]]  # the teacher, and what makes each of the others
+
+
 def cast_roles(
     teacher: DenoisingNetwork,
     ranks: Ranks,
     *,
+    in_parts: bool,
     compute_dtype: torch.dtype | None,
     generator_options: Options,
     guidance_options: Options,
 ) -> Roles:
-    """Each process has all of each; the teacher is that of the first."""
+    """Each process has all of each network or, `in_parts`, a part; the teacher is that of the first.
+
+    In parts, it is cut where it is, and the others are made of its parts: ValueError for one process.
+    """
+    cast = _cast_in_parts if in_parts else _cast_whole
+    own, optimized = cast(teacher, ranks, compute_dtype)
+    # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left.
+    generator = optimized(generator_options)
+    fake_score = optimized(guidance_options)
+    return Roles(own, generator, fake_score)
+
+
+def _cast_whole(teacher: DenoisingNetwork, ranks: Ranks, compute_dtype: torch.dtype | None) -> Cast:
     ranks.spread_(teacher)
     teacher = own = teacher.eval().requires_grad_(False)
     if compute_dtype is not None:
         own = copy.deepcopy(teacher)
         for parameter in own.parameters():  # not the buffers: frequencies need their digits
             parameter.data = parameter.data.to(compute_dtype)
-    # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left.
-    shared: dict[str, Any] = {"compute_dtype": compute_dtype, "process_group": ranks.group}
-    generator = AdamWEMA(copy.deepcopy(teacher).requires_grad_(True), **shared, **generator_options)
-    fake_score = AdamWEMA(copy.deepcopy(teacher).requires_grad_(True), **shared, **guidance_options)
-    return Roles(own, generator, fake_score)
+
+    def optimized(options: Options) -> AdamWEMA:
+        network = copy.deepcopy(teacher).requires_grad_(True)
+        return AdamWEMA(network, compute_dtype=compute_dtype, process_group=ranks.group, **options)
+
+    return own, optimized
 
 
-def cast_in_parts(
-    teacher: DenoisingNetwork,
-    ranks: Ranks,
-    *,
-    compute_dtype: torch.dtype | None,
-    generator_options: Options,
-    guidance_options: Options,
-) -> Roles:
-    """Each process has a part of each: the teacher, which is that of the first, is cut where it is, and the others are
-    made of its parts. Raises ValueError for one process."""
+def _cast_in_parts(teacher: DenoisingNetwork, ranks: Ranks, compute_dtype: torch.dtype | None) -> Cast:
     sharding = Sharding(teacher, ranks.group)
     ranks.spread_(teacher)
     teacher = sharding.cut_(teacher.eval().requires_grad_(False))
+    own = teacher if compute_dtype is None else sharding.like(teacher, dtype=compute_dtype)
 
     def optimized(options: Options) -> AdamWEMA:
         network = sharding.like(teacher, compute_dtype=compute_dtype).requires_grad_(True)
         return ShardedAdamWEMA(network, sharding=sharding, **options)
 
-    generator = optimized(generator_options)
-    fake_score = optimized(guidance_options)
-    own = teacher if compute_dtype is None else sharding.like(teacher, dtype=compute_dtype)
-    return Roles(own, generator, fake_score)
+    return own, optimized

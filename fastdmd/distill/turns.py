@@ -17,7 +17,7 @@ from fastdmd.distill.draws import Draws
 from fastdmd.distill.execution import Executor
 from fastdmd.distill.guard import Guard, NanPolicy, marks
 from fastdmd.distill.methods import Matched, Method, Terms
-from fastdmd.distill.roles import cast_in_parts, cast_roles
+from fastdmd.distill.roles import cast_roles
 from fastdmd.distill.scheduled import Scheduled
 from fastdmd.distill.starts import make_images
 from fastdmd.distill.statistics import TURN_STATISTICS, ClassSums, comparison, turn_statistics
@@ -86,9 +86,10 @@ class DMD2:
             raise ValueError(f"fastdmd.DMD2: expected eager execution of networks that are cut, got {execution}")
         self.method: Method = (Matched(sigma_data) if method is None else method).of_ranks(self.ranks)
         self.dfake_gen_update_ratio, self.accumulation_steps = dfake_gen_update_ratio, accumulation_steps
-        self.teacher, self.generator_optimizer, self.guidance_optimizer = (cast_in_parts if shard else cast_roles)(
+        self.teacher, self.generator_optimizer, self.guidance_optimizer = cast_roles(
             teacher,
             self.ranks,
+            in_parts=shard,
             compute_dtype=compute_dtype,
             generator_options=generator_options,
             guidance_options=guidance_options,

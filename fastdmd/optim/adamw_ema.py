@@ -47,6 +47,7 @@ class AdamWEMA(FlatOptimizer):
 
     `process_group`, of torch.distributed: each of its processes has an equal part of the batch, and begins with weights
     and buffers of the first. An update takes the mean of their gradients: one all_reduce, which a CUDA graph may hold.
+    Copies share the group; a pickle would have none, and is refused.
 
     It is a `torch.optim.Optimizer`: `zero_grad()`, `loss.backward()`, `step()` and torch's schedulers work;
     `backward(loss)` saves the copy that gradients cost after `zero_grad()`. The rate of a group is `lr` times
@@ -126,8 +127,8 @@ class AdamWEMA(FlatOptimizer):
         for parameter, view in zip(self.parameters, views(self._buffers.weights, self.parameters), strict=True):
             parameter.data = view
         self._masters = views(self._buffers.param, self.parameters)
-        grad, is_shared = self._buffers.grad, not self._ranks.is_alone
-        self._gradients = Gradients(self.parameters, self._names, grad, is_shared=is_shared)
+        has_group = self._ranks.group is not None  # which may be of this process alone, among others
+        self._gradients = Gradients(self.parameters, self._names, self._buffers.grad, is_shared=has_group)
         self._watches = [Watch(self.network, dict(zip(self.parameters, self._names, strict=True)), flags=True)]
         self._watches += self._averages.link(self.network, self._names, set(self.parameters))
         self._captured_options: list[tuple] | None = None

@@ -144,8 +144,10 @@ class Mirror:
                 else:
                     target.data = source.detach().clone()
         if copies:
-            targets, sources = zip(*copies, strict=True)
-            torch._foreach_copy_(targets, sources)
+            self._copy(*map(list, zip(*copies, strict=True)))
+
+    def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        torch._foreach_copy_(targets, sources)
 
 
 def _alike(source: Tensor, target: Tensor | None) -> bool:
@@ -156,6 +158,7 @@ def _alike(source: Tensor, target: Tensor | None) -> bool:
         and source.dtype == target.dtype
         and source.device == target.device
         and not target.is_inference()
+        and 0 not in target.stride()  # expanded, which torch does not write to
     )
 
 

@@ -21,18 +21,45 @@ HOOKS = operator.attrgetter("_post_accumulate_grad_hooks")
 VERSION = operator.attrgetter("_version")
 
 
-class Gradients:
-    """`.grad` of each parameter, in a buffer `flat`.
+class FlatGradients:
+    """`.grad` of each parameter, in a buffer `flat`: whoever fills it, others may rebind `.grad`, as `zero_grad()`,
+    `backward(create_graph=True)` and wrappers do. Gradients from before count."""
 
-    Others may rebind `.grad`: `zero_grad()`, `backward(create_graph=True)`, wrappers. `collect` moves what they left.
-    Gradients from before count. `is_shared`: somebody takes their mean over all processes.
-    """
+    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str], flat: Tensor):
+        self._parameters, self._names, self._flat = parameters, names, flat
+        self._graph_is_known = False
+
+    def zero(self, *, set_to_none: bool) -> None:
+        if set_to_none:
+            for parameter in self._parameters:
+                parameter.grad = None
+        else:
+            self._flat.zero_()
+            self._put_back()
+
+    def _put_back(self) -> None:
+        """Lets `.grad` of all parameters lie in the buffer, whatever they hold there."""
+        raise NotImplementedError
+
+    def _require(self, gradients: Sequence[Tensor | None]) -> None:
+        """Raises ValueError for the first that is None."""
+        for name, gradient in zip(self._names, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(
+                    f"fastdmd.AdamWEMA: expected a gradient of {name}, got none; with zero_grad(set_to_none=False), or "
+                    "backward(loss), it counts as zero"
+                )
+
+
+class Gradients(FlatGradients):
+    """Of a network that each process has all of. `collect` moves what others left. `is_shared`: somebody takes their
+    mean over all processes."""
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], names: Sequence[str], flat: Tensor, *, is_shared: bool = False
     ):
-        self._parameters, self._names, self._flat, self._is_shared = parameters, names, flat, is_shared
-        self._graph_is_known = False
+        super().__init__(parameters, names, flat)
+        self._is_shared = is_shared
         self._lay_out()
         self._take({index: own.grad for index, own in enumerate(parameters) if own.grad is not None})
 
@@ -72,12 +99,9 @@ class Gradients:
         gradients = [parameter.grad for parameter in self._parameters]
         if all(map(operator.is_, gradients, self._views)) and places(self._views) == self._places:
             return
+        if required:
+            self._require(gradients)
         missing = [index for index, gradient in enumerate(gradients) if gradient is None]
-        if missing and required:
-            raise ValueError(
-                f"fastdmd.AdamWEMA: expected a gradient of {self._names[missing[0]]}, got none; with "
-                "zero_grad(set_to_none=False), or backward(loss), it counts as zero"
-            )
         elsewhere = {
             index: gradient
             for index, (gradient, view) in enumerate(zip(gradients, self._views, strict=True))
@@ -86,14 +110,6 @@ class Gradients:
         self._take(elsewhere)
         if missing:
             torch._foreach_zero_([self._views[index] for index in missing])
-
-    def zero(self, *, set_to_none: bool) -> None:
-        if set_to_none:
-            for parameter in self._parameters:
-                parameter.grad = None
-        else:
-            self._flat.zero_()
-            self._put_back()
 
     def fill(self, loss: Tensor, *, accumulate: bool) -> None:
         """The gradient of a loss, instead of or in addition to what is there; zero where it depends on nothing.

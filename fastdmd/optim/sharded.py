@@ -151,8 +151,15 @@ class _Averages(Averages):
 
     def link(self, network: nn.Module, names: Sequence[str], trained: set[nn.Parameter]) -> list[Any]:
         self.parameters = [own for average in self.networks for own in named(average, list(names))]
-        self._mirrors = [Mirror(network, average, trained) for average in self.networks]
+        self._mirrors = [_Mirror(network, average, trained) for average in self.networks]
         return [_Watch(average, names) for average in self.networks]
+
+
+class _Mirror(Mirror):
+    """Of fixed parameters that are cut, beside buffers, which are not."""
+
+    def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        super()._copy(list(map(local, targets)), list(map(local, sources)))
 
 
 class _Watch:

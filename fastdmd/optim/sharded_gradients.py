@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastdmd.optim.gradients import check_graph
+from fastdmd.optim.gradients import FlatGradients, check_graph
 from fastdmd.shards import gathered, local
 
 
-class ShardedGradients:
-    """`.grad` of each parameter, `grads`, whose parts lie in `flat`: the means over all processes.
+class ShardedGradients(FlatGradients):
+    """Of a network that is cut, `grads`, whose parts lie in the buffer: the means over all processes.
 
-    A backward pass adds to what is there. Others may rebind `.grad`, as `zero_grad()` does; `collect` moves what they
-    left. Gradients from before count.
+    A backward pass adds to what is there. `collect` moves what others left.
     """
 
     def __init__(
@@ -27,14 +26,14 @@ class ShardedGradients:
         grads: Sequence[Tensor],
         flat: Tensor,
     ):
-        self._parameters, self._names, self._grads, self._flat = parameters, names, grads, flat
+        super().__init__(parameters, names, flat)
+        self._grads = grads
         # What graphs lead to. Of these alone gradients are computed, and not of other networks on the way.
         self._leaves = [leaf for leaf in gathered(network) if leaf.requires_grad]
         if len(self._leaves) != len(parameters):
             raise ValueError(
                 f"fastdmd.AdamWEMA: expected {len(parameters)} parameters to be gathered, got {len(self._leaves)}"
             )
-        self._graph_is_known = False
         self.collect(required=False)
 
     @torch.no_grad()
@@ -46,26 +45,14 @@ class ShardedGradients:
         found = [parameter.grad for parameter in self._parameters]
         if all(map(operator.is_, found, self._grads)):
             return
-        missing = [name for name, gradient in zip(self._names, found, strict=True) if gradient is None]
-        if missing and required:
-            raise ValueError(
-                f"fastdmd.AdamWEMA: expected a gradient of {missing[0]}, got none; with "
-                "zero_grad(set_to_none=False), or backward(loss), it counts as zero"
-            )
+        if required:
+            self._require(found)
         for own, gradient in zip(self._grads, found, strict=True):
             if gradient is None:
                 local(own).zero_()
             elif gradient is not own:
                 local(own).copy_(local(gradient))
         self._put_back()
-
-    def zero(self, *, set_to_none: bool) -> None:
-        if set_to_none:
-            for parameter in self._parameters:
-                parameter.grad = None
-        else:
-            self._flat.zero_()
-            self._put_back()
 
     def fill(self, loss: Tensor, *, accumulate: bool) -> None:
         """The gradient of a loss, instead of or in addition to what is there; zero where it depends on nothing.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdmd.files import sum_line
+from fastdmd.files import SUMS, read_sums, sum_line
 from fastdmd.ranks import Ranks
 from fastdmd.shards import unfilled
 
@@ -70,23 +70,17 @@ def write(folder: Path, parts: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
             checkpoint.save(dict(parts), storage_writer=FileSystemWriter(folder), process_group=ranks.group)
     except CheckpointException as error:
         raise OSError(errno.EIO, _first(error), str(folder)) from error
-    own: list[str] = []
-    fault: OSError | None = None
-    try:
+
+    def sums() -> list[str]:
         names = [METADATA] * ranks.is_first + [path.name for path in folder.glob(f"__{ranks.rank}_*")]
-        own = [sum_line(folder / name) for name in names]
-    except OSError as error:
-        fault = error
-    found = ranks.gather_objects((own, fault))
-    for _, other in found:
-        if other is not None:
-            raise other
-    return [line for lines, _ in found for line in lines]
+        return [sum_line(folder / name) for name in names]
+
+    return [line for lines in ranks.gather_objects(ranks.together(sums)) for line in lines]
 
 
 def read(folder: Path, parts: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Fills these tensors with what `write` has written of as many, in however many processes. Raises ValueError, in
-    all of them, where it has not."""
+    all of them, where it has not, and for a file without a checksum, which whoever calls this has compared."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
@@ -94,12 +88,13 @@ def read(folder: Path, parts: Mapping[str, Tensor], ranks: Ranks) -> None:
         """torch's, but for a pickle that it would let call anything."""
 
         def read_metadata(self, *_: Any, **__: Any) -> Any:
+            known = read_sums(folder).keys()  # by their checksums, at which somebody has looked
+            if METADATA not in known:
+                raise ValueError(f"expected {METADATA} in {SUMS}, got none")
             with (folder / METADATA).open("rb") as file:
                 metadata = _Metadata(file).load()
-            if others := {own.relative_path for own in metadata.storage_data.values()} - {
-                *map(_name, folder.iterdir())
-            }:
-                raise ValueError(f"expected parts in {folder}, got {min(others):.100}")
+            if others := {own.relative_path for own in metadata.storage_data.values()} - known:
+                raise ValueError(f"expected parts that {SUMS} names, got {min(others):.100}")
             metadata.storage_meta.load_id = self.load_id
             return metadata
 
@@ -117,10 +112,6 @@ class _Metadata(pickle.Unpickler):
         if name not in NAMES.get(module, ()):
             raise ValueError(f"expected shapes and places of tensors in {METADATA}, got {module}.{name}")
         return super().find_class(module, name)
-
-
-def _name(path: Path) -> str:
-    return path.name
 
 
 def _first(error: Any) -> str:

@@ -101,7 +101,8 @@ class Checkpoints:
         self._ranks.from_first(self._make_room)
         best = self._folder.path / BEST
         reached = self._ranks.from_first(self._folder.reached)
-        content = {"iteration": iteration, "origin": self._origin, "reached": reached, "run": state()}
+        run = self._ranks.together(state)
+        content = {"iteration": iteration, "origin": self._origin, "reached": reached, "run": run}
         checkpoint.write(self._path / f"{iteration:08d}", content, [best] if best.exists() else [], self._ranks)
         self._last = iteration
         if self._ranks.is_first:

@@ -124,10 +124,14 @@ def parse(
                 **options,
             )
         config.check()
-        config = config.placed()
-        if (out := getattr(config, "out", None)) is not None:
-            outputs.require_apart(out, (named for named in inputs(config) if named != "mnist"))  # part of the package
+        require_apart(config)
         return config
+
+
+def require_apart(config: CommandSettings) -> None:
+    """Raises ValueError for an --out among what the command reads."""
+    if (out := getattr(config, "out", None)) is not None:
+        outputs.require_apart(out, (named for named in inputs(config) if named != "mnist"))  # part of the package
 
 
 def resolve_device(name: str, *, seed: int | None = None, deterministic: bool = False) -> torch.device:

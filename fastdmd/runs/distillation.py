@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdmd.data import Dataset
@@ -31,7 +30,8 @@ from fastdmd.distill.states import (
 )
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
-from fastdmd.networks.states import load_weights
+from fastdmd.networks.states import find
+from fastdmd.networks.tensor_files import open_tensors
 from fastdmd.networks.weights import generator_metadata, save_network
 from fastdmd.optim.sharded import ShardedAdamWEMA
 from fastdmd.randomness import Stream, generator
@@ -287,17 +287,17 @@ class Distillation:
         together.from_first(lambda: self._save(BEST, iteration, **information))
 
     def best_sampler(self) -> Sampler:
-        if self.is_in_parts:
-            like = cast(ShardedAdamWEMA, self.model.generator_optimizer).sharding.like(self._teacher)
-            fill_parts(like.inner, self._ranks.from_first(lambda: load_file(self._folder.path / BEST)))
-            return self._generator(like)
-        network = copy.deepcopy(self._teacher)
-
         def read() -> dict[str, Tensor]:
-            load_weights(network.inner, self._folder.path / BEST)
-            return {name: value.cpu() for name, value in network.inner.state_dict().items()}
+            weights = open_tensors(self._folder.path / BEST)
+            return weights.read(find(weights, self._teacher.inner))
 
-        network.inner.load_state_dict(self._ranks.from_first(read))
+        state = self._ranks.from_first(read)
+        if self.is_in_parts:
+            network = cast(ShardedAdamWEMA, self.model.generator_optimizer).sharding.like(self._teacher)
+            fill_parts(network.inner, state)
+        else:
+            network = copy.deepcopy(self._teacher)
+            network.inner.load_state_dict(state)
         return self._generator(network)
 
     def _save(self, name: str, iteration: int, **information: Any) -> None:

@@ -118,10 +118,13 @@ def _meet() -> None:
 
 
 def begin(config: Chosen) -> tuple[Chosen, Ranks, torch.device]:
-    """Joins the processes of a command: the settings of the first, and the device of this one. Raises ValueError as
-    `join`, `same_settings` and `cli.resolve_device` do."""
+    """Joins the processes of a command: their settings, with the place of results that the first one decides, and the
+    device of this one. Raises ValueError as `join`, `require_same_settings` and `cli.resolve_device` do, and for a
+    place among what the command reads."""
     ranks = join(config.device)
-    config = same_settings(config, ranks)
+    require_same_settings(config, ranks)
+    config = ranks.from_first(config.placed)
+    cli.require_apart(config)
     place = device_of(config.device)
     return config, ranks, cli.resolve_device(place, seed=config.seed, deterministic=config.deterministic)
 
@@ -165,23 +168,15 @@ def device_of(name: str) -> str:
     return f"cuda:{local}"
 
 
-def same_settings(config: Chosen, ranks: Ranks) -> Chosen:
-    """Those of the first process. Raises ValueError where others were started with others, but for the time of a
-    default --out."""
-    first = ranks.from_first(lambda: config)
+def require_same_settings(config: Any, ranks: Ranks) -> None:
+    """Raises ValueError where a process was started with others than the first one."""
     if ranks.is_alone:
-        return config
-    places = {flag: place for place, flag in flags(config)}
-
-    def value(settings: Any, flag: str) -> Any:
-        room: Any = to_json(settings)
-        for name in places[flag]:
-            room = room[name]
-        return room
-
-    others = [flag for flag in places if flag != "--out" and value(config, flag) != value(first, flag)]
+        return
+    settings = to_json(config)
+    own = {flag: functools.reduce(dict.__getitem__, place, settings) for place, flag in flags(config)}
+    first = ranks.from_first(lambda: own)
+    others = [f"{flag} {value}" for flag, value in own.items() if value != first[flag]]
     ranks.require_equal("settings", lambda: ", ".join(others))
-    return first
 
 
 def require_same(what: str, describe: Callable[[], Mapping[str, Any]], ranks: Ranks) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -34,17 +35,24 @@ def exit_on_signals(command: str) -> None:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Callable[[], int | None]]:
+def deferred(echo_seconds: float = 0.0) -> Iterator[Callable[[], int | None]]:
     """Inside, the first signal is only noted: the yielded function returns its number, None before.
 
-    A second one does what it did outside. In another thread than the main one, which alone can have handlers, none is
-    ever noted.
+    A second one does what it did outside, but for one that comes within `echo_seconds` of the first. In another thread
+    than the main one, which alone can have handlers, none is ever noted.
     """
     received: list[int] = []
+    ends: list[float] = []  # of the echo
 
     def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
+        if not received:
+            received.append(number)
+            ends.append(time.monotonic() + echo_seconds)
+            if not echo_seconds:
+                restore()
+        elif time.monotonic() >= ends[0]:
+            restore()
+            os.kill(os.getpid(), number)
 
     def restore() -> None:
         for number, handler in previous.items():

@@ -30,6 +30,9 @@ from fastdmd.runs.record import Record
 from fastdmd.runs.training import LoopSettings, Resumable, Training
 from fastdmd.saved import AMOUNT, MAPPING, require
 
+# Of several processes: a scheduler may send a signal to all of a job, and torchrun passes on the one that it gets.
+ECHO_SECONDS = 10.0
+
 
 class Loop:
     """One training in one run folder, measured meanwhile as `course` wants it. To make it is the last part of the
@@ -85,7 +88,7 @@ class Loop:
         with (
             self._folder,
             contextlib.closing(self._record),
-            interrupts.deferred() as received,
+            interrupts.deferred(0.0 if self._ranks.is_alone else ECHO_SECONDS) as received,
             interrupts.asked() as is_asked,
         ):
             agreement = Agreement(self._ranks, received, progress.iterations, self._wait)

@@ -21,6 +21,7 @@ from fastdmd import __version__
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill import DMD2
 from fastdmd.distill.optimization import Average
+from fastdmd.distill.states import digest
 from fastdmd.files import write_atomically
 from fastdmd.networks.states import require_same
 from fastdmd.networks.tensor_files import open_tensors
@@ -103,8 +104,11 @@ class Stage:
         """Starts a model, whose averages and sampler are given, from it; returns what to say of it, a line each.
 
         An average of the same name goes on, another one starts from that which the run kept. Raises ValueError for a
-        head of other shapes, and for weights that are not finite.
+        head of other shapes, for weights that are not finite, and where processes that take their parts have read
+        others.
         """
+        if model.is_in_parts:
+            model.ranks.require_equal("content of --init-from", self._digest)
         said: list[str] = []
         own = [self.averages.get(average.name, self.kept) for average in averages]
         others = [average.name for average in averages if average.name not in self.averages]
@@ -135,6 +139,10 @@ class Stage:
         elif self.head is not None:
             said.append(f"the discriminator's head of {self.folder} is left out: --gan-guidance-weight is 0")
         return said
+
+    def _digest(self) -> str:
+        states = self.generator, self.fake_score or {}, self.head or {}, *self.averages.values(), self.kept
+        return digest(*(value for state in states for value in state.values()))
 
 
 def read_stage(folder: Path, teacher: DenoisingNetwork) -> Stage:

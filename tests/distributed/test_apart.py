@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.soak import differences, prepare
 from fastdmd import evaluate, pairs, pretrain, teachers, train
 from fastdmd.data.settings import DataSettings
-from fastdmd.runs import distillation, pretraining, resume
+from fastdmd.runs import distillation, outputs, pretraining, resume
 from tests.helpers.gloo import spoil_teacher, started_as_torchrun_does
 from tests.helpers.kills import no_budget
 from tests.helpers.tiny_runs import QUIET
@@ -67,6 +67,21 @@ def test_other_data_or_another_network_of_one_process_are_refused(made, tmp_path
     refused(tmp_path, evaluate, arguments, of_second(spoil_teacher), f"{SAME}the network ")
     arguments = ["--teacher", value(made, "--teacher"), "--num", "4", "--batch-size", "2", "--device", "cpu"]
     refused(tmp_path, pairs, arguments, of_second(spoil_teacher), f"{SAME}the teacher ")
+
+
+def test_a_full_disk_is_no_mistake_in_flags_for_any_process(made, tmp_path):
+    """Only the first one looks at --out."""
+
+    def fill(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    def fill_first(rank):
+        if rank == 0:
+            outputs._try_folder = fill
+
+    codes, said = started_as_torchrun_does(2, train, made, tmp_path, fill_first)
+    assert codes == [1, 1]
+    assert said == ["fastdmd.train: error: expected --out to be writable, got run: No space left on device\n", ""]
 
 
 def test_a_process_that_dies_as_it_begins_is_no_mistake_in_flags(made, tmp_path):

@@ -13,7 +13,7 @@ from fastdmd.distill.exchange import exchange
 from fastdmd.distill.gan import GANSettings
 from fastdmd.distill.turns import DMD2
 from fastdmd.optim import AdamWEMA
-from fastdmd.ranks import Ranks
+from fastdmd.ranks import ALONE, Ranks
 from fastdmd.runs import distillation, distributed
 from tests.helpers.adversarial import CONFIG, TINY, real_images
 from tests.helpers.gloo import in_processes
@@ -83,7 +83,7 @@ def test_one_process_tells_nobody():
         with Told() as told:
             model.iterate(0, draws)
             exchange([model.generator_tally], model.ranks)
-        assert told.collectives == [] and model.ranks.is_alone and Ranks.of(None) is Ranks.of(group)
+        assert told.collectives == [] and model.ranks.is_alone and Ranks.of(None) is ALONE
     finally:
         torch.distributed.destroy_process_group()
 
@@ -161,7 +161,7 @@ KINDS = [torch.bool, torch.int16, torch.uint16, torch.int64, torch.float8_e4m3fn
 
 
 def with_buffers(group):
-    """Of every kind of number, empty, of no dimension, and laid out in another order."""
+    """Of every kind of number, empty, of no dimension, laid out in another order, and expanded."""
     ranks = Ranks.of(group)
     network = torch.nn.Linear(2, 2)
     for index, kind in enumerate(KINDS):
@@ -169,6 +169,7 @@ def with_buffers(group):
     network.register_buffer("empty", torch.zeros(0))
     network.register_buffer("number", torch.tensor(float(ranks.rank)))
     network.register_buffer("turned", torch.arange(6.0).add(ranks.rank).view(2, 3).t())
+    network.register_buffer("wide", torch.arange(2.0).add(ranks.rank)[:, None].expand(2, 3))
     ranks.spread_(network)
     with pytest.raises(TypeError) as error:
         AdamWEMA(network, learning_rate=0.1, process_group=torch.distributed.GroupMember.NON_GROUP_MEMBER)
@@ -181,6 +182,7 @@ def test_buffers_of_any_kind_are_those_of_the_first(tmp_path):
         assert all(found[f"own_{i}"].to(torch.complex64).tolist() == [1, 0, 1] for i in range(len(KINDS)))
         assert [found[f"own_{i}"].dtype for i in range(len(KINDS))] == KINDS
         assert found["number"].item() == 0 and found["turned"].tolist() == [[0, 3], [1, 4], [2, 5]]
+        assert found["wide"].tolist() == [[0, 0, 0], [1, 1, 1]]
         assert said == "fastdmd.Ranks: expected a process group that this process is in, got -100"
 
 

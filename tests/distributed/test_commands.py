@@ -93,9 +93,11 @@ def test_several_processes_are_one_run(alone, tmp_path):
 
 @pytest.mark.parametrize("sizes", [(4, 2), (4, 1), (1, 2)])
 def test_a_signal_ends_all_and_others_go_on(alone, tmp_path, sizes):
-    """Sent to one of them; what they leave goes on in as many processes as there are then, to rounding."""
+    """Sent to one of them, of several twice, as by a scheduler and by torchrun; what they leave goes on in as many
+    processes as there are then, to rounding."""
     arguments, run = alone
-    send = at_iteration(7, sizes[0] - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    times = range(min(2, sizes[0]))
+    send = at_iteration(7, sizes[0] - 1, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in times])
     codes, said = several(tmp_path, arguments, sizes[0], send)
     assert codes == [128 + signal.SIGTERM] * sizes[0], said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from fastdmd.optim import AdamWEMA
 from fastdmd.optim.sharded import ShardedAdamWEMA
 from fastdmd.ranks import Ranks
 from fastdmd.runs import distillation
+from fastdmd.runs.stages import Stage
+from fastdmd.sampling import Generator
 from fastdmd.shards import Sharding, local, whole
 from tests.distributed.test_collectives import TAIL, Told
 from tests.distributed.test_equal import CASES, CPU, FULL, PLAIN, no_global_dtype, shown, train  # noqa: F401
@@ -192,36 +195,41 @@ def test_torch_s_own_calls_and_groups(tmp_path):
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
-class Tied(nn.Module):
-    """Two layers of one weight."""
+class Tied(nn.Sequential):
+    """Layers of which two have one weight, each with a share that would be gathered by itself; the first has fixed
+    parameters, and a buffer."""
 
     def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.second.weight = self.first.weight
+        super().__init__(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+        self[2].weight = self[0].weight
+        self[0].bias.requires_grad_(False)
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 4.0]))
 
     def forward(self, x):
-        return self.second(self.first(x).tanh())
+        return super().forward(x * self.scale).tanh()
 
 
 def tied(group):
     torch.manual_seed(0)
     network = Tied()
-    sharding, twin = Sharding(network, group), AdamWEMA(copy.deepcopy(network), learning_rate=0.1, process_group=group)
-    optimizer = ShardedAdamWEMA(sharding.cut_(network), sharding=sharding, learning_rate=0.1, ema_decay=0.5)
+    options = {"learning_rate": 0.1, "ema_decay": 0.5}
+    sharding, twin = Sharding(network, group), AdamWEMA(copy.deepcopy(network), process_group=group, **options)
+    optimizer = ShardedAdamWEMA(sharding.cut_(network), sharding=sharding, **options)
     for step in range(2):
-        x = torch.full((2, 3), 1.0 + step + Ranks.of(group).rank)
+        x = torch.full((2, 3), 0.25 + step + Ranks.of(group).rank)
         for each in (optimizer, twin):
             each.backward(each.network(x).square().sum())
             each.step()
     x = torch.ones(1, 3)
-    return optimizer.network(x).detach(), twin.network(x).detach(), optimizer.ema_network.second.weight.shape
+    outputs = [(each.network(x).detach(), each.ema_network(x).detach()) for each in (optimizer, twin)]
+    return *outputs, optimizer.ema_network[2].weight is optimizer.ema_network[0].weight
 
 
-def test_tied_weights_stay_tied(tmp_path):
-    for mine, theirs, shape in in_processes(2, tied, tmp_path):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-        assert shape == (3, 3)
+def test_tied_weights_stay_tied_and_fixed_ones_fixed(tmp_path):
+    for mine, theirs, is_tied in in_processes(2, tied, tmp_path):
+        for own, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+        assert is_tied
 
 
 def not_permitted(group):
@@ -264,6 +272,13 @@ def refused(group):
     options = {"generator_options": {"learning_rate": 0.1}, "guidance_options": {"learning_rate": 0.1}}
     options |= {"conditioning_sigma": 80.0, "sigma_data": 0.5, "dfake_gen_update_ratio": 2, "execution": "compiled"}
     refuse(lambda: DMD2(make_network(TINY), **options, process_group=group, shard=True))
+    network.register_parameter("gain", nn.Parameter(torch.tensor(1.0)))
+    refuse(lambda: Sharding(network, group))
+    options["execution"] = "eager"
+    model = DMD2(make_network(TINY), **options, process_group=group, shard=True)
+    state = {"own": torch.tensor([float(Ranks.of(group).rank)])}
+    sampler = Generator(model.generator, (80.0,))
+    refuse(lambda: Stage(Path("run"), state, None, None, {}, state, sampler).fill(model, [], sampler))
     return said
 
 
@@ -276,6 +291,8 @@ def test_what_is_refused(tmp_path):
         "fastdmd.AdamWEMA: expected compute_dtype where the network is cut, got torch.bfloat16 here",
         "fastdmd.AdamWEMA: expected 0.weight where the optimizer put it, got it moved or replaced",
         "fastdmd.DMD2: expected eager execution of networks that are cut, got compiled",
+        "fastdmd.Sharding: expected parameters with a dimension to cut, got gain without; one of shape ",
+        "fastdmd: expected the same content of --init-from in all processes, got others of ranks 1: ",
     ]
     for said in in_processes(2, refused, tmp_path):
         assert len(said) == len(expected) and all(map(str.startswith, said, expected)), said

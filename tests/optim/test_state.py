@@ -61,6 +61,17 @@ def test_averages_have_uncounted_buffers():
     assert optimizer.ema_network.mean.eq(7).all() and optimizer.ema_network.variance.eq(3).all()
 
 
+def test_averages_have_expanded_buffers():
+    """To which torch does not write."""
+    net = nn.Linear(2, 2)
+    net.register_buffer("wide", torch.tensor([1.0]).expand(3))
+    optimizer = AdamWEMA(net, learning_rate=0.1, ema_decay=0.9)
+    net.wide = torch.tensor([2.0]).expand(3)
+    optimizer.backward(net(torch.ones(1, 2)).sum())
+    optimizer.step()
+    assert optimizer.ema_network.wide.tolist() == [2.0] * 3
+
+
 def test_an_average_is_right_as_soon_as_it_is_loaded():
     source, target = trained(0), trained(1)
     source.network.shift.data = torch.full((4, 1, 1), 2.0)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -65,6 +66,24 @@ def test_only_the_first_signal_is_deferred():
             assert seen == ["outside"]
         os.kill(os.getpid(), signal.SIGTERM)
         assert seen == ["outside"] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_echo_counts_once():
+    """As where a scheduler signals a whole job, and torchrun passes on what it got."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("outside"))
+    try:
+        with interrupts.deferred(echo_seconds=600.0) as received:
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            assert received() == signal.SIGTERM and seen == []
+        with interrupts.deferred(echo_seconds=0.01) as received:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received() == signal.SIGTERM and seen == ["outside"]
     finally:
         signal.signal(signal.SIGTERM, before)
 
