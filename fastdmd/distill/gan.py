@@ -45,7 +45,7 @@ class GANSettings(Settings):
     gan_guidance_weight: Weight | None = 0.0
     """Weight of the discriminator's loss, which turns the adversarial term on; DMD2's is 1e-2. It trains the
     discriminator, and with `--gan-features fake` the fake score's encoder. It needs real images: --data, or the digits
-    beside the embedded teacher. None, of --preset mnist: 1e-2 for that teacher, 0 for others."""
+    beside the embedded teacher. None, of mnist and mnist-best: 1e-2 for that teacher, 0 for others."""
     gan_generator_weight: Weight | None = None
     """Weight of the generator's adversarial loss. Default: 0.02 with `--gan-features images`, otherwise DMD2's 3e-3."""
     gan_features: Features | None = None

@@ -53,7 +53,7 @@ def statistics(D=64, **changes):
         (["--generator-lr", "nan"], "expected --generator-lr > 0 and finite, got nan"),
         (["--max-step-percent", "0.01"], "expected --max-step-percent between --min-step-percent 0.02 and 1, got 0.01"),
         (["--seed", "-1"], r"expected --seed in \[0, 2\^32\), got -1"),
-        (["--preset", "imaginary"], "expected --preset one of mnist, mnist-reference, cifar10-cond, .*, got imaginary"),
+        (["--preset", "imaginary"], "expected --preset one of mnist, mnist-best, mnist-reference, .*, got imaginary"),
         (["--device", "cuda:77"], "expected --device auto, cpu or a CUDA device that is there, got cuda:77"),
         (["--device", "cpu:3"], "expected --device auto, cpu or a CUDA device that is there, got cpu:3: not one"),
         (["--device", "mps"], "expected --device auto, cpu or a CUDA device that is there, got mps: not one"),
