@@ -228,8 +228,7 @@ class Distillation:
 
     def iterate(self, iteration: int) -> None:
         self._next = iteration + 1
-        with self._writers.reaching_all():
-            self.model.iterate(iteration, self._draws)
+        self.model.iterate(iteration, self._draws)
 
     def state_dict(self) -> dict[str, Any]:
         """And a digest of what the next iteration draws, of all processes: images that are others by then would be no

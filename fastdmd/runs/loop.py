@@ -71,7 +71,9 @@ class Loop:
         if goes_on:
             return
         randomness.part(ranks.rank, iteration=0)
-        if (fault := self._snapshot(0)) is not None:
+        with ranks.reaching_all():
+            fault = self._snapshot(0)
+        if fault is not None:
             raise ValueError(f"fastdmd: expected a network to start from, got {fault}")
 
     def run(self, evaluation: Evaluation | None = None) -> dict:
@@ -93,8 +95,9 @@ class Loop:
         ):
             agreement = Agreement(self._ranks, received, progress.iterations, self._wait)
             try:
-                self._train(progress, agreement, is_asked)
-                closing.measure(self._training, self._course, evaluation, progress, rows, agreement.signal)
+                with self._ranks.reaching_all():  # networks in parts exchange them whenever they run
+                    self._train(progress, agreement, is_asked)
+                    closing.measure(self._training, self._course, evaluation, progress, rows, agreement.signal)
             except (Exception, SystemExit) as error:
                 progress.outcome, progress.reason = "failed", reason(error)
                 if progress.iterations < self._settings.iterations and self._is_whole_here:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from benchmarks.soak import differences, prepare
 from fastdmd import train
 from fastdmd.files import SUMS, sum_line
+from fastdmd.quality import evaluation
 from fastdmd.runs import checkpoint
 from tests.distributed.test_commands import (
     AUTO,
@@ -70,6 +71,23 @@ def test_as_many_go_on_to_the_bit_and_others_to_rounding(parts, tmp_path):
     weights, others = (load_file(path / "run" / "generator.safetensors") for path in (folder / "whole", tmp_path / "4"))
     for name, value in weights.items():
         torch.testing.assert_close(others[name], value, rtol=0, atol=1e-3)
+
+
+def test_a_process_that_dies_in_a_measurement_ends_all_with_one_line(alone, tmp_path):  # noqa: F811
+    """In which the others wait for its parts of networks."""
+
+    def die(*given):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare_rank(rank):
+        if rank == 1:
+            evaluation.sample = die
+
+    codes, said = several(tmp_path, [*alone[0], *SHARD], 2, prepare_rank)
+    assert codes == [1, -signal.SIGKILL], said
+    assert said[0].count("error: fastdmd: expected an answer of all 2 processes, got one that ended") == 1, said
+    assert "Traceback" not in said[0]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 6
 
 
 def end_otherwise(checkpoint):
