@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import time_to_quality
 from benchmarks.suite import reaching
-from benchmarks.time_to_quality import RECIPES
+from benchmarks.time_to_quality import RECIPES, SCHEDULES
 from benchmarks.timed_run import Recipe, TimedRun
 from fastdmd.runs.presets import PRESETS
 
@@ -21,7 +21,7 @@ OPTIONS = {"device": "cpu", "num_samples": 70, "precision": "fp32"}
 
 
 def test_recipes_are_what_their_names_say():
-    config = RECIPES["fastdmd, default"].config(2400, 0)
+    config = RECIPES["fastdmd, default"].config(SCHEDULES[-1], 0)
     assert config == PRESETS["mnist"].config
     equal = [RECIPES[name] for name in ("fastdmd, the textbook's recipe", "textbook, the same recipe")]
     ours, textbook = (recipe.config(800, 1) for recipe in equal)
