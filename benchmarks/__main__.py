@@ -187,7 +187,7 @@ def listing() -> str:
     for benchmark in registry.BENCHMARKS:
         own = [result for result in results if result.benchmark == benchmark]
         told = [f"{result.path.name} of {result.commits}" for result in own] or ["nothing"]
-        state = " (stale)" if stored.fault(benchmark) else ""
+        state = " (stale)" if own and stored.fault(benchmark) else ""
         state += "; on request" if benchmark.on_request else ""
         lines.append(f"{benchmark.name:<30}{benchmark.minutes:>7g}  {benchmark.measures}; {', '.join(told)}{state}")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from fastdmd import __version__, ops
 from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.files import replacing, write_atomically
+from fastdmd.memory import ran_out_of_memory
 from fastdmd.networks.accelerate import unaccelerate
 from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
 from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, save_network
@@ -197,9 +198,10 @@ def trace(generator: Generator) -> ExportedProgram:
     """The program `noise, class_labels, step_noise -> images`, of those that there are, for any batch size."""
     kind = PlainGenerator if generator.network.num_classes else PlainUnconditional
     inputs = make_inputs(generator, TRACED_BATCH)
-    program = torch.export.export(
-        kind(generator).eval(), tuple(inputs.values()), dynamic_shapes=dynamic_shapes(generator)
-    )
+    with translating("torch.export traces"):
+        program = torch.export.export(
+            kind(generator).eval(), tuple(inputs.values()), dynamic_shapes=dynamic_shapes(generator)
+        )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # source lines, and folders of this machine
     return program
@@ -240,13 +242,15 @@ def write_onnx(generator: Generator, path: Path, _: torch.dtype) -> Exported:
     import onnxruntime  # an extra
 
     with quiet():
-        program = torch.onnx.export(
-            trace(generator),
-            dynamo=True,
-            verbose=False,
-            output_names=["images"],
-            dynamic_shapes=dynamic_shapes(generator),
-        )
+        traced = trace(generator)
+        with translating("ONNX has operations for, as .pt2 needs none"):
+            program = torch.onnx.export(
+                traced,
+                dynamo=True,
+                verbose=False,
+                output_names=["images"],
+                dynamic_shapes=dynamic_shapes(generator),
+            )
         assert program is not None  # as dynamo=True promises
         program.model.metadata_props.update(program_metadata(generator))
         for node in program.model.graph:
@@ -259,6 +263,21 @@ def write_onnx(generator: Generator, path: Path, _: torch.dtype) -> Exported:
         return torch.from_numpy(session.run(None, arrays)[0])
 
     return sampler
+
+
+@contextlib.contextmanager
+def translating(to: str) -> Iterator[None]:
+    """Raises ValueError, with the first line of the last cause, for a network that cannot be written so."""
+    try:
+        yield
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        line = next(iter(str(cause).splitlines()), type(cause).__name__)
+        raise ValueError(f"fastdmd.export_generator: expected a network that {to}, got {line:.200}") from error
 
 
 @contextlib.contextmanager

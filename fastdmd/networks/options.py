@@ -122,7 +122,8 @@ class TeacherOptions(AdapterOptions):
     network: Annotated[str | None, Input] = None
     """package.module:name of the network in a weight file of fastdmd, where that is not fastdmd's own."""
     accelerate: Switch = True
-    """Whether a network that is not fastdmd's computes with fastdmd's ops, as far as that was seen to give the same."""
+    """Networks that are not fastdmd's compute with fastdmd's ops, as far as that was seen to give the same; with this
+    flag they stay as they are."""
 
 
 NO_OPTIONS = TeacherOptions()

@@ -30,3 +30,30 @@ def test_a_network_of_somebody_else_is_named_again(tmp_path, capsys, suffix):
     expected = generator(inputs["noise"], inputs["class_labels"], step_noise=inputs["step_noise"])
     assert_close(images, expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.1  # no picture of one colour
+
+
+class Ranked(Network):
+    """Of an operation that ONNX does not have."""
+
+    def forward(self, x, level, labels=None):
+        places = torch.searchsorted(torch.arange(4.0), level.flatten())
+        return super().forward(x, places, labels)
+
+
+@pytest.mark.parametrize("timesteps", ["fractional", "integer"])
+@pytest.mark.parametrize("parameterization", ["v", "epsilon"])
+def test_networks_of_a_noise_schedule_become_onnx(tmp_path, parameterization, timesteps):
+    pytest.importorskip("onnxruntime")
+    interface = {"parameterization": parameterization, "noise_schedule": "cosine", "timesteps": timesteps}
+    generator = Generator(Adapted(Network(), **interface), (40.0, 3.0), True)
+    assert export.export_generator(generator, tmp_path / "generator.onnx") < 1e-4
+
+
+def test_what_onnx_has_no_operation_for_is_one_line(tmp_path):
+    pytest.importorskip("onnxruntime")
+    generator = Generator(Adapted(Ranked(), parameterization="x0"), (40.0,), True)
+    assert export.export_generator(generator, tmp_path / "generator.pt2") < 1e-4
+    path = tmp_path / "generator.onnx"
+    with pytest.raises(ValueError, match=r"that ONNX has operations for, as \.pt2 needs none, got .*searchsorted"):
+        export.export_generator(generator, path)
+    assert not path.exists()

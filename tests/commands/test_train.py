@@ -157,11 +157,17 @@ def test_ctrl_c_saves_what_was_reached(teacher_file, tmp_path):
         "--out",
         str(out),
         *QUICK,
+        "--data",
+        str(tmp_path / "digits.npz"),
+        "--gan-guidance-weight",
+        "1e-2",
         "--iterations",
         "1000000",
         "--snapshots",
         "1",
     ]
+    images, labels = digits()
+    np.savez(tmp_path / "digits.npz", images=images, labels=labels)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
@@ -174,6 +180,7 @@ def test_ctrl_c_saves_what_was_reached(teacher_file, tmp_path):
     assert summary["outcome"] == "interrupted" and 6 <= summary["iterations"] < 1000000
     assert summary["generator"]["frechet_distance"] is None
     assert f"interrupted after {summary['iterations']} of 1000000 iterations" in output
+    assert "with which these figures compare" not in output  # there are none
     _, metadata = load_network(out / "generator.safetensors")
     assert metadata["iterations"] == summary["iterations"]
     assert Image.open(out / "samples.png").width > 0
