@@ -153,7 +153,7 @@ def test_what_is_on_request_is_stale_only_where_it_is_named(monkeypatch, capsys)
     assert command.main(["--stale"]) == 0 and run == []
     assert "nothing is stale" in capsys.readouterr().out
     assert command.main(["--stale", "cpu-long"]) == 0 and run == [long]
-    assert command.main(["--list"]) == 0 and "nothing (stale); on request" in capsys.readouterr().out
+    assert command.main(["--list"]) == 0 and "nothing; on request" in capsys.readouterr().out
 
 
 def test_pages_with_curves():
