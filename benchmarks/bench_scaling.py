@@ -232,7 +232,7 @@ def read(path: Path | None, alike: dict[str, Any]) -> list[dict[str, Any]]:
 def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(arguments.device)
     settings = {"precision": arguments.precision, "execution": arguments.execution, "ratio": RATIO}
-    alike = {"sources": source_hashes(registry.scaling_sources(device.type)), "settings": settings}
+    alike = {"sources": source_hashes(registry.sources_on_request("scaling", device.type)), "settings": settings}
     rows = read(arguments.json, alike)
     result = {**describe(device.type), "caches": caches(device), **alike, "results": rows}
     flops = functools.cache(flops_of_image)

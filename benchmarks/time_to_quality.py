@@ -92,7 +92,7 @@ class Results:
         self.teacher: dict[str, Any] | None = None
         self.runs: list[dict[str, Any]] = []
         self.device = str(settings["device"])
-        self.sources = source_hashes(registry.time_to_quality_sources(self.device))
+        self.sources = source_hashes(registry.sources_on_request("time-to-quality", self.device))
         if path is not None and path.exists():
             stored = json.loads(path.read_text())
             if stored.get("settings") != settings:

@@ -271,11 +271,11 @@ def translating(to: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if ran_out_of_memory(error):
-            raise
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if ran_out_of_memory(cause):
+            raise cause from None
         line = next(iter(str(cause).splitlines()), type(cause).__name__)
         raise ValueError(f"fastdmd.export_generator: expected a network that {to}, got {line:.200}") from error
 

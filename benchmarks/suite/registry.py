@@ -119,41 +119,34 @@ def _gpu_step(name: str) -> Benchmark:
     )
 
 
-def time_to_quality_sources(device: str) -> tuple[str, ...]:
-    return TIME_TO_QUALITY if device == "cpu" else (*TIME_TO_QUALITY, *CUDA)
-
-
-def _time_to_quality(device: str, minutes: float) -> Benchmark:
-    return Benchmark(
-        "cpu-time-to-quality" if device == "cpu" else "gpu-time-to-quality",
+ON_REQUEST = {  # by the end of their names: what they measure, of which sources, and who makes rows, words and curves
+    "time-to-quality": (
         "seconds of training to given Fréchet distances, beside the textbook loop",
-        "benchmarks.time_to_quality",
-        ("--device", device),
-        reaching.rows,
-        time_to_quality_sources(device),
-        minutes,
-        on_request=True,
-        told=reaching.told,
-        drawn=reaching.drawn,
-    )
+        TIME_TO_QUALITY,
+        reaching,
+    ),
+    "scaling": ("whole cycles of mnist over batch, threads, width and resolution", SCALING, scaling),
+}
 
 
-def scaling_sources(device: str) -> tuple[str, ...]:
-    return SCALING if device == "cpu" else (*SCALING, *CUDA)
+def sources_on_request(name: str, device: str) -> tuple[str, ...]:
+    _, sources, _ = ON_REQUEST[name]
+    return sources if device == "cpu" else (*sources, *CUDA)
 
 
-def _scaling(device: str, minutes: float) -> Benchmark:
+def _on_request(name: str, module: str, device: str, minutes: float) -> Benchmark:
+    measures, _, room = ON_REQUEST[name]
     return Benchmark(
-        "cpu-scaling" if device == "cpu" else "gpu-scaling",
-        "whole cycles of mnist over batch, threads, width and resolution",
-        "benchmarks.bench_scaling",
+        f"{'cpu' if device == 'cpu' else 'gpu'}-{name}",
+        measures,
+        module,
         ("--device", device),
-        scaling.rows,
-        scaling_sources(device),
+        room.rows,
+        sources_on_request(name, device),
         minutes,
         on_request=True,
-        told=scaling.told,
-        drawn=scaling.drawn,
+        told=room.told,
+        drawn=room.drawn,
     )
 
 
@@ -211,10 +204,10 @@ BENCHMARKS = (
         )
         for preset in PROFILES
     ),
-    _scaling("cpu", 6),
-    _scaling("cuda", 20),
-    _time_to_quality("cpu", 360),
-    _time_to_quality("cuda", 120),
+    _on_request("scaling", "benchmarks.bench_scaling", "cpu", 6),
+    _on_request("scaling", "benchmarks.bench_scaling", "cuda", 20),
+    _on_request("time-to-quality", "benchmarks.time_to_quality", "cpu", 360),
+    _on_request("time-to-quality", "benchmarks.time_to_quality", "cuda", 120),
 )
 
 

@@ -111,7 +111,7 @@ class Adapted(DenoisingNetwork):
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timestep of each sigma, linear in ln(sigma) between two, the first or last one beyond them, `[B]`."""
         nodes, ln_sigma = self.ln_sigmas.to(sigma.dtype), sigma.log()
-        above = (nodes < ln_sigma[:, None]).sum(dim=1).clamp(1, len(nodes) - 1)  # ONNX has no searchsorted
+        above = (nodes < ln_sigma[..., None]).sum(dim=-1).clamp(1, len(nodes) - 1)  # ONNX has no searchsorted
         below = above - 1
         fraction = (ln_sigma - nodes[below]) / (nodes[above] - nodes[below])
         timestep = below + fraction.clamp(0, 1)

@@ -92,7 +92,7 @@ def test_what_a_file_has_is_not_measured_again(monkeypatch, tmp_path, capsys):
     assert [one[1:3] for one in asked if one[0] == "measure"] == [(8, 1)] + [(48, 2)] * 5
     result = json.loads(file.read_text())
     assert len(result["results"]) == 8 + 5 and result["settings"]["ratio"] == 2
-    assert list(result["sources"]) == list(source_hashes(registry.scaling_sources("cpu")))
+    assert list(result["sources"]) == list(source_hashes(registry.sources_on_request("scaling", "cpu")))
     rows = {row.label: (row.value, row.ratio) for row in scaling.rows(result)}
     assert rows["batch 4, 2 threads"] == (20.0, pytest.approx(20 * 48e9 / 1e12)) and rows["batch 1, 1 thread"][0] == 10
     asked.clear()
