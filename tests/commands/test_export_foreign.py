@@ -57,3 +57,23 @@ def test_what_onnx_has_no_operation_for_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"that ONNX has operations for, as \.pt2 needs none, got .*searchsorted"):
         export.export_generator(generator, path)
     assert not path.exists()
+
+
+class Branching(Network):
+    """Goes one way or the other by what it is given, which no program can."""
+
+    def forward(self, x, level, labels=None):
+        return super().forward(x if x.sum() > 0 else -x, level, labels)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_what_cannot_be_traced_is_one_line_and_keeps_what_was_there(tmp_path, capsys, suffix):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+    source, weights = f"{__name__}:Branching", tmp_path / "own.safetensors"
+    generator = Generator(Adapted(Branching(), origin={"source": source}, parameterization="x0"), (40.0,), True)
+    save_network(weights, generator.network, kind="generator", **generator_metadata(generator))
+    path = tmp_path / f"generator{suffix}"
+    path.write_text("old")
+    refuses(export, [str(weights), "--network", source, "--out", str(path)], "network that torch.export traces", capsys)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
