@@ -43,9 +43,10 @@ def sample(sampler: Sampler, noise: Tensor, class_labels: Tensor | None, step_no
 class Evaluation:
     """The feature network, the reference statistics and the floor that one comparison shares.
 
-    Without `dataset`, the reference is the 60,000 MNIST training digits and the floor the 10,000 test digits.
+    Without `dataset`, the reference is the 60,000 MNIST training digits and the floor that of the 10,000 test digits.
     With one, the reference is all of its images, and the floor is a random part of them (at most half) against the
-    rest. `reference` (a path of EDM statistics) replaces the reference.
+    rest. `reference` (a path of EDM statistics) replaces the reference. As few images are far from any reference, the
+    floor is of no more than `num_samples` either.
 
     Precision, recall and kernel distance compare as many images as there are of both sides, at most 10,000, with test
     digits or images of the dataset, drawn at random; the floor's compare a half of those at most with another.
@@ -160,13 +161,16 @@ class Evaluation:
         whole: metrics.Survey | None,
         order: Tensor,
     ) -> Measurement:
-        """Of all images where the reference is of others, else of a part of them against the rest."""
+        """Of as many images as samples: any where the reference is of others, else a part of them against the rest."""
         assert self._real is not None
-        if whole is not None:
+        if whole is not None and self.num_samples >= len(dataset):
             floor = metrics.measure(whole, self._reference)
         else:
-            sample, rest = order.split([num := min(self.num_samples, len(dataset) // 2), len(dataset) - num])
-            reference = metrics.feature_statistics(map(dataset.batch, rest.split(500)), network)
+            num = min(self.num_samples, len(dataset) // (1 if whole is not None else 2))
+            sample, rest = order.tensor_split([num])
+            reference = self._reference
+            if whole is None:
+                reference = metrics.feature_statistics(map(dataset.batch, rest.split(500)), network)
             floor = metrics.evaluate(map(dataset.batch, sample.split(500)), network, reference)
         num_compared = min(self.num_samples, len(self._real) // 2)
         part, other = self._real[:num_compared], self._real[num_compared : 2 * num_compared]

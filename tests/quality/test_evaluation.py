@@ -86,6 +86,19 @@ def test_few_of_many_real_images_are_drawn_at_random(monkeypatch):
     assert len(names[0]) == 1 and names[0] != names[1]
 
 
+def test_the_floor_is_of_as_few_images_as_the_samples():
+    """Whoever measures 300 samples sees what 300 real digits have, not what all have: few are far from any reference."""
+    network, whole = metrics.load_feature_network(), data.load()
+    drawn = permutation(len(whole), seed=0, stream=Stream.EVALUATION_ORDER)[:300]
+    few = quality.Evaluation(SHAPE, 10, num_samples=300).floor
+    expected = metrics.evaluate([whole.batch(drawn)], network, metrics.reference_statistics())
+    assert few.num_images == 300
+    assert few.frechet_distance == pytest.approx(expected.frechet_distance, rel=1e-6)
+    assert few.class_accuracy == expected.class_accuracy
+    every = quality.Evaluation(SHAPE, 10, num_samples=20_000).floor
+    assert every.num_images == 10_000 and every.frechet_distance < few.frechet_distance / 5
+
+
 def test_a_collapsed_generator_shows():
     dataset = digits(0, 600)
     good = Given(digits(600, 1200))

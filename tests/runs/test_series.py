@@ -17,7 +17,7 @@ from fastdmd.runs.series import PARTS, group, level
         ("disagreement_above_5", "disagreement"),
         ("saturated", "images"),
         ("average_spread", "images"),
-        ("class_spread", "classes"),
+        ("class_spread", "spread of classes"),
         ("classes_lost", "classes"),
         ("gan_right", "discriminator"),
         ("resident_bytes", "memory"),
