@@ -21,8 +21,6 @@ import dataclasses
 import functools
 import json
 import operator
-import resource
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,12 +95,13 @@ def make_network(model_channels: int, image_size: int) -> UNet:
     return network
 
 
-class Cycle:
+class Cycle(loops.Cycles):
     """fastdmd's, of one point."""
 
     def __init__(self, point: Point, *, device: str, precision: str = "auto", execution: str = "auto"):
         self.device = resolve_device(device)
-        self.rest_bytes = self.resident_bytes()
+        # On a GPU it says nothing.
+        self.rest_bytes = loops.resident_bytes() if self.device.type == "cpu" else 0
         network = make_network(point.model_channels, point.image_size)
         teacher = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         config = (
@@ -123,44 +122,15 @@ class Cycle:
             torch.set_num_threads(point.threads)  # at batch 1, too, where a command takes one
         self.draws = distillation.make_draws(config, teacher, self.device)
         self.model = distillation.build(config, teacher)
-        self.num_images, self.step = RATIO * point.batch_size, 0
-
-    def run(self) -> float:
-        """Its seconds."""
-        self.synchronize()
-        started = time.perf_counter()
-        for _ in range(RATIO):
-            self.model.iterate(self.step, self.draws)
-            self.step += 1
-        self.synchronize()
-        return time.perf_counter() - started
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def resident_bytes(self) -> int:
-        """The most that was resident so far; 0 on a GPU, where it says nothing."""
-        if self.device.type == "cuda":
-            return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def peak_bytes(self) -> int:
-        """As `benchmarks.loops` has it: on a GPU what another cycle takes, with the memory of its graphs."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.run()
-            return torch.cuda.max_memory_reserved(self.device)
-        return self.resident_bytes()
+        self.ratio, self.num_images = RATIO, RATIO * point.batch_size
 
     def measure(self, rounds: int, least_seconds: float) -> dict[str, Any]:
         """So many cycles at least, of so many seconds in all, after those that warm caches."""
         for _ in range(WARM_UP if self.device.type == "cpu" else 2 * WARM_UP):  # which also compile and capture
-            self.run()
+            self.cycle()
         seconds: list[float] = []
         while len(seconds) < rounds or sum(seconds) < least_seconds:
-            seconds.append(self.run())
+            seconds.append(self.cycle())
         peak = self.peak_bytes()  # before the product takes more
         return {
             "seconds_per_cycle": seconds,
@@ -178,9 +148,9 @@ class Cycle:
             for module in network.modules():
                 if isinstance(module, Conv3x3):
                     module.__class__ = torch.nn.Conv2d  # the counter knows no others
-        self.run()
+        self.cycle()
         with FlopCounterMode(display=False) as flops:
-            self.run()
+            self.cycle()
         return flops.get_total_flops() / self.num_images
 
 

@@ -8,6 +8,7 @@ import resource
 import statistics
 import time
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +36,49 @@ FOREIGN_OPTIONS = {
 }
 
 
-class Loop:
+def resident_bytes() -> int:
+    """The most that was resident of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Cycles:
+    """Of a model with its draws: `ratio` iterations at a time, timed, and what they take. Who inherits sets the
+    attributes."""
+
+    device: torch.device
+    model: Any
+    draws: Any
+    ratio: int
+    step = 0
+
+    def iterate(self) -> None:
+        self.model.iterate(self.step, self.draws)
+
+    def cycle(self) -> float:
+        """Its seconds."""
+        self.synchronize()
+        started = time.perf_counter()
+        for _ in range(self.ratio):
+            self.iterate()
+            self.step += 1
+        self.synchronize()
+        return time.perf_counter() - started
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_bytes(self) -> int:
+        """Of this process: resident on a CPU; on a GPU what another cycle takes, with the memory of its graphs."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.cycle()
+            return torch.cuda.max_memory_reserved(self.device)
+        return resident_bytes()
+
+
+class Loop(Cycles):
     """One of the opponents, a cycle at a time: "textbook", "compiled", or "fastdmd", in its own way of execution.
 
     Of somebody's network the others, and "unaccelerated", which is fastdmd otherwise, have what it came with.
@@ -60,7 +103,7 @@ class Loop:
             )
             .for_teacher(teacher)
         )
-        self.name, self.ratio, self.step = name, arguments.ratio, 0
+        self.name, self.ratio = name, arguments.ratio
         self.draws = distillation.make_draws(config, teacher, device)
         self.is_ours = name in ("fastdmd", "unaccelerated")
         if self.is_ours:
@@ -73,27 +116,8 @@ class Loop:
             torch.backends.cudnn.benchmark = True  # as ours; the textbook loop has what PyTorch starts with
             self.model = textbook_like(config, teacher, FairDMD2, bfloat16=config.compute.precision == "bf16")
 
-    def cycle(self) -> float:
-        self.synchronize()
-        started = time.perf_counter()
-        for _ in range(self.ratio):
-            self.model.iterate(self.step, self.draws if self.is_ours else self.draws(self.step))
-            self.step += 1
-        self.synchronize()
-        return time.perf_counter() - started
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def peak_bytes(self) -> int:
-        """Of this process: resident on a CPU; on a GPU what another cycle takes, with the memory of its graphs."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.cycle()
-            return torch.cuda.max_memory_reserved(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def iterate(self) -> None:
+        self.model.iterate(self.step, self.draws if self.is_ours else self.draws(self.step))
 
     def facts(self) -> dict:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +22,7 @@ HOOKS = operator.attrgetter("_post_accumulate_grad_hooks")
 VERSION = operator.attrgetter("_version")
 
 
-class FlatGradients:
+class FlatGradients(abc.ABC):
     """`.grad` of each parameter, in a buffer `flat`: whoever fills it, others may rebind `.grad`, as `zero_grad()`,
     `backward(create_graph=True)` and wrappers do. Gradients from before count."""
 
@@ -37,9 +38,9 @@ class FlatGradients:
             self._flat.zero_()
             self._put_back()
 
+    @abc.abstractmethod
     def _put_back(self) -> None:
         """Lets `.grad` of all parameters lie in the buffer, whatever they hold there."""
-        raise NotImplementedError
 
     def _require(self, gradients: Sequence[Tensor | None]) -> None:
         """Raises ValueError for the first that is None."""

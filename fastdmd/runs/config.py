@@ -84,7 +84,7 @@ class TrainConfig(CommandConfig):
         "ffhq-64",
     ] = "mnist"
     """Origin of the defaults. `mnist` ends within ten minutes on two cores; `mnist-best`, the same with four times the
-    batch, within an hour, better than its teacher; `mnist-reference` has the settings of the published
+    batch, within an hour; `mnist-reference` has the settings of the published
     re-implementation; the others are for EDM's published teachers."""
     teacher: Annotated[str | None, Input] = "mnist"
     """Weight file (.safetensors, or .pkl of EDM), folder of diffusers, package.module:name, or `mnist`: the embedded

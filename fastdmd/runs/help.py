@@ -58,11 +58,7 @@ def followed_by_examples(command: str, arguments: list[str], presets: Mapping[st
     except SystemExit as stop:
         if not stop.code and not set(HELP).isdisjoint(arguments):
             if presets:
-                lines = [
-                    textwrap.fill(preset.summary, 80, initial_indent=f"  {name:<17}", subsequent_indent=" " * 19)
-                    for name, preset in presets.items()
-                ]
-                print("presets:", *lines, "", sep="\n")
+                print("presets:", *(f"  {name:<17}{preset.summary}" for name, preset in presets.items()), "", sep="\n")
             print(examples(command))
         raise
 

@@ -115,7 +115,7 @@ CIFAR10_UNCONDITIONAL = dataclasses.replace(DDPMPP, num_classes=0)
 AFHQ = dataclasses.replace(DDPMPP_64, dropout=0.25)
 PRESETS = {
     "mnist": Preset(MNIST, "the embedded digits: within ten minutes on two cores"),
-    "mnist-best": Preset(MNIST_BEST, "the same with four times the batch: within an hour, better than its teacher"),
+    "mnist-best": Preset(MNIST_BEST, "the same with four times the batch: within an hour"),
     "mnist-reference": Preset(MNIST_REFERENCE, "the same, as a published re-implementation has it"),
     "cifar10-cond": Preset(small("cifar10-cond"), "CIFAR-10, ten classes", DDPMPP, "edm-cifar10-32x32-cond-vp.pkl"),
     "cifar10-uncond": Preset(
