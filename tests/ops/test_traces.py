@@ -1,8 +1,13 @@
 """What torch.library, torch.compile and torch.export make of the ops, and which layouts come out."""
 
+import contextlib
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdmd import ops
 from tests.helpers.op_cases import CASES, Inputs, adamw_arguments, random
@@ -73,6 +78,66 @@ def test_compile_without_a_graph_break(backend):
         loss.backward()
         results.append([loss.detach(), *(leaf.grad for leaf in leaves), arguments[-1]])
     assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of what reaches torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.add(function.name())
+        return function(*arguments, **(keywords or {}))
+
+
+class Called(TorchFunctionMode):
+    """The same of what is called in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        self.names.add(function.name() if isinstance(function, torch._ops.OpOverload) else str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+class Own(torch.Tensor):
+    """A tensor of somebody's, which torch asks before it calls an op."""
+
+
+def test_who_looks_on_sees_every_op():
+    """Eager ops go past the dispatcher, but not past those who watch it; values, gradients and nodes are the same."""
+    table = {"x": (2, 4, 6, 6), "D_real": (2, 4, 6, 6), "D_fake": (2, 4, 6, 6), "noise": (2, 4, 6, 6), "scale": (2, 8)}
+    images = {name: random(*shape, dtype=torch.float32, seed=seed) for seed, (name, shape) in enumerate(table.items())}
+    weight, results, nodes = random(4, dtype=torch.float32), [], []
+    for mode in (contextlib.nullcontext(), Dispatched(), Called()):
+        x, D_real, D_fake, noise, scale = (image.clone() for image in images.values())
+        leaves = x.requires_grad_(), weight.clone().requires_grad_()
+        with mode:
+            y = ops.group_norm_silu(x, leaves[1], leaves[1], num_groups=2)
+            loss = one_of_each(y, torch.tensor([0.3, 2.0]), D_real, D_fake, noise, leaves[1], scale, ops.rng_state(5))
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        nodes.append(y.grad_fn.name())
+        if not isinstance(mode, contextlib.nullcontext):
+            expected = {"add_noise", "group_norm_silu", "dm_loss", "dm_loss_raw", "denoising_loss", "fake_loss"}
+            assert {f"fastdmd::{name}" for name in (*expected, "fake_loss_raw", "dm_gradient")} <= mode.names
+    assert_close(results[0], results[1], rtol=0, atol=0)
+    assert_close(results[0], results[2], rtol=0, atol=0)
+    assert len(set(nodes)) == 1
+
+
+def test_tensors_of_others_tracers_and_devices_without_kernels_keep_the_op():
+    x, weight = torch.rand(1, 16, 16, 16).to(memory_format=torch.channels_last), torch.rand(16, 16, 3, 3)
+    assert isinstance(ops.conv3x3(x.as_subclass(Own), weight), Own)
+    traced = torch.jit.trace(lambda x: ops.conv3x3(x, weight), x)
+    assert "fastdmd::conv3x3" in str(traced.graph)
+    assert_close(traced(x), ops.conv3x3(x, weight), rtol=0, atol=0)
+    with FakeTensorMode() as mode:
+        assert isinstance(ops.conv3x3(mode.from_tensor(x), mode.from_tensor(weight)), FakeTensor)
+    assert ops.group_norm_silu(x.to("meta"), num_groups=4).is_meta
 
 
 def test_layouts_are_kept_and_what_is_not_dense_is_copied():
