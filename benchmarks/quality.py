@@ -46,7 +46,7 @@ STUDIES: dict[str, dict[str, Flags]] = {
         "generator's rate 3e-4": {"generator-lr": 3e-4},
         "generator's rate 1e-3": {"generator-lr": 1e-3},
         "fake score's rate 6e-4": {"guidance-lr": 6e-4},
-        "batch 24": {"batch-size": 24},
+        "batch 48": {"batch-size": 48},
         "batch 96": {"batch-size": 96},
         "sigma from 2 % to 80 %": {"max-step-percent": 0.8},
         "average's decay 0.98": {"ema-decay": 0.98},

@@ -83,7 +83,7 @@ class TrainConfig(CommandConfig):
         "afhqv2-64",
         "ffhq-64",
     ] = "mnist"
-    """Origin of the defaults. `mnist` ends within ten minutes on two cores; `mnist-best`, the same with four times the
+    """Origin of the defaults. `mnist` ends within ten minutes on two cores; `mnist-best`, the same with three times the
     batch, within an hour; `mnist-reference` has the settings of the published
     re-implementation; the others are for EDM's published teachers."""
     teacher: Annotated[str | None, Input] = "mnist"
@@ -95,9 +95,9 @@ class TrainConfig(CommandConfig):
     them, optimizers anew."""
     out: Path | None = None
     """Run folder; must not hold a run yet, but for --resume auto. Default: runs/PRESET-DATE-TIME."""
-    iterations: Iterations = 2700
+    iterations: Iterations = 2400
     """Guidance turns; one in dfake_gen_update_ratio of them comes with a generator turn."""
-    batch_size: BatchSize = 48
+    batch_size: BatchSize = 64
     """Images per iteration."""
     dfake_gen_update_ratio: Annotated[int, at_least(1, 10**6)] = 2
     """Guidance turns per generator turn."""

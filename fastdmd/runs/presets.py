@@ -53,7 +53,7 @@ ADM = UNetConfig(
 
 # `TrainConfig()` suits any teacher; with the embedded one come real digits, and how it was made.
 MNIST = TrainConfig(label_emphasis=None, gan=GANSettings(gan_guidance_weight=None))
-# Gradients of more images are less noise; of 2,700 such iterations the result was worse (docs/quality.md).
+# Gradients of more images are less noise; 2,700 such iterations ended worse (docs/quality.md).
 MNIST_BEST = dataclasses.replace(MNIST, preset="mnist-best", batch_size=192, iterations=2000)
 # DMD2 on ImageNet-64 (Yin et al. 2024): learning rates, ratio, batch (there 40 on each of 7 GPUs, here in 7 parts),
 # AdamW, clipping and warm-up are published. The number of iterations and the average of the weights, which DMD2 does
@@ -115,7 +115,7 @@ CIFAR10_UNCONDITIONAL = dataclasses.replace(DDPMPP, num_classes=0)
 AFHQ = dataclasses.replace(DDPMPP_64, dropout=0.25)
 PRESETS = {
     "mnist": Preset(MNIST, "the embedded digits: within ten minutes on two cores"),
-    "mnist-best": Preset(MNIST_BEST, "the same with four times the batch: within an hour"),
+    "mnist-best": Preset(MNIST_BEST, "the same with three times the batch: within an hour"),
     "mnist-reference": Preset(MNIST_REFERENCE, "the same, as a published re-implementation has it"),
     "cifar10-cond": Preset(small("cifar10-cond"), "CIFAR-10, ten classes", DDPMPP, "edm-cifar10-32x32-cond-vp.pkl"),
     "cifar10-uncond": Preset(

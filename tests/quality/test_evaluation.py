@@ -87,7 +87,7 @@ def test_few_of_many_real_images_are_drawn_at_random(monkeypatch):
 
 
 def test_the_floor_is_of_as_few_images_as_the_samples():
-    """Whoever measures 300 samples sees what 300 real digits have, not what all have: few are far from any reference."""
+    """Of 300 samples: what 300 real digits have, not what all have. Few are far from any reference."""
     network, whole = metrics.load_feature_network(), data.load()
     drawn = permutation(len(whole), seed=0, stream=Stream.EVALUATION_ORDER)[:300]
     few = quality.Evaluation(SHAPE, 10, num_samples=300).floor
