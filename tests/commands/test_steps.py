@@ -106,7 +106,7 @@ def test_a_dry_run_counts_the_steps(teacher_file, capsys):
         resolved = json.loads(capsys.readouterr().out)
         assert resolved["noise"]["generator_sigmas"] == ([80.0] if len(flops) == 0 else list(SIGMAS))
         flops.append(resolved["budget"]["iteration_flops"])
-    assert flops[1] - flops[0] == pytest.approx(48 * resolved["budget"]["forward_flops"], rel=1e-3)
+    assert flops[1] - flops[0] == pytest.approx(resolved["batch_size"] * resolved["budget"]["forward_flops"], rel=1e-3)
     assert flops[1] == flops[2]
 
 
