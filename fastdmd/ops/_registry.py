@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import importlib.util
 import os
@@ -21,7 +22,7 @@ BACKENDS = ("reference", "triton", "native", "emulated")
 # Ops whose native kernels come first on a GPU as well, because they were measured to be faster than Triton's.
 NATIVE_FIRST = frozenset({"group_norm_silu", "group_norm_silu_backward"})
 
-PLAIN = (Tensor, nn.Parameter)  # no other class overrides how torch calls an op
+PLAIN = (Tensor, nn.Parameter)  # any other class may override how torch calls an op
 
 _LIBRARY = torch.library.Library("fastdmd", "DEF")
 _OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
@@ -51,79 +52,28 @@ def define(
     _OPS[name] = (module, reference)
     if cpu_only:
         _CPU_ONLY.add(name)
-    op = compose(schema, function=reference, fake=fake, backward=backward, setup_context=setup_context)
+    op = compose(schema, function=reference, fake=fake)
     arguments = op._schema.arguments
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
     for device_type in ORDER:
         _LIBRARY.impl(name, _chooser(name, device_type, written), device_type.upper())
-    return op if written else _caller(name, op, backward, setup_context)
+    if written:  # torch does not differentiate these
+        return op
+    remember, recall = _in_blocks(name, backward, setup_context)
+    torch.library.register_autograd(f"fastdmd::{name}", recall, setup_context=remember, lib=_LIBRARY)
+    return _caller(name, op, remember, recall)
 
 
-def _caller(name: str, op: Any, backward: Callable | None, setup_context: Callable | None) -> Callable:
-    """Calls an op: where nobody but eager autograd looks on, past torch's dispatcher.
-
-    Its layers in Python take 30 to 50 us of a forward and backward call, as long as a small op.
-    """
-    remember, recall = _backward(name, backward, setup_context)
-
-    def forward(ctx, *arguments):
-        result = _chosen(name, _eager_device(arguments))(*arguments)
-        remember(ctx, arguments, result)
-        return result
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(recall)}
-    # by the name that torch gives its own
-    function = type(f"GeneratedBackwardFor_fastdmd_{name}_default", (torch.autograd.Function,), members)
-
-    def call(*arguments):
-        if torch.compiler.is_compiling() or (device_type := _eager_device(arguments)) is None:
-            return op(*arguments)
-        if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments):
-            return function.apply(*arguments)
-        return _chosen(name, device_type)(*arguments)
-
-    return call
-
-
-def _eager_device(arguments: tuple) -> str | None:
-    """The kind of device of plain tensors, which no mode, transform or tracer watches; else None."""
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    ):
-        return None
-    device_type = None
-    for one in arguments:
-        if isinstance(one, Tensor):
-            if type(one) not in PLAIN:
-                return None
-            device_type = one.device.type
-    return device_type if device_type in ORDER else None
-
-
-def compose(
-    schema: str,
-    *,
-    function: Callable,
-    fake: Callable,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
-) -> Any:
-    """Registers an op that has one implementation alone, made of others."""
+def compose(schema: str, *, function: Callable, fake: Callable) -> Any:
+    """Registers an op that has one implementation alone, made of others, and no derivative."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdmd::{name}", fake, lib=_LIBRARY)
-    op = getattr(torch.ops.fastdmd, name).default
-    if not op._schema.is_mutable:  # those torch does not differentiate
-        remember, recall = _backward(name, backward, setup_context)
-        torch.library.register_autograd(f"fastdmd::{name}", recall, setup_context=remember, lib=_LIBRARY)
-    return op
+    return getattr(torch.ops.fastdmd, name).default
 
 
-def _backward(name: str, backward: Callable | None, setup_context: Callable | None) -> tuple[Callable, Callable]:
+def _in_blocks(name: str, backward: Callable | None, setup_context: Callable | None) -> tuple[Callable, Callable]:
     """The backward of an op, `backward(ctx, saved_tensors, *grads)`, runs in the `use_backend` blocks of its forward:
     what remembers them there, `(ctx, inputs, output)`, and what recalls them, `(ctx, *grads)`.
 
@@ -146,6 +96,64 @@ def _backward(name: str, backward: Callable | None, setup_context: Callable | No
             _BLOCKS.reset(before)
 
     return remember, recall
+
+
+def _caller(name: str, op: Any, remember: Callable, recall: Callable) -> Callable:
+    """Calls an op, the first of whose arguments is a tensor: where nobody but eager autograd looks on, past torch's
+    dispatcher. Its layers in Python take 15 to 25 us of a forward and backward call, as long as a small op.
+    """
+
+    def forward(ctx, *arguments):
+        result = _chosen(name, arguments[0].device.type)(*arguments)
+        remember(ctx, arguments, result)
+        return result
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(recall)}
+    # by the name that torch gives its own
+    function = type(f"GeneratedBackwardFor_fastdmd_{name}_default", (torch.autograd.Function,), members)
+
+    def call(*arguments):
+        if not _is_unobserved(arguments):
+            return op(*arguments)
+        if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments):
+            return function.apply(*arguments)
+        return _chosen(name, arguments[0].device.type)(*arguments)
+
+    return call
+
+
+def _is_unobserved(arguments: tuple) -> bool:
+    """Whether no compiler, mode, transform, tracer or profiler, and nothing of the tensors, changes what a call means.
+
+    The public functions have seen to it that all tensors are on one device.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or arguments[0].device.type not in ORDER
+    ):
+        return False
+    keys = _plain_keys(arguments[0].device.type)
+    return all(
+        type(one) in PLAIN and torch._C._dispatch_keys(one).raw_repr() in keys
+        for one in arguments
+        if isinstance(one, Tensor)
+    )
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> frozenset[int]:
+    """Dispatch keys of tensors that are what their memory holds: not those of a lazy negation, of a batch of vmap's, of
+    zeros without memory, which torch resolves before it calls a kernel."""
+    found = set()
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+    return frozenset(found)
 
 
 def no_second_derivative(name: str) -> NotImplementedError:

@@ -36,7 +36,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 INTERPRETED = (
     "budget or golden or special or philox or broken_gradient or torch_adamw or its_key or far_apart or gradcheck"
     " or opcheck or compile or layouts or derivative or penalties or hessian or infinite or float16 or not_dense"
-    " or draw or recomputation"
+    " or draw or recomputation or lazy or batched or looks_on"
 )
 # What a launcher runs once more after the first call: the tickets are zero again, a ring of two comes round, and
 # chunks of a sample change nothing but rounding.

@@ -292,7 +292,9 @@ def test_forward_mode_over_backward_is_that_of_torch(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
-def test_batched_gradients_are_those_of_one_after_the_other(layout):
+@pytest.mark.parametrize("backend", ops.implementations("fake_loss"))
+def test_batched_gradients_are_those_of_one_after_the_other(backend, layout):
+    """Also where the implementation itself, called with a batch of vmap's, would know nothing of it."""
     kernel, weight = random(16, 16, 3, 3, dtype=torch.float32), random(16, dtype=torch.float32)
     sigma = torch.tensor([0.3, 2.0, 1.0, 5.0])
     for function in (
@@ -303,8 +305,30 @@ def test_batched_gradients_are_those_of_one_after_the_other(layout):
         lambda x: ops.fake_loss(x, x.detach() + 1, sigma),
     ):
         x = random(4, 16, 8, 8, dtype=torch.float32).contiguous(memory_format=layout).requires_grad_()
-        y = function(x)
-        grads = random(3, *y.shape, dtype=torch.float32, seed=1)
-        (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
-        for own, grad in zip(batched, grads, strict=True):
-            assert_close(own, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+        with ops.use_backend(backend):
+            y = function(x)
+            grads = random(3, *y.shape, dtype=torch.float32, seed=1)
+            (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+            for own, grad in zip(batched, grads, strict=True):
+                assert_close(own, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("backend", ops.implementations("fake_loss"))
+def test_a_lazy_negation_counts(backend):
+    """A tensor whose memory holds the opposite: torch makes them of conjugates, and gradients of such, too."""
+    image, sigma = random(2, 8, 4, 4, dtype=torch.float32), torch.tensor([0.3, 2.0])
+    lazy, lazy_sigma = torch._neg_view(-image), torch.complex(sigma, -sigma).conj().imag
+    assert lazy.is_neg() and lazy_sigma.is_neg()
+    with ops.use_backend(backend):
+        for function in (
+            lambda image, sigma: ops.add_noise(image, sigma, noise=image, scale=sigma),
+            lambda image, sigma: ops.fake_loss(image, image.detach() * 2, sigma),
+            lambda image, sigma: ops.dm_gradient(image, image + 1, image * 2),
+            lambda image, sigma: ops.group_norm_silu(image, num_groups=2),
+        ):
+            assert_close(function(lazy, lazy_sigma), function(image, sigma), rtol=0, atol=0)
+        grads = []
+        for of_loss in (lambda loss: 2 * loss, lambda loss: 2 * torch.complex(torch.zeros(()), loss).conj().abs()):
+            x = image.clone().requires_grad_()
+            grads += torch.autograd.grad(of_loss(ops.fake_loss(x, image * 2, sigma)), x)
+    assert_close(*grads)
