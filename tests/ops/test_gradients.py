@@ -311,24 +311,3 @@ def test_batched_gradients_are_those_of_one_after_the_other(backend, layout):
             (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
             for own, grad in zip(batched, grads, strict=True):
                 assert_close(own, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
-
-
-@pytest.mark.parametrize("backend", ops.implementations("fake_loss"))
-def test_a_lazy_negation_counts(backend):
-    """A tensor whose memory holds the opposite: torch makes them of conjugates, and gradients of such, too."""
-    image, sigma = random(2, 8, 4, 4, dtype=torch.float32), torch.tensor([0.3, 2.0])
-    lazy, lazy_sigma = torch._neg_view(-image), torch.complex(sigma, -sigma).conj().imag
-    assert lazy.is_neg() and lazy_sigma.is_neg()
-    with ops.use_backend(backend):
-        for function in (
-            lambda image, sigma: ops.add_noise(image, sigma, noise=image, scale=sigma),
-            lambda image, sigma: ops.fake_loss(image, image.detach() * 2, sigma),
-            lambda image, sigma: ops.dm_gradient(image, image + 1, image * 2),
-            lambda image, sigma: ops.group_norm_silu(image, num_groups=2),
-        ):
-            assert_close(function(lazy, lazy_sigma), function(image, sigma), rtol=0, atol=0)
-        grads = []
-        for of_loss in (lambda loss: 2 * loss, lambda loss: 2 * torch.complex(torch.zeros(()), loss).conj().abs()):
-            x = image.clone().requires_grad_()
-            grads += torch.autograd.grad(of_loss(ops.fake_loss(x, image * 2, sigma)), x)
-    assert_close(*grads)
