@@ -89,7 +89,7 @@ def test_what_a_file_has_is_not_measured_again(monkeypatch, tmp_path, capsys):
     assert "out of memory" in capsys.readouterr().out
     asked.clear()
     run(monkeypatch, "--series", "batch,width", "--json", str(file))
-    assert [one[1:3] for one in asked if one[0] == "measure"] == [(8, 1)] + [(48, 2)] * 5
+    assert [one[1:3] for one in asked if one[0] == "measure"] == [(8, 1)] + [(bench_scaling.BATCH_SIZE, 2)] * 5
     result = json.loads(file.read_text())
     assert len(result["results"]) == 8 + 5 and result["settings"]["ratio"] == 2
     assert list(result["sources"]) == list(source_hashes(registry.sources_on_request("scaling", "cpu")))
