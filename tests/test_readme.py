@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastdmd import ops
+from fastdmd.runs.presets import PRESETS
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -39,3 +40,15 @@ def test_block(block):
     else:
         torch.testing.assert_close(names["shadow"], names["param"].bfloat16())
         assert names["grad_norm"] > 1 and names["grad"].eq(0).all() and names["step"].item() == 1
+
+
+def test_the_batches_of_the_presets():
+    """Of the table's lines, each for one preset or several: one number, or one for each."""
+    header, table = "| preset | teacher | parameters |", README.read_text()
+    lines = table[table.index(header) :].partition("\n\n")[0].split("\n")[2:]
+    told = {}
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        names, batches = re.findall(r"`([\w-]+)`", cells[0]), [int(n) for n in cells[4].split(" in ")[0].split(",")]
+        told |= zip(names, batches if len(batches) > 1 else batches * len(names), strict=True)
+    assert told == {name: preset.config.batch_size for name, preset in PRESETS.items()}
