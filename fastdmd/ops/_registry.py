@@ -110,7 +110,7 @@ def _caller(name: str, op: Any, remember: Callable, recall: Callable) -> Callabl
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(recall)}
     # by the name that torch gives its own
-    function = type(f"GeneratedBackwardFor_fastdmd_{name}_default", (torch.autograd.Function,), members)
+    function: Any = type(f"GeneratedBackwardFor_fastdmd_{name}_default", (torch.autograd.Function,), members)
 
     def call(*arguments):
         if not _is_unobserved(arguments):
