@@ -117,7 +117,7 @@ def busy(read: Read) -> str:
     )
 
 
-GPU_CYCLES = ("h200-step-mnist", "h100-step-cifar10-cond", "h100-step-imagenet64")
+GPU_CYCLES = ("h200-step-mnist", "h100-step-cifar10-cond", "h200-step-imagenet64")
 NETWORKS = {"mnist": "MNIST", "cifar10-cond": "CIFAR-10", "imagenet64": "ImageNet-64"}
 LOOPS = {
     "fastdmd": "fastdmd, captured, bfloat16",
@@ -137,7 +137,7 @@ def gpu_cycles(read: Read) -> str:
     for name, loop in list(LOOPS.items())[1:]:
         ratios = [_ratios_of_cycles(result, name) for result in results.values()]
         cells.append([f"fastdmd beside {loop.split(',')[0]}", *ratios])
-    commits = ["commit", *(f"[{_commits(result)}](benchmarks/results/{name}.json)" for name, result in results.items())]
+    commits = ["commit", *(f"[{result['commit']}](benchmarks/results/{name}.json)" for name, result in results.items())]
     return table(heads, [*cells, commits])
 
 
@@ -157,12 +157,6 @@ def _ratios_of_cycles(result: dict, loop: str) -> str:
 
 def _median(seconds: float | Sequence[float]) -> float:
     return statistics.median(seconds) if isinstance(seconds, list) else seconds
-
-
-def _commits(result: dict) -> str:
-    """Of the other loops and, where it was measured at another, of fastdmd."""
-    own = re.match(r"commit (\w+)", result.get("fastdmd", ""))
-    return f"{result['commit']}, fastdmd {own[1]}" if own else result["commit"]
 
 
 PROFILES = ("h200-profile-mnist", "h100-profile-mnist", "h100-profile-cifar10-cond", "h100-profile-imagenet64")
