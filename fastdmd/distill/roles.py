@@ -43,9 +43,10 @@ def cast_roles(
     """
     cast = _cast_in_parts if in_parts else _cast_whole
     own, optimized = cast(teacher, ranks, compute_dtype)
-    # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left.
+    # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left. Turns
+    # alternate, so that the gradients of one need no room beside those of the other.
     generator = optimized(generator_options)
-    fake_score = optimized(guidance_options)
+    fake_score = optimized({**guidance_options, "gradients_with": generator})
     return Roles(own, generator, fake_score)
 
 

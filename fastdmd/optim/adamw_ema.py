@@ -49,6 +49,9 @@ class AdamWEMA(FlatOptimizer):
     and buffers of the first. An update takes the mean of their gradients: one all_reduce, which a CUDA graph may hold.
     Copies share the group; a pickle would have none, and is refused.
 
+    `gradients_with`, the optimizer of another network of the same size: gradients of both lie in the same memory. For
+    networks that take turns, each of them updated before the other is differentiated.
+
     It is a `torch.optim.Optimizer`: `zero_grad()`, `loss.backward()`, `step()` and torch's schedulers work;
     `backward(loss)` saves the copy that gradients cost after `zero_grad()`. The rate of a group is `lr` times
     `learning_rate_factor` times warm-up and decay. What differs from torch's AdamW:
@@ -79,6 +82,7 @@ class AdamWEMA(FlatOptimizer):
         compute_dtype: torch.dtype | None = None,
         groups: Mapping[str, Mapping[str, float]] | None = None,
         process_group: Any = None,
+        gradients_with: AdamWEMA | None = None,
     ):
         check_options("AdamWEMA", learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
         check_options("AdamWEMA", max_grad_norm=max_grad_norm, ema_warmup=ema_warmup)
@@ -100,6 +104,8 @@ class AdamWEMA(FlatOptimizer):
             raise ValueError(f"fastdmd.AdamWEMA: expected compute_dtype bfloat16 or float16, got {compute_dtype}")
         self._ranks = Ranks.of(process_group)
         self._averages, self._buffers = self._lay_out(decays, ema_warmup, compute_dtype)
+        if gradients_with is not None:
+            self._buffers.join(gradients_with._buffers)
 
         self._groups: list[Group] = []
         for names, _ in parts:

@@ -36,6 +36,13 @@ class Buffers:
         self.shadow = None if compute_dtype in (None, param.dtype) else param.to(compute_dtype)
         self._shared = self.weights.new_zeros(len(param) + (0 if ranks.is_alone else ALIGNMENT))
 
+    def join(self, other: Buffers) -> None:
+        """Lets the gradients lie where those of another lie. Raises ValueError for one of another size or kind."""
+        own, room = (f"{len(one)} of {one.dtype} on {one.device}" for one in (self._shared, other._shared))
+        if own != room:
+            raise ValueError(f"fastdmd.AdamWEMA: expected gradients_with one that has as many, {own}, got {room}")
+        self._shared = other._shared
+
     @property
     def weights(self) -> Tensor:
         """What the network computes with."""

@@ -51,7 +51,8 @@ def test_dry_run_of_presets(preset, parameters, flops, capsys):
         assert cost["forward_flops"] == pytest.approx(flops, rel=0.02)
     # 1 forward for x_gen and 3 for the fake score; every fifth, 2 for the generator's backward, teacher and fake.
     assert cost["iteration_flops"] == pytest.approx(8 * cost["forward_flops"] * (4 + 4 / 5), rel=0.02)
-    assert cost["state_bytes"] > 40 * cost["num_parameters"]  # 4 of weights, 2 of gradients, 4 of moments, 4 bytes each
+    # 4 of weights, 1 of gradients, 4 of moments, 4 bytes each
+    assert 36 * cost["num_parameters"] < cost["state_bytes"] < 37 * cost["num_parameters"]
     assert cost["peak_bytes"] > cost["state_bytes"]
 
 

@@ -177,3 +177,41 @@ def test_gradients_whose_data_was_replaced_count():
             step.step()
             step.zero_grad()
     assert_alike(net, other)
+
+
+@pytest.mark.parametrize("max_bytes", [0, gradients.MAX_BYTES_TWICE])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
+def test_two_that_take_turns_need_the_room_of_one(compute_dtype, max_bytes, monkeypatch):
+    monkeypatch.setattr(gradients, "MAX_BYTES_TWICE", max_bytes)
+    options = {"learning_rate": 1e-2, "ema_decay": 0.9, "compute_dtype": compute_dtype}
+    first, apart = (AdamWEMA(network(), **options) for _ in range(2))
+    second = AdamWEMA(network(), gradients_with=first, **options)
+    copies = copy.deepcopy([first, second])
+    for one, other in ((first, second), copies):
+        for own, its in zip(one.parameters, other.parameters, strict=True):
+            assert own.grad.data_ptr() == its.grad.data_ptr()
+    assert copies[0].parameters[0].grad.data_ptr() != first.parameters[0].grad.data_ptr()
+    for _ in range(3):
+        for optimizer in (first, second, *copies, apart):
+            optimizer.backward(loss_of(optimizer.network))
+            optimizer.backward(loss_of(optimizer.network), accumulate=True)
+            optimizer.step()
+    train(second), train(apart)
+    for optimizer in (second, *copies, first):
+        if optimizer is not second:
+            train(optimizer)
+        assert_alike(optimizer.network, apart.network, rtol=0, atol=0)
+        assert_alike(optimizer.ema_network, apart.ema_network, rtol=0, atol=0)
+
+
+def test_the_room_of_another_has_to_fit():
+    other = AdamWEMA(nn.Linear(3, 2), learning_rate=0.1)
+    with pytest.raises(
+        ValueError, match=r"expected gradients_with one that has as many, .* of torch.float32 on cpu, got 32 of"
+    ):
+        AdamWEMA(network(), learning_rate=0.1, gradients_with=other)
+    with pytest.raises(
+        ValueError, match=r"expected gradients_with .* of torch.float32 on cpu, got .* of torch.bfloat16"
+    ):
+        low = AdamWEMA(network(), learning_rate=0.1, compute_dtype=torch.bfloat16)
+        AdamWEMA(network(), learning_rate=0.1, gradients_with=low)
