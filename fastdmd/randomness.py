@@ -51,6 +51,8 @@ class Stream(enum.IntEnum):
     REFERENCE_NOISE = 27  # behind a teacher's
     EXPORT = 28  # images by which an exported generator is compared
     EXPORT_STEP_NOISE = 29
+    GAN_SHIFT = 30  # by which generated images are moved before they are judged
+    REAL_SHIFT = 31
 
 
 def normals(shape: tuple[int, ...], rng_key: Tensor) -> Tensor:

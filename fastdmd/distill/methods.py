@@ -23,6 +23,7 @@ from fastdmd.distill.losses import TrainedDenoiser, denoised_loss, denoising_los
 from fastdmd.distill.matching import DistributionMatching, Matching, ScoreIdentity
 from fastdmd.distill.method_settings import MethodSettings
 from fastdmd.distill.regression import PAIRED, PairDraws, regression_loss
+from fastdmd.distill.translation import translate
 from fastdmd.ranks import ALONE, Ranks
 
 R1_DEVIATION = 0.05  # of the noise that approximate R1 adds, as a share of that of the image which it is added to
@@ -173,8 +174,8 @@ class Adversarial:
     ) -> Terms:
         gan, labels = self.gan, draws.class_labels
 
-        def judge(sigma: Tensor, noise: Tensor | None, rng_key: Tensor | None) -> Tensor:
-            x_t = ops.add_noise(x_gen, sigma, noise=noise, rng_key=rng_key)
+        def judge(x: Tensor, sigma: Tensor, noise: Tensor | None, rng_key: Tensor | None) -> Tensor:
+            x_t = ops.add_noise(x, sigma, noise=noise, rng_key=rng_key)
             if gan.gan_features == "images":
                 return self.head(x_t, sigma, labels)
             encoder = teacher if gan.gan_features == "teacher" else fake_score
@@ -183,14 +184,16 @@ class Adversarial:
         matched = x_gen
         if gan.divergence != "reverse-kl":
             with torch.no_grad():
-                logit = judge(draws.dm_sigma, draws.dm_noise, draws.dm_key)
+                logit = judge(x_gen, draws.dm_sigma, draws.dm_noise, draws.dm_key)
                 weight = divergence_weight(logit, gan.divergence, self.ranks)
             matched = weigh_gradient(x_gen, weight)
         total, left_out = self.matching(matched, draws, teacher=teacher, fake_score=fake_score)
         scalars = {self.matching.scalar: total}
         if gan.gan_generator_weight:
             drawn = _adversarial(draws)
-            scalars["loss_gan_generator"] = fooling_loss(judge(drawn.gan_sigma, drawn.gan_noise, drawn.gan_key))
+            moved = translate(x_gen, drawn.gan_shift)
+            logit = judge(moved, drawn.gan_sigma, drawn.gan_noise, drawn.gan_key)
+            scalars["loss_gan_generator"] = fooling_loss(logit)
             total = total + gan.gan_generator_weight * scalars["loss_gan_generator"]
         return Terms(total, scalars, left_out)
 
@@ -220,9 +223,10 @@ class Adversarial:
 
     def _noised(self, x_gen: Tensor, draws: AdversarialDraws) -> list[Batch]:
         """What the head judges: generated images, real ones, and for approximate R1 these with a little more noise."""
-        sigma = draws.real_sigma
-        real = ops.add_noise(draws.real_images, sigma, noise=draws.real_noise, rng_key=draws.real_key)
-        x_t = ops.add_noise(x_gen, draws.gan_sigma, noise=draws.gan_noise, rng_key=draws.gan_key)
+        sigma, real_images = draws.real_sigma, translate(draws.real_images, draws.real_shift)
+        real = ops.add_noise(real_images, sigma, noise=draws.real_noise, rng_key=draws.real_key)
+        moved = translate(x_gen, draws.gan_shift)
+        x_t = ops.add_noise(moved, draws.gan_sigma, noise=draws.gan_noise, rng_key=draws.gan_key)
         batches: list[Batch] = [
             (x_t, draws.gan_sigma, draws.class_labels),
             (real, sigma, draws.real_labels),

@@ -18,7 +18,7 @@ from fastdmd.distill.methods import R1_DEVIATION, Matched
 from fastdmd.distill.starts import map_tensors, same_start
 from fastdmd.distill.turns import DMD2
 from fastdmd.runs import distillation
-from tests.helpers.adversarial import CONFIG, TINY, real_images
+from tests.helpers.adversarial import CONFIG, TINY, real_images, shifted
 from tests.helpers.networks import make_network
 
 CPU = torch.device("cpu")
@@ -113,7 +113,8 @@ def test_generator_terms_are_the_plain_ones(teacher, whose, divergence):
         h = WEIGHTS[divergence](r)
         assert h.std() > 1e-3 and r.max() < 100
         grad = per_image(h / h.mean()) * grad
-    logit = plain_logit(method.head, encoder, x_gen, draws.gan_sigma, draws.gan_noise, labels)
+    moved = shifted(x_gen, draws.gan_shift)
+    logit = plain_logit(method.head, encoder, moved, draws.gan_sigma, draws.gan_noise, labels)
     loss = F.softplus(-logit).mean()
     assert terms.scalars.keys() == {"loss_dm", "loss_gan_generator"} == set(method.generator_scalars)
     assert_close(terms.scalars["loss_gan_generator"], loss)
@@ -137,8 +138,9 @@ def test_guidance_terms_are_the_plain_ones(teacher, whose, r1_weight):
     sigma, encoder = draws.fake_sigma, {"fake": fake, "teacher": teacher, "images": None}[whose]
     D_fake = fake(x_gen.detach() + per_image(sigma) * draws.fake_noise, sigma, draws.class_labels)
     loss_fake = (per_image(sigma**-2 + 0.5**-2) * (D_fake - x_gen.detach()) ** 2).mean()
-    logit_gen = plain_logit(head, encoder, x_gen.detach(), draws.gan_sigma, draws.gan_noise, draws.class_labels)
-    real = draws.real_images, draws.real_sigma, draws.real_noise, draws.real_labels
+    moved, real_images = shifted(x_gen.detach(), draws.gan_shift), shifted(draws.real_images, draws.real_shift)
+    logit_gen = plain_logit(head, encoder, moved, draws.gan_sigma, draws.gan_noise, draws.class_labels)
+    real = real_images, draws.real_sigma, draws.real_noise, draws.real_labels
     logit_real = plain_logit(head, encoder, *real)
     loss_gan = F.softplus(logit_gen).mean() + F.softplus(-logit_real).mean()
     right = ((logit_gen < 0).sum() + (logit_real > 0).sum()) / 12

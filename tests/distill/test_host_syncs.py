@@ -52,6 +52,7 @@ def draws(step, with_everything=False, num_steps=1):
     image, level = lambda: torch.empty(4, 1, 28, 28, device="cuda"), lambda: torch.empty(4, device="cuda")
     labels = torch.empty(4, device="cuda", dtype=torch.int64)
     key = lambda: torch.empty(4, device="cuda", dtype=torch.int64)
+    shift = lambda: torch.empty(4, 2, device="cuda", dtype=torch.int64)
     own = dict(noise=image(), class_labels=labels, dm_sigma=level(), dm_key=key(), fake_sigma=level(), fake_key=key())
     if num_steps > 1:
         own |= dict(step_index=(step + step // 3) % num_steps,
@@ -59,8 +60,8 @@ def draws(step, with_everything=False, num_steps=1):
     if not with_everything:
         return Draws(**own)
     return AdversarialPairDraws(**own, gan_sigma=level(), gan_key=key(), real_images=image(), real_labels=labels,
-                                real_sigma=level(), real_key=key(), pair_noise=image(), pair_images=image(),
-                                pair_labels=labels)
+                                real_sigma=level(), real_key=key(), gan_shift=shift(), real_shift=shift(),
+                                pair_noise=image(), pair_images=image(), pair_labels=labels)
 
 executed, exchanges = set(), {{}}
 network = make_network()
