@@ -59,8 +59,8 @@ class GANSettings(Settings):
     makes the discriminator blind to noise of that size, which one step leaves."""
     gan_translation: Annotated[float, within(0, 0.5)] = 0.0
     """Both kinds of images are moved, each by as many pixels as is drawn for it, before they are judged: up, down and
-    sideways by up to this share of their sides, rounded, with mirrored borders; 0.125 is DiffAugment's. It keeps the
-    discriminator from knowing few real images by heart."""
+    sideways by up to this share of their sides, at least a pixel, with mirrored borders; 0.125 is DiffAugment's. It
+    keeps the discriminator from knowing few real images by heart."""
     gan_max_sigma: NoiseLevel | None = None
     """Images are judged at noise levels of the schedule up to this one. Default: twice the data's deviation with
     `--gan-features images` and reverse-kl, otherwise all of them."""
@@ -171,17 +171,17 @@ def _with_real_images(
 ) -> AdversarialDraws:
     place: dict[str, Any] = {"iteration": step, "first_sample": first_sample, "device": sigmas.device}
     num_images, _, *sizes = draws.noise.shape
-    reaches = [round(translation * size) for size in sizes]
-    height, width = (2 * reach + 1 for reach in reaches)
+    down, right = (_reach(translation, size) for size in sizes)
 
     def level(stream: Stream) -> Tensor:
         return sigmas[integers(0, len(sigmas), num_images, seed=seed, stream=stream, **place)]
 
     def shift(stream: Stream) -> Tensor | None:
-        if not any(reaches):
+        if down == right == 0:
             return None
-        one = integers(0, height * width, num_images, seed=seed, stream=stream, **place)
-        return torch.stack([one // width - reaches[0], one % width - reaches[1]], dim=1)
+        width = 2 * right + 1
+        number = integers(0, (2 * down + 1) * width, num_images, seed=seed, stream=stream, **place)
+        return torch.stack([number // width - down, number % width - right], dim=1)
 
     return AdversarialDraws(
         **vars(draws),
@@ -194,3 +194,8 @@ def _with_real_images(
         real_key=ops.rng_key(seed, stream=Stream.REAL_NOISE, **place),
         real_shift=shift(Stream.REAL_SHIFT),
     )
+
+
+def _reach(translation: float, size: int) -> int:
+    """By how many of so many pixels images are moved at most: the nearest number, at least one of several."""
+    return min(max(int(translation * size + 0.5), 1), size - 1) if translation else 0

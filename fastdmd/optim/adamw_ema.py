@@ -19,7 +19,7 @@ from fastdmd.optim.groups import Group, check_count, members, named, schedule
 from fastdmd.optim.states import FlatOptimizer, check_groups, check_state, fixed_options, without_parameters
 from fastdmd.ranks import Ranks
 
-LINKS = ("_masters", "_gradients", "_watches", "_captured_options", "_versions", "_seen")
+NOT_COPIED = {"_masters", "_gradients", "_watches", "_captured_options", "_versions", "_seen", "step"}
 EMA_WARMUP = 10.0  # the n-th update averages with at most n / (n + 10), so that a short run does not remember its start
 
 
@@ -28,12 +28,11 @@ class AdamWEMA(FlatOptimizer):
 
     Parameters and gradients of the network become views of flat buffers, in their own memory layout; one call of
     `ops.adamw_ema_` clips the gradients to a global norm of `max_grad_norm`, updates the weights, moves the average
-    `ema_network` and clears the gradients. An update whose gradient is not finite changes nothing.
-    The learning rate rises linearly to `learning_rate` over `warmup_steps` updates and, if `decay_steps` is
-    given, falls to zero at that update along a cosine. `ema_decay=None` keeps no average; the n-th update averages
-    with `min(ema_decay, n / (n + ema_warmup))`. Several decays keep as many averages, `ema_networks`, of which
-    `ema_network` is the first; each further one costs a pass over weights and average. The average's buffers and fixed
-    parameters are copies of the network's.
+    `ema_network` and clears the gradients. An update whose gradient is not finite changes nothing. The learning rate
+    rises linearly to `learning_rate` over `warmup_steps` updates and, if `decay_steps` is given, falls to zero at that
+    update along a cosine. `ema_decay=None` keeps no average; the n-th update averages with `min(ema_decay, n / (n +
+    ema_warmup))`. Several decays keep as many averages, `ema_networks`, of which `ema_network` is the first; each
+    further one costs a pass over weights and average. Its buffers and fixed parameters are copies of the network's.
 
     `compute_dtype` (bfloat16 or float16) is the precision that the network computes in: its weights become copies that
     each update writes, its gradients are of that precision too, and master weights, moments and average stay as they
@@ -49,8 +48,8 @@ class AdamWEMA(FlatOptimizer):
     and buffers of the first. An update takes the mean of their gradients: one all_reduce, which a CUDA graph may hold.
     Copies share the group; a pickle would have none, and is refused.
 
-    `gradients_with`, the optimizer of another network of the same size: gradients of both lie in the same memory. For
-    networks that take turns, each of them updated before the other is differentiated.
+    `gradients_with`, the optimizer of a network that is alike: gradients of both lie in the same memory. For two that
+    take turns: each is updated before the other is differentiated, and no `loss.backward()` leads through both.
 
     It is a `torch.optim.Optimizer`: `zero_grad()`, `loss.backward()`, `step()` and torch's schedulers work;
     `backward(loss)` saves the copy that gradients cost after `zero_grad()`. The rate of a group is `lr` times
@@ -99,13 +98,12 @@ class AdamWEMA(FlatOptimizer):
 
         self._names = [name for names, _ in parts for name in names]
         self.parameters = named(network, self._names)
-        dtype = self.parameters[0].dtype
-        if compute_dtype not in (None, dtype, torch.bfloat16, torch.float16):
+        if compute_dtype not in (None, self.parameters[0].dtype, torch.bfloat16, torch.float16):
             raise ValueError(f"fastdmd.AdamWEMA: expected compute_dtype bfloat16 or float16, got {compute_dtype}")
         self._ranks = Ranks.of(process_group)
         self._averages, self._buffers = self._lay_out(decays, ema_warmup, compute_dtype)
         if gradients_with is not None:
-            self._buffers.join(gradients_with._buffers)
+            self._buffers.join(self.parameters, gradients_with)
 
         self._groups: list[Group] = []
         for names, _ in parts:
@@ -315,8 +313,7 @@ class AdamWEMA(FlatOptimizer):
         """For copies and pickles. Hooks and what schedulers hang on `step` stay behind, as with torch's optimizers."""
         self._check()
         self._adopt()
-        left = {"step", *LINKS}
-        return {name: value for name, value in vars(self).items() if name not in left and not name.endswith("_hooks")}
+        return {name: own for name, own in vars(self).items() if name not in NOT_COPIED and not name.endswith("_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -36,12 +36,22 @@ class Buffers:
         self.shadow = None if compute_dtype in (None, param.dtype) else param.to(compute_dtype)
         self._shared = self.weights.new_zeros(len(param) + (0 if ranks.is_alone else ALIGNMENT))
 
-    def join(self, other: Buffers) -> None:
-        """Lets the gradients lie where those of another lie. Raises ValueError for one of another size or kind."""
-        own, room = (f"{len(one)} of {one.dtype} on {one.device}" for one in (self._shared, other._shared))
-        if own != room:
-            raise ValueError(f"fastdmd.AdamWEMA: expected gradients_with one that has as many, {own}, got {room}")
-        self._shared = other._shared
+    def join(self, parameters: Sequence[Tensor], twin: Any) -> None:
+        """Lets the gradients of these parameters lie where those of another optimizer lie, whose are laid out alike."""
+        if not isinstance(room := getattr(twin, "_buffers", None), Buffers):
+            raise TypeError(f"fastdmd.AdamWEMA: expected gradients_with an AdamWEMA, got {type(twin).__name__}")
+        layouts = [
+            ([own.shape for own in one], buffers.grad.dtype, buffers.grad.device, len(buffers._shared))
+            for one, buffers in ((parameters, self), (twin.parameters, room))
+        ]
+        if layouts[0] != layouts[1]:
+            raise ValueError(
+                "fastdmd.AdamWEMA: expected gradients_with the optimizer of a network that is alike, in shapes, "
+                f"precision, device, groups and process_group, got one of a {type(twin.network).__name__} that is not"
+            )
+        if any(own.grad is not None for own in parameters):
+            raise ValueError("fastdmd.AdamWEMA: expected no gradients yet of a network with gradients_with, got some")
+        self._shared = room._shared
 
     @property
     def weights(self) -> Tensor:

@@ -43,7 +43,8 @@ UNTIL_MEASURED = {"--eval-samples"}  # later, distances are compared with earlie
 OPEN_END = {"--iterations"}  # where no learning rate falls towards it
 # All that decides a pair, besides the teacher.
 PAIRS_KEEP = {"num", "batch_size", "teacher_steps", "label_emphasis", "seed", "device"}
-EARLIER = {"--deterministic": False, "--shard": False}  # of runs from before there was such a flag
+# Of runs from before there was such a flag.
+EARLIER = {"--deterministic": False, "--shard": False, "--gan-translation": 0.0}
 
 
 class RunConfig(Protocol):

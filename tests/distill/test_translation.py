@@ -5,6 +5,7 @@ import collections
 import pytest
 import torch
 
+from fastdmd.distill import gan
 from fastdmd.distill.gan import GANSettings
 from fastdmd.distill.translation import translate
 from fastdmd.runs import distillation
@@ -59,9 +60,17 @@ def test_all_shifts_up_to_the_greatest_are_as_likely():
     assert same < 0.08  # 1/25 of two that are independent
 
 
-def test_shifts_are_rounded_and_may_be_none():
-    assert torch.cat([draws.gan_shift for draws in drawn(0.19)]).unique().tolist() == [-2, -1, 0, 1, 2]  # 1.52 pixels
-    assert all(draws.gan_shift is None and draws.real_shift is None for draws in drawn(0.05))
+@pytest.mark.parametrize(("translation", "reach"), [(0.01, 1), (0.18, 1), (0.19, 2), (0.5, 4)])
+def test_shares_are_rounded_to_pixels_at_least_one(translation, reach):
+    """Of eight."""
+    for name in ("gan_shift", "real_shift"):
+        found = torch.cat([getattr(draws, name) for draws in drawn(translation, batch_size=24)])
+        assert [found[:, 0].unique().tolist(), found[:, 1].unique().tolist()] == 2 * [[*range(-reach, reach + 1)]]
+
+
+def test_images_of_one_pixel_stay_and_without_a_share_all_do():
+    assert gan._reach(0.5, 1) == 0 and gan._reach(0.5, 2) == 1
+    assert all(draws.gan_shift is None and draws.real_shift is None for draws in drawn(0.0))
     assert GANSettings().gan_translation == 0
     with pytest.raises(ValueError, match="expected --gan-translation .* got 0.6"):
         GANSettings(gan_guidance_weight=1e-2, gan_translation=0.6).check()

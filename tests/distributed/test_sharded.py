@@ -50,7 +50,7 @@ def test_parts_learn_what_one_process_learns(name, size, tmp_path):
             assert shown(mine) == pytest.approx(shown(theirs), rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 0.1)])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 0.2)])
 def test_parts_learn_what_copies_learn_to_rounding(precision, bound, tmp_path):
     """Of how far the generator went. In bf16, FSDP2 adds up gradients of parts of a batch in float32."""
     config = FULL.replace(precision=precision)
@@ -102,9 +102,9 @@ def held(group):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_no_process_holds_more_than_its_part(size, tmp_path):
-    """Teacher; generator and fake score, of each weights, gradients and two moments; two averages: eleven networks."""
+    """Teacher; generator and fake score, of each weights and two moments; gradients; two averages: ten networks."""
     for found in in_processes(size, held, tmp_path):
-        assert 11 / size < found < 11 / size * 1.1, found
+        assert 10 / size < found < 10 / size * 1.1, found
 
 
 def exchanged(accumulation_steps, group):

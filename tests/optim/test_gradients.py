@@ -196,7 +196,8 @@ def test_two_that_take_turns_need_the_room_of_one(compute_dtype, max_bytes, monk
             optimizer.backward(loss_of(optimizer.network))
             optimizer.backward(loss_of(optimizer.network), accumulate=True)
             optimizer.step()
-    train(second), train(apart)
+    train(second)
+    train(apart)
     for optimizer in (second, *copies, first):
         if optimizer is not second:
             train(optimizer)
@@ -205,13 +206,22 @@ def test_two_that_take_turns_need_the_room_of_one(compute_dtype, max_bytes, monk
 
 
 def test_the_room_of_another_has_to_fit():
-    other = AdamWEMA(nn.Linear(3, 2), learning_rate=0.1)
-    with pytest.raises(
-        ValueError, match=r"expected gradients_with one that has as many, .* of torch.float32 on cpu, got 32 of"
+    other = AdamWEMA(network(), learning_rate=0.1)
+    expected = (
+        "expected gradients_with the optimizer of a network that is alike, .* got one of a Sequential that is not"
+    )
+    turned = nn.Sequential(*reversed(network()))  # as many numbers, in another order
+    for net, options in (
+        (turned, {}),
+        (network(), {"compute_dtype": torch.bfloat16}),
+        (network(), {"groups": {"bias": {"weight_decay": 0.0}}}),
+        (network(torch.float64), {}),
     ):
-        AdamWEMA(network(), learning_rate=0.1, gradients_with=other)
-    with pytest.raises(
-        ValueError, match=r"expected gradients_with .* of torch.float32 on cpu, got .* of torch.bfloat16"
-    ):
-        low = AdamWEMA(network(), learning_rate=0.1, compute_dtype=torch.bfloat16)
-        AdamWEMA(network(), learning_rate=0.1, gradients_with=low)
+        with pytest.raises(ValueError, match=expected):
+            AdamWEMA(net, learning_rate=0.1, gradients_with=other, **options)
+    with pytest.raises(TypeError, match="expected gradients_with an AdamWEMA, got SGD"):
+        AdamWEMA(network(), learning_rate=0.1, gradients_with=torch.optim.SGD(network().parameters()))
+    net = network()
+    loss_of(net).backward()
+    with pytest.raises(ValueError, match="expected no gradients yet of a network with gradients_with, got some"):
+        AdamWEMA(net, learning_rate=0.1, gradients_with=other)

@@ -5,7 +5,14 @@ import torch
 
 from fastdmd.runs.cli import to_json
 from fastdmd.runs.config import TrainConfig
-from fastdmd.runs.continuity import require_same_origin, require_same_settings, roundings, with_defaults_of_run
+from fastdmd.runs.continuity import (
+    EARLIER,
+    flags,
+    require_same_origin,
+    require_same_settings,
+    roundings,
+    with_defaults_of_run,
+)
 from tests.helpers.networks import make_network
 
 CPU = torch.device("cpu")
@@ -79,6 +86,38 @@ def test_what_rounds_otherwise_may_change_unless_bits_are_promised():
         require_same_settings(resolved(other.replace(deterministic=True), run), run, is_measured=True)
     with pytest.raises(ValueError, match="--deterministic True, got False$"):
         require_same_settings(resolved(BEGUN.replace(batch_size=12)), run, is_measured=True)
+
+
+# Of the first runs that could go on. A flag that has come since says in `EARLIER` what they did without it.
+FIRST_FLAGS = """
+    accelerate accumulation-steps alphas-cumprod batch-size beta-end beta-start beta1 beta2 checkpoint-every
+    clamp-images compile conditioning-sigma crop data device dfake-gen-update-ratio divergence dry-run dynamics
+    ema-decay ema-halflives eval-every eval-samples execution fake-loss-weight feature-network gan-features
+    gan-generator-weight gan-guidance-weight gan-lr gan-max-sigma gan-r1-weight generator-inputs generator-lr
+    generator-sigmas guidance-lr image-shape init-from iterations keep-last label-emphasis labels log-every
+    lr-schedule max-grad-norm max-step-percent measure-teacher method min-step-percent nan-policy network
+    noise-schedule num-classes num-samples num-train-timesteps out pairs parameterization precision preset
+    record reference regression-weight report resize resume rho schedule-timesteps seed sid-alpha sigma-data
+    sigma-max sigma-min snapshots stop-after teacher teacher-labels teacher-sigma-data teacher-steps
+    teacher-weights time-direction time-mean time-scale time-std timesteps velocity verbose warmup-iterations
+    weight-decay weights-key
+"""
+
+
+def test_every_flag_is_one_of_the_first_or_says_what_runs_before_it_did():
+    found = {flag.removeprefix("--") for _, flag in flags(BEGUN)}
+    assert found == {*FIRST_FLAGS.split(), *(flag.removeprefix("--") for flag in EARLIER)}
+    run, config = recorded(), resolved(BEGUN)
+    values = to_json(config)
+    for place, flag in flags(BEGUN):
+        if flag in EARLIER:
+            *rooms, name = place
+            of_run, now = run, values
+            for room in rooms:
+                of_run, now = of_run[room], now[room]
+            assert now[name] == EARLIER[flag]
+            del of_run[name]
+    require_same_settings(config, run, is_measured=True)
 
 
 def test_a_run_from_before_the_flag_goes_on_without_it():
