@@ -1,4 +1,4 @@
-"""How networks and turns are executed: eager, compiled by torch.compile, or whole turns as CUDA graphs beside."""
+"""How networks and turns are executed: eager, compiled by torch.compile, or whole turns captured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from fastdmd.diffusion import Denoiser
+from fastdmd.distill.recording import RecordedTurn
+from fastdmd.optim import AdamWEMA
+from fastdmd.optim.states import fixed_options
 
 Execution = Literal["eager", "compiled", "captured"]
 # Of torch.compile on a GPU; read when an Executor is made. CUDA graphs are "captured" execution's own. On an H200,
@@ -25,20 +28,19 @@ _numbers = itertools.count()
 class Executor:
     """How the networks and turns of one model run.
 
-    `name`: "eager"; "compiled", every network by `torch.compile`; "captured" (CUDA), compiled networks and each whole
-    turn one CUDA graph, where what does not depend on each other runs side by side on two streams. Raises ValueError
-    for another name, and for captured turns on a CPU.
+    `name`: "eager"; "compiled", every network by `torch.compile`; "captured", on a GPU compiled networks and each whole
+    turn one CUDA graph, where what does not depend on each other runs side by side on two streams, on a CPU each turn
+    the operations that it came to, see `RecordedTurn`; of one process that `is_alone`, as exchanges with others are no
+    such operations. Elsewhere captured turns are eager ones. Raises ValueError for another name.
     """
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, device: torch.device, *, is_alone: bool = True):
         if name not in get_args(Execution):
             raise ValueError(f"fastdmd.DMD2: expected execution out of {', '.join(get_args(Execution))}, got {name}")
-        if name == "captured" and device.type != "cuda":
-            raise ValueError(f"fastdmd.DMD2: expected a CUDA device for captured execution, got {device}")
-        self.name, self.device = name, device
+        self.name, self.device, self._is_alone = name, device, is_alone
         self._compiler = Compiler(COMPILE_MODE if device.type == "cuda" else None)
         self.streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None  # of the turns, and beside them
-        self._turns: dict[str, CapturedTurn] = {}
+        self._turns: dict[str, CapturedTurn | RecordedTurn] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which have streams and graphs of their own."""
@@ -46,11 +48,16 @@ class Executor:
 
     def denoiser(self, network: Denoiser) -> Denoiser:
         """The network, as the turns call it."""
-        return network if self.name == "eager" else CompiledNetwork(network, self._compiler)
+        is_compiled = self.name == "compiled" or (self.name == "captured" and self.device.type == "cuda")
+        return CompiledNetwork(network, self._compiler) if is_compiled else network
 
     def renew(self, turns: tuple[str, ...], turns_beside: tuple[str, ...]) -> None:
         """For turns over new buffers, which need other graphs."""
         if self.name != "captured":
+            return
+        if self.device.type != "cuda":
+            is_recorded = self.device.type == "cpu" and self._is_alone
+            self._turns = {name: RecordedTurn() for name in (*turns, *turns_beside) if is_recorded}
             return
         torch.cuda.synchronize(self.device)  # what runs still reads the buffers and graphs that go now
         if self.streams is None:
@@ -60,17 +67,20 @@ class Executor:
             pool = torch.cuda.graph_pool_handle()
             self._turns |= {name: CapturedTurn(stream, pool) for name in names}
 
-    def run(self, name: str, turn: Callable[[], None]) -> None:
-        """Runs a turn, or the graph that it has become. Keeps no reference to it, and so none to its model."""
+    def run(self, name: str, turn: Callable[[], None], *optimizers: AdamWEMA) -> None:
+        """Runs a turn of these optimizers, or what it was captured as. Keeps no reference to it, and so none to its
+        model."""
         captured = self._turns.get(name)
         if captured is None:
             turn()
+        elif isinstance(captured, RecordedTurn):
+            captured(turn, [fixed_options(optimizer.param_groups) for optimizer in optimizers])
         else:
             captured(turn)
 
     @property
     def captured(self) -> frozenset[str]:
-        """The turns that are CUDA graphs by now."""
+        """The turns that are captured by now."""
         return frozenset(name for name, turn in self._turns.items() if turn.is_captured)
 
     @contextlib.contextmanager

@@ -36,8 +36,9 @@ class DMD2:
     which. With `clamp_images` they stay in [-1, 1], see `sampling.clamp_images`. `generator_options` and
     `guidance_options` go to `AdamWEMA`. Each turn differentiates only through the network that it trains.
 
-    `execution`: "eager"; "compiled", every network by `torch.compile`; "captured" (CUDA), compiled networks and each
-    whole turn, from noising to the average of the weights, one CUDA graph. All three give the same numbers to rounding.
+    `execution`: "eager"; "compiled", every network by `torch.compile`; "captured", each whole turn from noising to the
+    average of the weights: on CUDA compiled networks and one graph, on a CPU the same operations as eager, see
+    `RecordedTurn`. All give the same numbers to rounding.
     `compute_dtype` is what the networks compute in, see `AdamWEMA`. `accumulation_steps` processes a batch in that many
     parts, with the gradient of the whole: less memory, more time. `method` says which losses the turns add up; by
     default those of DMD2, with `sigma_data` in the weight of the fake score's. What it has for a head is trained in
@@ -80,8 +81,8 @@ class DMD2:
             generator_sigmas = (conditioning_sigma,)
         assert generator_sigmas is not None
         self.device = next(teacher.parameters()).device
-        self.executor = Executor(execution, self.device)
         self.ranks, self.is_in_parts = Ranks.of(process_group), shard
+        self.executor = Executor(execution, self.device, is_alone=self.ranks.is_alone)
         if shard and execution != "eager":
             raise ValueError(f"fastdmd.DMD2: expected eager execution of networks that are cut, got {execution}")
         self.method: Method = (Matched(sigma_data) if method is None else method).of_ranks(self.ranks)
@@ -158,12 +159,13 @@ class DMD2:
     def generator_turn(self) -> None:
         """Moves the generator along the distribution-matching gradient; leaves x_gen."""
         buffers = self._loaded("generator")
-        self.executor.run(_of_step("generator", buffers.inputs.step_index), lambda: self._generator_turn(buffers))
+        name = _of_step("generator", buffers.inputs.step_index)
+        self.executor.run(name, lambda: self._generator_turn(buffers), self.generator_optimizer)
 
     def guidance_turn(self) -> None:
         """Lets the fake score follow the generator's distribution."""
         buffers = self._loaded("guidance")
-        self.executor.run("guidance", lambda: self._guidance_turn(buffers))
+        self.executor.run("guidance", lambda: self._guidance_turn(buffers), *self._guidance_optimizers)
 
     def generation(self) -> None:
         """Makes the images of the next chunk of iterations."""
@@ -262,10 +264,11 @@ class DMD2:
                 self._backward(found.head, self.head_optimizer, accumulate=bool(terms))
             terms.append(found.detach())
             seen.append(marks(getattr(part.draws, "real_images", None), part.x_gen, None, fake_score.D_x))
-        optimizers = [self.guidance_optimizer]
-        if self.head_optimizer is not None:
-            optimizers.append(self.head_optimizer)
-        self._update(self.guidance_tally, optimizers, terms, seen)
+        self._update(self.guidance_tally, self._guidance_optimizers, terms, seen)
+
+    @property
+    def _guidance_optimizers(self) -> list[AdamWEMA]:
+        return [self.guidance_optimizer, *([] if self.head_optimizer is None else [self.head_optimizer])]
 
     def _generate_ahead(self, start: int, draws: Source) -> None:
         self._loaded("generation").ahead.fill(start, draws)

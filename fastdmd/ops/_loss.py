@@ -55,9 +55,10 @@ def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.is_grad_enabled() or has_tangent(grad_loss):
         return _reference(gradient, grad_loss, dtype)
     # A CPU waits for nothing to look at a value, and saves a third of the memory traffic. Unless backward may come
-    # again: then what is saved stays ours.
+    # again: then what is saved stays ours. Who records operations gets those that hold for every value.
     if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and gradient.dtype == dtype:
-        if not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1:
+        is_recorded = torch._C._len_torch_dispatch_stack()
+        if not is_recorded and not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1:
             return gradient
     return _scale_gradient(gradient, grad_loss, dtype)
 

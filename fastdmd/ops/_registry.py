@@ -104,7 +104,7 @@ def _caller(name: str, op: Any, remember: Callable, recall: Callable) -> Callabl
     """
 
     def forward(ctx, *arguments):
-        result = _chosen(name, arguments[0].device.type)(*arguments)
+        result = chosen(name, arguments[0].device.type)(*arguments)
         remember(ctx, arguments, result)
         return result
 
@@ -117,7 +117,7 @@ def _caller(name: str, op: Any, remember: Callable, recall: Callable) -> Callabl
             return op(*arguments)
         if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments):
             return function.apply(*arguments)
-        return _chosen(name, arguments[0].device.type)(*arguments)
+        return chosen(name, arguments[0].device.type)(*arguments)
 
     return call
 
@@ -166,7 +166,7 @@ def _chooser(name: str, device_type: str, written: list[int]) -> Callable:
     """Calls the implementation chosen; what it writes in place counts as changed, so that a stale graph raises."""
 
     def call(*arguments):
-        result = _chosen(name, device_type)(*arguments)
+        result = chosen(name, device_type)(*arguments)
         for index in written:
             if arguments[index] is not None and not arguments[index].is_inference():
                 torch.autograd.graph.increment_version(arguments[index])
@@ -175,7 +175,8 @@ def _chooser(name: str, device_type: str, written: list[int]) -> Callable:
     return call
 
 
-def _chosen(name: str, device_type: str) -> Callable:
+def chosen(name: str, device_type: str) -> Callable:
+    """What computes an op there, now and here: see `use_backend`. Called as those of `implementations`."""
     for block in reversed(_BLOCKS.get()):
         if (name, device_type) in block:
             return block[name, device_type]

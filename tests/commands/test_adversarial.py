@@ -48,6 +48,7 @@ def test_a_run_with_the_term(teacher_file, labelled, tmp_path):
         "gan_generator_weight": 3e-3,
         "gan_guidance_weight": 1e-2,
         "gan_r1_weight": 2.0,
+        "gan_translation": 0.0,
         "gan_max_sigma": pytest.approx(80, rel=1e-6),
         "gan_features": "fake",
         "gan_lr": 5e-4,
@@ -98,6 +99,7 @@ def test_the_embedded_teacher_has_its_digits(tmp_path):
     assert json.loads((tmp_path / "with" / "config.json").read_text())["gan"] == {
         "gan_guidance_weight": 1e-2,
         "gan_r1_weight": 0.0,
+        "gan_translation": 0.0,
         "gan_lr": 1.2e-3,
         "divergence": "reverse-kl",
         **SMALL_IMAGES,

@@ -59,7 +59,7 @@ def test_dry_run_of_presets(preset, parameters, flops, capsys):
 @pytest.mark.parametrize("arguments", [["--compile"], ["--execution", "compiled"]])
 def test_what_is_to_be_compiled_is_counted_eagerly(arguments, capsys):
     resolved, eager = dry_run(capsys, *arguments), dry_run(capsys)
-    assert (resolved["compute"]["execution"], eager["compute"]["execution"]) == ("compiled", "eager")
+    assert (resolved["compute"]["execution"], eager["compute"]["execution"]) == ("compiled", "captured")
     assert resolved["budget"]["peak_bytes"] == eager["budget"]["peak_bytes"] > 0
 
 

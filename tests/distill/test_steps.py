@@ -207,9 +207,9 @@ def test_each_step_is_a_turn_of_its_own(teacher):
     model, draws = make(teacher)
     run, names = model.executor.run, []
 
-    def record(name, turn):
+    def record(name, turn, *optimizers):
         names.append(name)
-        run(name, turn)
+        run(name, turn, *optimizers)
 
     model.executor.run = record
     expected = []

@@ -245,23 +245,22 @@ def test_nothing_grows(teacher):
         tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
         return len(tensors), model.buffers.x_gen.data_ptr(), model.buffers.inputs.noise.data_ptr()
 
-    for step in range(6):
+    for step in range(12):  # until all turns are captured
         model.iterate(step, draws)
+    assert len(model.captured_turns) == 3
     before = state()
-    for step in range(6, 12):
+    for step in range(12, 20):
         model.iterate(step, draws)
     assert state() == before
 
 
 def test_defaults_per_device(monkeypatch):
     cuda = torch.device("cuda")
-    assert resolve_execution("auto", CPU) == "eager" and resolve_execution("auto", cuda) == "captured"
+    assert resolve_execution("auto") == "captured" and resolve_execution("eager") == "eager"
     assert resolve_precision("auto", CPU) == "fp32" and resolve_precision("auto", cuda) == "bf16"
     monkeypatch.setattr(precision, "has_bfloat16_arithmetic", lambda: False)
     with pytest.warns(UserWarning, match="--precision bf16: this CPU only emulates it"):
         assert resolve_precision("bf16", CPU) == "bf16"
-    with pytest.raises(ValueError, match="expected --execution eager or compiled on cpu, got captured"):
-        resolve_execution("captured", CPU)
     with pytest.raises(ValueError, match="expected --precision fp32 or bf16 on cpu, got tf32"):
         resolve_precision("tf32", CPU)
 
@@ -269,7 +268,6 @@ def test_defaults_per_device(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"execution": "captured"}, "expected a CUDA device for captured execution, got cpu"),
         ({"execution": "fast"}, "expected execution out of eager, compiled, captured, got fast"),
         ({"dfake_gen_update_ratio": 0}, "expected dfake_gen_update_ratio >= 1, got 0"),
         ({"accumulation_steps": 0}, "expected accumulation_steps >= 1, got 0"),

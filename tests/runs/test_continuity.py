@@ -82,7 +82,7 @@ def test_what_rounds_otherwise_may_change_unless_bits_are_promised():
     require_same_settings(resolved(other, run), run, is_measured=True)
     assert roundings(resolved(other)) == {"--execution": "compiled", "--compile": False, "--accumulation-steps": 3}
     run = recorded(batch_size=12, deterministic=True)
-    with pytest.raises(ValueError, match="--execution eager, got compiled; --accumulation-steps 1, got 3$"):
+    with pytest.raises(ValueError, match="--execution captured, got compiled; --accumulation-steps 1, got 3$"):
         require_same_settings(resolved(other.replace(deterministic=True), run), run, is_measured=True)
     with pytest.raises(ValueError, match="--deterministic True, got False$"):
         require_same_settings(resolved(BEGUN.replace(batch_size=12)), run, is_measured=True)
