@@ -74,7 +74,9 @@ class Executor:
         if captured is None:
             turn()
         elif isinstance(captured, RecordedTurn):
-            captured(turn, [fixed_options(optimizer.param_groups) for optimizer in optimizers])
+            if captured(turn, [fixed_options(optimizer.param_groups) for optimizer in optimizers]):
+                for optimizer in optimizers:
+                    optimizer.note_change()  # which is no operation
         else:
             captured(turn)
 

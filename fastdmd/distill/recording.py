@@ -24,8 +24,7 @@ CHANGING = {
     torch.Tag.dynamic_output_shape: "has a shape that depends on values",
     torch.Tag.inplace_view: "changes the shape of a tensor",
 }
-INDEXING = (torch.ops.aten.index.Tensor,)  # whose shape does, where it is by a mask
-MASKS = (torch.bool, torch.uint8)
+MASKS = (torch.bool, torch.uint8)  # by which the shape of what they index depends on values
 SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)  # tensors of which autograd alone knows
 
 
@@ -83,7 +82,7 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         faults = [f"{func} {why}" for tag, why in CHANGING.items() if tag in func.tags]
-        if func in INDEXING and not any(tensor.dtype in MASKS for tensor in given):
+        if func is torch.ops.aten.index.Tensor and not any(tensor.dtype in MASKS for tensor in given):
             faults = []
         if "c10d" in func.namespace:
             faults.append(f"{func} talks to other processes")
@@ -161,9 +160,9 @@ def program(recording: Recording) -> Callable[[], None]:
         else:
             calls.append(dataclasses.replace(call, args=args, kwargs=kwargs))
     scope: dict[str, Any] = {f"c{index}": tensor for index, tensor in enumerate(recording.constants)}
-    lines = list(_lines(_needed(calls), scope))
+    lines = [*_lines(_needed(calls), scope), "return"]
     source = f"def run({', '.join(f'{name}={name}' for name in scope)}):\n" + "\n".join(f"    {line}" for line in lines)
-    exec(compile(source or "pass", "<recorded turn>", "exec"), scope)  # names are ours, all else is in `scope`
+    exec(compile(source, "<recorded turn>", "exec"), scope)  # names are ours, all else is in `scope`
     run = scope["run"]
 
     def replay() -> None:
@@ -254,22 +253,23 @@ class RecordedTurn:
     def is_captured(self) -> bool:
         return self._replay is not None
 
-    def __call__(self, run: Callable[[], None], fixed: Any = None) -> None:
+    def __call__(self, run: Callable[[], None], fixed: Any = None) -> bool:
+        """Returns whether that was a replay."""
         if fixed != self._fixed:
             self._fixed = fixed
             self._begin()
         if self._replay is not None:
-            return self._replay()
+            self._replay()
+            return True
         if self.reason is not None or self._num_calls < NUM_WARMUP_CALLS:
             run()
             self._num_calls += 1
-            return
+            return False
         with Recording() as recording:
             run()
         before, self._recording = self._recording, recording
-        if before is None:
-            return
-        self.reason = before.difference(recording)
-        if self.reason is None:
-            self._replay = program(recording)
-        self._recording = None
+        if before is not None:
+            self.reason, self._recording = before.difference(recording), None
+            if self.reason is None:
+                self._replay = program(recording)
+        return False

@@ -228,7 +228,7 @@ class AdamWEMA(FlatOptimizer):
                 self._buffers.grad.zero_()
         self._averages.follow(self._buffers.param, self._groups[0].step, norm)
         self._averages.mirror()
-        self._note_change()
+        self.note_change()
         return norm
 
     def _update_group(self, index: int, max_grad_norm: float, factor: Tensor | None = None) -> Tensor:
@@ -301,9 +301,9 @@ class AdamWEMA(FlatOptimizer):
         if self._buffers.shadow is not None:
             self._buffers.shadow.copy_(self._buffers.param)
         self._averages.mirror()
-        self._note_change()
+        self.note_change()
 
-    def _note_change(self) -> None:
+    def note_change(self) -> None:
         """The weights have other values: a graph from before raises in its backward pass."""
         torch.autograd.graph.increment_version([*self.parameters, *self._averages.parameters])
         # In place: torch 2.11 cannot trace the assignment in a compiled step.

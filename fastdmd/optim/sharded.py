@@ -88,7 +88,7 @@ class ShardedAdamWEMA(AdamWEMA):
         """What it moves, by parameter name, cut."""
         return dict(zip(self._names, self.parameters, strict=True))
 
-    def _note_change(self) -> None:
+    def note_change(self) -> None:
         """FSDP2 writes what a forward computes with, and counts that."""
 
     def state_views(self) -> dict[str, Any]:

@@ -92,6 +92,16 @@ def test_what_changes_between_iterations_is_seen():
     assert torch.equal(found[0][2], found[1][2]) and torch.equal(found[1][2], state(found[1][3]))
 
 
+def test_a_graph_from_before_an_update_is_refused_after_a_replay():
+    model, draws = make("captured")
+    iterate(model, draws, range(12))
+    assert model.captured_turns == TURNS
+    loss = model.fake_score(torch.randn(2, 1, 8, 8), torch.ones(2), torch.zeros(2, dtype=torch.int64)).square().mean()
+    iterate(model, draws, [12])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_an_update_that_is_left_out_is_left_out_by_a_replay():
     found = []
     for execution in ("eager", "captured"):
