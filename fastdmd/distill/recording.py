@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastdmd.ops._registry import chosen
+from fastdmd.ops._registry import backends, chosen
 
 NUM_WARMUP_CALLS = 2  # of a turn, before two that are recorded
 # What an operation may not be, as its results, or what Python makes of them, are others at another call.
@@ -177,11 +177,12 @@ def _values(*nested: Any) -> set[Value]:
 
 
 def _needed(calls: list[Call]) -> list[Call]:
-    """Without those whose results nothing needs."""
+    """Without those whose results nothing needs; of torch's own, where running statistics are written unsaid."""
     needed: set[Value] = set()
     kept = []
     for call in reversed(calls):
-        if call.writes or _values(call.results) & needed:
+        is_torchs = call.op.namespace == "aten" and "batch_norm" not in call.op.name()
+        if call.writes or not is_torchs or _values(call.results) & needed:
             needed |= _values(call.args, call.kwargs)
             kept.append(call)
     return kept[::-1]
@@ -231,12 +232,19 @@ def _function(op: OpOverload) -> Callable[..., Any]:
     return op._op  # without the Python around it
 
 
+def _is_plain() -> bool:
+    """Whether operations are what the code around makes of them, and autograd."""
+    around = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled()
+    return torch.is_grad_enabled() and not any(around)
+
+
 class RecordedTurn:
     """A turn that is replayed from where two calls in a row, behind two that warm up, came to the same operations.
 
     Then it may read and write nothing but tensors that stay, and whatever else it depends on is `fixed`: with another
-    one, it begins anew. The numbers are those of the turn itself, to the bit. A turn of which that is not so runs as
-    it is, and `reason` says why.
+    one, or another `ops.use_backend`, it begins anew. The numbers are those of the turn itself, to the bit. A turn of
+    which that is not so runs as it is, and `reason` says why; so does each under autocast, anomaly detection, or
+    without gradients. As in a CUDA graph, hooks, and attributes of modules, are those of the calls that were recorded.
     """
 
     def __init__(self) -> None:
@@ -255,8 +263,11 @@ class RecordedTurn:
 
     def __call__(self, run: Callable[[], None], fixed: Any = None) -> bool:
         """Returns whether that was a replay."""
-        if fixed != self._fixed:
-            self._fixed = fixed
+        if not _is_plain():
+            run()
+            return False
+        if (now := (fixed, backends())) != self._fixed:
+            self._fixed = now
             self._begin()
         if self._replay is not None:
             self._replay()

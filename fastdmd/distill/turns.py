@@ -82,7 +82,7 @@ class DMD2:
         assert generator_sigmas is not None
         self.device = next(teacher.parameters()).device
         self.ranks, self.is_in_parts = Ranks.of(process_group), shard
-        self.executor = Executor(execution, self.device, is_alone=self.ranks.is_alone)
+        self.executor = Executor(execution, self.device, records=self.ranks.is_alone and not teacher.foreign_name)
         if shard and execution != "eager":
             raise ValueError(f"fastdmd.DMD2: expected eager execution of networks that are cut, got {execution}")
         self.method: Method = (Matched(sigma_data) if method is None else method).of_ranks(self.ranks)

@@ -175,6 +175,11 @@ def _chooser(name: str, device_type: str, written: list[int]) -> Callable:
     return call
 
 
+def backends() -> tuple[Mapping, ...]:
+    """What the `use_backend` blocks around ask for."""
+    return _BLOCKS.get()
+
+
 def chosen(name: str, device_type: str) -> Callable:
     """What computes an op there, now and here: see `use_backend`. Called as those of `implementations`."""
     for block in reversed(_BLOCKS.get()):

@@ -249,7 +249,7 @@ def test_nothing_grows(teacher):
         model.iterate(step, draws)
     assert len(model.captured_turns) == 3
     before = state()
-    for step in range(12, 20):
+    for step in range(12, 24):
         model.iterate(step, draws)
     assert state() == before
 
