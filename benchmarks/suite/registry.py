@@ -53,8 +53,8 @@ CYCLE = (
     "fastdmd/networks/unet*.py",
     "fastdmd/optim/*.py",
     *(f"fastdmd/distill/{name}.py" for name in ("ahead", "buffers", "draws", "execution", "guard", "losses")),
-    *(f"fastdmd/distill/{name}.py" for name in ("matching", "methods", "optimization", "scheduled", "starts")),
-    *(f"fastdmd/distill/{name}.py" for name in ("statistics", "tally", "turns")),
+    *(f"fastdmd/distill/{name}.py" for name in ("matching", "methods", "optimization", "recording", "scheduled")),
+    *(f"fastdmd/distill/{name}.py" for name in ("starts", "statistics", "tally", "translation", "turns")),
     *(f"fastdmd/runs/{name}.py" for name in ("distillation", "machine", "precision", "presets")),
     *OPS,
 )

@@ -43,10 +43,11 @@ def cast_roles(
     """
     cast = _cast_in_parts if in_parts else _cast_whole
     own, optimized = cast(teacher, ranks, compute_dtype)
-    # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left. Turns
-    # alternate, so that the gradients of one need no room beside those of the other.
+    # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left.
     generator = optimized(generator_options)
-    fake_score = optimized({**guidance_options, "gradients_with": generator})
+    if generator_options.get("groups") == guidance_options.get("groups"):  # their gradients are laid out alike
+        guidance_options = {"gradients_with": generator, **guidance_options}  # and turns alternate
+    fake_score = optimized(guidance_options)
     return Roles(own, generator, fake_score)
 
 

@@ -221,7 +221,6 @@ def test_what_needs_no_cuda_runs_on_a_cpu(tmp_path, capsys):
         (["--device", "cpu", "--ratio", "0"], "--ratio of at least 1, got 0"),
         (["--device", "cpu", "--iterations", "-1"], "--iterations of at least 1, got -1"),
         (["--device", "cpu", "--json", "no/such/folder.json"], "got no/such/folder.json"),
-        (["--device", "cpu", "--execution", "captured"], "expected"),
     ],
 )
 def test_mistakes_are_one_line(options, expected, capsys):
