@@ -48,7 +48,6 @@ THREADS = (1, 2)
 WIDTHS = (12, 24, 48, 96, 192)  # the embedded teacher has 48
 RESOLUTIONS = (16, 28, 56, 112)
 SERIES = ("batch", "width", "resolution")
-WARM_UP = 2  # cycles
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -126,7 +125,7 @@ class Cycle(loops.Cycles):
 
     def measure(self, rounds: int, least_seconds: float) -> dict[str, Any]:
         """So many cycles at least, of so many seconds in all, after those that warm caches."""
-        for _ in range(WARM_UP if self.device.type == "cpu" else 2 * WARM_UP):  # which also compile and capture
+        for _ in range(loops.WARM_UP):
             self.cycle()
         seconds: list[float] = []
         while len(seconds) < rounds or sum(seconds) < least_seconds:

@@ -37,9 +37,10 @@ SUITE = [
 
 
 def peak_bytes(name: str, arguments: argparse.Namespace) -> int:
-    """Of one cycle in a process of its own."""
+    """In a process of its own, of the cycles that warm it up."""
     with opened(name, arguments) as ask:
-        ask("cycle")
+        for _ in range(loops.WARM_UP):
+            ask("cycle")
         return ask("peak_bytes")
 
 
@@ -60,7 +61,8 @@ def alternate(names: list[str], arguments: argparse.Namespace) -> tuple[dict, di
     with contextlib.ExitStack() as stack:
         asks = {name: stack.enter_context(opened(name, arguments)) for name in names}
         for ask in asks.values():
-            ask("cycle"), ask("cycle")  # compiles, warms caches
+            for _ in range(loops.WARM_UP):
+                ask("cycle")
         seconds = {name: [] for name in names}
         for _ in range(arguments.rounds):
             for name, ask in asks.items():
@@ -75,7 +77,7 @@ def one_by_one(names: list[str], arguments: argparse.Namespace) -> tuple[dict, d
     for name in names:
         try:
             with opened(name, arguments) as ask:
-                first = [ask("cycle") for _ in range(4)]  # compiles, chooses, captures
+                first = [ask("cycle") for _ in range(loops.WARM_UP)]
                 seconds[name] = [ask("cycle") for _ in range(arguments.rounds)]
                 print(f"  {name}: {statistics.median(seconds[name]):.4f} s a cycle, first {first[0]:.1f} s", flush=True)
                 if arguments.memory and name != "floor":

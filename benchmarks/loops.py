@@ -29,6 +29,7 @@ from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.presets import PRESETS
 from fastdmd.teachers.trial import accelerate_network
 
+WARM_UP = 5  # cycles: code is compiled, caches fill, and turns are captured, on a CPU at the fourth call of each
 FOREIGN = {"foreign": build, "diffusers": build_diffusers}  # networks of others, by what stands for a preset
 FOREIGN_OPTIONS = {
     "foreign": {"parameterization": "epsilon"},

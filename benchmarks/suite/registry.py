@@ -77,8 +77,8 @@ TIME_TO_QUALITY = (
 
 CPU_STEPS = {  # preset, batch size: guidance turns, rounds, minutes
     ("mnist", 8): (10, 5, 0.5),
-    ("mnist", 128): (10, 3, 2.0),
-    ("cifar10-cond", 2): (1, 9, 1.5),
+    ("mnist", 128): (10, 3, 2.5),
+    ("cifar10-cond", 2): (1, 5, 1.5),
 }
 PEAK_MEMORY = (("mnist", 128), ("cifar10-cond", 2))
 GPU_STEPS = {  # name: preset, batch size, guidance turns

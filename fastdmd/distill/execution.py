@@ -30,15 +30,16 @@ class Executor:
 
     `name`: "eager"; "compiled", every network by `torch.compile`; "captured", on a GPU compiled networks and each whole
     turn one CUDA graph, where what does not depend on each other runs side by side on two streams, on a CPU each turn
-    the operations that it came to, see `RecordedTurn`, or without `records` eager: exchanges with other processes are
-    no such operations, and networks of others may keep state in Python. Raises ValueError for another name.
+    the operations that it came to, see `RecordedTurn`. Without `records`, and on other devices, these are eager, and
+    so `name` says: exchanges with other processes are no such operations, and networks of others may keep state in
+    Python. Raises ValueError for another name.
     """
 
     def __init__(self, name: str, device: torch.device, *, records: bool = True):
         if name not in get_args(Execution):
             raise ValueError(f"fastdmd.DMD2: expected execution out of {', '.join(get_args(Execution))}, got {name}")
-        self.name, self.device = name, device
-        self._records = records and device.type == "cpu"
+        is_able = device.type == "cuda" or (device.type == "cpu" and records)
+        self.name, self.device = "eager" if name == "captured" and not is_able else name, device
         self._compiler = Compiler(COMPILE_MODE if device.type == "cuda" else None)
         self.streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None  # of the turns, and beside them
         self._turns: dict[str, CapturedTurn | RecordedTurn] = {}
@@ -56,8 +57,8 @@ class Executor:
         """For turns over new buffers, which need other graphs."""
         if self.name != "captured":
             return
-        if self.device.type != "cuda":
-            self._turns = {name: RecordedTurn() for name in (*turns, *turns_beside) if self._records}
+        if self.device.type == "cpu":
+            self._turns = {name: RecordedTurn() for name in (*turns, *turns_beside)}
             return
         torch.cuda.synchronize(self.device)  # what runs still reads the buffers and graphs that go now
         if self.streams is None:

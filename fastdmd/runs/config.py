@@ -161,7 +161,7 @@ class TrainConfig(CommandConfig):
         resolved = {
             "noise": noise,
             "gan": self.gan.for_teacher(teacher, noise, self.optimizer.fake_score_lr, is_embedded=is_embedded),
-            "compute": self.compute.for_device(device),
+            "compute": self.compute.for_teacher(teacher, device),
             "label_emphasis": of_label_emphasis(self.label_emphasis, self.teacher),
             "clamp_images": _makes_pictures(teacher) if self.clamp_images is None else self.clamp_images,
             "monitor": self.monitor.of(self.evaluation.num_samples),

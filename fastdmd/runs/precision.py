@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from fastdmd.diffusion import Denoiser
 from fastdmd.distill.execution import Execution
 from fastdmd.settings import Settings, Switch, at_least, fail
 
@@ -23,7 +24,7 @@ class ComputeSettings(Settings):
     """What the networks compute in; weights are kept in float32. auto: bf16 on a GPU, fp32 on a CPU."""
     execution: Literal["auto", Execution] = "auto"
     """How turns run. auto: captured, on a GPU compiled networks and a CUDA graph per turn, on a CPU the operations that
-    a turn came to, in a row, for the same bits as eager."""
+    a turn came to, in a row, for the same bits as eager; on a CPU eager with a network of others."""
     compile: Switch = False
     """Short for --execution compiled."""
     accumulation_steps: Annotated[int, at_least(1, 10**6)] = 1
@@ -39,11 +40,11 @@ class ComputeSettings(Settings):
         if self.shard and (self.compile or self.execution not in ("auto", "eager")):
             fail(self, "shard", "with --execution eager alone")
 
-    def for_device(self, device: torch.device) -> Compute:
-        """With the defaults of the device filled in. Raises ValueError for what it cannot do."""
+    def for_teacher(self, teacher: Denoiser, device: torch.device) -> Compute:
+        """With the defaults of the device filled in. Raises ValueError for what it cannot do with that network."""
         return Compute(
             precision=resolve_precision(self.precision, device),
-            execution="compiled" if self.compile else resolve_execution(self._execution),
+            execution="compiled" if self.compile else resolve_execution(self._execution, device, teacher.foreign_name),
             compile=self.compile,
             accumulation_steps=self.accumulation_steps,
             shard=self.shard,
@@ -61,7 +62,7 @@ class Compute(ComputeSettings):
     precision: Precision = dataclasses.field()
     execution: Execution = dataclasses.field()
 
-    def for_device(self, device: torch.device) -> Compute:
+    def for_teacher(self, teacher: Denoiser, device: torch.device) -> Compute:
         """Itself: `compile` has had its say, and meta tensors, on which memory is counted, are no device of a run."""
         return self
 
@@ -94,6 +95,11 @@ def has_bfloat16_arithmetic() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def resolve_execution(name: Literal["auto", Execution]) -> Execution:
-    """`auto` is captured."""
+def resolve_execution(name: Literal["auto", Execution], device: torch.device, foreign_name: str = "") -> Execution:
+    """`auto` is captured. On a CPU networks of others, by their name, are not, as they may keep state in Python: `auto`
+    is eager there, and ValueError for captured."""
+    if device.type == "cpu" and foreign_name and name in ("auto", "captured"):
+        if name == "captured":
+            raise ValueError(f"expected --execution eager or compiled with {foreign_name} on {device}, got captured")
+        return "eager"
     return "captured" if name == "auto" else name

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastdmd import ops
+from fastdmd.distill.execution import Executor
 from fastdmd.networks.adapted import Adapted
 from fastdmd.runs import distillation
 from tests.helpers.adversarial import CONFIG, TINY, real_images
@@ -124,11 +125,12 @@ def test_what_is_around_an_iteration_counts(around):
 
 
 def test_networks_of_others_run_as_they_are():
-    config = CONFIG.replace(execution="captured", **PLAIN)
+    config = CONFIG.replace(**PLAIN)
     teacher = Adapted(OneConvolution(), parameterization="x0", image_shape=(1, 8, 8), num_classes=0)
     model = distillation.build(config, teacher)
     iterate(model, distillation.make_draws(config, teacher, CPU), range(12))
-    assert model.executor.name == "captured" and model.captured_turns == set()
+    assert config.for_teacher(teacher).compute.execution == model.executor.name == "eager"
+    assert Executor("captured", CPU, records=False).name == Executor("captured", torch.device("meta")).name == "eager"
 
 
 def test_a_graph_from_before_an_update_is_refused_after_a_replay():

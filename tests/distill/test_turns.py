@@ -256,7 +256,12 @@ def test_nothing_grows(teacher):
 
 def test_defaults_per_device(monkeypatch):
     cuda = torch.device("cuda")
-    assert resolve_execution("auto") == "captured" and resolve_execution("eager") == "eager"
+    assert resolve_execution("auto", CPU) == resolve_execution("auto", cuda) == "captured"
+    assert (
+        resolve_execution("auto", CPU, "a.UNet") == "eager" and resolve_execution("auto", cuda, "a.UNet") == "captured"
+    )
+    with pytest.raises(ValueError, match="expected --execution eager or compiled with a.UNet on cpu, got captured"):
+        resolve_execution("captured", CPU, "a.UNet")
     assert resolve_precision("auto", CPU) == "fp32" and resolve_precision("auto", cuda) == "bf16"
     monkeypatch.setattr(precision, "has_bfloat16_arithmetic", lambda: False)
     with pytest.warns(UserWarning, match="--precision bf16: this CPU only emulates it"):
