@@ -8,34 +8,36 @@ namespace {
 
 using torch::stable::parallel_for;
 
-void check(const Tensor& images, const char* name) {
+void check(const Tensor& images, const char* name, ScalarType dtype) {
   const int64_t C = images.size(1), H = images.size(2), W = images.size(3);
   const auto strides = [&](int64_t dim, int64_t stride) {
     return images.size(dim) == 1 || images.stride(dim) == stride;
   };
   const bool channels_last = strides(0, H * W * C) && strides(1, 1) && strides(2, W * C) && strides(3, C);
-  STD_TORCH_CHECK(images.scalar_type() == ScalarType::Float && C % Conv3x3::CHANNEL_STEP == 0 && channels_last,
+  STD_TORCH_CHECK(images.scalar_type() == dtype && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) &&
+                      C % Conv3x3::CHANNEL_STEP == 0 && channels_last,
                   "fastdmd.conv3x3: expected ",
                   name,
-                  " float32, channels_last, of a multiple of 16 channels");
+                  " of the weight's dtype, float32 or bfloat16, channels_last, of a multiple of 16 channels");
 }
 
 // The side of the tiles that take less time: each weight is multiplied by 36 inputs for 4x4 outputs, or by 16 for 2x2.
-// A multiplication by 4x4 takes 1.1 times as long; to transform a weight takes as long as 24 tiles of 2x2, or 55 of
-// 4x4, whose 36 matrices leave the cache (AVX-512, one thread).
+// A multiplication by 4x4 takes 1.1 times as long, and 36 matrices of a weight take longer to make and to read than 16,
+// the more so the less the cache holds of them (AVX-512, in the turns of UNets).
 int tile(const Conv3x3& a) {
   const auto tiles = [&](int64_t side) {
     return a.num_images * ceil_divide(a.height, side) * ceil_divide(a.width, side);
   };
-  return 40 * (tiles(4) + 55) < 16 * (tiles(2) + 24) ? 4 : 2;
+  return 40 * tiles(4) + 1800 + a.in_channels * a.out_channels / 40 < 16 * tiles(2) ? 4 : 2;
 }
 
 // y is the output, of C_out channels, or its gradient; `transposed` swaps the roles of the weight's channels.
 Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, bool transposed) {
   Conv3x3 a{};
-  a.x = static_cast<const float*>(x.const_data_ptr());
-  a.y = static_cast<float*>(y.data_ptr());
-  a.weight = static_cast<float*>(weight.data_ptr());
+  a.dtype = dtype_of(weight);
+  a.x = x.const_data_ptr();
+  a.y = y.data_ptr();
+  a.weight = weight.data_ptr();
   a.num_images = x.size(0);
   a.height = x.size(2);
   a.width = x.size(3);
@@ -51,7 +53,7 @@ Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, bool t
 }
 
 void run(Conv3x3 a, const Tensor& x) {
-  const Tensor transformed = torch::stable::new_empty(x, {a.transformed_size()});
+  const Tensor transformed = torch::stable::new_empty(x, {a.transformed_size()}, ScalarType::Float);
   a.transformed = static_cast<float*>(transformed.mutable_data_ptr());
   parallel_for(0, a.out_channels / Conv3x3::CHANNEL_STEP, 1, [&](int64_t first, int64_t last) {
     kernels().conv3x3_weights(a, first, last);
@@ -63,16 +65,18 @@ void run(Conv3x3 a, const Tensor& x) {
 Tensor conv3x3(Tensor x,       // [B, C_in, H, W]
                Tensor weight,  // [C_out, C_in, 3, 3]
                std::optional<Tensor> bias /* [C_out] */) {
-  check(x, "x");
+  check(x, "x", weight.scalar_type());
   Tensor y = torch::stable::empty({x.size(0), weight.size(0), x.size(2), x.size(3)},
                                   x.scalar_type(),
                                   std::nullopt,
                                   std::nullopt,
                                   std::nullopt,
                                   torch::headeronly::MemoryFormat::ChannelsLast);
-  check(y, "y");
+  check(y, "y", weight.scalar_type());
+  STD_TORCH_CHECK(!bias || bias->scalar_type() == weight.scalar_type(),
+                  "fastdmd.conv3x3: expected a bias of the weight's dtype");
   Conv3x3 a = arguments(x, weight, y, false);
-  a.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  a.bias = bias ? bias->const_data_ptr() : nullptr;
   run(a, x);
   return y;
 }
@@ -82,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
                                                     Tensor weight,  // [C_out, C_in, 3, 3]
                                                     bool of_input,
                                                     bool of_parameters) {
-  check(grad_y, "grad_y");
-  check(x, "x");
+  check(grad_y, "grad_y", weight.scalar_type());
+  check(x, "x", weight.scalar_type());
   const auto wanted = [&](bool is, const Tensor& like) {
     return is ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {int64_t(0)});
   };
@@ -99,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
 
   const int64_t size = a.transformed_size();
   const int64_t parts = std::max(int64_t(1), std::min(steps, int64_t(torch::stable::get_num_threads())));
-  const Tensor sums = torch::stable::new_empty(x, {parts * size});
+  const Tensor sums = torch::stable::new_empty(x, {parts * size}, ScalarType::Float);
   std::vector<double> bias_sums(parts * a.out_channels);
   float* data = static_cast<float*>(sums.mutable_data_ptr());
   parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
@@ -114,11 +118,10 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
   parallel_for(0, a.out_channels / Conv3x3::CHANNEL_STEP, 1, [&](int64_t first, int64_t last) {
     kernels().conv3x3_weight_gradient(a, parts, first, last);
   });
-  auto* grad_bias_data = static_cast<float*>(grad_bias.mutable_data_ptr());
   for (int64_t o = 0; o < a.out_channels; ++o) {
     double total = 0;
     for (int64_t part = 0; part < parts; ++part) total += bias_sums[part * a.out_channels + o];
-    grad_bias_data[o] = float(total);
+    write(grad_bias.mutable_data_ptr(), a.dtype, o, total);
   }
   return {grad_x, grad_weight, grad_bias};
 }

@@ -1,18 +1,25 @@
-// 3x3 convolutions of channels_last float32 images by Winograd's minimal filtering, F(4x4, 3x3) or F(2x2, 3x3) (Lavin &
-// Gray 2016): 36 multiplications for 16 outputs, or 16 for 4, where the definition has 9 for each. A tile is OUT x OUT
-// outputs and the IN x IN inputs that they depend on; of a block of tiles everything stays in the cache.
+// 3x3 convolutions of channels_last images by Winograd's minimal filtering, F(4x4, 3x3) or F(2x2, 3x3) (Lavin & Gray
+// 2016): 36 multiplications for 16 outputs, or 16 for 4, where the definition has 9 for each. A tile is OUT x OUT outputs
+// and the IN x IN inputs that they depend on; of a block of tiles everything stays in the cache, in float32 whatever the
+// images are of, T.
 #include "winograd.h"
 
 namespace fastdmd::FASTDMD_ISA {
 namespace {
 
-// Calls body(F4{}) or body(F2{}), as the argument says.
+// Calls body(F4{} or F2{}, T{}), as the argument says.
 template <class Body>
 FASTDMD_INLINE void with_tiles(const Conv3x3& a, Body body) {
+  const auto of_dtype = [&](auto filter) {
+    if (a.dtype == Dtype::bfloat16)
+      body(filter, BFloat16{});
+    else
+      body(filter, float{});
+  };
   if (a.tile == F4::OUT)
-    body(F4{});
+    of_dtype(F4{});
   else
-    body(F2{});
+    of_dtype(F2{});
 }
 
 // Calls body(first output channel, vectors of the panel as a constant) for each panel.
@@ -30,7 +37,7 @@ FASTDMD_INLINE void each_panel(const Conv3x3& a, Body body) {
 }
 
 // A^T M A of the products of a block of tiles and a panel, plus bias.
-template <class F, int N>
+template <class F, class T, int N>
 void write_outputs(const Conv3x3& a,
                    const Tiles<F>& tiles,
                    const float* products,  // [IN^2, PRODUCTS]
@@ -46,8 +53,8 @@ void write_outputs(const Conv3x3& a,
         for (int e = 0; e < IN * IN; ++e)
           m[e / IN][e % IN] = load_vector(products + e * tiles.PRODUCTS + (t * N + n) * LANES);
         on_both_axes<F::output>(m, y);
-        const V bias = a.bias ? load_vector(a.bias + o + n * LANES) : V{};
-        float* to = a.y + pixel * a.out_channels + o + n * LANES;
+        const V bias = a.bias ? load_vector(static_cast<const T*>(a.bias) + o + n * LANES) : V{};
+        T* to = static_cast<T*>(a.y) + pixel * a.out_channels + o + n * LANES;
 #pragma GCC unroll 4
         for (int row = 0; row < OUT; ++row)
 #pragma GCC unroll 4
@@ -59,7 +66,7 @@ void write_outputs(const Conv3x3& a,
 }
 
 // A dY A^T of a block of tiles and a panel; bias_sums += the outputs.
-template <class F, int N>
+template <class F, class T, int N>
 void transform_gradient(const Conv3x3& a,
                         const Tiles<F>& tiles,
                         float* matrices,    // [IN^2, PRODUCTS]
@@ -73,7 +80,7 @@ void transform_gradient(const Conv3x3& a,
       const int64_t height = a.height - top, width = a.width - left;  // what the image still has
 #pragma GCC unroll 3
       for (int n = 0; n < N; ++n) {
-        const float* from = a.y + pixel * a.out_channels + o + n * LANES;
+        const T* from = static_cast<const T*>(a.y) + pixel * a.out_channels + o + n * LANES;
         V g[OUT][OUT] = {}, transformed[IN][IN];
         V rows = {};
 #pragma GCC unroll 4
@@ -98,13 +105,48 @@ void transform_gradient(const Conv3x3& a,
     for (int lane = 0; lane < LANES; ++lane) bias_sums[o + n * LANES + lane] += double(sums[n][lane]);
 }
 
-// Element (o, i, y, x) of the weight for LANES output channels.
-FASTDMD_INLINE float* weight_at(const Conv3x3& a, int64_t o, int64_t i, int y, int x) {
-  if (a.flipped) {
-    y = 2 - y;
-    x = 2 - x;
-  }
-  return a.weight + o * a.weight_out + i * a.weight_in + y * a.weight_y + x * a.weight_x;
+// body(from, to) for the elements (y, x) of LANES output channels from o on and LANES input channels from i on: `at`
+// their first, w[y][x] what it is in registers.
+template <class T, class W, class Body>
+FASTDMD_INLINE void each_element(const Conv3x3& a, int64_t o, int64_t i, W (&w)[3][3][LANES], Body body) {
+  T* first = static_cast<T*>(a.weight) + o * a.weight_out + i * a.weight_in;
+  for (int y = 0; y < 3; ++y)
+    for (int x = 0; x < 3; ++x)
+      body(first + (a.flipped ? 2 - y : y) * a.weight_y + (a.flipped ? 2 - x : x) * a.weight_x, w[y][x]);
+}
+
+// w[y][x][k] = elements (y, x) of LANES output channels from o on and input channel i + k.
+template <class T>
+void load_weights(const Conv3x3& a, int64_t o, int64_t i, V (&w)[3][3][LANES]) {
+  each_element<T>(a, o, i, w, [&](const T* at, V(&out)[LANES]) {
+    if (a.weight_in == 1) {
+      for (int lane = 0; lane < LANES; ++lane) out[lane] = load_vector(at + lane * a.weight_out);
+      transpose(out);
+      return;
+    }
+    for (int k = 0; k < LANES; ++k, at += a.weight_in)
+      if (a.weight_out == 1)
+        out[k] = load_vector(at);
+      else
+        for (int lane = 0; lane < LANES; ++lane) out[k][lane] = load(at[lane * a.weight_out]);
+  });
+}
+
+// What load_weights loads. Overwrites w.
+template <class T>
+void store_weights(const Conv3x3& a, int64_t o, int64_t i, V (&w)[3][3][LANES]) {
+  each_element<T>(a, o, i, w, [&](T* at, V(&in)[LANES]) {
+    if (a.weight_in == 1) {
+      transpose(in);
+      for (int lane = 0; lane < LANES; ++lane) store_vector(at + lane * a.weight_out, in[lane]);
+      return;
+    }
+    for (int k = 0; k < LANES; ++k, at += a.weight_in) {
+      T lanes[LANES];
+      store_vector(lanes, in[k]);
+      for (int lane = 0; lane < LANES; ++lane) at[lane * a.weight_out] = lanes[lane];
+    }
+  });
 }
 
 // Where the LANES output channels from o on are in matrix 0 of their panel, and how wide that is.
@@ -118,40 +160,38 @@ FASTDMD_INLINE float* panel_at(const Conv3x3& a,
   return matrices + start * F::IN * F::IN * a.in_channels + (o - start);
 }
 
-template <class F>
+template <class F, class T>
 void transform_weights(const Conv3x3& a, int64_t begin, int64_t end) {
   constexpr int IN = F::IN;
   for (int64_t o = begin * Conv3x3::CHANNEL_STEP; o < end * Conv3x3::CHANNEL_STEP; o += LANES) {
     int64_t width;
     float* out = panel_at<F>(a, a.transformed, o, width);
-    for (int64_t i = 0; i < a.in_channels; ++i) {
-      V g[3][3], transformed[IN][IN];
-      for (int y = 0; y < 3; ++y)
-        for (int x = 0; x < 3; ++x) {
-          const float* w = weight_at(a, o, i, y, x);
-          if (a.weight_out == 1)
-            g[y][x] = load_vector(w);
-          else
-            for (int lane = 0; lane < LANES; ++lane) g[y][x][lane] = w[lane * a.weight_out];
-        }
-      on_both_axes<F::weight>(g, transformed);
-      for (int e = 0; e < IN * IN; ++e)
-        store_vector(out + (e * a.in_channels + i) * width, transformed[e / IN][e % IN]);
+    for (int64_t first = 0; first < a.in_channels; first += LANES) {
+      V w[3][3][LANES];
+      load_weights<T>(a, o, first, w);
+      for (int k = 0; k < LANES; ++k) {
+        V g[3][3], transformed[IN][IN];
+        for (int y = 0; y < 3; ++y)
+          for (int x = 0; x < 3; ++x) g[y][x] = w[y][x][k];
+        on_both_axes<F::weight>(g, transformed);
+        for (int e = 0; e < IN * IN; ++e)
+          store_vector(out + (e * a.in_channels + first + k) * width, transformed[e / IN][e % IN]);
+      }
     }
   }
 }
 
-template <class F>
+template <class F, class T>
 void convolve(const Conv3x3& a, int64_t begin, int64_t end) {
   constexpr int NUM_MATRICES = F::IN * F::IN;
   const Tiles<F> tiles(a, begin, end);
-  Inputs<F> inputs(a);
+  Inputs<F, T> inputs(a);
   Scratch products(NUM_MATRICES * tiles.PRODUCTS);
   for (int64_t first = tiles.begin; first < tiles.end; first += F::TILES) {
     inputs.fill(tiles, first);
     const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
-    Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels, calls);
-    Prefetch next_y(tiles, first + F::TILES, a.y, a.out_channels, calls);
+    Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels * sizeof(T), calls);
+    Prefetch next_y(tiles, first + F::TILES, a.y, a.out_channels * sizeof(T), calls);
     each_panel(a, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
       const float* weights = a.transformed + o * NUM_MATRICES * a.in_channels;
@@ -164,28 +204,28 @@ void convolve(const Conv3x3& a, int64_t begin, int64_t end) {
                       weights + e * inputs.depth * N * LANES,
                       products.data + e * tiles.PRODUCTS + row * N * LANES,
                       inputs.depth);
-      write_outputs<F, N>(a, tiles, products.data, first, o);
+      write_outputs<F, T, N>(a, tiles, products.data, first, o);
     });
   }
 }
 
-template <class F>
+template <class F, class T>
 void sum_weight_gradient(const Conv3x3& a,
                          double* bias_sums,  // [out_channels]
                          int64_t begin,
                          int64_t end) {
   constexpr int NUM_MATRICES = F::IN * F::IN;
   const Tiles<F> tiles(a, begin, end);
-  Inputs<F> inputs(a);
+  Inputs<F, T> inputs(a);
   Scratch gradients(NUM_MATRICES * tiles.PRODUCTS);
   for (int64_t first = tiles.begin; first < tiles.end; first += F::TILES) {
     inputs.fill(tiles, first);
     const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
-    Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels, calls);
-    Prefetch next_y(tiles, first + F::TILES, a.y, a.out_channels, calls);
+    Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels * sizeof(T), calls);
+    Prefetch next_y(tiles, first + F::TILES, a.y, a.out_channels * sizeof(T), calls);
     each_panel(a, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
-      transform_gradient<F, N>(a, tiles, gradients.data, bias_sums, first, o);
+      transform_gradient<F, T, N>(a, tiles, gradients.data, bias_sums, first, o);
       float* sums = a.transformed + o * NUM_MATRICES * a.in_channels;
       for (int e = 0; e < NUM_MATRICES; ++e, next_x.lines(), next_y.lines())
         for (int64_t i = 0; i < a.in_channels; i += ROWS)
@@ -200,22 +240,25 @@ void sum_weight_gradient(const Conv3x3& a,
   }
 }
 
-template <class F>
+template <class F, class T>
 void write_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, int64_t end) {
   constexpr int IN = F::IN;
   const int64_t size = IN * IN * a.in_channels * a.out_channels;
   for (int64_t o = begin * Conv3x3::CHANNEL_STEP; o < end * Conv3x3::CHANNEL_STEP; o += LANES) {
     int64_t width;
     const float* from = panel_at<F>(a, a.transformed, o, width);
-    for (int64_t i = 0; i < a.in_channels; ++i) {
-      V s[IN][IN] = {}, g[3][3];
-      for (int64_t part = 0; part < num_sums; ++part)
-        for (int e = 0; e < IN * IN; ++e)
-          s[e / IN][e % IN] += load_vector(from + part * size + (e * a.in_channels + i) * width);
-      on_both_axes<F::weight_gradient>(s, g);
-      for (int y = 0; y < 3; ++y)
-        for (int x = 0; x < 3; ++x)
-          for (int lane = 0; lane < LANES; ++lane) weight_at(a, o, i, y, x)[lane * a.weight_out] = g[y][x][lane];
+    for (int64_t first = 0; first < a.in_channels; first += LANES) {
+      V w[3][3][LANES];
+      for (int k = 0; k < LANES; ++k) {
+        V s[IN][IN] = {}, g[3][3];
+        for (int64_t part = 0; part < num_sums; ++part)
+          for (int e = 0; e < IN * IN; ++e)
+            s[e / IN][e % IN] += load_vector(from + part * size + (e * a.in_channels + first + k) * width);
+        on_both_axes<F::weight_gradient>(s, g);
+        for (int y = 0; y < 3; ++y)
+          for (int x = 0; x < 3; ++x) w[y][x][k] = g[y][x];
+      }
+      store_weights<T>(a, o, first, w);
     }
   }
 }
@@ -224,7 +267,7 @@ void write_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, in
 
 int64_t conv3x3_steps(const Conv3x3& a) {
   int64_t steps = 0;
-  with_tiles(a, [&](auto filter) {
+  with_tiles(a, [&](auto filter, auto) {
     steps = (Tiles<decltype(filter)>(a, 0, 0).total + Conv3x3::TILE_STEP - 1) / Conv3x3::TILE_STEP;
   });
   return steps;
@@ -233,12 +276,12 @@ int64_t conv3x3_steps(const Conv3x3& a) {
 // G g G^T of output channels [begin, end) * CHANNEL_STEP: panels of WIDTH output channels, in each the matrices
 // [in_channels, WIDTH], the last panel narrower.
 void conv3x3_weights(const Conv3x3& a, int64_t begin, int64_t end) {
-  with_tiles(a, [&](auto filter) { transform_weights<decltype(filter)>(a, begin, end); });
+  with_tiles(a, [&](auto filter, auto type) { transform_weights<decltype(filter), decltype(type)>(a, begin, end); });
 }
 
 // The steps [begin, end) of TILE_STEP tiles.
 void conv3x3(const Conv3x3& a, int64_t begin, int64_t end) {
-  with_tiles(a, [&](auto filter) { convolve<decltype(filter)>(a, begin, end); });
+  with_tiles(a, [&](auto filter, auto type) { convolve<decltype(filter), decltype(type)>(a, begin, end); });
 }
 
 // Sums over the steps [begin, end) of TILE_STEP tiles, of which there is one: a.transformed = what
@@ -248,13 +291,13 @@ void conv3x3_weight_sums(const Conv3x3& a,
                          double* bias_sums,  // [out_channels]
                          int64_t begin,
                          int64_t end) {
-  with_tiles(a, [&](auto filter) { sum_weight_gradient<decltype(filter)>(a, bias_sums, begin, end); });
+  with_tiles(a, [&](auto filter, auto type) { sum_weight_gradient<decltype(filter), decltype(type)>(a, bias_sums, begin, end); });
 }
 
 // G^T S G of output channels [begin, end) * CHANNEL_STEP, where S is the sum of `num_sums` results of
 // conv3x3_weight_sums that lie in a row in a.transformed. Writes a.weight.
 void conv3x3_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, int64_t end) {
-  with_tiles(a, [&](auto filter) { write_weight_gradient<decltype(filter)>(a, num_sums, begin, end); });
+  with_tiles(a, [&](auto filter, auto type) { write_weight_gradient<decltype(filter), decltype(type)>(a, num_sums, begin, end); });
 }
 
 }  // namespace fastdmd::FASTDMD_ISA

@@ -70,14 +70,16 @@ struct GroupNormSiLU {
   bool silu;
 };
 
-// A 3x3 convolution, padded by one, of dense channels_last float32 images. Element (o, i, y, x) of the weight is at
-// o * weight_out + i * weight_in + y * weight_y + x * weight_x. Numbers of channels are multiples of CHANNEL_STEP.
+// A 3x3 convolution, padded by one, of dense channels_last images, float32 or bfloat16. Element (o, i, y, x) of the
+// weight is at o * weight_out + i * weight_in + y * weight_y + x * weight_x. Numbers of channels are multiples of
+// CHANNEL_STEP.
 struct Conv3x3 {
   static constexpr int64_t CHANNEL_STEP = 16, TILE_STEP = 8;
-  const float* x;      // [num_images, height, width, in_channels]
-  const float* bias;   // [out_channels], or null
-  float* weight;       // [out_channels, in_channels, 3, 3], strided
-  float* y;            // [num_images, height, width, out_channels]
+  Dtype dtype;
+  const void* x;       // [num_images, height, width, in_channels]
+  const void* bias;    // [out_channels], or null
+  void* weight;        // [out_channels, in_channels, 3, 3], strided
+  void* y;             // [num_images, height, width, out_channels]
   float* transformed;  // [transformed_size()]: the weight, by conv3x3_weights, or sums for its gradient
   int64_t num_images, height, width, in_channels, out_channels, weight_out, weight_in, weight_y, weight_x;
   bool flipped;  // the weight upside down and mirrored, as the gradient of the input wants it

@@ -22,15 +22,48 @@ constexpr int VECTORS = 3;
 constexpr int WIDTH = VECTORS * LANES;  // output channels of a panel
 constexpr int64_t PAD = 16;             // floats that keep the matrices out of each other's cache lines
 using V = float __attribute__((vector_size(LANES * sizeof(float))));
+using Bits = uint32_t __attribute__((vector_size(sizeof(V))));
+using HalfBits = uint16_t __attribute__((vector_size(sizeof(V) / 2)));
 
 FASTDMD_INLINE V load_vector(const float* from /* [LANES] */) {
   V result;
   __builtin_memcpy(&result, from, sizeof(V));
   return result;
 }
+FASTDMD_INLINE V load_vector(const BFloat16* from /* [LANES] */) {
+  HalfBits bits;
+  __builtin_memcpy(&bits, from, sizeof(bits));
+  return V(__builtin_convertvector(bits, Bits) << 16);
+}
 FASTDMD_INLINE void store_vector(float* to,  // [LANES]
                                  V x) {
   __builtin_memcpy(to, &x, sizeof(V));
+}
+FASTDMD_INLINE void store_vector(BFloat16* to,  // [LANES]
+                                 V x) {
+  const Bits bits = Bits(x), rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const HalfBits out = __builtin_convertvector(x == x ? rounded : Bits{} + 0x7FC0u, HalfBits);
+  __builtin_memcpy(to, &out, sizeof(out));
+}
+
+// Rows become columns. Where row and column are bits of a position, to interleave the rows of the upper half with those
+// of the lower one rotates the bits by one; after as many times as a row has bits they have changed places.
+FASTDMD_INLINE void transpose(V (&x)[LANES]) {
+  Bits low, high;  // elements of two vectors, one from each by turns
+  for (int lane = 0; lane < LANES; ++lane) {
+    low[lane] = uint32_t(lane / 2 + lane % 2 * LANES);
+    high[lane] = low[lane] + LANES / 2;
+  }
+  for (int bits = LANES; bits > 1; bits /= 2) {
+    V y[LANES];
+#pragma GCC unroll 8
+    for (int row = 0; row < LANES / 2; ++row) {
+      y[2 * row] = __builtin_shuffle(x[row], x[row + LANES / 2], low);
+      y[2 * row + 1] = __builtin_shuffle(x[row], x[row + LANES / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < LANES; ++row) x[row] = y[row];
+  }
 }
 
 // c[row, :] = (c[row, :] if `add`) + sum over k of a[row * row_step + k * step] * b[k, :], for ROWS rows and N vectors
@@ -223,14 +256,14 @@ struct Tiles {
 
 int64_t rounded_up(int64_t count) { return (count + ROWS - 1) / ROWS * ROWS; }
 
-// The IN^2 matrices [TILES, in_channels] of a block of tiles, zeros up to a whole number of ROWS.
-template <class F>
+// The IN^2 matrices [TILES, in_channels] of a block of tiles, zeros up to a whole number of ROWS. T: of the images.
+template <class F, class T>
 struct Inputs {
   static constexpr int IN = F::IN;
   const Conv3x3& a;
   const int64_t depth, step;
   Scratch matrices;  // [IN^2, step]
-  Scratch zeros;     // [depth]
+  Scratch zeros;     // [depth], of T, whose zero is no bits
 
   explicit Inputs(const Conv3x3& a)
       : a(a), depth(a.in_channels), step(F::TILES * depth + PAD), matrices(IN * IN * step), zeros(depth) {
@@ -240,12 +273,13 @@ struct Inputs {
   void fill(const Tiles<F>& tiles, int64_t first) {
     for (int64_t t = 0; t < tiles.count(first); ++t)
       tiles.at(first + t, [&](int64_t pixel, int64_t top, int64_t left) {
-        const float* from[IN][IN];
+        const T* from[IN][IN];
         for (int64_t y = 0; y < IN; ++y)
           for (int64_t x = 0; x < IN; ++x) {
             const int64_t row = top + y - 1, column = left + x - 1;
             const bool inside = row >= 0 && row < a.height && column >= 0 && column < a.width;
-            from[y][x] = inside ? a.x + (pixel + (y - 1) * a.width + x - 1) * depth : zeros.data;
+            from[y][x] = inside ? static_cast<const T*>(a.x) + (pixel + (y - 1) * a.width + x - 1) * depth
+                                : reinterpret_cast<const T*>(zeros.data);
           }
         for (int64_t c = 0; c < depth; c += LANES) {
           V d[IN][IN], transformed[IN][IN];
@@ -265,20 +299,20 @@ struct Inputs {
 
 // Brings the pixels of the block of tiles from `first` on nearer, a few lines of the cache at a time, `calls` times.
 struct Prefetch {
-  static constexpr int64_t LINE = 16;  // floats
-  const float *from, *end;
+  static constexpr int64_t LINE = 64;  // bytes
+  const char *from, *end;
   int64_t at_once = 0;
 
   template <class F>
-  Prefetch(const Tiles<F>& tiles, int64_t first, const float* images, int64_t channels, int64_t calls)
-      : from(images), end(images) {
+  Prefetch(const Tiles<F>& tiles, int64_t first, const void* images, int64_t pixel_bytes, int64_t calls)
+      : from(static_cast<const char*>(images)), end(from) {
     if (first >= tiles.end) return;
     int64_t start = 0;
     tiles.at(first, [&](int64_t pixel, int64_t, int64_t) { start = pixel; });
     const int64_t block = F::TILES * F::OUT * F::OUT,
                   left = tiles.total / tiles.per_image * tiles.height * tiles.width - start;
-    from += start * channels;
-    end = from + (block < left ? block : left) * channels;
+    from += start * pixel_bytes;
+    end = from + (block < left ? block : left) * pixel_bytes;
     at_once = (end - from) / LINE / calls + 1;
   }
   FASTDMD_INLINE void lines() {

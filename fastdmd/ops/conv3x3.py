@@ -12,21 +12,22 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from fastdmd.ops._registry import define
 from fastdmd.ops._validate import check_images, check_tensor, check_vector, has_tangent, laid_out
 
-MIN_TILES = 64  # of 2x2 outputs
+MIN_TILES = 8  # of 2x2 outputs
+WEIGHTS_PER_TILE = {torch.float32: 4096, torch.bfloat16: 160}  # at most, of 3x3 (AVX512-BF16, in the turns of UNets)
 CHANNELS = 16  # both numbers of channels must be multiples of it
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # torch 2.11 cannot trace the question whether a device has it
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`conv2d(x, weight, bias, padding=1)` for 3x3 weights; float32 on a CPU with a half to a quarter of the
-    multiplications.
+    """`conv2d(x, weight, bias, padding=1)` for 3x3 weights; on a CPU with a half to a quarter of the multiplications.
 
-    Where `x` is float32, on a CPU, channels_last and not tiny, and both numbers of channels are multiples of 16,
-    output and gradients are Winograd's (Lavin & Gray 2016): F(4x4, 3x3), 36 instead of 144 multiplications, or of few
-    pixels F(2x2, 3x3), 16 instead of 36. Everywhere else it is torch's own convolution. Against float64 (root mean
-    square, 16 to 256 channels) output and gradient of the input err 1.7 to 2.5 times as much as torch's by 4x4, 0.6 to
-    0.8 times by 2x2, that of the weight 1.3 to 2.8 times and 0.5 to 1.7 times, the less the more pixels: see
-    docs/ops.md. A gradient that is to be differentiated itself is torch's.
+    Where `x` is float32 or bfloat16, on a CPU, channels_last and not tiny, and both numbers of channels are multiples
+    of 16 and, in bfloat16, not large, output and gradients are Winograd's (Lavin & Gray 2016), computed in float32:
+    F(4x4, 3x3), 36 instead of 144 multiplications, or of few pixels F(2x2, 3x3), 16 instead of 36. Everywhere else it
+    is torch's own convolution. In float32, against float64 (root mean square, 16 to 256 channels), output and gradient
+    of the input err 1.7 to 2.5 times as much as torch's by 4x4, 0.6 to 0.8 times by 2x2, that of the weight 1.3 to 2.8
+    times and 0.5 to 1.7 times, the less the more pixels: see docs/ops.md. In bfloat16 what they are rounded to in the
+    end is most of any error. A gradient that is to be differentiated itself is torch's.
 
     Args:
         x: features `[B, C, H, W]`, floating point.
@@ -58,7 +59,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """With fewer tiles than half of the channels, transforming the weight takes longer than what it saves.
+    """Few tiles of 2x2 outputs do not make up for the transformation of the weight.
 
     An exported program holds for any batch, so it may not depend on the number of tiles: it takes torch's convolution.
     So do forward mode and torch's counter of FLOPs, which know that one; a formula for the counter would import Triton.
@@ -66,13 +67,14 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if torch.compiler.is_exporting() or has_tangent(x, weight, bias) or _counts_flops():
         return False
     B, C, H, W = x.shape
-    channels, tiles = max(weight.shape[:2]), B * ((H + 1) // 2) * ((W + 1) // 2)
+    C_out, tiles = weight.shape[0], B * ((H + 1) // 2) * ((W + 1) // 2)
     tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
-        all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
+        all(t.is_cpu and t.dtype == x.dtype for t in tensors)
+        and x.dtype in WEIGHTS_PER_TILE
         and not torch.is_autocast_enabled("cpu")
-        and C % CHANNELS == weight.shape[0] % CHANNELS == 0
-        and tiles >= max(channels / 2, MIN_TILES)
+        and C % CHANNELS == C_out % CHANNELS == 0
+        and tiles >= max(MIN_TILES, C * C_out / WEIGHTS_PER_TILE[x.dtype])
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
