@@ -2,6 +2,10 @@
 // transformed inputs of tiles.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdlib>
 #include <type_traits>
 
@@ -31,9 +35,13 @@ FASTDMD_INLINE V load_vector(const float* from /* [LANES] */) {
   return result;
 }
 FASTDMD_INLINE V load_vector(const BFloat16* from /* [LANES] */) {
+#if defined(__AVX512F__)
+  return V(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+#else
   HalfBits bits;
   __builtin_memcpy(&bits, from, sizeof(bits));
   return V(__builtin_convertvector(bits, Bits) << 16);
+#endif
 }
 FASTDMD_INLINE void store_vector(float* to,  // [LANES]
                                  V x) {
@@ -42,8 +50,13 @@ FASTDMD_INLINE void store_vector(float* to,  // [LANES]
 FASTDMD_INLINE void store_vector(BFloat16* to,  // [LANES]
                                  V x) {
   const Bits bits = Bits(x), rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const HalfBits out = __builtin_convertvector(x == x ? rounded : Bits{} + 0x7FC0u, HalfBits);
-  __builtin_memcpy(to, &out, sizeof(out));
+  const Bits out = x == x ? rounded : Bits{} + 0x7FC0u;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(__m512i(out)));
+#else
+  const HalfBits half = __builtin_convertvector(out, HalfBits);
+  __builtin_memcpy(to, &half, sizeof(half));
+#endif
 }
 
 // Rows become columns. Where row and column are bits of a position, to interleave the rows of the upper half with those
@@ -271,15 +284,17 @@ struct Inputs {
   }
 
   void fill(const Tiles<F>& tiles, int64_t first) {
+    const T *x = static_cast<const T*>(a.x), *nothing = reinterpret_cast<const T*>(zeros.data);
+    float* const out = matrices.data;
+    const int64_t depth = this->depth, step = this->step, height = a.height, width = a.width;
     for (int64_t t = 0; t < tiles.count(first); ++t)
-      tiles.at(first + t, [&](int64_t pixel, int64_t top, int64_t left) {
+      tiles.at(first + t, [=](int64_t pixel, int64_t top, int64_t left) {
         const T* from[IN][IN];
         for (int64_t y = 0; y < IN; ++y)
-          for (int64_t x = 0; x < IN; ++x) {
-            const int64_t row = top + y - 1, column = left + x - 1;
-            const bool inside = row >= 0 && row < a.height && column >= 0 && column < a.width;
-            from[y][x] = inside ? static_cast<const T*>(a.x) + (pixel + (y - 1) * a.width + x - 1) * depth
-                                : reinterpret_cast<const T*>(zeros.data);
+          for (int64_t k = 0; k < IN; ++k) {
+            const int64_t row = top + y - 1, column = left + k - 1;
+            const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+            from[y][k] = inside ? x + (pixel + (y - 1) * width + k - 1) * depth : nothing;
           }
         for (int64_t c = 0; c < depth; c += LANES) {
           V d[IN][IN], transformed[IN][IN];
@@ -288,12 +303,12 @@ struct Inputs {
           on_both_axes<F::input>(d, transformed);
 #pragma GCC unroll 36
           for (int e = 0; e < IN * IN; ++e)
-            store_vector(matrices.data + e * step + t * depth + c, transformed[e / IN][e % IN]);
+            store_vector(out + e * step + t * depth + c, transformed[e / IN][e % IN]);
         }
       });
     for (int64_t t = tiles.count(first); t < rounded_up(tiles.count(first)); ++t)
       for (int e = 0; e < IN * IN; ++e)
-        for (int64_t c = 0; c < depth; c += LANES) store_vector(matrices.data + e * step + t * depth + c, V{});
+        for (int64_t c = 0; c < depth; c += LANES) store_vector(out + e * step + t * depth + c, V{});
   }
 };
 
