@@ -152,12 +152,12 @@ void store_weights(const Conv3x3& a, int64_t o, int64_t i, V (&w)[3][3][LANES]) 
 // Where the LANES output channels from o on are in matrix 0 of their panel, and how wide that is.
 template <class F>
 FASTDMD_INLINE float* panel_at(const Conv3x3& a,
-                               float* matrices,  // [IN^2 * in_channels * out_channels]
+                               float* matrices,  // [IN^2 * rows() * out_channels]
                                int64_t o,
                                int64_t& width) {
   const int64_t start = o / WIDTH * WIDTH;
   width = start + WIDTH < a.out_channels ? WIDTH : a.out_channels - start;
-  return matrices + start * F::IN * F::IN * a.in_channels + (o - start);
+  return matrices + start * F::IN * F::IN * a.rows() + (o - start);
 }
 
 template <class F, class T>
@@ -175,7 +175,7 @@ void transform_weights(const Conv3x3& a, int64_t begin, int64_t end) {
           for (int x = 0; x < 3; ++x) g[y][x] = w[y][x][k];
         on_both_axes<F::weight>(g, transformed);
         for (int e = 0; e < IN * IN; ++e)
-          store_vector(out + (e * a.in_channels + first + k) * width, transformed[e / IN][e % IN]);
+          store_vector(out + (e * a.rows() + first + k) * width, transformed[e / IN][e % IN]);
       }
     }
   }
@@ -194,14 +194,14 @@ void convolve(const Conv3x3& a, int64_t begin, int64_t end) {
     Prefetch next_y(tiles, first + F::TILES, a.y, a.out_channels * sizeof(T), calls);
     each_panel(a, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
-      const float* weights = a.transformed + o * NUM_MATRICES * a.in_channels;
+      const float* weights = a.transformed + o * NUM_MATRICES * a.rows();
       for (int e = 0; e < NUM_MATRICES; ++e, next_x.lines(), next_y.lines())
         for (int64_t row = 0; row < rounded_up(tiles.count(first)); row += ROWS)
           multiply<N>(false,
                       inputs.matrices.data + e * inputs.step + row * inputs.depth,
                       inputs.depth,
                       1,
-                      weights + e * inputs.depth * N * LANES,
+                      weights + e * a.rows() * N * LANES,
                       products.data + e * tiles.PRODUCTS + row * N * LANES,
                       inputs.depth);
       write_outputs<F, T, N>(a, tiles, products.data, first, o);
@@ -226,7 +226,7 @@ void sum_weight_gradient(const Conv3x3& a,
     each_panel(a, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
       transform_gradient<F, T, N>(a, tiles, gradients.data, bias_sums, first, o);
-      float* sums = a.transformed + o * NUM_MATRICES * a.in_channels;
+      float* sums = a.transformed + o * NUM_MATRICES * a.rows();
       for (int e = 0; e < NUM_MATRICES; ++e, next_x.lines(), next_y.lines())
         for (int64_t i = 0; i < a.in_channels; i += ROWS)
           multiply<N>(first > tiles.begin,
@@ -234,7 +234,7 @@ void sum_weight_gradient(const Conv3x3& a,
                       1,
                       inputs.depth,
                       gradients.data + e * tiles.PRODUCTS,
-                      sums + (e * a.in_channels + i) * N * LANES,
+                      sums + (e * a.rows() + i) * N * LANES,
                       tiles.count(first));
     });
   }
@@ -243,7 +243,7 @@ void sum_weight_gradient(const Conv3x3& a,
 template <class F, class T>
 void write_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, int64_t end) {
   constexpr int IN = F::IN;
-  const int64_t size = IN * IN * a.in_channels * a.out_channels;
+  const int64_t size = a.transformed_size();
   for (int64_t o = begin * Conv3x3::CHANNEL_STEP; o < end * Conv3x3::CHANNEL_STEP; o += LANES) {
     int64_t width;
     const float* from = panel_at<F>(a, a.transformed, o, width);
@@ -253,7 +253,7 @@ void write_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, in
         V s[IN][IN] = {}, g[3][3];
         for (int64_t part = 0; part < num_sums; ++part)
           for (int e = 0; e < IN * IN; ++e)
-            s[e / IN][e % IN] += load_vector(from + part * size + (e * a.in_channels + first + k) * width);
+            s[e / IN][e % IN] += load_vector(from + part * size + (e * a.rows() + first + k) * width);
         on_both_axes<F::weight_gradient>(s, g);
         for (int y = 0; y < 3; ++y)
           for (int x = 0; x < 3; ++x) w[y][x][k] = g[y][x];

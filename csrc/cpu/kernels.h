@@ -85,7 +85,9 @@ struct Conv3x3 {
   bool flipped;  // the weight upside down and mirrored, as the gradient of the input wants it
   int tile;      // outputs a side of what Winograd's filtering computes at once, 2 or 4
 
-  int64_t transformed_size() const { return (tile + 2) * (tile + 2) * in_channels * out_channels; }
+  // Rows of a matrix of a panel. One is not used: it keeps the matrices out of each other's cache lines.
+  int64_t rows() const { return in_channels + 1; }
+  int64_t transformed_size() const { return (tile + 2) * (tile + 2) * rows() * out_channels; }
 };
 
 struct AdamW {
