@@ -171,9 +171,10 @@ void transform_weights(const Conv3x3& a, int64_t begin, int64_t end) {
       load_weights<T>(a, o, first, w);
       for (int k = 0; k < LANES; ++k) {
         V g[3][3], transformed[IN][IN];
-        for (int y = 0; y < 3; ++y)
-          for (int x = 0; x < 3; ++x) g[y][x] = w[y][x][k];
+#pragma GCC unroll 9
+        for (int n = 0; n < 9; ++n) g[n / 3][n % 3] = w[n / 3][n % 3][k];
         on_both_axes<F::weight>(g, transformed);
+#pragma GCC unroll 36
         for (int e = 0; e < IN * IN; ++e)
           store_vector(out + (e * a.rows() + first + k) * width, transformed[e / IN][e % IN]);
       }
@@ -252,11 +253,12 @@ void write_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, in
       for (int k = 0; k < LANES; ++k) {
         V s[IN][IN] = {}, g[3][3];
         for (int64_t part = 0; part < num_sums; ++part)
+#pragma GCC unroll 36
           for (int e = 0; e < IN * IN; ++e)
             s[e / IN][e % IN] += load_vector(from + part * size + (e * a.rows() + first + k) * width);
         on_both_axes<F::weight_gradient>(s, g);
-        for (int y = 0; y < 3; ++y)
-          for (int x = 0; x < 3; ++x) w[y][x][k] = g[y][x];
+#pragma GCC unroll 9
+        for (int n = 0; n < 9; ++n) w[n / 3][n % 3][k] = g[n / 3][n % 3];
       }
       store_weights<T>(a, o, first, w);
     }
