@@ -23,16 +23,21 @@ void check(const Tensor& images, const char* name, ScalarType dtype) {
 
 // The side of the tiles that take less time: each weight is multiplied by 36 inputs for 4x4 outputs, or by 16 for 2x2.
 // A multiplication by 4x4 takes 1.1 times as long, and 36 matrices of a weight take longer to make and to read than 16,
-// the more so the less the cache holds of them (AVX-512, in the turns of UNets).
-int tile(const Conv3x3& a) {
+// the more so the less the cache holds of them (AVX-512, one thread). Sums of few tiles, for the gradient of the weight,
+// err more by 4x4.
+int tile(const Conv3x3& a, bool sums) {
   const auto tiles = [&](int64_t side) {
     return a.num_images * ceil_divide(a.height, side) * ceil_divide(a.width, side);
   };
-  return 40 * tiles(4) + 1800 + a.in_channels * a.out_channels / 40 < 16 * tiles(2) ? 4 : 2;
+  const int64_t more = (sums ? 1800 : 200) + a.in_channels * a.out_channels / 450;
+  return 40 * tiles(4) + more < 16 * tiles(2) ? 4 : 2;
 }
 
-// y is the output, of C_out channels, or its gradient; `transposed` swaps the roles of the weight's channels.
-Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, bool transposed) {
+enum class Of { output, input_gradient, weight_gradient };
+
+// y is the output, of C_out channels, or its gradient; as x, if y is that of the input.
+Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, Of wanted) {
+  const bool transposed = wanted == Of::input_gradient;  // the roles of the weight's channels are swapped
   Conv3x3 a{};
   a.dtype = dtype_of(weight);
   a.x = x.const_data_ptr();
@@ -48,7 +53,7 @@ Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, bool t
   a.weight_y = weight.stride(2);
   a.weight_x = weight.stride(3);
   a.flipped = transposed;
-  a.tile = tile(a);
+  a.tile = tile(a, wanted == Of::weight_gradient);
   return a;
 }
 
@@ -75,7 +80,7 @@ Tensor conv3x3(Tensor x,       // [B, C_in, H, W]
   check(y, "y", weight.scalar_type());
   STD_TORCH_CHECK(!bias || bias->scalar_type() == weight.scalar_type(),
                   "fastdmd.conv3x3: expected a bias of the weight's dtype");
-  Conv3x3 a = arguments(x, weight, y, false);
+  Conv3x3 a = arguments(x, weight, y, Of::output);
   a.bias = bias ? bias->const_data_ptr() : nullptr;
   run(a, x);
   return y;
@@ -94,9 +99,9 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
   Tensor grad_x = wanted(of_input, x);
   Tensor grad_weight = wanted(of_parameters, weight);
   Tensor grad_bias = torch::stable::new_empty(weight, {of_parameters ? weight.size(0) : int64_t(0)});
-  if (of_input) run(arguments(grad_y, weight, grad_x, true), x);
+  if (of_input) run(arguments(grad_y, weight, grad_x, Of::input_gradient), x);
   if (!of_parameters) return {grad_x, grad_weight, grad_bias};
-  Conv3x3 a = arguments(x, grad_weight, grad_y, false);
+  Conv3x3 a = arguments(x, grad_weight, grad_y, Of::weight_gradient);
   const int64_t steps = kernels().conv3x3_steps(a);
   if (steps == 0)  // no tile, so nobody would write them
     return {grad_x, torch::stable::fill_(grad_weight, 0), torch::stable::fill_(grad_bias, 0)};
