@@ -136,25 +136,26 @@ def test_images(benchmark, op, variant, dtype, batch, stack):
     time_it(benchmark, call, elements=elements, element_size=size, op=op, variant=variant, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["eager", "native"])
 @pytest.mark.parametrize(("C_in", "C_out", "size"), [(48, 48, 14), (96, 96, 14), (96, 96, 7), (192, 96, 7)])
-def test_convolution(benchmark, C_in, C_out, size, variant):
+def test_convolution(benchmark, C_in, C_out, size, variant, dtype):
     if variant not in ["eager", *ops.implementations("conv3x3")]:
         pytest.skip(ops.unavailable("conv3x3")[variant])
-    x = torch.randn(64, C_in, size, size).to(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.randn(C_out, C_in, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
-    bias = torch.randn(C_out, requires_grad=True)
+    own = {"dtype": DTYPES[dtype], "memory_format": torch.channels_last}
+    x = torch.randn(64, C_in, size, size).to(**own).requires_grad_()
+    weight = torch.randn(C_out, C_in, 3, 3).to(**own).requires_grad_()
+    bias = torch.randn(C_out, dtype=DTYPES[dtype], requires_grad=True)
     function = ops.conv3x3 if variant == "native" else lambda *arguments: F.conv2d(*arguments, padding=1)
     call = eager.with_gradient(function, 3)
-    name = f"conv3x3 {C_in}-{C_out} {size}"
     time_it(
         benchmark,
         lambda: call(x, weight, bias),
         elements=x.numel(),
-        element_size=4,
-        op=name,
+        element_size=x.element_size(),
+        op=f"conv3x3 {C_in}-{C_out} {size}",
         variant=variant,
-        dtype="float32",
+        dtype=dtype,
     )
 
 

@@ -23,8 +23,8 @@ void check(const Tensor& images, const char* name, ScalarType dtype) {
 
 // The side of the tiles that take less time: each weight is multiplied by 36 inputs for 4x4 outputs, or by 16 for 2x2.
 // A multiplication by 4x4 takes 1.1 times as long, and 36 matrices of a weight take longer to make and to read than 16,
-// the more so the less the cache holds of them (AVX-512, one thread). Sums of few tiles, for the gradient of the weight,
-// err more by 4x4.
+// the more so the less the cache holds of them (AVX-512, one thread). Sums of few tiles, for the gradient of the
+// weight, err more by 4x4.
 int tile(const Conv3x3& a, bool sums) {
   const auto tiles = [&](int64_t side) {
     return a.num_images * ceil_divide(a.height, side) * ceil_divide(a.width, side);

@@ -1,25 +1,25 @@
 // 3x3 convolutions of channels_last images by Winograd's minimal filtering, F(4x4, 3x3) or F(2x2, 3x3) (Lavin & Gray
-// 2016): 36 multiplications for 16 outputs, or 16 for 4, where the definition has 9 for each. A tile is OUT x OUT outputs
-// and the IN x IN inputs that they depend on; of a block of tiles everything stays in the cache, in float32 whatever the
-// images are of, T.
+// 2016): 36 multiplications for 16 outputs, or 16 for 4, where the definition has 9 for each. A tile is OUT x OUT
+// outputs and the IN x IN inputs that they depend on; of a block of tiles everything stays in the cache, in float32
+// whatever the images are of, T.
 #include "winograd.h"
 
 namespace fastdmd::FASTDMD_ISA {
 namespace {
 
-// Calls body(F4{} or F2{}, T{}), as the argument says.
+// Calls body<F4 or F2, T>(), as the argument says.
 template <class Body>
 FASTDMD_INLINE void with_tiles(const Conv3x3& a, Body body) {
-  const auto of_dtype = [&](auto filter) {
+  const auto with_filter = [&]<class F>() {
     if (a.dtype == Dtype::bfloat16)
-      body(filter, BFloat16{});
+      body.template operator()<F, BFloat16>();
     else
-      body(filter, float{});
+      body.template operator()<F, float>();
   };
   if (a.tile == F4::OUT)
-    of_dtype(F4{});
+    with_filter.template operator()<F4>();
   else
-    of_dtype(F2{});
+    with_filter.template operator()<F2>();
 }
 
 // Calls body(first output channel, vectors of the panel as a constant) for each panel.
@@ -269,21 +269,20 @@ void write_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, in
 
 int64_t conv3x3_steps(const Conv3x3& a) {
   int64_t steps = 0;
-  with_tiles(a, [&](auto filter, auto) {
-    steps = (Tiles<decltype(filter)>(a, 0, 0).total + Conv3x3::TILE_STEP - 1) / Conv3x3::TILE_STEP;
-  });
+  with_tiles(
+      a, [&]<class F, class T>() { steps = (Tiles<F>(a, 0, 0).total + Conv3x3::TILE_STEP - 1) / Conv3x3::TILE_STEP; });
   return steps;
 }
 
 // G g G^T of output channels [begin, end) * CHANNEL_STEP: panels of WIDTH output channels, in each the matrices
 // [in_channels, WIDTH], the last panel narrower.
 void conv3x3_weights(const Conv3x3& a, int64_t begin, int64_t end) {
-  with_tiles(a, [&](auto filter, auto type) { transform_weights<decltype(filter), decltype(type)>(a, begin, end); });
+  with_tiles(a, [&]<class F, class T>() { transform_weights<F, T>(a, begin, end); });
 }
 
 // The steps [begin, end) of TILE_STEP tiles.
 void conv3x3(const Conv3x3& a, int64_t begin, int64_t end) {
-  with_tiles(a, [&](auto filter, auto type) { convolve<decltype(filter), decltype(type)>(a, begin, end); });
+  with_tiles(a, [&]<class F, class T>() { convolve<F, T>(a, begin, end); });
 }
 
 // Sums over the steps [begin, end) of TILE_STEP tiles, of which there is one: a.transformed = what
@@ -293,13 +292,13 @@ void conv3x3_weight_sums(const Conv3x3& a,
                          double* bias_sums,  // [out_channels]
                          int64_t begin,
                          int64_t end) {
-  with_tiles(a, [&](auto filter, auto type) { sum_weight_gradient<decltype(filter), decltype(type)>(a, bias_sums, begin, end); });
+  with_tiles(a, [&]<class F, class T>() { sum_weight_gradient<F, T>(a, bias_sums, begin, end); });
 }
 
 // G^T S G of output channels [begin, end) * CHANNEL_STEP, where S is the sum of `num_sums` results of
 // conv3x3_weight_sums that lie in a row in a.transformed. Writes a.weight.
 void conv3x3_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, int64_t end) {
-  with_tiles(a, [&](auto filter, auto type) { write_weight_gradient<decltype(filter), decltype(type)>(a, num_sums, begin, end); });
+  with_tiles(a, [&]<class F, class T>() { write_weight_gradient<F, T>(a, num_sums, begin, end); });
 }
 
 }  // namespace fastdmd::FASTDMD_ISA

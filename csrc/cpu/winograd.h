@@ -302,8 +302,7 @@ struct Inputs {
           for (int e = 0; e < IN * IN; ++e) d[e / IN][e % IN] = load_vector(from[e / IN][e % IN] + c);
           on_both_axes<F::input>(d, transformed);
 #pragma GCC unroll 36
-          for (int e = 0; e < IN * IN; ++e)
-            store_vector(out + e * step + t * depth + c, transformed[e / IN][e % IN]);
+          for (int e = 0; e < IN * IN; ++e) store_vector(out + e * step + t * depth + c, transformed[e / IN][e % IN]);
         }
       });
     for (int64_t t = tiles.count(first); t < rounded_up(tiles.count(first)); ++t)

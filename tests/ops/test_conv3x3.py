@@ -15,15 +15,17 @@ from fastdmd import ops
 
 module = importlib.import_module("fastdmd.ops.conv3x3")  # behind the function of its name
 # B, C_in, C_out, H, W: whole and cut tiles, one row, all widths of a panel, more than one block, one or two threads;
-# the last four by tiles of 4x4.
+# tiles of 2x2, of 4x4 but for the gradient of the weight, of 4x4 throughout.
 SHAPES = [
+    (1, 48, 96, 8, 8),
+    (1, 80, 112, 9, 8),
+    (64, 16, 64, 1, 3),
+    (20, 96, 48, 5, 6),
+    (70, 32, 16, 1, 1),
     (4, 16, 16, 8, 8),
     (3, 48, 48, 7, 7),
     (2, 16, 80, 9, 12),
     (1, 80, 32, 16, 17),
-    (64, 16, 64, 1, 3),
-    (20, 96, 48, 5, 6),
-    (70, 32, 16, 1, 1),
     (9, 64, 144, 14, 14),
     (40, 48, 48, 7, 7),
     (20, 32, 80, 9, 11),
@@ -40,21 +42,36 @@ def inputs(shape, bias=True):
     return x, weight, torch.randn(C_out, generator=generator) if bias else None
 
 
-def results(function, *arguments):
-    """The output and the gradients of all arguments."""
+def results(function, *arguments, dtype=torch.float32):
+    """The output and the gradients of all arguments; that of the output is one that `dtype` holds."""
     arguments = [None if a is None else a.detach().clone().requires_grad_() for a in arguments]
     y = function(*arguments)
-    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(y.dtype)
     return [y, *torch.autograd.grad(y, [a for a in arguments if a is not None], grad_y)]
 
 
-def worst_error(shape, *, bias=True, weight_format=torch.contiguous_format):
-    x, weight, bias = inputs(shape, bias)
+def own_and_exact(shape, *, bias=True, weight_format=torch.contiguous_format, dtype=torch.float32):
+    """Of ours, whether it suits or not, and of torch in float64: see `results`."""
+    x, weight, bias = (None if t is None else t.to(dtype) for t in inputs(shape, bias))
     weight = weight.contiguous(memory_format=weight_format)
-    own = results(torch.ops.fastdmd.conv3x3, x, weight, bias)  # whether it suits or not
-    exact = results(lambda *a: F.conv2d(*a, padding=1), *(None if a is None else a.double() for a in (x, weight, bias)))
+    own = results(torch.ops.fastdmd.conv3x3, x, weight, bias, dtype=dtype)
+    doubles = (None if t is None else t.double() for t in (x, weight, bias))
+    exact = results(lambda *a: F.conv2d(*a, padding=1), *doubles, dtype=dtype)
     assert own[0].is_contiguous(memory_format=torch.channels_last) and own[2].stride() == weight.stride()
+    assert all(o.dtype == dtype for o in own)
+    return own, exact
+
+
+def worst_error(shape, **options):
+    own, exact = own_and_exact(shape, **options)
     return max(((o - e).abs().max() / e.abs().max()).item() for o, e in zip(own, exact, strict=True))
+
+
+def assert_rounded_once(shape, **options):
+    """In bfloat16 all is computed as in float32, and rounded at the end."""
+    own, exact = own_and_exact(shape, dtype=torch.bfloat16, **options)
+    for o, e in zip(own, exact, strict=True):
+        torch.testing.assert_close(o.double(), e, rtol=2**-8, atol=3e-6 * e.abs().max().item())
 
 
 def is_native():
@@ -66,6 +83,26 @@ def test_close_to_float64(shape):
     assert worst_error(shape) < 3e-6
     assert worst_error(shape, weight_format=torch.channels_last) < 3e-6
     assert worst_error(shape, bias=False) < 3e-6
+
+
+@pytest.mark.skipif(not is_native(), reason="without native code bfloat16 is torch's own")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_is_rounded_once(shape):
+    for weight_format in (torch.contiguous_format, torch.channels_last):
+        assert_rounded_once(shape, weight_format=weight_format)
+    assert_rounded_once(shape, bias=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_shows(dtype, value):
+    """Where torch's has it, if not the same: infinities of a tile may cancel to NaN."""
+    x, weight, bias = (t.to(dtype) for t in inputs((2, 16, 32, 12, 12)))
+    x[1, 3, 5, 6] = value
+    weight *= 8  # beyond the largest number
+    y = torch.ops.fastdmd.conv3x3(x, weight, bias)
+    expected = F.conv2d(x, weight, bias, padding=1)
+    assert not y[~expected.isfinite()].isfinite().any() and y[0].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -89,9 +126,12 @@ EVERYWHERE = """
 import sys
 import torch
 from fastdmd import _native
-from tests.ops.test_conv3x3 import SHAPES, worst_error
+from tests.ops.test_conv3x3 import SHAPES, assert_rounded_once, worst_error
 assert _native.build_facts().endswith(sys.argv[1]), _native.build_facts()
-assert max(worst_error(shape) for shape in SHAPES) < 3e-6
+for weight_format in (torch.contiguous_format, torch.channels_last):
+    for shape in SHAPES:
+        assert worst_error(shape, weight_format=weight_format) < 3e-6
+        assert_rounded_once(shape, weight_format=weight_format)
 """
 
 
@@ -113,11 +153,15 @@ def test_every_instruction_set(allowed, name):
 @pytest.mark.skipif(not is_native(), reason="there is no native library to choose")
 def test_where_torch_does_it():
     x, weight, bias = inputs((4, 32, 32, 14, 14))
-    assert module._suits(x, weight)
+    assert module._suits(x, weight) and module._suits(x.bfloat16(), weight.bfloat16())
     assert not module._suits(x.contiguous(), weight)
-    assert not module._suits(x.double(), weight.double()) and not module._suits(x.bfloat16(), weight.bfloat16())
+    assert not module._suits(x.double(), weight.double()) and not module._suits(x.half(), weight.half())
+    assert not module._suits(x.bfloat16(), weight) and not module._suits(x, weight, bias.bfloat16())
     assert not module._suits(x[:, :24].contiguous(memory_format=torch.channels_last), weight[:, :24])
-    assert not module._suits(x, weight[:24]) and not module._suits(x[:1, :, :8, :8], weight)
+    assert not module._suits(x, weight[:24])
+    eight, large = x[:2, :, :4, :4].contiguous(memory_format=torch.channels_last), torch.empty(4096, 32, 3, 3)
+    assert module._suits(eight, weight) and not module._suits(eight[:1], weight)
+    assert module._suits(x, large) and not module._suits(x.bfloat16(), large.bfloat16())
     assert not module._suits(x.to("meta"), weight.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert not module._suits(x, weight) and ops.conv3x3(x, weight, bias).dtype == torch.bfloat16
