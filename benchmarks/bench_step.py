@@ -3,8 +3,8 @@
     python -m benchmarks.bench_step [--preset mnist] [--device cpu] [--batch-size 128] [--precision fp32] [--json FILE]
     python -m benchmarks.bench_step --preset foreign --batch-size 8
 
-One network, one batch, one run: fastdmd, the textbook loop, with --compiled the fair compiled loop, and the
-convolutions and matrix products of fastdmd's cycle alone (the floor). Of a network of somebody else, a textbook's
+One network, one batch, one run: fastdmd, the textbook loop, with --compiled the fair compiled loop, on a CPU also that
+without compilation, and the convolutions and matrix products of fastdmd's cycle alone (the floor). Of a network of somebody else, a textbook's
 (`foreign`) or `diffusers`', also fastdmd without `fastdmd.accelerate`, and no floor. Medians; ratios are medians of the
 rounds' ratios. Weights and data are random, so that it runs anywhere. Each has a process of its own, so that what one
 asks of threads, memory and arithmetic (`fastdmd.runs.machine`) is no other's. On a CPU they alternate; on a GPU, whose
@@ -92,7 +92,8 @@ def one_by_one(names: list[str], arguments: argparse.Namespace) -> tuple[dict, d
 def benchmark(arguments: argparse.Namespace) -> dict:
     device = resolve_device(arguments.device)
     last = ["unaccelerated", "fastdmd"] if arguments.preset in loops.FOREIGN else ["fastdmd", "floor"]
-    names = ["textbook", *(["compiled"] if arguments.compiled else []), *last]
+    fair = ["compiled", "uncompiled"] if device.type == "cpu" else ["compiled"]
+    names = ["textbook", *(fair if arguments.compiled else []), *last]
     measure = alternate if device.type == "cpu" else one_by_one
     seconds, memory, facts = measure([name for name in names if name not in arguments.without], arguments)
     floor = facts.get("floor", {})
@@ -115,6 +116,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         "images_per_second": {k: images / statistics.median(v) for k, v in seconds.items() if k != "floor"},
         "ratio_to_textbook": ratio("textbook", "fastdmd"),
         "ratio_to_compiled": ratio("compiled", "fastdmd"),
+        "ratio_to_uncompiled": ratio("uncompiled", "fastdmd"),
         "ratio_to_unaccelerated": ratio("unaccelerated", "fastdmd"),
         "time_over_floor": ratio("fastdmd", "floor"),
         "seconds_per_cycle": seconds,
@@ -154,7 +156,7 @@ def main() -> None:
     parser.add_argument("--execution", default="auto", choices=["auto", "eager", "compiled", "captured"])
     parser.add_argument("--compile-mode", default=execution.COMPILE_MODE, help="of torch.compile, for fastdmd on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="timed cycles of each loop")
-    parser.add_argument("--compiled", action="store_true", help="the fair compiled loop too (minutes on a CPU)")
+    parser.add_argument("--compiled", action="store_true", help="the fair loops too (minutes on a CPU)")
     parser.add_argument(
         "--without",
         nargs="*",

@@ -1,6 +1,6 @@
-"""The fair opponent: the DMD2 loop with everything that PyTorch itself offers for speed.
+"""The fair opponents: the DMD2 loop with everything that PyTorch itself offers for speed, compiled or not.
 
-`torch.compile`d networks, channels_last, SDPA, autocast to bfloat16 where ours computes in it, fused AdamW, foreach
+`torch.compile`d networks, unless they are slower so, channels_last, SDPA, autocast to bfloat16 where ours computes in it, fused AdamW, foreach
 clipping and averaging, a loss without a pseudo-target. No op of fastdmd is in it; the random numbers are the same.
 """
 
@@ -14,7 +14,7 @@ from fastdmd.distill.draws import materialised
 
 
 class FairDMD2(TextbookDMD2):
-    def __init__(self, teacher, *, bfloat16: bool, **options):
+    def __init__(self, teacher, *, bfloat16: bool, compiled: bool, **options):
         super().__init__(teacher, **options)
         self.bfloat16 = bfloat16
         for network in (self.teacher, self.generator, self.fake_score, self.ema):
@@ -23,7 +23,8 @@ class FairDMD2(TextbookDMD2):
         self.generator_optimizer = torch.optim.AdamW(self.generator.parameters(), **adamw)
         self.guidance_optimizer = torch.optim.AdamW(self.fake_score.parameters(), **adamw)
         self.D_real, self.D_gen, self.D_fake = (
-            torch.compile(network, dynamic=False) for network in (self.teacher, self.generator, self.fake_score)
+            torch.compile(network, dynamic=False) if compiled else network
+            for network in (self.teacher, self.generator, self.fake_score)
         )
 
     def iterate(self, step, draws):

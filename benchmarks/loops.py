@@ -80,7 +80,8 @@ class Cycles:
 
 
 class Loop(Cycles):
-    """One of the opponents, a cycle at a time: "textbook", "compiled", or "fastdmd", in its own way of execution.
+    """One of the opponents, a cycle at a time: "textbook", "compiled" and "uncompiled", see `benchmarks.fair`, or
+    "fastdmd", in its own way of execution.
 
     Of somebody's network the others, and "unaccelerated", which is fastdmd otherwise, have what it came with.
     """
@@ -115,7 +116,8 @@ class Loop(Cycles):
             self.model = textbook_like(config, teacher)
         else:
             torch.backends.cudnn.benchmark = True  # as ours; the textbook loop has what PyTorch starts with
-            self.model = textbook_like(config, teacher, FairDMD2, bfloat16=config.compute.precision == "bf16")
+            options = {"bfloat16": config.compute.precision == "bf16", "compiled": name == "compiled"}
+            self.model = textbook_like(config, teacher, FairDMD2, **options)
 
     def iterate(self) -> None:
         self.model.iterate(self.step, self.draws if self.is_ours else self.draws(self.step))

@@ -80,6 +80,11 @@ CPU_STEPS = {  # preset, batch size: guidance turns, rounds, minutes
     ("mnist", 128): (10, 3, 2.5),
     ("cifar10-cond", 2): (1, 5, 1.5),
 }
+FOREIGN_STEPS = {  # likewise
+    ("foreign", 8): (10, 3, 2),
+    ("foreign", 64): (10, 2, 10),
+    ("diffusers", 8): (10, 2, 5),
+}
 PEAK_MEMORY = (("mnist", 128), ("cifar10-cond", 2))
 GPU_STEPS = {  # name: preset, batch size, guidance turns
     "mnist": ("mnist", 128, 10),
@@ -92,16 +97,47 @@ PROFILES = ("mnist", "cifar10-cond", "imagenet64")
 
 def _cpu_step(preset: str, batch_size: int, precision: str) -> Benchmark:
     ratio, num_rounds, minutes = CPU_STEPS[preset, batch_size]
-    sizes = ("--batch-size", str(batch_size), "--ratio", str(ratio), "--rounds", str(num_rounds))
     memory = ("--memory",) if precision == "fp32" and (preset, batch_size) in PEAK_MEMORY else ()
     return Benchmark(
         f"cpu-step-{preset}-b{batch_size}-{precision}",
         f"whole cycles of {preset}, batch {batch_size}, {precision}, beside the textbook loop and the floor",
         "benchmarks.bench_step",
-        ("--device", "cpu", "--preset", preset, *sizes, "--precision", precision, *memory),
+        (*_cpu_options(preset, batch_size, ratio, num_rounds, precision), *memory),
         rows.of_step,
         STEP,
         minutes,
+    )
+
+
+def _cpu_options(preset: str, batch_size: int, ratio: int, num_rounds: int, precision: str) -> tuple[str, ...]:
+    sizes = ("--batch-size", str(batch_size), "--ratio", str(ratio), "--rounds", str(num_rounds))
+    return ("--device", "cpu", "--preset", preset, *sizes, "--precision", precision)
+
+
+def _foreign_step(preset: str, batch_size: int) -> Benchmark:
+    ratio, num_rounds, minutes = FOREIGN_STEPS[preset, batch_size]
+    return Benchmark(
+        f"cpu-{preset}-b{batch_size}",
+        f"whole cycles of a network of others, batch {batch_size}, with fastdmd.accelerate and without",
+        "benchmarks.bench_step",
+        _cpu_options(preset, batch_size, ratio, num_rounds, "fp32"),
+        rows.of_step,
+        ("benchmarks/foreign_unet.py", "fastdmd/networks/accelerate/*.py", *STEP),
+        minutes,
+        on_request=True,
+    )
+
+
+def _fair_step(precision: str) -> Benchmark:
+    return Benchmark(
+        f"cpu-fair-{precision}",
+        f"whole cycles of mnist, batch 128, {precision}, beside the fastest loops that PyTorch itself offers",
+        "benchmarks.bench_step",
+        (*_cpu_options("mnist", 128, 10, 3, precision), "--compiled"),
+        rows.of_step,
+        ("benchmarks/fair.py", *STEP),
+        6,
+        on_request=True,
     )
 
 
@@ -161,6 +197,8 @@ BENCHMARKS = (
         5,
     ),
     *(_cpu_step(*setting, precision) for setting in CPU_STEPS for precision in ("fp32", "bf16")),
+    *(_foreign_step(*setting) for setting in FOREIGN_STEPS),
+    *map(_fair_step, ("fp32", "bf16")),
     Benchmark(
         "cpu-busy",
         "the default distillation beside a busy process per core, and alone",

@@ -15,7 +15,7 @@ from benchmarks.suite.registry import Benchmark
 from benchmarks.suite.rows import Row
 from benchmarks.suite.stored import Stored
 
-ON_REQUEST = ("cpu-scaling", "cpu-time-to-quality")
+ON_REQUEST = tuple(b.name for b in registry.BENCHMARKS if b.device == "cpu" and b.on_request)
 
 
 @pytest.mark.parametrize(

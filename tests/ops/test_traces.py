@@ -219,4 +219,5 @@ def test_export_with_a_dynamic_batch(name):
     batch = {0: torch.export.Dim("B")}
     program = torch.export.export(Exported(EXPORTS[name]), arguments(4), dynamic_shapes=((batch,) * 4,)).module()
     for B in (2, 9):
-        assert_close(program(*arguments(B)), EXPORTS[name](*arguments(B)), rtol=1e-5, atol=1e-5)
+        expected = EXPORTS[name](*arguments(B))
+        assert_close(program(*arguments(B)), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
