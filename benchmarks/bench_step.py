@@ -4,11 +4,11 @@
     python -m benchmarks.bench_step --preset foreign --batch-size 8
 
 One network, one batch, one run: fastdmd, the textbook loop, with --compiled the fair compiled loop, on a CPU also that
-without compilation, and the convolutions and matrix products of fastdmd's cycle alone (the floor). Of a network of somebody else, a textbook's
-(`foreign`) or `diffusers`', also fastdmd without `fastdmd.accelerate`, and no floor. Medians; ratios are medians of the
-rounds' ratios. Weights and data are random, so that it runs anywhere. Each has a process of its own, so that what one
-asks of threads, memory and arithmetic (`fastdmd.runs.machine`) is no other's. On a CPU they alternate; on a GPU, whose
-memory may not hold them all, each is made, timed and closed before the next.
+without compilation, and the convolutions and matrix products of fastdmd's cycle alone (the floor). Of a network of
+somebody else, a textbook's (`foreign`) or `diffusers`', also fastdmd without `fastdmd.accelerate`, and no floor.
+Medians; ratios are medians of the rounds' ratios. Weights and data are random, so that it runs anywhere. Each has a
+process of its own, so that what one asks of threads, memory and arithmetic (`fastdmd.runs.machine`) is no other's. On a
+CPU they alternate; on a GPU, whose memory may not hold them all, each is made, timed and closed before the next.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The fair opponents: the DMD2 loop with everything that PyTorch itself offers for speed, compiled or not.
 
-`torch.compile`d networks, unless they are slower so, channels_last, SDPA, autocast to bfloat16 where ours computes in it, fused AdamW, foreach
-clipping and averaging, a loss without a pseudo-target. No op of fastdmd is in it; the random numbers are the same.
+`torch.compile`d networks, unless they are slower so, channels_last, SDPA, autocast to bfloat16 where ours computes in
+it, fused AdamW, foreach clipping and averaging, a loss without a pseudo-target. No op of fastdmd is in it; the random
+numbers are the same.
 """
 
 from __future__ import annotations

@@ -64,7 +64,10 @@ def test_settings_are_those_of_the_names(monkeypatch):
     assert found["cpu-step-cifar10-cond-b2-fp32"] == ("cifar10-cond", 2, "fp32", 1, True)
     suite = [{"preset": s.preset, "batch_size": s.batch_size, "ratio": s.ratio} for s in seen if s.device == "cuda"]
     assert suite == bench_step.SUITE and list(registry.PROFILES) == list(timeline.DEFAULTS)
-    assert all(s.compiled == (s.device == "cuda") for s in seen)
+    assert found["cpu-foreign-b64"] == ("foreign", 64, "fp32", 10, False)
+    assert found["cpu-fair-bf16"] == ("mnist", 128, "bf16", 10, False)
+    compiled = {b.name for b, s in zip(steps, seen, strict=True) if s.compiled}
+    assert compiled == {b.name for b in steps if b.name.startswith(("gpu-", "cpu-fair-"))}
 
 
 TIME = Row("time", 2.0, "s", ratio=3.0, yardstick="eager")
