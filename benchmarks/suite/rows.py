@@ -46,7 +46,8 @@ def of_step(result: dict) -> list[Row]:
     rate = result["images_per_second"]["fastdmd"]
     rows = []
     for name in ("textbook", "uncompiled", "compiled", "unaccelerated"):
-        if ratio := result.get(f"ratio_to_{name}"):
+        ratio = result.get(f"ratio_to_{name}")
+        if isinstance(ratio, float):
             beside = "" if name == "textbook" else f", beside {name}"
             rows.append(Row(f"whole cycles{beside}", rate, "images/s", True, ratio=ratio, yardstick=name))
     if held := result.get("peak_bytes"):

@@ -1,5 +1,6 @@
 // Bindings of conv3x3: which threads take which tiles.
 #include <algorithm>
+#include <cstdlib>
 
 #include "bindings.h"
 
@@ -57,9 +58,27 @@ Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, Of wan
   return a;
 }
 
-void run(Conv3x3 a, const Tensor& x) {
-  const Tensor transformed = torch::stable::new_empty(x, {a.transformed_size()}, ScalarType::Float);
-  a.transformed = static_cast<float*>(transformed.mutable_data_ptr());
+// Memory of the calling thread for transformed weights, kept for its next call: from among tensors of all sizes, which
+// stay in the holes that it leaves, it would take a tenth of a network's memory.
+float* transformed_weights(int64_t size) {
+  struct Kept {
+    float* data = nullptr;  // [size]
+    int64_t size = 0;
+    ~Kept() { std::free(data); }
+  };
+  thread_local Kept kept;
+  if (kept.size < size) {
+    std::free(kept.data);
+    kept.size = 0;
+    kept.data = static_cast<float*>(std::aligned_alloc(64, size_t(size + 15) / 16 * 64));
+    STD_TORCH_CHECK(kept.data, "fastdmd.conv3x3: out of memory for ", size, " transformed weights");
+    kept.size = size;
+  }
+  return kept.data;
+}
+
+void run(Conv3x3 a) {
+  a.transformed = transformed_weights(a.transformed_size());
   parallel_for(0, a.out_channels / Conv3x3::CHANNEL_STEP, 1, [&](int64_t first, int64_t last) {
     kernels().conv3x3_weights(a, first, last);
   });
@@ -82,7 +101,7 @@ Tensor conv3x3(Tensor x,       // [B, C_in, H, W]
                   "fastdmd.conv3x3: expected a bias of the weight's dtype");
   Conv3x3 a = arguments(x, weight, y, Of::output);
   a.bias = bias ? bias->const_data_ptr() : nullptr;
-  run(a, x);
+  run(a);
   return y;
 }
 
@@ -99,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
   Tensor grad_x = wanted(of_input, x);
   Tensor grad_weight = wanted(of_parameters, weight);
   Tensor grad_bias = torch::stable::new_empty(weight, {of_parameters ? weight.size(0) : int64_t(0)});
-  if (of_input) run(arguments(grad_y, weight, grad_x, Of::input_gradient), x);
+  if (of_input) run(arguments(grad_y, weight, grad_x, Of::input_gradient));
   if (!of_parameters) return {grad_x, grad_weight, grad_bias};
   Conv3x3 a = arguments(x, grad_weight, grad_y, Of::weight_gradient);
   const int64_t steps = kernels().conv3x3_steps(a);
@@ -108,9 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
 
   const int64_t size = a.transformed_size();
   const int64_t parts = std::max(int64_t(1), std::min(steps, int64_t(torch::stable::get_num_threads())));
-  const Tensor sums = torch::stable::new_empty(x, {parts * size}, ScalarType::Float);
   std::vector<double> bias_sums(parts * a.out_channels);
-  float* data = static_cast<float*>(sums.mutable_data_ptr());
+  float* data = transformed_weights(parts * size);
   parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
       Conv3x3 own = a;
