@@ -13,7 +13,8 @@ from fastdmd.ops._registry import define
 from fastdmd.ops._validate import check_images, check_tensor, check_vector, has_tangent, laid_out
 
 MIN_TILES = 8  # of 2x2 outputs
-WEIGHTS_PER_TILE = {torch.float32: 4096, torch.bfloat16: 160}  # at most, of 3x3 (AVX512-BF16, in the turns of UNets)
+WEIGHTS_PER_TILE = 2**14  # at most, of 3x3
+MAX_WEIGHTS = {torch.float32: sys.maxsize, torch.bfloat16: 2**17}  # of 3x3, by how torch's were timed with AVX512-BF16
 CHANNELS = 16  # both numbers of channels must be multiples of it
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # torch 2.11 cannot trace the question whether a device has it
 
@@ -71,10 +72,11 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
         all(t.is_cpu and t.dtype == x.dtype for t in tensors)
-        and x.dtype in WEIGHTS_PER_TILE
+        and x.dtype in MAX_WEIGHTS
         and not torch.is_autocast_enabled("cpu")
         and C % CHANNELS == C_out % CHANNELS == 0
-        and tiles >= max(MIN_TILES, C * C_out / WEIGHTS_PER_TILE[x.dtype])
+        and tiles >= max(MIN_TILES, C * C_out / WEIGHTS_PER_TILE)
+        and C * C_out <= MAX_WEIGHTS[x.dtype]
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 

@@ -159,7 +159,7 @@ def test_where_torch_does_it():
     assert not module._suits(x.bfloat16(), weight) and not module._suits(x, weight, bias.bfloat16())
     assert not module._suits(x[:, :24].contiguous(memory_format=torch.channels_last), weight[:, :24])
     assert not module._suits(x, weight[:24])
-    eight, large = x[:2, :, :4, :4].contiguous(memory_format=torch.channels_last), torch.empty(4096, 32, 3, 3)
+    eight, large = x[:2, :, :4, :4].contiguous(memory_format=torch.channels_last), torch.empty(4112, 32, 3, 3)
     assert module._suits(eight, weight) and not module._suits(eight[:1], weight)
     assert module._suits(x, large) and not module._suits(x.bfloat16(), large.bfloat16())
     assert not module._suits(x.to("meta"), weight.to("meta"))
