@@ -101,22 +101,32 @@ def fake_score_lags(reading: Reading, history: History, reference: Reference) ->
 def discriminator_blind(reading: Reading, history: History, reference: Reference) -> str | None:
     """The discriminator guesses, though generated images are not yet like real ones; later it should.
 
-    Of four readings, as it judges at all noise levels and is never far from a guess: a healthy one was seen to tell
-    56 % right. What is no more than chance follows from how many images it judged, whose share has a standard
-    deviation of `0.5 / num_judged^1/2`.
+    It judges at all noise levels and is never far from a guess: a healthy one was seen to tell 56 % right. What is no
+    more than chance follows from how many images it judged, whose share has a standard deviation of
+    `0.5 / num_judged^1/2`.
     """
-    known = [
-        (share, num)
-        for past in (*history, reading)
-        if (share := past.get("gan_right")) is not None and (num := past.get("num_judged"))
-    ][-4:]
-    if len(known) < 4 or not _differs(reading, reference):
+    told = _told_right((*history, reading))
+    if not told or not _differs(reading, reference):
         return None
-    num_judged = sum(num for _, num in known)
-    right = sum(share * num for share, num in known) / num_judged
+    right, num_judged = told[-1]
     if right > 0.5 + GUESSED_DEVIATIONS * 0.5 / num_judged**0.5:
         return None
     return f"the discriminator tells {right:.1%} right, {_spreads(reading, reference)}"
+
+
+def discriminator_overfits(reading: Reading, history: History, reference: Reference) -> str | None:
+    """The discriminator tells far more right than it once did, though generated images look as real ones do.
+
+    One that learns is soon behind, as the generator learns, too. A share that only grows is that of real images known
+    by heart, of which there were too few for so many iterations.
+    """
+    told = [right for right, _ in _told_right((*history, reading))]
+    if not told or _differs(reading, reference):
+        return None
+    right, least = told[-1], min(told)
+    if right < KNOWN_BY_HEART or right < least + MOST_LEARNED:
+        return None
+    return f"the discriminator tells {right:.1%} right, {least:.1%} before: it may know the real images by heart"
 
 
 def teacher_errs(reading: Reading, history: History, reference: Reference) -> str | None:
@@ -155,6 +165,18 @@ def _differs(reading: Reading, reference: Reference) -> bool:
     return spread is not None and abs(spread - reference.spread) >= PLAIN_DIFFERENCE * reference.spread
 
 
+def _told_right(readings: History) -> list[tuple[float, float]]:
+    """What share a discriminator told right, and of how many images, of every four readings in a row."""
+    known = [
+        (share, num)
+        for one in readings
+        if (share := one.get("gan_right")) is not None and (num := one.get("num_judged"))
+    ]
+    fours = [known[i : i + 4] for i in range(len(known) - 3)]
+    totals = [sum(num for _, num in four) for four in fours]
+    return [(sum(share * num for share, num in four) / total, total) for four, total in zip(fours, totals, strict=True)]
+
+
 def _spreads(reading: Reading, reference: Reference) -> str:
     return f"at spread {reading['spread']:.2g}, {reference.spread:.2g} is right"
 
@@ -178,6 +200,8 @@ LEAST_SEPARATION = 0.3
 LEAST_DISAGREEMENT = 0.1
 MOST_FAKE_ERROR = 2.0  # while images form, the default run has 1.8 in two readings of 50 iterations
 GUESSED_DEVIATIONS = 1.5
+KNOWN_BY_HEART = 0.8  # runs of as many images that still gained from more of them had 0.78 at most
+MOST_LEARNED = 0.1
 PLAIN_DIFFERENCE = 0.2
 LEAST_ERROR = 0.2  # a healthy run of ratio 10 has 0.4
 MOST_CLIPPED = 8.0  # while images form, healthy runs have 3
@@ -199,6 +223,11 @@ RULES = (
         "a lower --generator-lr and --guidance-lr, a higher --dfake-gen-update-ratio",
     ),
     Rule("discriminator is blind", discriminator_blind, "a higher --gan-lr or --gan-guidance-weight"),
+    Rule(
+        "discriminator overfits",
+        discriminator_overfits,
+        "more images by --data, --gan-translation, or fewer --iterations",
+    ),
     Rule(
         "teacher errs", teacher_errs, "samples of the teacher; if it is a network of your own, its --parameterization"
     ),

@@ -87,6 +87,18 @@ CASES = [
         "tells 51.0% right",
     ),
     (
+        "discriminator overfits",
+        {"gan_right": 0.805},
+        {"gan_right": 0.795},
+        "tells 80.5% right, 70.0% before: it may know the real images by heart",
+    ),
+    (
+        "discriminator overfits",
+        {"gan_right": 0.83},
+        {"gan_right": 0.83, "spread": 0.3},  # of images that are easily told
+        "tells 83.0% right, 70.0% before",
+    ),
+    (
         "fake score lags",
         {name: 2.1 for name in COMPARISONS[4:]},
         {name: 1.9 for name in COMPARISONS[4:7]} | {COMPARISONS[7]: 2.2},
@@ -112,7 +124,7 @@ def test_a_rule_holds_from_its_limit_on(kind, wrong, bearable, seen):
     assert told(*healthy, *[RIGHT | bearable] * 6) == []
     (alarm,) = told(*healthy, *[RIGHT | wrong] * 6)
     rule = next(rule for rule in RULES if rule.kind == kind)
-    num_mean = 3 if kind == "discriminator is blind" else 0  # more readings, of which it takes the mean
+    num_mean = 3 if kind.startswith("discriminator") else 0  # more readings, of which it takes the mean
     assert (alarm.kind, alarm.iteration, alarm.advice) == (kind, 5 + num_mean + rule.num_readings, rule.advice)
     assert re.search(seen, alarm.seen), alarm.seen
     assert str(alarm) == f"iteration {alarm.iteration}: alarm: {kind}: {alarm.seen}; try {rule.advice}"
@@ -120,6 +132,13 @@ def test_a_rule_holds_from_its_limit_on(kind, wrong, bearable, seen):
 
 def test_every_rule_is_among_the_cases():
     assert {rule.kind for rule in RULES} == {kind for kind, *_ in CASES}
+
+
+def test_a_discriminator_that_always_told_much_right_does_not_overfit():
+    """Nor one that learned it in the first readings; one that went down and came back did."""
+    assert told(*[RIGHT | {"gan_right": right} for right in (*[0.75] * 8, *[0.82] * 8)]) == []
+    (alarm,) = told(*[RIGHT | {"gan_right": right} for right in (*[0.75] * 8, *[0.65] * 8, *[0.82] * 8)])
+    assert (alarm.kind, alarm.iteration) == ("discriminator overfits", 21) and "65.0% before" in alarm.seen
 
 
 def test_images_that_are_all_alike_are_a_collapse_from_the_start():
