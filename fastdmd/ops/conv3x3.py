@@ -22,13 +22,13 @@ AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # torch 2.11 cannot trace the question
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`conv2d(x, weight, bias, padding=1)` for 3x3 weights; on a CPU with a half to a quarter of the multiplications.
 
-    Where `x` is float32 or bfloat16, on a CPU, channels_last and not tiny, and both numbers of channels are multiples
-    of 16 and, in bfloat16, not large, output and gradients are Winograd's (Lavin & Gray 2016), computed in float32:
-    F(4x4, 3x3), 36 instead of 144 multiplications, or of few pixels F(2x2, 3x3), 16 instead of 36. Everywhere else it
-    is torch's own convolution. In float32, against float64 (root mean square, 16 to 256 channels), output and gradient
-    of the input err 1.7 to 2.5 times as much as torch's by 4x4, 0.6 to 0.8 times by 2x2, that of the weight 1.3 to 2.8
-    times and 0.5 to 1.7 times, the less the more pixels: see docs/ops.md. In bfloat16 what they are rounded to in the
-    end is most of any error. A gradient that is to be differentiated itself is torch's.
+    Where `x` is float32 or bfloat16, on a CPU and not tiny, it or the weight channels_last, as the output is then, and
+    both numbers of channels multiples of 16 and, in bfloat16, not large, output and gradients are Winograd's (Lavin &
+    Gray 2016), computed in float32: F(4x4, 3x3), 36 instead of 144 multiplications, or of few pixels F(2x2, 3x3), 16
+    instead of 36. Everywhere else it is torch's own convolution. In float32, against float64 (root mean square, 16 to
+    256 channels), output and gradient of the input err 1.7 to 2.5 times as much as torch's by 4x4, 0.6 to 0.8 times by
+    2x2, that of the weight 1.3 to 2.8 times and 0.5 to 1.7 times, the less the more pixels: see docs/ops.md. What
+    bfloat16 rounds to in the end is most of any error. A gradient that is to be differentiated itself is torch's.
 
     Args:
         x: features `[B, C, H, W]`, floating point.
@@ -56,7 +56,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             raise ValueError(f"fastdmd.conv3x3: expected {name} on {x.device}, got {parameter.device}")
     if not _suits(x, weight, bias):
         return F.conv2d(x, weight, bias, padding=1)
-    return _conv3x3(x, weight, None if bias is None else bias.contiguous())
+    return _conv3x3(laid_out(x, torch.channels_last), weight, None if bias is None else bias.contiguous())
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -77,7 +77,10 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and C % CHANNELS == C_out % CHANNELS == 0
         and tiles >= max(MIN_TILES, C * C_out / WEIGHTS_PER_TILE)
         and C * C_out <= MAX_WEIGHTS[x.dtype]
-        and x.is_contiguous(memory_format=torch.channels_last)
+        and (
+            x.is_contiguous(memory_format=torch.channels_last)
+            or weight.is_contiguous(memory_format=torch.channels_last)  # so torch's output would be
+        )
     )
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fastdmd
 from benchmarks.foreign_unet import ForeignUNet
+from fastdmd.networks.accelerate import attention
 from fastdmd.networks.accelerate.layers import Conv3x3, GroupNorm
 from tests.helpers.accelerated import (
     AdaptiveBlock,
@@ -77,7 +78,7 @@ def test_a_network_of_diffusers():
         module, original, report = accelerated(network, *inputs)
         assert (report.norms, report.convolutions) == ((num_norms, num_norms), (19, 19))
         # Norm and SiLU at its end are apart: its forward asks what a timestep is. Norms of attention have no SiLU.
-        assert fused(report) == {"norms with SiLU": 16} and list(report.reasons) == ["conv_norm_out"]
+        assert fused(report) == {"norms with SiLU": 16, "attentions": 4} and list(report.reasons) == ["conv_norm_out"]
         assert_same(module.eval(), original.eval(), *inputs)
 
 
@@ -164,11 +165,26 @@ class Attention(nn.Module):
         weights = (q @ k.transpose(-2, -1) * 0.5).softmax(dim=-1)
         return (weights @ v).transpose(-2, -1).flatten(1, 2)
 
+    def torchs(self, q, k, v, C):
+        q, k, v = (x.reshape(x.shape[0], 4, C // 4, -1).mT for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2)
+
+    def torchs_by_names(self, q, k, v, C):
+        q, k, v = (x.reshape(x.shape[0], 4, C // 4, -1).mT for x in (q, k, v))
+        options = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": 0.3}
+        return F.scaled_dot_product_attention(value=v, query=q, key=k, **options).mT.flatten(1, 2)
+
+    def torchs_without_heads(self, q, k, v, C):
+        return F.scaled_dot_product_attention(q.mT, k.mT, v.mT, None, 0.0, False).mT
+
     def by_a_module(self, q, k, v, C):
         return torch.bmm(v, self.softmax(torch.bmm(q.mT, k) / 4).transpose(1, 2))
 
 
-@pytest.mark.parametrize("way", ["bmm", "einsum", "keys_first", "heads", "by_a_module"])
+WAYS = "bmm", "einsum", "keys_first", "heads", "torchs", "torchs_by_names", "torchs_without_heads", "by_a_module"
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_attention_written_out(way):
     for size in (6, 18):  # by products, and by scaled_dot_product_attention
         x = torch.randn(2, 16, size, size)
@@ -177,6 +193,19 @@ def test_attention_written_out(way):
         assert_same(module, original, x)
     module.softmax.dim = original.softmax.dim = 1
     assert_same(module, original, x) if way == "by_a_module" else None
+
+
+def test_many_scores_are_not_kept(monkeypatch):
+    """Of 4 heads and 36 pixels, as products would for the gradient."""
+    x, called = torch.randn(2, 16, 6, 6), []
+    module, original, _ = accelerated(Attention("torchs"), x)
+    own = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: called.append(a[0].shape) or own(*a, **b))
+    for limit in (2 * 4 * 36**2, 2 * 4 * 36**2 - 1):
+        monkeypatch.setattr(attention, "MAX_SCORES", limit)
+        module(x)
+    assert called == [(2, 4, 36, 4)]
+    assert_same(module, original, x)
 
 
 class NotAttention(Attention):
@@ -197,6 +226,15 @@ class NotAttention(Attention):
     def masked(self, q, k, v, C):
         weights = torch.bmm(q.mT, k).tril().softmax(dim=-1)
         return torch.bmm(v, weights.transpose(1, 2))
+
+    def causal(self, q, k, v, C):
+        return F.scaled_dot_product_attention(q.mT, k.mT, v.mT, is_causal=True).mT
+
+    def torchs_masked(self, q, k, v, C):
+        return F.scaled_dot_product_attention(q.mT, k.mT, v.mT, torch.bmm(q.mT, k)).mT
+
+    def dropped_out(self, q, k, v, C):
+        return F.scaled_dot_product_attention(q.mT, k.mT, v.mT, None, 1e-9).mT
 
     def seen(self, q, k, v, C):
         weights = torch.bmm(q.mT, k).softmax(dim=-1)
@@ -220,6 +258,9 @@ class NotAttention(Attention):
         "over_heads",
         "over_queries_of_heads",
         "masked",
+        "causal",
+        "torchs_masked",
+        "dropped_out",
         "seen",
         "other_product",
         "changed",

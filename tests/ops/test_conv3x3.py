@@ -156,6 +156,7 @@ def test_where_torch_does_it():
     x, weight, bias = inputs((4, 32, 32, 14, 14))
     assert module._suits(x, weight) and module._suits(x.bfloat16(), weight.bfloat16())
     assert not module._suits(x.contiguous(), weight)
+    assert module._suits(x.contiguous(), weight.contiguous(memory_format=torch.channels_last))
     assert not module._suits(x.double(), weight.double()) and not module._suits(x.half(), weight.half())
     assert not module._suits(x.bfloat16(), weight) and not module._suits(x, weight, bias.bfloat16())
     assert not module._suits(x[:, :24].contiguous(memory_format=torch.channels_last), weight[:, :24])
@@ -203,6 +204,20 @@ def test_nothing_is_hidden():
         y = ops.conv3x3(x, weight)
         assert not y[1, :, 4:7, 5:8].isfinite().any() and y[[0, 2, 3]].isfinite().all()
         assert y[1, :, :4].isfinite().all() and y[1, :, 8:].isfinite().all()  # the tiles around it, no other
+
+
+def test_the_layout_of_either_is_that_of_the_output():
+    """As with torch's convolution, whose output is channels_last where image or weight is."""
+    x, weight, bias = inputs((4, 32, 32, 14, 14))
+    last = weight.contiguous(memory_format=torch.channels_last)
+    for one, other in ((x, weight), (x.contiguous(), last), (x.contiguous(), weight), (x[:, :, ::2], last)):
+        one = one.detach().requires_grad_()
+        y, expected = ops.conv3x3(one, other, bias), F.conv2d(one, other, bias, padding=1)
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        (grad,) = torch.autograd.grad(y.square().sum(), one)
+        (expected_grad,) = torch.autograd.grad(expected.square().sum(), one)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4 * expected_grad.abs().max().item())
 
 
 def test_a_gpu_leaves_it_to_torch():

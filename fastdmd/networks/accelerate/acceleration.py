@@ -57,8 +57,9 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
     """Lets a module compute with our ops what they compute faster, in place; `str` of the result says what, in a line.
 
     By what modules are: GroupNorm and padded 3x3 convolutions, exactly PyTorch's own. By what forwards do, each traced
-    by torch.fx if it can be: GroupNorm, perhaps `* (1 + scale) + shift`, and SiLU in one pass; attention written out as
-    products; functional convolutions and GroupNorms. Weights become channels_last.
+    by torch.fx if it can be: GroupNorm, perhaps `* (1 + scale) + shift`, and SiLU in one pass; attention, as products
+    or PyTorch's; functional convolutions and GroupNorms. Copies for convolutions alone are left out. Weights become
+    channels_last.
 
     The module runs on the inputs before and after, in eval mode, four times with gradients; what changes outputs or
     gradients of inputs and parameters beyond rounding, in the dtype that it has, is left as it was. Names and values of
@@ -91,7 +92,8 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
         unaccelerate(module)
         raise
     fused = sum((change.fused for change in kept), Counter[str]())
-    del fused[fusions.FUNCTIONS]
+    for kind in fusions.UNTOLD:
+        del fused[kind]
     candidates = [part for part in module.modules() if _is_candidate(part)]
     return Acceleration(
         norms=_count(candidates, nn.GroupNorm),

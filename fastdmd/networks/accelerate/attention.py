@@ -1,4 +1,4 @@
-"""Attention written out as products, found in a graph."""
+"""Attention, written out as products or as PyTorch's function, found in a graph."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ MATMUL, BMM = (operator.matmul, torch.matmul, torch.bmm), ((torch.bmm,), "bmm")
 EINSUM = (torch.einsum,)
 Order = tuple[int, ...] | None  # of axes, as permute takes it; None: as they are
 SWAPPED = (-1, -2)  # the last two
+MAX_SCORES = 2**26  # 256 MiB in float32
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
@@ -28,6 +29,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     if q.dim() == 3:  # the kernels of scaled_dot_product_attention want heads
         return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale).squeeze(1)
     return attend(q, k, v, scale)
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """PyTorch's function of this name, by products, which keep all scores, where these are faster and not too many.
+
+    An exported program holds for any batch, so it may not depend on how many there are.
+    """
+    is_alike = q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
+    is_alike = is_alike and q.dtype == k.dtype == v.dtype
+    if torch.compiler.is_exporting() or not is_alike or q.shape[:3].numel() * k.shape[2] > MAX_SCORES:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return attend(q, k, v, scale)
+
+
+def take(node: fx.Node) -> bool:
+    """Replaces PyTorch's function without mask, dropout and the like, if this is a call of it; says whether it was."""
+    if not is_call(node, (F.scaled_dot_product_attention,)):
+        return False
+    names = "query", "key", "value", "attn_mask", "dropout_p", "is_causal"
+    if len(node.args) > len(names):
+        return False
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    q, k, v, scale = (given.pop(name, None) for name in (*names[:3], "scale"))
+    if any(isinstance(option, fx.Node) or option for option in given.values()):
+        return False
+    node.target, node.args, node.kwargs = scaled_dot_product, (q, k, v, scale), {}
+    return True
 
 
 def fuse(softmax: fx.Node, graph: fx.Graph, root: nn.Module) -> bool:

@@ -46,8 +46,15 @@ class Untraceable(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Axes:
+    """What stands for a tensor of so many."""
+
+    num: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
-    """How a module is called: of each argument the value, `Tensor` for a tensor."""
+    """How a module is called: of each argument the value, `Axes` for a tensor."""
 
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
@@ -66,8 +73,8 @@ class Call:
 
     def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Those of a call that fits, in the order of the placeholders."""
-        named = [kwargs[name] for name, expected in self.kwargs if expected is Tensor]
-        return [value for value, expected in zip(args, self.args, strict=True) if expected is Tensor] + named
+        named = [kwargs[name] for name, expected in self.kwargs if isinstance(expected, Axes)]
+        return [value for value, expected in zip(args, self.args, strict=True) if isinstance(expected, Axes)] + named
 
 
 def trace(module: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, frozenset[str]]:
@@ -92,7 +99,16 @@ def trace(module: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, f
 
 
 class _Proxy(fx.Proxy):
-    """A stand-in for a tensor, with the attributes of tensors alone."""
+    """A stand-in for a tensor, with the attributes of tensors alone, that knows how many axes an argument has."""
+
+    num_axes: int | None = None
+
+    @property
+    def ndim(self) -> Any:
+        return super().__getattr__("ndim") if self.num_axes is None else self.num_axes
+
+    def dim(self) -> Any:
+        return super().__getattr__("dim")() if self.num_axes is None else self.num_axes
 
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name):
@@ -120,7 +136,11 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
         def argument(name: str, value: Any) -> Any:
-            return self.create_proxy("placeholder", name, (), {}) if value is Tensor else value
+            if not isinstance(value, Axes):
+                return value
+            proxy = self.create_proxy("placeholder", name, (), {})
+            proxy.num_axes = value.num
+            return proxy
 
         args = [argument(f"argument_{i}", value) for i, value in enumerate(self.call.args)]
         kwargs = {name: argument(name, value) for name, value in self.call.kwargs}
@@ -262,6 +282,8 @@ def _asked_outside(frame: FrameType, event: str, argument: Any) -> str | None:
     be another next time."""
     caller: FrameType | None = frame
     package, name = _package(frame), frame.f_code.co_name
+    if event == "c_call" and argument is sys.getrecursionlimit:  # inspect.signature does, and forgets it
+        return None
     if event == "c_call":
         package, name = str(getattr(argument, "__module__", None)).split(".")[0], argument.__name__
     elif event != "call":
@@ -284,13 +306,13 @@ def _package(frame: FrameType) -> str:
 
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return Tensor
+        return Axes(value.dim())
     if type(value) not in CONSTANTS:
         raise Untraceable(f"it is called with a {type(value).__name__}")
     return value
 
 
 def _is_like(value: Any, expected: Any) -> bool:
-    if expected is Tensor:
-        return isinstance(value, Tensor)
+    if isinstance(expected, Axes):
+        return isinstance(value, Tensor) and value.dim() == expected.num
     return type(value) is type(expected) and value == expected
