@@ -138,7 +138,7 @@ class _Tracer(fx.Tracer):
         def argument(name: str, value: Any) -> Any:
             if not isinstance(value, Axes):
                 return value
-            proxy = self.create_proxy("placeholder", name, (), {})
+            proxy: Any = self.create_proxy("placeholder", name, (), {})
             proxy.num_axes = value.num
             return proxy
 
