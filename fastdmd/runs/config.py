@@ -205,9 +205,9 @@ class EvaluateConfig(CommandConfig):
     """Where to write the figures as JSON, too."""
 
     def check(self) -> None:
-        super().check()
         if self.evaluation.num_samples < 2:
             fail(self.evaluation, "num_samples", ">= 2")
+        super().check()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,14 @@ def test_no_number_is_without_bounds(command, name, value):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"), [("evaluate", ">= 2, got 1"), ("train", ">= 2, or 0 for no metrics, got 1")]
+)
+def test_no_command_advises_what_it_refuses(command, said):
+    with pytest.raises(ValueError, match=f"^expected --num-samples {said}$"):
+        COMMANDS[command].replace(num_samples=1).check()
+
+
 def test_all_commands_are_covered_and_their_defaults_are_good():
     found = list(numbers())
     assert len({name for _, name, _ in found}) >= 35
