@@ -174,14 +174,17 @@ class Attention(nn.Module):
         return self.proj(y).add_(x)
 
 
+MAX_PIXELS = 256  # of attention by products on a CPU
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """`softmax(scale q k^T) v` of `[..., N, D]`; without a scale, `1 / sqrt(D)`.
 
-    On a CPU and for up to 256 pixels, plain products were measured twice as fast as scaled_dot_product_attention in
+    On a CPU and for up to MAX_PIXELS, plain products were measured twice as fast as scaled_dot_product_attention in
     float32 (with the products of `fastdmd.runs.machine`, and with heads of 8 channels 13 times; as fast without) and 3
     to 5 times in bfloat16.
     """
-    if q.is_cpu and q.shape[-2] <= 256:
+    if q.is_cpu and q.shape[-2] <= MAX_PIXELS:
         return torch.softmax(q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT, dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 

@@ -77,11 +77,14 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and C % CHANNELS == C_out % CHANNELS == 0
         and tiles >= max(MIN_TILES, C * C_out / WEIGHTS_PER_TILE)
         and C * C_out <= MAX_WEIGHTS[x.dtype]
-        and (
-            x.is_contiguous(memory_format=torch.channels_last)
-            or weight.is_contiguous(memory_format=torch.channels_last)  # so torch's output would be
-        )
+        and (x.is_contiguous(memory_format=torch.channels_last) or _decides(weight))
     )
+
+
+def _decides(weight: Tensor) -> bool:
+    """Whether torch's output would be channels_last for the weight's sake; transforms of torch.func want torch's."""
+    is_last = weight.is_contiguous(memory_format=torch.channels_last)
+    return is_last and not torch._C._are_functorch_transforms_active()
 
 
 def _counts_flops() -> bool:

@@ -195,17 +195,40 @@ def test_attention_written_out(way):
     assert_same(module, original, x) if way == "by_a_module" else None
 
 
-def test_many_scores_are_not_kept(monkeypatch):
+@pytest.fixture
+def by_torch(monkeypatch):
+    """Shapes of what comes to PyTorch's attention."""
+    called, own = [], F.scaled_dot_product_attention
+
+    def note(q, *arguments, **options):
+        called.append(q.shape)
+        return own(q, *arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    return called
+
+
+def test_many_scores_are_not_kept(by_torch, monkeypatch):
     """Of 4 heads and 36 pixels, as products would for the gradient."""
-    x, called = torch.randn(2, 16, 6, 6), []
-    module, original, _ = accelerated(Attention("torchs"), x)
-    own = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: called.append(a[0].shape) or own(*a, **b))
-    for limit in (2 * 4 * 36**2, 2 * 4 * 36**2 - 1):
+    q = torch.randn(2, 4, 36, 4)
+    for limit in (q[..., 0].numel() * 36, q[..., 0].numel() * 36 - 1):
         monkeypatch.setattr(attention, "MAX_SCORES", limit)
-        module(x)
-    assert called == [(2, 4, 36, 4)]
-    assert_same(module, original, x)
+        attention.scaled_dot_product(q, q, q)
+    assert by_torch == [q.shape]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scores_are_as_precise_as_pytorchs(dtype, by_torch):
+    """Great ones too, that float16 cannot hold; and the result lies in memory as PyTorch's does."""
+    q, k, v = (torch.randn(2, 64, 4, 8).transpose(1, 2) for _ in range(3))
+    q, k, v = (t.to(dtype) for t in (300 * q, 300 * k, v))
+    found = attention.scaled_dot_product(q, k, v)
+    assert by_torch == []
+    torchs = F.scaled_dot_product_attention(q, k, v)
+    assert found.dtype == torchs.dtype and found.stride() == torchs.stride()
+    expected = torch.softmax(q.double() * 8**-0.5 @ k.double().mT, dim=-1) @ v.double()
+    errors = [(y - expected).abs().max() for y in (found, torchs)]
+    assert errors[0] <= 2 * errors[1] + 1e-12
 
 
 class NotAttention(Attention):

@@ -180,11 +180,28 @@ class Hidden(Block):
     def of_a_constant(self, x):
         return F.silu(self.norm(x)) * CONSTANT
 
+    def by_an_object_that_counts(self, x):
+        return COUNTER(F.silu(self.norm(x)))
+
     def of_somebodys_function(self, x):
         return WrongGradient.apply(F.silu(self.norm(x)), 2)
 
 
 CONSTANT = torch.tensor(2.0)
+
+
+class Counter:
+    """As somebody's attention processor that keeps maps."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, x):
+        self.seen.append(x.shape)
+        return x
+
+
+COUNTER = Counter()
 
 
 @pytest.mark.parametrize(
@@ -203,6 +220,7 @@ CONSTANT = torch.tensor(2.0)
         "in_a_context": "it calls nullcontext",
         "recomputed": "it calls torch.utils.checkpoint",
         "of_a_constant": "it computes with a tensor that is none of its",
+        "by_an_object_that_counts": "it calls a Counter with attributes",
         "of_somebodys_function": "it calls torch.autograd.Function",
     }.items(),
 )
@@ -213,6 +231,7 @@ def test_what_a_graph_does_not_show_stays(way, reason):
     assert reason in report.reasons["norm"] and report.reasons["norm"].startswith("SiLU apart, for ")
     assert report.fused == {} and (report.norms, report.convolutions) == ((1, 1), (1, 1))
     assert way == "by_chance" or random.getstate() == state
+    assert all(type(shape) is torch.Size for shape in COUNTER.seen)
     module.kept = original.kept = None
     assert_same(module, original, X)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fastdmd.networks.accelerate import fusions, layers
 from fastdmd.networks.accelerate.recording import Record, record
 from fastdmd.networks.accelerate.rewritten import REWRITES, Rewrite, Rewritten, own_class, restore, rewrite
-from fastdmd.networks.accelerate.tracing import Call, Untraceable, trace
+from fastdmd.networks.accelerate.tracing import Call, trace
 from fastdmd.networks.accelerate.trial import Trial
+from fastdmd.networks.accelerate.watched import Untraceable
 
 OWN = {layers.Conv3x3: nn.Conv2d, layers.GroupNorm: nn.GroupNorm}
 MAX_REASONS = 2  # of those in the line
@@ -58,8 +59,8 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
 
     By what modules are: GroupNorm and padded 3x3 convolutions, exactly PyTorch's own. By what forwards do, each traced
     by torch.fx if it can be: GroupNorm, perhaps `* (1 + scale) + shift`, and SiLU in one pass; attention, as products
-    or PyTorch's; functional convolutions and GroupNorms. Copies for convolutions alone are left out. Weights become
-    channels_last.
+    or PyTorch's; functional convolutions and GroupNorms. Weights become channels_last, and copies for convolutions
+    alone keep their layout.
 
     The module runs on the inputs before and after, in eval mode, four times with gradients; what changes outputs or
     gradients of inputs and parameters beyond rounding, in the dtype that it has, is left as it was. Names and values of

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fastdmd.networks.accelerate.graphs import DIV, MUL, erase, has_two, is_call, is_number, may_change
-from fastdmd.networks.unet_blocks import attend
+from fastdmd.networks.unet_blocks import MAX_PIXELS, attend
 
 MATMUL, BMM = (operator.matmul, torch.matmul, torch.bmm), ((torch.bmm,), "bmm")
 EINSUM = (torch.einsum,)
@@ -34,13 +34,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """PyTorch's function of this name, by products, which keep all scores, where these are faster and not too many.
 
-    An exported program holds for any batch, so it may not depend on how many there are.
+    Scores are of float32 at least, as PyTorch's are, and the result lies in memory as PyTorch's does, heads inside.
     """
-    is_alike = q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
-    is_alike = is_alike and q.dtype == k.dtype == v.dtype
-    if torch.compiler.is_exporting() or not is_alike or q.shape[:3].numel() * k.shape[2] > MAX_SCORES:
+    if not _suits(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return attend(q, k, v, scale)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out = attend(q.to(dtype), k.to(dtype), v.to(dtype), scale)
+    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """An exported program holds for any batch, so it may not depend on how many scores there are; autocast would
+    round them."""
+    if torch.compiler.is_exporting() or any(t.is_nested or not t.is_cpu or t.dim() != 4 for t in (q, k, v)):
+        return False
+    is_alike = q.shape[:2] == k.shape[:2] == v.shape[:2] and q.dtype == k.dtype == v.dtype
+    num_scores = q.shape[:3].numel() * k.shape[2]
+    return is_alike and num_scores <= MAX_SCORES and q.shape[2] <= MAX_PIXELS and not torch.is_autocast_enabled("cpu")
 
 
 def take(node: fx.Node) -> bool:

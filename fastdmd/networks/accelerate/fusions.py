@@ -11,14 +11,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastdmd.networks.accelerate import attention, layers
-from fastdmd.networks.accelerate.graphs import ADD, DIV, MUL, erase, has_two, is_call, may_change, module_of, only_user
+from fastdmd.networks.accelerate.graphs import ADD, MUL, erase, has_two, is_call, may_change, module_of, only_user
 from fastdmd.networks.accelerate.tracing import is_listened_to
 
 SILU, SIGMOID = (F.silu,), (torch.sigmoid, torch.special.expit)
 OURS = {F.conv2d: layers.conv2d, F.group_norm: layers.group_norm}
 FUNCTIONS = "functions"  # of these two, whether or not they become part of something
-PASSES = "passes"  # over memory, that were for nothing
-UNTOLD = (FUNCTIONS, PASSES)
+COPIES = "copies"  # that keep their layout
+UNTOLD = (FUNCTIONS, COPIES)
 ROUNDING = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)  # what autocast runs in less precision, whatever comes in
 
 
@@ -36,8 +36,8 @@ def fuse(graph: fx.Graph, root: nn.Module) -> tuple[Counter[str], dict[str, type
             counts[FUNCTIONS] += 1
             _take_casts(node)
     for node in list(graph.nodes):
-        if (found := _drop_pass(node, graph, root)) is not None:
-            counts[PASSES] += 1
+        if (found := _keep_layout(node, root)) is not None:
+            counts[COPIES] += 1
             expected |= found
     for norm in list(graph.nodes):
         if _is_norm(norm, root) and (found := _fuse_norm(norm, graph, root)) is not None:
@@ -57,39 +57,32 @@ def _is_norm(node: fx.Node, root: nn.Module) -> bool:
     return len(node.args) == 1 and not node.kwargs and not is_listened_to(module)
 
 
-def _drop_pass(node: fx.Node, graph: fx.Graph, root: nn.Module) -> dict[str, type[nn.Module]] | None:
-    """Takes out a copy that only convolutions read, for which layouts are alike, or `x / 1` of a sum nobody else has.
+def _keep_layout(node: fx.Node, root: nn.Module) -> dict[str, type[nn.Module]] | None:
+    """Lets `x.contiguous()` that only convolutions read, for which layouts are alike, keep the layout of `x`.
 
     Returns the children that this relies on; None where it stays.
     """
-    x = node.args[0] if node.args else None
-    if not isinstance(x, fx.Node) or not node.users:
+    if not is_call(node, (), "contiguous") or len(node.args) != 1 or node.kwargs:
         return None
-    expected: dict[str, type[nn.Module]] = {}
-    if is_call(node, (), "contiguous") and len(node.args) == 1 and not node.kwargs:
-        for user in node.users:
-            if not _convolves(user, node, root) or may_change((x,), node, user, root):
-                return None
-            if user.op == "call_module":
-                expected[str(user.target)] = nn.Conv2d
-    elif not (is_call(node, (*DIV, *MUL), "div", "mul") and has_two(node) and node.args[1] == 1):
+    if not node.users or not all(_convolves(user, node, root) for user in node.users):
         return None
-    elif not is_call(x, ADD, "add") or only_user(x) is not node:
-        return None
-    node.replace_all_uses_with(x)
-    graph.erase_node(node)
-    return expected
+    x = node.args
+    with node.graph.inserting_before(node):
+        dense = node.graph.call_function(layers.dense, x)
+    users = list(node.users)
+    node.replace_all_uses_with(dense)
+    node.graph.erase_node(node)
+    return {str(user.target): type(root.get_submodule(str(user.target))) for user in users if user.op == "call_module"}
 
 
 def _convolves(node: fx.Node, x: fx.Node, root: nn.Module) -> bool:
-    """Whether this is PyTorch's convolution or ours, and `x` its input alone."""
+    """Whether this is a convolution of PyTorch's, or a functional one, and `x` its input alone."""
     if node.args[:1] != (x,) or x in node.args[1:] or x in node.kwargs.values():
         return False
     module = module_of(node, root)
     if module is None:
         return node.op == "call_function" and node.target is layers.conv2d
-    is_plain = type(module) in (nn.Conv2d, layers.Conv3x3) and "forward" not in vars(module)
-    return is_plain and not is_listened_to(module)
+    return type(module) is nn.Conv2d and "forward" not in vars(module) and not is_listened_to(module)
 
 
 def _take_casts(norm: fx.Node) -> None:

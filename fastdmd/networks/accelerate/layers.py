@@ -120,6 +120,11 @@ def group_norm(
     return y.squeeze(-1) if input.dim() == 3 else y
 
 
+def dense(x: Tensor) -> Tensor:
+    """`x.contiguous()`, with the strides that it has where it is dense: itself, or a copy, as that would be."""
+    return x if x.is_contiguous() else x.clone()
+
+
 def _is_image(x: Tensor) -> bool:
     """Whether our ops take it at all: `[B, C, H, W]`, outside of `torch.func`, whose transforms they do not know."""
     return (

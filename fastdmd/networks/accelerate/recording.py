@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fastdmd.networks.accelerate.tracing import Call, Untraceable
+from fastdmd.networks.accelerate.tracing import Call
 from fastdmd.networks.accelerate.trial import undisturbed
+from fastdmd.networks.accelerate.watched import Untraceable
 
 
 @dataclasses.dataclass

@@ -19,7 +19,8 @@ _CLASSES: dict[type, type] = {}  # by somebody's class ours with `Rewritten`
 class Rewrite:
     """A forward for one way of calling a module, in one of its modes.
 
-    It skips or inlines the descendants in `expected`, and so holds while these are of their classes, without hooks;
+    It skips or inlines the descendants in `expected`, and so holds while these are exactly of their classes, without
+    hooks or forwards of their own;
     those `inlined`, while they are told nothing else and are in its mode; and while the module has the `children` that
     it had.
     """
@@ -57,7 +58,7 @@ class Rewrite:
                 child = child._modules.get(name)
                 if child is None:
                     return False
-            if not isinstance(child, kind) or is_listened_to(child):
+            if own_class(child) is not kind or "forward" in vars(child) or is_listened_to(child):
                 return False
             if is_inlined and (vars(child).get(REWRITES) is None or child.training is not module.training):
                 return False

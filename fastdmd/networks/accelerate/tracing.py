@@ -5,44 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
-import inspect
 import operator
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fastdmd.networks.accelerate.watched import Untraceable, watched
+
 CONSTANTS = (type(None), bool, int, float, str)
-# What asks a value for its kind, to which a stand-in would answer another, and what a graph does not show.
-QUESTIONS = (isinstance, issubclass, hasattr, callable, id, print)
-HIDDEN: dict[CodeType, str] = {
-    inspect.unwrap(function).__code__: name
-    for name, function in {
-        "torch.is_tensor": torch.is_tensor,
-        "torch.utils.checkpoint": torch.utils.checkpoint.checkpoint,
-        "torch.autograd.Function": torch.autograd.Function.apply.__func__,  # type: ignore[attr-defined]
-    }.items()
-}
 # Of tensors that are made anew each time, or depend on the device of one that is given.
 FACTORIES = ("arange", "linspace", "zeros", "ones", "full", "empty", "tensor", "eye", "rand", "randn", "randint")
-LIBRARIES = {"torch", "fastdmd", *sys.stdlib_module_names}  # whose own questions mislead nobody
-# Of Python's library, what answers the same every time; all else asks the world, as files, clocks and the environment.
-PURE = frozenset(
-    "builtins math cmath operator functools itertools collections numbers fractions types typing abc enum dataclasses "
-    "contextlib copy re string textwrap warnings inspect _operator _functools _collections _abc".split()
-)
-
-
-class Untraceable(Exception):
-    """Why a forward cannot be a graph, in a few words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +64,7 @@ def trace(module: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, f
     for inline in (True, False):
         tracer = _Tracer(call, inline=inline)
         try:
-            with _as_it_was(module, training), tracer.making_tensors(), _watched(), _OnlyProxies():
+            with _as_it_was(module, training), tracer.making_tensors(), watched(), _OnlyProxies():
                 return tracer.trace(module), frozenset(tracer.inlined)
         except Untraceable as error:
             reason = error
@@ -113,6 +90,8 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name):
             raise AttributeError(name)
+        if name.endswith("_"):  # such as squeeze_
+            self.num_axes = None
         return super().__getattr__(name)
 
 
@@ -246,62 +225,6 @@ def _same(one: tuple[dict[str, Any], list[Any]], other: tuple[dict[str, Any], li
 
 def _identities(values: list[Any]) -> list[list[Any]]:
     return [[tuple(map(id, item)) if isinstance(item, tuple) else id(item) for item in inside] for inside in values]
-
-
-@contextlib.contextmanager
-def _watched() -> Iterator[None]:
-    """Raises Untraceable where the module's code calls one of QUESTIONS or HIDDEN, asks the world outside, or enters a
-    context."""
-    found = []
-
-    def notice(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code in HIDDEN:
-            found.append(HIDDEN[frame.f_code])
-        elif event == "c_call" and argument in QUESTIONS and _package(frame) not in LIBRARIES:
-            found.append(argument.__name__)
-        elif (asked := _asked_outside(frame, event, argument)) is not None:
-            found.append(asked)
-        elif event == "call" and frame.f_code.co_name == "__enter__" and _is_entered_by_somebody(frame.f_back):
-            found.append(type(frame.f_locals.get("self")).__name__)
-
-    before, collects = sys.getprofile(), gc.isenabled()
-    gc.disable()  # whose callbacks, of anybody, would be taken for calls of the module
-    sys.setprofile(notice)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-        if collects:
-            gc.enable()
-    if found:
-        raise Untraceable(f"it calls {found[0]}")
-
-
-def _asked_outside(frame: FrameType, event: str, argument: Any) -> str | None:
-    """The function of Python's library that somebody's code calls, perhaps by way of others of it, and whose answer may
-    be another next time."""
-    caller: FrameType | None = frame
-    package, name = _package(frame), frame.f_code.co_name
-    if event == "c_call" and argument is sys.getrecursionlimit:  # inspect.signature does, and forgets it
-        return None
-    if event == "c_call":
-        package, name = str(getattr(argument, "__module__", None)).split(".")[0], argument.__name__
-    elif event != "call":
-        return None
-    if package not in sys.stdlib_module_names - PURE:
-        return None
-    while caller is not None and _package(caller) in sys.stdlib_module_names:
-        caller = caller.f_back
-    return f"{name} of {package}" if caller is not None and _package(caller) not in LIBRARIES else None
-
-
-def _is_entered_by_somebody(frame: FrameType | None) -> bool:
-    """By `with`, or by a decorator of torch's around a function."""
-    return frame is not None and (_package(frame) not in LIBRARIES or frame.f_code.co_name == "decorate_context")
-
-
-def _package(frame: FrameType) -> str:
-    return frame.f_globals.get("__name__", "").split(".")[0]
 
 
 def _described(value: Any) -> Any:
