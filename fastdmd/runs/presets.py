@@ -59,7 +59,7 @@ MNIST_BEST = dataclasses.replace(
     MNIST,
     preset="mnist-best",
     batch_size=192,
-    iterations=2700,
+    iterations=4000,
     gan=dataclasses.replace(MNIST.gan, gan_translation=0.036),
 )
 # DMD2 on ImageNet-64 (Yin et al. 2024): learning rates, ratio, batch (there 40 on each of 7 GPUs, here in 7 parts),
