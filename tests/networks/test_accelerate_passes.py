@@ -120,6 +120,17 @@ def test_a_convolution_that_is_told_something_sees_a_contiguous_image():
         assert seen == [True], tell
 
 
+def test_an_activation_with_a_forward_of_its_own_is_called():
+    for way in ("before", "after"):
+        block = Block("one_plus")
+        if way == "before":
+            block.act.forward = torch.tanh
+        module, original, report = accelerated(block, X)
+        module.act.forward = original.act.forward = torch.tanh
+        assert report.fused == ({} if way == "before" else {"norms with SiLU": 1})
+        assert_same(module, original, X)
+
+
 class ByAxes(Block):
     """As diffusers' attention, which takes images or sequences."""
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastdmd.networks.accelerate import attention, layers
 from fastdmd.networks.accelerate.graphs import ADD, MUL, erase, has_two, is_call, may_change, module_of, only_user
-from fastdmd.networks.accelerate.tracing import is_listened_to
+from fastdmd.networks.accelerate.tracing import is_untold
 
 SILU, SIGMOID = (F.silu,), (torch.sigmoid, torch.special.expit)
 OURS = {F.conv2d: layers.conv2d, F.group_norm: layers.group_norm}
@@ -52,9 +52,9 @@ def _is_norm(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_function":
         return node.target is layers.group_norm
     module = module_of(node, root)
-    if module is None or type(module) not in (nn.GroupNorm, layers.GroupNorm) or "forward" in vars(module):
+    if module is None or type(module) not in (nn.GroupNorm, layers.GroupNorm):
         return False
-    return len(node.args) == 1 and not node.kwargs and not is_listened_to(module)
+    return len(node.args) == 1 and not node.kwargs and is_untold(module)
 
 
 def _keep_layout(node: fx.Node, root: nn.Module) -> dict[str, type[nn.Module]] | None:
@@ -66,13 +66,8 @@ def _keep_layout(node: fx.Node, root: nn.Module) -> dict[str, type[nn.Module]] |
         return None
     if not node.users or not all(_convolves(user, node, root) for user in node.users):
         return None
-    x = node.args
-    with node.graph.inserting_before(node):
-        dense = node.graph.call_function(layers.dense, x)
-    users = list(node.users)
-    node.replace_all_uses_with(dense)
-    node.graph.erase_node(node)
-    return {str(user.target): type(root.get_submodule(str(user.target))) for user in users if user.op == "call_module"}
+    node.op, node.target = "call_function", layers.dense
+    return {str(user.target): nn.Conv2d for user in node.users if user.op == "call_module"}
 
 
 def _convolves(node: fx.Node, x: fx.Node, root: nn.Module) -> bool:
@@ -82,7 +77,7 @@ def _convolves(node: fx.Node, x: fx.Node, root: nn.Module) -> bool:
     module = module_of(node, root)
     if module is None:
         return node.op == "call_function" and node.target is layers.conv2d
-    return type(module) is nn.Conv2d and "forward" not in vars(module) and not is_listened_to(module)
+    return type(module) is nn.Conv2d and is_untold(module)
 
 
 def _take_casts(norm: fx.Node) -> None:
@@ -153,14 +148,14 @@ def _activated(node: fx.Node, root: nn.Module) -> tuple[fx.Node, list[str]] | No
     user = only_user(node)
     if user is not None:
         module = module_of(user, root)
-        if type(module) is nn.SiLU and not is_listened_to(module):
+        if type(module) is nn.SiLU and is_untold(module):
             return user, [str(user.target)]
         return (user, []) if is_call(user, SILU, "silu") and user.args[:1] == (node,) else None
     if len(node.users) != 2:
         return None
     for sigmoid, product in (tuple(node.users), tuple(node.users)[::-1]):
         module, skipped = module_of(sigmoid, root), []
-        if type(module) is nn.Sigmoid and not is_listened_to(module):
+        if type(module) is nn.Sigmoid and is_untold(module):
             skipped = [str(sigmoid.target)]
         elif not is_call(sigmoid, SIGMOID, "sigmoid"):
             continue

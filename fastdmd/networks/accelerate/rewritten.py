@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdmd.networks.accelerate.tracing import Call, is_listened_to
+from fastdmd.networks.accelerate.tracing import Call, is_untold
 
 REWRITES = "_fastdmd_rewrites"  # {training: Rewrite}; none any more once the module was told something
 _CLASSES: dict[type, type] = {}  # by somebody's class ours with `Rewritten`
@@ -58,7 +58,7 @@ class Rewrite:
                 child = child._modules.get(name)
                 if child is None:
                     return False
-            if own_class(child) is not kind or "forward" in vars(child) or is_listened_to(child):
+            if own_class(child) is not kind or not is_untold(child):
                 return False
             if is_inlined and (vars(child).get(REWRITES) is None or child.training is not module.training):
                 return False

@@ -159,13 +159,13 @@ class _Tracer(fx.Tracer):
 def is_inlined(module: nn.Module) -> bool:
     """Whether it is code of somebody's own that holds no other module, or a Softmax, and nobody listens to it."""
     is_own = not type(module).__module__.startswith(("torch.", "fastdmd.")) or type(module) is nn.Softmax
-    return is_own and not module._modules and not is_listened_to(module) and "forward" not in vars(module)
+    return is_own and not module._modules and is_untold(module)
 
 
-def is_listened_to(module: nn.Module) -> bool:
-    """By hooks, of which a pass that it became a part of would have no use."""
+def is_untold(module: nn.Module) -> bool:
+    """Without hooks, of which a pass that it became a part of would have no use, and without a forward of its own."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
+    return not any(hooks) and "forward" not in vars(module)
 
 
 class _OnlyProxies(TorchFunctionMode):

@@ -96,7 +96,7 @@ def _keeps(frame: FrameType) -> str | None:
     kinds = type(own).__mro__
     if isinstance(own, nn.Module | Tensor | fx.Proxy | type) or not any(frame.f_code.co_name in vars(k) for k in kinds):
         return None
-    has_slots = any(vars(kind).get("__slots__") for kind in kinds if kind.__module__ not in LIBRARIES)
+    has_slots = any(vars(kind).get("__slots__") for kind in kinds if kind.__module__.split(".")[0] not in LIBRARIES)
     return f"a {type(own).__name__} with attributes" if has_slots or getattr(own, "__dict__", None) else None
 
 
