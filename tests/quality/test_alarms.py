@@ -139,6 +139,17 @@ def test_a_discriminator_that_always_told_much_right_does_not_overfit():
     assert (alarm.kind, alarm.iteration) == ("discriminator overfits", 21) and "65.0% before" in alarm.seen
 
 
+def test_a_discriminator_that_guessed_while_images_formed_is_blind():
+    """Though they are formed before it has judged enough; not one that told them, or that began with formed ones."""
+    forming = [RIGHT | {"gan_right": right, "spread": 0.2} for right in (0.55, 0.51)]
+    formed = [RIGHT | {"gan_right": 0.5}] * 6
+    (alarm,) = told(*forming, *formed)
+    assert (alarm.kind, alarm.iteration) == ("discriminator is blind", 5)
+    assert "50.2% right, 51.5% at most since images began to form" in alarm.seen
+    assert told(*[one | {"gan_right": 0.57} for one in forming], *formed) == []
+    assert told(*[one | {"spread": 0.4} for one in forming], *formed) == []
+
+
 def test_images_that_are_all_alike_are_a_collapse_from_the_start():
     (alarm,) = told(*[RIGHT | {"class_spread": 0.085}] * 3)
     assert (alarm.kind, alarm.iteration) == ("collapse", 2) and "images are all alike" in alarm.seen
