@@ -1,6 +1,6 @@
 """Distils MNIST once per variant and seed, and keeps what each result scores: recipes and ablations.
 
-    python -m benchmarks.quality recipe|terms|steps|long|best [--seeds 0,1,2] [--variants NAME,...] [--iterations 800]
+    python -m benchmarks.quality recipe|terms|steps|long|best [--seeds 0,1,2] [--variants NAME ...] [--iterations 800]
         [--data PATH] [--device cpu] [--precision auto] [--jobs 2] [--json FILE]
 
 Every run is `python -m fastdmd.train` with the flags of its variant, a third as long as by default, and `python -m
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--variants", help="some of the study's, separated by commas (default: all)")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the study's (default: all)")
     parser.add_argument("--iterations", type=int, default=800, help="of every run")
     parser.add_argument("--data", type=Path, help="real images of every run")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to keep the figures, and to find those of earlier calls")
     arguments = parser.parse_args()
     variants = STUDIES[arguments.study]
-    chosen = arguments.variants.split(",") if arguments.variants else list(variants)
+    chosen = arguments.variants or list(variants)
     if unknown := [name for name in chosen if name not in variants]:
         parser.error(f"expected variants out of {', '.join(variants)}, got {', '.join(unknown)}")
     stored: dict[str, Any] = {"study": arguments.study, "rows": []}
