@@ -17,7 +17,8 @@ from fastdmd.runs.pictures import SampleSheet
 from fastdmd.sampling import Generator
 
 SNAPSHOT = 32  # iterations
-SETTINGS = {"batch_size": 24, "warmup_iterations": 20, "log_every": 8}
+# Faults are hooks, which turns that were captured before them would not run.
+SETTINGS = {"batch_size": 24, "warmup_iterations": 20, "log_every": 8, "execution": "eager"}
 
 
 class Line(NamedTuple):
