@@ -17,7 +17,7 @@ from fastdmd.networks.accelerate.tracing import is_untold
 SILU, SIGMOID = (F.silu,), (torch.sigmoid, torch.special.expit)
 OURS = {F.conv2d: layers.conv2d, F.group_norm: layers.group_norm}
 FUNCTIONS = "functions"  # of these two, whether or not they become part of something
-COPIES = "copies"  # that keep their layout
+COPIES = "copies"  # in another layout
 UNTOLD = (FUNCTIONS, COPIES)
 ROUNDING = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)  # what autocast runs in less precision, whatever comes in
 
@@ -36,7 +36,7 @@ def fuse(graph: fx.Graph, root: nn.Module) -> tuple[Counter[str], dict[str, type
             counts[FUNCTIONS] += 1
             _take_casts(node)
     for node in list(graph.nodes):
-        if (found := _keep_layout(node, root)) is not None:
+        if (found := _lay_out(node, root)) is not None:
             counts[COPIES] += 1
             expected |= found
     for norm in list(graph.nodes):
@@ -57,16 +57,22 @@ def _is_norm(node: fx.Node, root: nn.Module) -> bool:
     return len(node.args) == 1 and not node.kwargs and is_untold(module)
 
 
-def _keep_layout(node: fx.Node, root: nn.Module) -> dict[str, type[nn.Module]] | None:
-    """Lets `x.contiguous()` that only convolutions read, for which layouts are alike, keep the layout of `x`.
+def _lay_out(node: fx.Node, root: nn.Module) -> dict[str, type[nn.Module]] | None:
+    """Lets `x.contiguous()` that only convolutions read, and read at once, be channels_last as their weights are.
 
+    For them layouts are alike, and what they give has the one that it had when this was tried, whichever x has.
     Returns the children that this relies on; None where it stays.
     """
     if not is_call(node, (), "contiguous") or len(node.args) != 1 or node.kwargs:
         return None
     if not node.users or not all(_convolves(user, node, root) for user in node.users):
         return None
-    node.op, node.target = "call_function", layers.dense
+    last, after = max(node.users), node.next
+    while after is not last:  # what is no copy would be changed with x
+        if after not in node.users and after.op != "get_attr":
+            return None
+        after = after.next
+    node.op, node.target = "call_function", layers.channels_last
     return {str(user.target): nn.Conv2d for user in node.users if user.op == "call_module"}
 
 

@@ -120,9 +120,12 @@ def group_norm(
     return y.squeeze(-1) if input.dim() == 3 else y
 
 
-def dense(x: Tensor) -> Tensor:
-    """`x.contiguous()`, with the strides that it has where it is dense: itself, or a copy, as that would be."""
-    return x if x.is_contiguous() else x.clone()
+def channels_last(x: Tensor) -> Tensor:
+    """`x.contiguous()` of an image in another layout, the same for any x; else a copy where that would be one."""
+    if x.dim() != 4:
+        return x.contiguous()
+    layout = torch.channels_last
+    return x.contiguous(memory_format=layout) if x.is_contiguous() else x.clone(memory_format=layout)
 
 
 def _is_image(x: Tensor) -> bool:
