@@ -54,3 +54,17 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
     plain, other = capsys.readouterr().out.splitlines()[-2:]
     assert plain.split()[:5] == ["plain", "2", "0.500", "±", "0.354"]
     assert other.split()[:5] == ["other", "2", "1.500", "±", "0.354"]
+
+
+def test_variants_are_chosen_by_their_whole_names(monkeypatch, capsys):
+    made = []
+    figures = dict.fromkeys((key for key, *_ in quality.FIGURES), 0.5)
+    monkeypatch.setattr(quality, "run", lambda flags, *others: made.append(flags) or figures)
+    monkeypatch.setattr(quality, "STUDIES", {"small": {"4 steps": {}, "4 steps, noised": {"beta1": 0.5}}})
+    monkeypatch.setattr("sys.argv", ["quality", "small", "--seeds", "0", "--variants", "4 steps, noised"])
+    quality.main()
+    assert made == [{"iterations": 800, "beta1": 0.5}]
+    monkeypatch.setattr("sys.argv", ["quality", "small", "--variants", "noised"])
+    with pytest.raises(SystemExit) as refused:
+        quality.main()
+    assert refused.value.code == 2 and "out of 4 steps, 4 steps, noised, got noised" in capsys.readouterr().err

@@ -28,6 +28,17 @@ def test_a_copy_is_one_where_a_contiguous_one_is():
     assert channels_last(X[0].mT).is_contiguous()
 
 
+@pytest.mark.parametrize("example", [X, LAST], ids=["contiguous", "channels_last"])
+def test_torch_func_takes_copies(example):
+    """Whose transforms know contiguous ones alone."""
+    module, original, _ = accelerated(Copies("before_a_convolution"), example)
+    for x in (X, LAST):
+        found, expected = (torch.func.vmap(network)(torch.stack([x, x])) for network in (module, original))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        found, expected = (torch.func.jvp(network, (x,), (x,)) for network in (module, original))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 class Copies(Block):
     """Copies that convolutions alone read, and others."""
 

@@ -121,8 +121,11 @@ def group_norm(
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x.contiguous()` of an image in another layout, the same for any x; else a copy where that would be one."""
-    if x.dim() != 4:
+    """`x.contiguous()` for convolutions, as a copy in channels_last, or `x` itself if it is laid out as both.
+
+    What our ops do not take at all is contiguous, as it was.
+    """
+    if not _is_image(x):
         return x.contiguous()
     layout = torch.channels_last
     return x.contiguous(memory_format=layout) if x.is_contiguous() else x.clone(memory_format=layout)
