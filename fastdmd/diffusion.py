@@ -79,6 +79,11 @@ class DenoisingNetwork(nn.Module, abc.ABC):
             )
         return self.feature_shape
 
+    @property
+    def level_embedding(self) -> nn.Module | None:
+        """What embeds noise levels, `[B, width]`, a Linear last; None: not known."""
+        return None
+
     def emphasize_labels(self, factor: float) -> None:
         """Moves the class embeddings `factor` times as far from their mean, in place. Raises ValueError without any."""
         name = self.foreign_name or type(self).__name__

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     smaller = f"{half(config.batch_size)} or a smaller --model-channels"
     with cli.user_errors("fastdmd.pretrain", advice=smaller):
         config, ranks, device = distributed.begin(config)
-        distributed.require_parts(config.batch_size, 1, ranks)
+        distributed.require_parts(config.batch_size, ranks)
         past = None if config.dry_run else ranks.from_first(lambda: resume.past_of(config))
         config = config.replace(resume=None)
         if (notice := warm_up_notice(config.iterations, config.warmup_iterations)) is not None:

@@ -23,8 +23,7 @@ class Stream(enum.IntEnum):
 
     GENERATOR_NOISE = 0  # what images of an iteration are made from
     CLASS = 1
-    STEP_INDEX = 2  # of a generator of several steps, one an iteration
-    STEP_NOISE = 3  # on the way to that step
+    STEP_NOISE = 3  # on the way to a further step of a generator
     START_IMAGE = 4  # which real images are noised to start from
     DM_LEVEL = 5  # distribution matching
     DM_NOISE = 6

@@ -85,38 +85,26 @@ class Generator:
         """
         if step_noise is None:
             step_noise = draw_step_noise(self.num_step_noises, noise, random)
-        last = len(self.sigmas) - 1
-        x = self.simulate(last, noise, class_labels, step_noise)
-        return self.denoise(last, x, class_labels)
-
-    def simulate(self, index: int, noise: Tensor, class_labels: Tensor | None, step_noise: Tensor | None) -> Tensor:
-        """What sampling gives the network at the level `sigmas[index]`, `[B, C, H, W]`.
-
-        `x_0 = sigma_0 * noise`, `x_k = D(x_{k-1}, sigma_{k-1}) + sigma_k * step_noise[:, k-1]`. Raises ValueError for
-        an index of no level and for noise of another shape; at the first level, `step_noise` may be None.
-        """
-        self.sigma(index)
-        if index > 0 or step_noise is not None:
-            expected, got = (noise.shape[0], self.num_step_noises, *noise.shape[1:]), None
-            if step_noise is None or (got := tuple(step_noise.shape)) != expected:
-                raise ValueError(f"fastdmd.Generator: expected step_noise of shape {expected}, got {got}")
-        x = noise * self.sigmas[0]
-        for level, sigma in enumerate(self.sigmas[1 : index + 1]):
+        self.check_step_noise(noise, step_noise)
+        x = self.denoise(self.sigmas[0] * noise, self.sigmas[0], class_labels)
+        for level, sigma in enumerate(self.sigmas[1:]):
             assert step_noise is not None
             # In this order the sum is laid out as the noise is, at every level: compiled networks serve them all.
-            x = sigma * step_noise[:, level] + self.denoise(level, x, class_labels)
+            x = self.denoise(sigma * step_noise[:, level] + x, sigma, class_labels)
         return x
 
-    def denoise(self, index: int, x: Tensor, class_labels: Tensor | None) -> Tensor:
-        """`D(x, sigmas[index])`, `[B, C, H, W]`. Raises ValueError for an index of no level."""
-        images = _denoise(self.network, x, self.sigma(index), class_labels)
+    def denoise(self, x: Tensor, sigma: float | Tensor, class_labels: Tensor | None) -> Tensor:
+        """`D(x, sigma)`, `[B, C, H, W]`, at one level, or at those of the images, `[B]`."""
+        images = _denoise(self.network, x, sigma, class_labels)
         return clamp_images(images) if self.clamped else images
 
-    def sigma(self, index: int) -> float:
-        """`sigmas[index]`. Raises ValueError if there is none."""
-        if not 0 <= index < len(self.sigmas):
-            raise ValueError(f"fastdmd.Generator: expected a step in [0, {len(self.sigmas)}), got {index}")
-        return self.sigmas[index]
+    def check_step_noise(self, noise: Tensor, step_noise: Tensor | None) -> None:
+        """Raises ValueError for another shape than that beside `noise`; beside a single level, it may be None."""
+        expected, got = (noise.shape[0], self.num_step_noises, *noise.shape[1:]), None
+        if step_noise is None and self.num_step_noises == 0:
+            return
+        if step_noise is None or (got := tuple(step_noise.shape)) != expected:
+            raise ValueError(f"fastdmd.Generator: expected step_noise of shape {expected}, got {got}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,5 +240,5 @@ class _Clamp(torch.autograd.Function):
         return grad.masked_fill(leads_out, 0)
 
 
-def _denoise(network: Denoiser, x: Tensor, sigma: float, class_labels: Tensor | None) -> Tensor:
-    return network(x, x.new_full(x.shape[:1], sigma), class_labels)
+def _denoise(network: Denoiser, x: Tensor, sigma: float | Tensor, class_labels: Tensor | None) -> Tensor:
+    return network(x, sigma if isinstance(sigma, Tensor) else x.new_full(x.shape[:1], sigma), class_labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -68,10 +68,17 @@ class Sharding:
 
     @torch.no_grad()
     def like(
-        self, source: Network, *, dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
+        self,
+        source: Network,
+        *,
+        dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        extend: Callable[[Network], None] = lambda network: None,
     ) -> Network:
-        """A copy of one that is cut, in eval mode, part by part; `dtype` is that of its parameters."""
+        """A copy of one that is cut, in eval mode, part by part; `dtype` is that of its parameters. What `extend` adds
+        to them is zero."""
         network = copy.deepcopy(self._blueprint).eval()
+        extend(network)
         for parameter in network.parameters():
             parameter.data = parameter.data.to(parameter.dtype if dtype is None else dtype)
         self.cut_(network, compute_dtype=compute_dtype)
@@ -79,7 +86,8 @@ class Sharding:
         rooms = {name: torch.zeros(room(own), dtype=own.dtype, device=device) for name, own in _named(network).items()}
         place(network, rooms)
         for name, own in _named(network).items():
-            local(own).copy_(local(theirs[name]))
+            if name in theirs:
+                local(own).copy_(local(theirs[name]))
         for buffer, other in zip(network.buffers(), source.buffers(), strict=True):
             buffer.copy_(other)
         return cast(Network, network)

@@ -48,7 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
     smaller = half(chosen.batch_size, chosen.compute.accumulation_steps)
     with cli.user_errors("fastdmd.train", advice=smaller):
         chosen, ranks, device = distributed.begin(chosen)
-        distributed.require_parts(chosen.batch_size, chosen.compute.accumulation_steps, ranks)
+        distributed.require_parts(
+            chosen.batch_size,
+            ranks,
+            accumulation_steps=chosen.compute.accumulation_steps,
+            num_steps=chosen.noise.num_steps,
+        )
         distributed.require_several(chosen.compute.shard, ranks)
         past = None if chosen.dry_run else ranks.from_first(lambda: resume.past_of(chosen))
         if (notice := warm_up_notice(chosen.iterations, chosen.optimizer.warmup_iterations)) is not None:
@@ -78,6 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
             teachers.verify_features(teacher)
         if config.method.differentiates_denoisers:
             teachers.verify_derivative(teacher)
+        if config.noise.num_steps > 1 and (notice := teachers.verify_level_embedding(teacher)) is not None:
+            terminal.say(notice)
         if real is not None:
             notice = unseen_classes(real, teacher.num_classes, are_judged=config.gan.is_on)
             if notice is not None:

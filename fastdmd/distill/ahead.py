@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from operator import itemgetter
 
@@ -23,15 +22,15 @@ Source = Callable[[int], Draws]  # the random inputs of an iteration
 class Ahead:
     """Static buffers for the images of a chunk of iterations between two generator turns, and the draws behind them.
 
-    Iteration `k * ratio` has a generator turn; those between it and the next are cut into chunks of equal length, of
-    one where each has a step of its own. The random inputs of a chunk are asked for when its images are made.
+    Iteration `k * ratio` has a generator turn; those between it and the next are cut into chunks of equal length. The
+    random inputs of a chunk are asked for when its images are made.
     """
 
     def __init__(self, draws: Draws, ratio: int):
         self._ratio, batch_size = ratio, len(draws.noise)
         lengths = [length for length in range(1, ratio) if (ratio - 1) % length == 0]
-        limit = MAX_IMAGES_AHEAD if draws.is_of_one_step else batch_size
-        chunk = self.chunk = max((n for n in lengths if n * batch_size <= limit), default=1)  # iterations
+        fitting = (length for length in lengths if length * batch_size <= MAX_IMAGES_AHEAD)
+        chunk = self.chunk = max(fitting, default=1)  # iterations
         self.inputs = map_tensors(lambda x: x.new_empty(chunk * batch_size, *x.shape[1:]), start_of(draws))
         self.x_gen = torch.empty_like(self.inputs.noise)  # [chunk * B, C, H, W]
         self._start: int | None = None  # of the chunk whose images are here
@@ -66,7 +65,6 @@ class Ahead:
         self._drawn = {step: source(step) for step in range(start, start + self.chunk)}
         for rows, drawn in zip(parts(len(self.x_gen), self.chunk), self._drawn.values(), strict=True):
             copy_tensors(drawn, map_tensors(itemgetter(rows), self.inputs))
-        self.inputs = dataclasses.replace(self.inputs, step_index=self._drawn[start].step_index)
         self._start, self._source = start, source
 
     @torch.no_grad()

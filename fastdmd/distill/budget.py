@@ -36,6 +36,7 @@ class Budget:
     available_bytes: int | None  # None: unknown
     largest_batch_size: int | None  # to first order; None where this one fits or nothing is known
     num_processes: int = 1  # with as large a batch each; flags are of all of them
+    num_steps: int = 1  # of the generator, which divide a part of a batch
 
     @property
     def fits(self) -> bool | None:
@@ -60,8 +61,9 @@ class Budget:
         """What fits by this estimate; of what it says to fit and yet does not, half."""
         if self.fits or self.largest_batch_size is None:
             return half(self.batch_size, self.accumulation_steps, self.num_processes)
-        part = self.largest_batch_size // self.accumulation_steps
-        steps = (n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0 and self.batch_size // n <= part)
+        part = self.largest_batch_size // (self.accumulation_steps * self.num_steps) * self.num_steps
+        most = self.batch_size // self.num_steps
+        steps = (n for n in range(1, most + 1) if most % n == 0 and self.batch_size // n <= part)
         of_all = part * self.accumulation_steps * self.num_processes
         return f"try --batch-size {of_all} or --accumulation-steps {next(steps)}"
 
@@ -80,19 +82,21 @@ def estimate(
 ) -> Budget:
     """The budget of the distillation that `build` makes of a teacher, of which only the shapes matter.
 
-    The turns themselves run, at every step of the generator, on meta tensors, and every storage that they would
+    The turns themselves run on meta tensors, and every storage that they would
     allocate is counted while it lives. Left out are workspaces of the convolutions, fragmentation and what the process
     needs anyway; `compiled` and `captured` execution need less for what they fuse. Against the growth of a process's
     resident memory on a CPU the estimate was 4 % low for the CIFAR-10 network at 2 images, 6 % at 8.
     """
     meta = copy.deepcopy(teacher).to("meta")
+    one = _draws(meta, 1, Draws, 1, "simulated")
+    forward = _flops(lambda: meta(one.noise, one.dm_sigma, one.class_labels))
     cost, model, flops = _dry_run(meta, build, batch_size, generator_inputs)
-    ratio, ahead = model.dfake_gen_update_ratio, model.images_ahead * batch_size
-    generation = flops["generation"] // model.images_ahead + flops["simulation"]
-    iteration = flops["guidance"] + (flops["generator"] + flops["simulation"] + (ratio - 1) * generation) // ratio
+    ratio = model.dfake_gen_update_ratio
+    generation = flops["generation"] // model.images_ahead
+    iteration = flops["guidance"] + (flops["generator"] + (ratio - 1) * generation) // ratio
     available, largest = available_bytes(device), None
     if available is not None and cost.peak_bytes > available:
-        least = model.accumulation_steps  # an image per part
+        least = model.accumulation_steps * model.num_steps  # an image of each step per part
         smaller, _, _ = _dry_run(meta, build, least, generator_inputs)
         per_image = (cost.peak_bytes - smaller.peak_bytes) / max(1, batch_size - least)
         largest = max(least, int(least + (available - smaller.peak_bytes) / max(1.0, per_image)))
@@ -100,12 +104,13 @@ def estimate(
         batch_size=batch_size,
         accumulation_steps=model.accumulation_steps,
         num_parameters=sum(parameter.numel() for parameter in meta.parameters()),
-        forward_flops=flops["generation"] // ahead,
+        forward_flops=forward,
         iteration_flops=iteration,
         state_bytes=cost.state_bytes,
         peak_bytes=cost.peak_bytes,
         available_bytes=available,
         largest_batch_size=largest,
+        num_steps=model.num_steps,
     )
 
 
@@ -133,16 +138,10 @@ def _dry_run(
     batch_size: int,
     generator_inputs: GeneratorInputs,
 ) -> tuple[_Cost, DMD2, dict[str, int]]:
-    """Memory, the model, and the FLOPs of each kind of turn at the generator's first step; `simulation`: what those of
-    further steps need beside, on average over all."""
+    """Memory, the model, and the FLOPs of each kind of turn."""
     with Allocations() as memory:
         model = build(meta)
-
-        def load(step_index: int) -> None:
-            draws = _draws(meta, batch_size, model.method.draws, model.num_steps, generator_inputs)
-            model.load(dataclasses.replace(draws, step_index=step_index))
-
-        load(0)
+        model.load(_draws(meta, batch_size, model.method.draws, model.num_steps, generator_inputs))
         before = memory.most = memory.live()
         turns = {
             "generator": model.generator_turn,
@@ -150,11 +149,6 @@ def _dry_run(
             "generation": model.generation,
         }
         flops = {name: _flops(run) for name, run in turns.items()}
-        simulations = [0]
-        for index in range(1, model.num_steps):
-            load(index)
-            simulations.append(_flops(model.generator_turn) - flops["generator"])
-        flops["simulation"] = sum(simulations) // model.num_steps
     state_bytes = before + sum(parameter.nbytes for parameter in meta.parameters())
     return _Cost(state_bytes, state_bytes + memory.most - before), model, flops
 

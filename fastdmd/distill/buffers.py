@@ -23,7 +23,7 @@ class Part:
 
 
 class Buffers:
-    """Static buffers of one shape, and views of their parts; the step in `inputs` and `parts` is that loaded last."""
+    """Static buffers of one shape, and views of their parts."""
 
     def __init__(self, draws: Draws, num_parts: int, ratio: int):
         self._form = _form(draws, num_parts, ratio)
@@ -42,12 +42,6 @@ class Buffers:
             for name, key in keys_of(part.draws).items():  # of another first sample
                 key.copy_(getattr(draws, name))
                 key[3].add_(rows.start)
-        if draws.step_index != self.inputs.step_index:
-            self.inputs = dataclasses.replace(self.inputs, step_index=draws.step_index)
-            self.parts = [
-                dataclasses.replace(part, draws=dataclasses.replace(part.draws, step_index=draws.step_index))
-                for part in self.parts
-            ]
 
 
 def _part_of(draws: Draws, rows: slice) -> Draws:

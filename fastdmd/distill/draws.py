@@ -63,6 +63,11 @@ class NoiseSettings(Settings):
     anew, or real images with noise (noised-data), which need --data or the digits beside the embedded teacher."""
 
     @property
+    def num_steps(self) -> int:
+        """Of the generator."""
+        return 1 if self.generator_sigmas is None else len(self.generator_sigmas)
+
+    @property
     def uses_real_images(self) -> bool:
         """Whether the generator learns from some."""
         return self.generator_inputs == "noised-data"
@@ -157,7 +162,7 @@ class Noise(NoiseSettings):
         sigmas, shape = self.levels(device), (batch_size, *network.image_shape)
         min_step, max_step = self.step_range
         at = functools.partial(draw, shape, network.num_classes, sigmas, min_step, max_step, seed=seed)
-        return lambda step: at(step=step, first_sample=first_sample, num_steps=len(self.generator_sigmas), real=real)
+        return lambda step: at(step=step, first_sample=first_sample, num_steps=self.num_steps, real=real)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +214,9 @@ def draw(
 
     `shape` is (B, C, H, W), `sigmas` are the noise levels `[N]`, on whose device the draws will be. The generator turn
     takes its noise level uniformly from `sigmas[min_step .. max_step]`, both included, the guidance turn from all of
-    `sigmas`; labels are uniform over `num_classes` (None if 0). A generator of several steps takes one of them, uniform
-    over `num_steps`, the same for all samples. With `real` it starts from these images and noise, and has their labels,
-    but at its first step, which starts from noise.
+    `sigmas`; labels are uniform over `num_classes` (None if 0). Of a generator of several steps, sample i is at step
+    i mod `num_steps`. With `real` it starts from these images and noise, and has their labels, but at the first step,
+    which starts from noise.
     """
     device = sigmas.device
 
@@ -232,11 +237,12 @@ def draw(
     )
     if num_steps == 1:
         return draws
-    index = int(integers(0, num_steps, 1, seed=seed, stream=Stream.STEP_INDEX, iteration=step))
     if real is None:
-        step_noise = step_normals(num_steps - 1, shape, key(Stream.STEP_NOISE))
-        return dataclasses.replace(draws, step_index=index, step_noise=step_noise)
+        return dataclasses.replace(draws, step_noise=step_normals(num_steps - 1, shape, key(Stream.STEP_NOISE)))
     images, labels = real(step)
-    return dataclasses.replace(
-        draws, step_index=index, start_images=images, class_labels=labels if index > 0 else draws.class_labels
-    )
+    if labels is not None:
+        assert draws.class_labels is not None
+        of_first_step = slice(-first_sample % num_steps, None, num_steps)
+        labels = labels.clone()
+        labels[of_first_step] = draws.class_labels[of_first_step]
+    return dataclasses.replace(draws, start_images=images, class_labels=labels)

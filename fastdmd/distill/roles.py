@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdmd.diffusion import DenoisingNetwork
+from fastdmd.distill.step_codes import can_be_told, tell_steps
 from fastdmd.optim import AdamWEMA
 from fastdmd.optim.sharded import ShardedAdamWEMA
 from fastdmd.ranks import Ranks
@@ -25,13 +26,15 @@ class Roles(NamedTuple):
     fake_score: AdamWEMA
 
 
-Cast = tuple[DenoisingNetwork, Callable[[Options], AdamWEMA]]  # the teacher, and what makes each of the others
+# The teacher, and what makes each of the others: of options, and of the number of steps that it is told, if not 1.
+Cast = tuple[DenoisingNetwork, Callable[[Options, int], AdamWEMA]]
 
 
 def cast_roles(
     teacher: DenoisingNetwork,
     ranks: Ranks,
     *,
+    num_steps: int,
     in_parts: bool,
     compute_dtype: torch.dtype | None,
     generator_options: Options,
@@ -39,15 +42,18 @@ def cast_roles(
 ) -> Roles:
     """Each process has all of each network or, `in_parts`, a part; the teacher is that of the first.
 
-    In parts, it is cut where it is, and the others are made of its parts: ValueError for one process.
+    Of several steps the fake score is told which, see `tell_steps`, where it can be. In parts, the teacher is cut where
+    it is, and the others are made of its parts: ValueError for one process.
     """
     cast = _cast_in_parts if in_parts else _cast_whole
     own, optimized = cast(teacher, ranks, compute_dtype)
+    num_told = num_steps if can_be_told(teacher) else 1
     # One after the other: the optimizer moves the parameters, and the next copy takes the place that they left.
-    generator = optimized(generator_options)
-    if generator_options.get("groups") == guidance_options.get("groups"):  # their gradients are laid out alike
-        guidance_options = {"gradients_with": generator, **guidance_options}  # and turns alternate
-    fake_score = optimized(guidance_options)
+    generator = optimized(generator_options, 1)
+    is_alike = num_told == 1 and generator_options.get("groups") == guidance_options.get("groups")
+    if is_alike:  # their gradients are laid out alike, and turns alternate
+        guidance_options = {"gradients_with": generator, **guidance_options}
+    fake_score = optimized(guidance_options, num_told)
     return Roles(own, generator, fake_score)
 
 
@@ -59,9 +65,10 @@ def _cast_whole(teacher: DenoisingNetwork, ranks: Ranks, compute_dtype: torch.dt
         for parameter in own.parameters():  # not the buffers: frequencies need their digits
             parameter.data = parameter.data.to(compute_dtype)
 
-    def optimized(options: Options) -> AdamWEMA:
-        network = copy.deepcopy(teacher).requires_grad_(True)
-        return AdamWEMA(network, compute_dtype=compute_dtype, process_group=ranks.group, **options)
+    def optimized(options: Options, num_told: int) -> AdamWEMA:
+        network = copy.deepcopy(teacher)
+        tell_steps(network, num_told)
+        return AdamWEMA(network.requires_grad_(True), compute_dtype=compute_dtype, process_group=ranks.group, **options)
 
     return own, optimized
 
@@ -72,8 +79,11 @@ def _cast_in_parts(teacher: DenoisingNetwork, ranks: Ranks, compute_dtype: torch
     teacher = sharding.cut_(teacher.eval().requires_grad_(False))
     own = teacher if compute_dtype is None else sharding.like(teacher, dtype=compute_dtype)
 
-    def optimized(options: Options) -> AdamWEMA:
-        network = sharding.like(teacher, compute_dtype=compute_dtype).requires_grad_(True)
+    def optimized(options: Options, num_told: int) -> AdamWEMA:
+        def tell(network: DenoisingNetwork) -> None:
+            tell_steps(network, num_told)
+
+        network = sharding.like(teacher, compute_dtype=compute_dtype, extend=tell).requires_grad_(True)
         return ShardedAdamWEMA(network, sharding=sharding, **options)
 
     return own, optimized

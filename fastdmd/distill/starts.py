@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,40 +15,77 @@ from fastdmd.sampling import Generator
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a generator makes the images of an iteration from; of several steps, at the one that the iteration drew."""
+    """What a generator makes the images of an iteration from; of n steps, sample i of a batch at the step i mod n."""
 
     noise: Tensor  # [B, C, H, W], standard normal
     class_labels: Tensor | None  # int64 [B]
     _: dataclasses.KW_ONLY
-    step_index: int = 0
     step_noise: Tensor | None = None  # [B, num_steps - 1, C, H, W], fresh noise on the way to that step
-    start_images: Tensor | None = None  # [B, C, H, W], real ones, which are noised instead
+    start_images: Tensor | None = None  # [B, C, H, W], real ones, which are noised instead, but for the first step
 
     @property
     def is_of_one_step(self) -> bool:
-        """Whether all iterations have the same step."""
         return self.step_noise is None and self.start_images is None
 
-    def is_watched(self, num_steps: int) -> bool:
-        """Whether its images tell how a generator of so many steps samples: those of the last step do, or of the first
-        where all others start from real images."""
-        return self.step_index == (0 if self.start_images is not None else num_steps - 1)
+    def watched(self, num_steps: int) -> slice:
+        """The samples whose images tell how a generator of so many steps samples: those of the last step, or of the
+        first where all others start from real images."""
+        return slice(0 if self.start_images is not None else num_steps - 1, None, num_steps)
 
 
 def make_images(generator: Generator, start: Start) -> Tensor:
-    """`x_gen = D(x_i, sigma_i)`, `[B, C, H, W]`, of the step i, differentiable in this last evaluation alone.
+    """`x_gen = D(x_k, sigma_k)`, `[B, C, H, W]`, k = i mod n for sample i, differentiable in this evaluation alone.
 
-    `x_i` is what sampling arrives at (backward simulation, Yin et al. 2024, DMD2, section 4.5), or beyond the first
-    step `start_images + sigma_i * noise`. Raises ValueError for a step that the generator does not have, and for
-    `step_noise` of another number of steps.
+    `x_k` is what sampling arrives at (backward simulation, Yin et al. 2024, DMD2, section 4.5), or beyond the first
+    step `start_images + sigma_k * noise`. Raises ValueError for a batch that the n steps of the generator do not
+    divide, and for `step_noise` of another number of steps.
     """
-    index = start.step_index
+    num_steps, labels = generator.num_evaluations, start.class_labels
+    if num_steps == 1:
+        return generator.denoise(generator.sigmas[0] * start.noise, generator.sigmas[0], labels)
+    if len(start.noise) % num_steps:
+        raise ValueError(f"fastdmd.make_images: expected a batch that {num_steps} steps divide, got {len(start.noise)}")
     with torch.no_grad():
-        if index > 0 and start.start_images is not None:
-            x = generator.sigma(index) * start.noise + start.start_images
-        else:
-            x = generator.simulate(index, start.noise, start.class_labels, start.step_noise)
-    return generator.denoise(index, x, start.class_labels)
+        arrived = _noised(generator, start) if start.start_images is not None else _simulated(generator, start)
+        levels = [x.new_full(x.shape[:1], sigma) for x, sigma in zip(arrived, generator.sigmas, strict=True)]
+    return generator.denoise(_interleaved(arrived), _interleaved(levels), labels)
+
+
+def _noised(generator: Generator, start: Start) -> list[Tensor]:
+    """Of each step its samples' `x_k`, `[B / n, C, H, W]`: noised real images, but of the first step noise alone."""
+    assert start.start_images is not None
+    (first, *noises), (_, *images) = (_by_step(x, generator) for x in (start.noise, start.start_images))
+    further = zip(generator.sigmas[1:], noises, images, strict=True)
+    return [generator.sigmas[0] * first, *(sigma * noise + image for sigma, noise, image in further)]
+
+
+def _simulated(generator: Generator, start: Start) -> list[Tensor]:
+    """Of each step its samples' `x_k`, `[B / n, C, H, W]`, by way of the steps before it."""
+    generator.check_step_noise(start.noise, start.step_noise)
+    assert start.step_noise is not None
+    noises, fresh = _by_step(start.noise, generator), _by_step(start.step_noise, generator)
+    labels = None if start.class_labels is None else _by_step(start.class_labels, generator)
+    going = [
+        generator.sigmas[0] * noise for noise in noises
+    ]  # at one level all of them, of this step and of later ones
+    arrived = []
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(generator.sigmas)):
+        arrived.append(going[0])
+        labels_on = None if labels is None else _interleaved(labels[step + 1 :])
+        images = generator.denoise(_interleaved(going[1:]), sigma, labels_on).unflatten(0, (-1, len(going) - 1))
+        # In this order the sum is laid out as the noise is, at every level: compiled networks serve them all.
+        going = [sigma_next * fresh[k][:, step] + x for k, x in enumerate(images.unbind(1), start=step + 1)]
+    return [*arrived, *going]
+
+
+def _by_step(x: Tensor, generator: Generator) -> list[Tensor]:
+    """The samples of each step, `[B / n, ...]`."""
+    return [*x.unflatten(0, (-1, generator.num_evaluations)).unbind(1)]
+
+
+def _interleaved(xs: Sequence[Tensor]) -> Tensor:
+    """Sample i is of the entry i mod len(xs)."""
+    return torch.stack([*xs], 1).flatten(0, 1)
 
 
 Values = TypeVar("Values", bound=Start)

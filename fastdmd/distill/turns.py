@@ -32,9 +32,9 @@ class DMD2:
     """Teacher, generator and fake score, and the two turns that alternate (Yin et al. 2024, DMD2).
 
     Generator and fake score start as copies of the teacher, see `roles`. The generator makes images at
-    `generator_sigmas`, the highest first, or at `conditioning_sigma` alone; of several, the draws of an iteration say
-    which. With `clamp_images` they stay in [-1, 1], see `sampling.clamp_images`. `generator_options` and
-    `guidance_options` go to `AdamWEMA`. Each turn differentiates only through the network that it trains.
+    `generator_sigmas`, the highest first, or at `conditioning_sigma` alone; of several, each sample of a batch at one,
+    see `starts.make_images`. With `clamp_images` they stay in [-1, 1], see `sampling.clamp_images`. `generator_options`
+    and `guidance_options` go to `AdamWEMA`. Each turn differentiates only through the network that it trains.
 
     `execution`: "eager"; "compiled", every network by `torch.compile`; "captured", each whole turn from noising to the
     average of the weights: on CUDA compiled networks and one graph, on a CPU the same operations as eager, see
@@ -90,6 +90,7 @@ class DMD2:
         self.teacher, self.generator_optimizer, self.guidance_optimizer = cast_roles(
             teacher,
             self.ranks,
+            num_steps=len(generator_sigmas),
             in_parts=shard,
             compute_dtype=compute_dtype,
             generator_options=generator_options,
@@ -159,8 +160,7 @@ class DMD2:
     def generator_turn(self) -> None:
         """Moves the generator along the distribution-matching gradient; leaves x_gen."""
         buffers = self._loaded("generator")
-        name = _of_step("generator", buffers.inputs.step_index)
-        self.executor.run(name, lambda: self._generator_turn(buffers), self.generator_optimizer)
+        self.executor.run("generator", lambda: self._generator_turn(buffers), self.generator_optimizer)
 
     def guidance_turn(self) -> None:
         """Lets the fake score follow the generator's distribution."""
@@ -170,8 +170,7 @@ class DMD2:
     def generation(self) -> None:
         """Makes the images of the next chunk of iterations."""
         ahead = self._loaded("generation").ahead
-        name = _of_step("generation", ahead.inputs.step_index)
-        self.executor.run(name, lambda: ahead.generate(self._sampler, self.accumulation_steps))
+        self.executor.run("generation", lambda: ahead.generate(self._sampler, self.accumulation_steps))
 
     @property
     def average(self) -> DenoisingNetwork:
@@ -183,8 +182,7 @@ class DMD2:
 
     @property
     def captured_turns(self) -> frozenset[str]:
-        """Of generator, guidance and generation, those that are CUDA graphs by now; those of further steps are
-        `generator 1`, `generation 1` and so on."""
+        """Of generator, guidance and generation, those that are CUDA graphs by now."""
         return self.executor.captured
 
     @property
@@ -201,8 +199,8 @@ class DMD2:
         """Copies the random inputs of an iteration to where the turns read them; makes room at the first.
 
         Draws of another shape, another ratio or number of parts make other buffers, and turns over them other graphs.
-        Raises ValueError for a batch that `accumulation_steps` does not divide, and for draws of one step where there
-        are several, or the other way round.
+        Raises ValueError for a batch that `accumulation_steps` does not divide, for parts of it that the steps of the
+        generator do not divide, and for draws of one step where there are several, or the other way round.
         """
         num_parts, ratio = self.accumulation_steps, self.dfake_gen_update_ratio
         if self.buffers is None or not self.buffers.fit(draws, num_parts, ratio):
@@ -215,10 +213,7 @@ class DMD2:
                 raise ValueError(
                     f"fastdmd.DMD2: expected draws for generator_sigmas {self._sampler.sigmas}, got some for {got}"
                 )
-            generator, generation = (
-                tuple(_of_step(turn, index) for index in range(self.num_steps)) for turn in ("generator", "generation")
-            )
-            self.executor.renew((*generator, "guidance"), generation)
+            self.executor.renew(("generator", "guidance"), ("generation",))
             self.buffers = Buffers(draws, num_parts, ratio)
         self.buffers.load(draws)
         return self.buffers
@@ -232,7 +227,7 @@ class DMD2:
         terms: list[Terms] = []
         seen: list[Tensor] = []
         comparisons: list[Tensor] = []
-        is_watched = buffers.inputs.is_watched(self.num_steps)
+        watched = buffers.inputs.watched(self.num_steps)
         for part in buffers.parts:
             teacher = Scheduled(self._teacher, self._denoise_beside)
             fake_score = Scheduled(self._fake_score, self._denoise_and_join)
@@ -244,14 +239,15 @@ class DMD2:
             terms.append(found.detach())
             seen.append(marks(part.draws.start_images, x_gen, teacher.D_x, fake_score.D_x))
             part.x_gen.copy_(x_gen.detach())
-            if is_watched and teacher.D_x is not None and fake_score.D_x is not None:
-                comparisons.append(comparison(part.x_gen, teacher.D_x, fake_score.D_x, part.draws.dm_sigma))
-        statistics = turn_statistics(buffers.x_gen, comparisons) if is_watched else None
+            if teacher.D_x is not None and fake_score.D_x is not None:
+                compared = part.x_gen, teacher.D_x, fake_score.D_x, part.draws.dm_sigma
+                comparisons.append(comparison(*(x[watched] for x in compared)))
+        statistics = turn_statistics(buffers.x_gen[watched], comparisons)
         self._update(self.generator_tally, [self.generator_optimizer], terms, seen, statistics)
         if self.is_in_parts:
             rest(self.teacher)
-        if is_watched and self.class_sums is not None and buffers.inputs.class_labels is not None:
-            self.class_sums.add(buffers.x_gen, buffers.inputs.class_labels)
+        if self.class_sums is not None and buffers.inputs.class_labels is not None:
+            self.class_sums.add(buffers.x_gen[watched], buffers.inputs.class_labels[watched])
 
     def _guidance_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
@@ -309,11 +305,6 @@ class DMD2:
             options["balance"] = left_out - MOST_LEFT_OUT
         norms = [optimizer.update(permitted, **options) for optimizer in optimizers]
         tally.add(*losses, *norms, seen=found, left_out=left_out, statistics=statistics)
-
-
-def _of_step(turn: str, index: int) -> str:
-    """The name of a turn, of which each step beyond the first is another one, with a graph of its own."""
-    return f"{turn} {index}" if index else turn
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -30,7 +30,8 @@ class Adapted(DenoisingNetwork):
     greatest level of its noise schedule, above which nobody has trained it.
 
     `with_features` needs a module with `feature_shape`, (C, h, w), and `features(x, level, labels)`, which takes what
-    it is called with itself and gives its encoder's features, `[B, C, h, w]`.
+    it is called with itself and gives its encoder's features, `[B, C, h, w]`. `level_embedding` is the module's own, if
+    it has one, or the `time_embedding` of a network of diffusers.
 
     `origin` says how a weight file's reader can make the network again: `{"source": "package.module:name"}`, or
     `{"diffusers": config}`.
@@ -142,6 +143,13 @@ class Adapted(DenoisingNetwork):
             with torch.autocast(x.device.type, dtype=dtype, cache_enabled=False):
                 return function(*arguments)
         return function(*arguments)
+
+    @property
+    def level_embedding(self) -> nn.Module | None:
+        found = getattr(self.network, "level_embedding", None)
+        if found is None and type(self.network).__module__.startswith("diffusers."):
+            found = getattr(self.network, "time_embedding", None)
+        return found if isinstance(found, nn.Module) else None
 
     @property
     def inner(self) -> nn.Module:

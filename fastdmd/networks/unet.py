@@ -153,6 +153,10 @@ class UNet(DenoisingNetwork):
         rows = slice(num_denoised)
         return c_skip[rows] * x[rows] + c_out[rows] * self._decode(encoded.first(num_denoised)), encoded.features
 
+    @property
+    def level_embedding(self) -> nn.Module:
+        return self.map_noise
+
     def _coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`c_skip, c_out, c_in, c_noise`, each `[B]`."""
         if self.dynamics == "flow":

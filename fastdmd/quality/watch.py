@@ -25,6 +25,7 @@ class Watch:
     `class_sums` are those of the generator turns, None without classes; nothing is looked at before `settled_at`
     iterations, which the learning rate takes to warm up. The generator's gradient is clipped to `max_grad_norm`.
     `follows_average`: the readings are of images as sampling makes them; those of the average are held against them.
+    Of `num_steps` that the generator has, the images of one are looked at.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class Watch:
         settled_at: int = 0,
         max_grad_norm: float = math.inf,
         follows_average: bool = True,
+        num_steps: int = 1,
     ):
         self.reference, self._class_sums, self._settled_at = reference, class_sums, settled_at
         self._max_grad_norm = max_grad_norm
-        self._follows_average = follows_average
+        self._follows_average, self._num_steps = follows_average, num_steps
         self._history: deque[Reading] = deque(maxlen=LONGEST_HISTORY)
         self._pool: list[tuple[int, int, Reading]] = []  # images, images judged, and what is known of them
         self._seen = {rule.kind: 0 for rule in RULES}  # readings in a row that it held for; less than 0: did not
@@ -51,8 +53,8 @@ class Watch:
     ) -> tuple[dict[str, float], list[Alarm]]:
         """Figures by class since the last ones, and the alarms that begin.
 
-        `reading` is of `num_images` images of generator turns, and of `num_judged` that a discriminator was asked of,
-        if there is one.
+        `reading` is of `num_images` images of generator turns, of all steps, and of `num_judged` that a discriminator
+        was asked of, if there is one.
         """
         figures = {} if self._average is None else {"average_spread": self._average}
         right = self.reference.classes
@@ -62,7 +64,7 @@ class Watch:
         grad_norm = reading.get("generator_grad_norm")
         times_clipped = None if grad_norm is None else grad_norm / self._max_grad_norm
         known = {"spread_then": self._spread_then, "times_clipped": times_clipped}
-        self._pool.append((num_images, num_judged, {**known, **reading, **figures}))
+        self._pool.append((num_images // self._num_steps, num_judged, {**known, **reading, **figures}))
         if sum(num for num, *_ in self._pool) < LEAST_POOLED:
             return figures, []
         pooled = _mean(self._pool)

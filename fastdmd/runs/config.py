@@ -132,6 +132,9 @@ class TrainConfig(CommandConfig):
         super().check()
         if self.batch_size % self.compute.accumulation_steps:
             fail(self.compute, "accumulation_steps", f"that divides --batch-size {self.batch_size}")
+        if self.batch_size // self.compute.accumulation_steps % self.noise.num_steps:
+            parts = "" if self.compute.accumulation_steps == 1 else ", in each of --accumulation-steps,"
+            fail(self, "batch_size", f"that the {self.noise.num_steps} steps of --generator-sigmas{parts} divide")
         if self.method.name != "dmd2" and self.gan.divergence != "reverse-kl":
             fail(self.gan, "divergence", f"reverse-kl with --method {self.method.name}")
         self.optimizer.averages(self.batch_size)  # raises where one is too long for it

@@ -189,11 +189,13 @@ def require_same(what: str, describe: Callable[[], Mapping[str, Any]], ranks: Ra
     ranks.require_equal(what, lambda: "; ".join(others))
 
 
-def require_parts(batch_size: int, accumulation_steps: int, ranks: Ranks) -> None:
-    """Raises ValueError for a batch that ranks and accumulation steps do not divide."""
-    if batch_size % (ranks.size * accumulation_steps):
-        steps = f", with {accumulation_steps} --accumulation-steps each" if accumulation_steps > 1 else ""
-        raise ValueError(f"expected --batch-size that {ranks.size} processes divide{steps}, got {batch_size}")
+def require_parts(batch_size: int, ranks: Ranks, *, accumulation_steps: int = 1, num_steps: int = 1) -> None:
+    """Raises ValueError for a batch that ranks, accumulation steps and steps of a generator do not divide."""
+    if batch_size % (ranks.size * accumulation_steps * num_steps):
+        counts = {"--accumulation-steps": accumulation_steps, "steps of --generator-sigmas": num_steps}
+        each = " and ".join(f"{count} {name}" for name, count in counts.items() if count > 1)
+        each = each and f", with {each} each"
+        raise ValueError(f"expected --batch-size that {ranks.size} processes divide{each}, got {batch_size}")
 
 
 def require_several(shard: bool, ranks: Ranks) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill import DMD2
 from fastdmd.distill.optimization import Average
 from fastdmd.distill.states import digest
+from fastdmd.distill.step_codes import codes_of
 from fastdmd.files import write_atomically
 from fastdmd.networks.states import require_same
 from fastdmd.networks.tensor_files import open_tensors
@@ -95,6 +97,7 @@ class Stage:
     folder: Path
     generator: State
     fake_score: State | None  # None: that of the teacher
+    codes: State  # by which it knows the steps of a generator
     head: State | None
     averages: Mapping[str, State]
     kept: State  # the average that was the run's result
@@ -119,7 +122,10 @@ class Stage:
                 "from the teacher"
             )
         else:
-            _fill(model.guidance_optimizer, self.fake_score)
+            codes = self._codes_for(model)
+            _fill(model.guidance_optimizer, {**self.fake_score, **codes})
+            if self.codes.keys() - {name for name, value in codes.items() if value is self.codes.get(name)}:
+                said.append(f"what the fake score of {self.folder} knows of the steps of its generator is left out")
             if others:
                 said.append(
                     f"{self.folder} has no average of {', '.join(others)}: it starts from the one that was kept"
@@ -140,8 +146,17 @@ class Stage:
             said.append(f"the discriminator's head of {self.folder} is left out: --gan-guidance-weight is 0")
         return said
 
+    def _codes_for(self, model: DMD2) -> State:
+        """Those of the model's own steps, by the names of its fake score; zero where this stage has none of as many."""
+        own = model.guidance_optimizer.weights
+        fresh = {name: torch.zeros(own[name].shape) for name in codes_of(own)}
+        return {
+            name: found if (found := self.codes.get(name, zero)).shape == zero.shape else zero
+            for name, zero in fresh.items()
+        }
+
     def _digest(self) -> str:
-        states = self.generator, self.fake_score or {}, self.head or {}, *self.averages.values(), self.kept
+        states = self.generator, self.fake_score or {}, self.codes, self.head or {}, *self.averages.values(), self.kept
         return digest(*(value for state in states for value in state.values()))
 
 
@@ -164,6 +179,8 @@ def read_stage(folder: Path, teacher: DenoisingNetwork) -> Stage:
             number, _, rest = rest.partition(".")
             part = f"average.{number}"
         states.setdefault(part, {})[rest] = value
+    fake_score = states.get("fake_score", {})
+    codes = {name: fake_score.pop(name) for name in codes_of(fake_score)}
     expected = teacher.state_dict()
     of_averages = [f"average.{index}" for index in range(len(metadata["averages"]))]
     for part in ("generator", "fake_score", *of_averages):
@@ -172,7 +189,8 @@ def read_stage(folder: Path, teacher: DenoisingNetwork) -> Stage:
     return Stage(
         folder,
         states["generator"],
-        states["fake_score"],
+        fake_score,
+        codes,
         states.get("head"),
         averages,
         averages[metadata["kept"]],
@@ -194,7 +212,7 @@ def _from_generator(folder: Path, teacher: DenoisingNetwork) -> Stage:
     # Code that was named is not of the network; what the file lacks of others, a description has.
     _require_network(teacher, metadata["network"] if code is not None else generator.describe(), path)
     state = generator.state_dict()
-    return Stage(folder, state, None, None, {}, state, generator_of(generator, metadata))
+    return Stage(folder, state, None, {}, None, {}, state, generator_of(generator, metadata))
 
 
 def _metadata(found: Mapping[str, str], path: Path) -> dict[str, Any]:

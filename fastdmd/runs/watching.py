@@ -34,4 +34,5 @@ def make_watch(config: ResolvedTrainConfig, model: DMD2, named: Dataset | None, 
         settled_at=config.optimizer.warmup_iterations,
         max_grad_norm=config.optimizer.max_grad_norm,
         follows_average=has_one_average and not config.noise.uses_real_images,
+        num_steps=model.num_steps,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdmd.diffusion import DenoisingNetwork, per_sample, preconditioning
+from fastdmd.distill.step_codes import codes_of, tell_steps
 from fastdmd.networks.accelerate import accelerate
 from fastdmd.networks.user_code import user_code
 from fastdmd.optim.flat import check_network
@@ -123,6 +124,38 @@ def verify_derivative(network: DenoisingNetwork) -> None:
     Raises ValueError if that fails, and for images that are not finite or without gradient.
     """
     _verify_gradient(network, "denoised images", network)
+
+
+@torch.no_grad()
+def verify_level_embedding(network: DenoisingNetwork) -> str | None:
+    """Tells a copy of somebody's network which step of a generator its images are of, as a distillation does; says, in
+    one line, where it has no `level_embedding` and so will not be told.
+
+    Raises ValueError for one that gives no `[B, width]`, or that its forward does not call.
+    """
+    if not network.foreign_name:
+        return None
+    name, device = network.foreign_name, next(network.parameters()).device
+    if network.level_embedding is None:
+        return (
+            f"the fake score is not told which step of the generator it judges, as {name} has no level_embedding; "
+            "several steps learn better with one"
+        )
+    _, inputs = _trial(network, VERIFIED_SIGMAS[1:])
+    x, sigma, *labels = (tensor.to(device) for tensor in inputs)
+    with user_code("teachers", f"{name} to be copied and told of 2 steps"):
+        twin = copy.deepcopy(network)
+        tell_steps(twin, 2)
+        before = twin(x, sigma, *labels)
+        for code in codes_of(twin.state_dict()):
+            twin.get_parameter(code).fill_(1)
+        after = twin(x, sigma, *labels)
+    if torch.equal(before, after):
+        raise ValueError(
+            f"fastdmd.teachers: expected {name}'s level_embedding to be what its forward embeds noise levels by, got "
+            "one that changes nothing"
+        )
+    return None
 
 
 def _verify_gradient(network: DenoisingNetwork, what: str, function: Callable[..., Tensor]) -> None:

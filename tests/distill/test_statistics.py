@@ -125,18 +125,23 @@ def test_turns_tell_of_their_images(teacher, steps):
 def test_of_several_steps_one_is_watched(generator_inputs, watched):
     """The last, with which sampling ends; the first, where the others start from real images."""
     teacher, changes = make_network(TINY), {"generator_sigmas": (80.0, 5.0, 0.5), "dfake_gen_update_ratio": 1}
-    config = ADVERSARIAL.replace(**changes, generator_inputs=generator_inputs, seed=1)  # all steps come at once
+    config = ADVERSARIAL.replace(**changes, generator_inputs=generator_inputs, seed=1)
     draws, model = distillation.make_draws(config, teacher, CPU, real_images()), distillation.build(config, teacher)
-    for step in range(8):
+    for step in range(3):
+        fake_score, drawn = copy.deepcopy(model.fake_score), materialised(draws(step))
         model.iterate(step, draws)
-        reading, is_watched = model.generator_tally.read(), draws(step).step_index == watched
-        expected = image_statistics(model.buffers.x_gen).tolist()
-        found = [reading.means.get(name) for name in IMAGE_STATISTICS]
-        assert reading.num_watched == is_watched and reading.num_good == 1
-        assert found == (pytest.approx(expected, rel=1e-5) if is_watched else [None] * len(found))
-        assert any(name in reading.means for name in COMPARISONS) == is_watched
-        assert (model.class_sums.read() is None) != is_watched
-    assert {draws(step).step_index for step in range(8)} == {0, 1, 2}
+        reading, x_gen = model.generator_tally.read(), model.buffers.x_gen
+        expected = image_statistics(x_gen[[watched, watched + 3]]).tolist()
+        assert [reading.means.get(name) for name in IMAGE_STATISTICS] == pytest.approx(expected, rel=1e-5)
+        assert reading.num_watched == reading.num_good == 1
+        labels, sigma = drawn.class_labels[[watched, watched + 3]], drawn.dm_sigma
+        assert model.class_sums.read().counts.tolist() == labels.bincount(minlength=3).tolist()
+        with torch.no_grad():
+            x_t = x_gen + sigma.reshape(-1, 1, 1, 1) * drawn.dm_noise
+            images = (x_gen, *(net(x_t, sigma, drawn.class_labels) for net in (teacher, fake_score)), sigma)
+        for name, *found in zip(COMPARISONS, *comparison(*(x[[watched, watched + 3]] for x in images)), strict=True):
+            total, weight = (value.item() for value in found)
+            assert reading.means.get(name) == (pytest.approx(total / weight, rel=1e-3) if weight else None), name
 
 
 def test_a_network_without_classes_has_no_sums_of_them():

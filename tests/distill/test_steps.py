@@ -1,4 +1,4 @@
-"""A generator of several steps in the turns: each iteration at its own, against plain PyTorch, however executed."""
+"""A generator of several steps in the turns: each sample at its own, against plain PyTorch, however executed."""
 
 import copy
 import dataclasses
@@ -13,6 +13,7 @@ from fastdmd.data import Dataset
 from fastdmd.distill.budget import estimate
 from fastdmd.distill.draws import materialised
 from fastdmd.distill.gan import GANSettings
+from fastdmd.distill.starts import map_tensors
 from fastdmd.randomness import Stream
 from fastdmd.runs import distillation
 from tests.helpers.adversarial import CONFIG as ADVERSARIAL
@@ -36,13 +37,16 @@ def make_draws(teacher, config=CONFIG, device=CPU):
 
 
 def make(teacher, **changes):
-    """A model whose fake score is not its teacher, and the draws."""
+    """A model whose fake score is not its teacher, and knows the steps apart, and the draws."""
     config = CONFIG.replace(**changes)
     model = distillation.build(config, copy.deepcopy(teacher))
-    others = make_network(teacher.config, seed=1).to(model.device).parameters()
+    others = dict(make_network(teacher.config, seed=1).to(model.device).named_parameters())
     with torch.no_grad():
-        for parameter, other in zip(model.fake_score.parameters(), others, strict=True):
-            parameter.lerp_(other, 0.1)
+        for name, parameter in model.fake_score.named_parameters():
+            other = others.get(name)  # none of codes
+            parameter.lerp_(
+                torch.linspace(-2, 2, parameter.numel()).view_as(parameter) if other is None else other, 0.1
+            )
     return model, make_draws(teacher, config, model.device)
 
 
@@ -51,36 +55,26 @@ def levels(sigma, x):
 
 
 def plain_images(network, draws, sigmas=SIGMAS):
-    """`x_gen` of a step, as anyone would write it down."""
-    x, labels = sigmas[0] * draws.noise, draws.class_labels
-    with torch.no_grad():
-        if draws.step_index > 0 and draws.start_images is not None:
-            x = draws.start_images + sigmas[draws.step_index] * draws.noise
-        else:
-            for k in range(draws.step_index):
-                x_0 = network(x, levels(sigmas[k], x), labels)
-                x = x_0 + sigmas[k + 1] * draws.step_noise[:, k]
-    return network(x, levels(sigmas[draws.step_index], x), labels)
+    """`x_gen`, as anyone would write it down, a sample at a time."""
+    images = []
+    for i in range(len(draws.noise)):
+        one, last = slice(i, i + 1), i % len(sigmas)
+        x, labels = sigmas[0] * draws.noise[one], None if draws.class_labels is None else draws.class_labels[one]
+        with torch.no_grad():
+            if last > 0 and draws.start_images is not None:
+                x = draws.start_images[one] + sigmas[last] * draws.noise[one]
+            else:
+                for k in range(last):
+                    x_0 = network(x, levels(sigmas[k], x), labels)
+                    x = x_0 + sigmas[k + 1] * draws.step_noise[one, k]
+        images.append(network(x, levels(sigmas[last], x), labels))
+    return torch.cat(images)
 
 
-def steps_of_each_index(draws):
-    """The first iteration of each step of the generator."""
-    found = {}
-    for step in itertools.count():
-        found.setdefault(draws(step).step_index, step)
-        if len(found) == len(SIGMAS):
-            return found
-
-
-def test_the_step_is_drawn_on_the_host_and_nothing_else_depends_on_it(teacher):
-    """Uniform, whatever was asked for before; all that an iteration of one step draws is the same beside it."""
+def test_nothing_that_one_step_draws_depends_on_the_others(teacher):
     draws, again = make_draws(teacher), make_draws(teacher)
     other = make_draws(teacher, CONFIG.replace(seed=2))
     single = make_draws(teacher, CONFIG.replace(generator_sigmas=None))
-    indices = [draws(step).step_index for step in range(300)]
-    assert all(type(index) is int for index in indices) and [indices.count(i) > 70 for i in range(3)] == [True] * 3
-    assert indices[::-1] == [again(step).step_index for step in reversed(range(300))]
-    assert indices != [other(step).step_index for step in range(300)]
     one = materialised(draws(7))
     assert one.step_noise.shape == (6, 2, 1, 8, 8) and one.start_images is None and single(7).is_of_one_step
     assert torch.equal(one.step_noise, again(7).step_noise)
@@ -92,15 +86,15 @@ def test_the_step_is_drawn_on_the_host_and_nothing_else_depends_on_it(teacher):
 
 
 def test_real_images_come_with_their_labels_and_are_those_of_no_discriminator(teacher):
+    """But at the first step, which has the labels that are drawn."""
     noised = CONFIG.replace(generator_inputs="noised-data")
     draws, simulated = make_draws(teacher, noised), make_draws(teacher)
     both = make_draws(teacher, ADVERSARIAL.replace(generator_sigmas=SIGMAS, generator_inputs="noised-data", seed=1))
-    for index, step in steps_of_each_index(draws).items():
+    for step in range(3):
         images, labels = real_images().random_batch(6, seed=1, step=step, stream=Stream.START_IMAGE)
-        found = draws(step)
-        assert found.step_index == simulated(step).step_index == index and found.step_noise is None
-        assert torch.equal(found.start_images, images)
-        assert torch.equal(found.class_labels, labels if index > 0 else simulated(step).class_labels)
+        found, drawn = draws(step), simulated(step).class_labels
+        assert found.step_noise is None and torch.equal(found.start_images, images)
+        assert found.class_labels.tolist() == [drawn[i] if i % 3 == 0 else labels[i] for i in range(6)]
         assert torch.equal(both(step).start_images, images) and not torch.equal(both(step).real_images, images)
         assert torch.equal(both(step).class_labels, found.class_labels)
     bare = Dataset(real_images().images, None, "bare")
@@ -112,12 +106,12 @@ def test_real_images_come_with_their_labels_and_are_those_of_no_discriminator(te
 
 
 @pytest.mark.parametrize(
-    ("generator_inputs", "accumulation_steps"), [("simulated", 1), ("simulated", 3), ("noised-data", 1)]
+    ("generator_inputs", "accumulation_steps"), [("simulated", 1), ("simulated", 2), ("noised-data", 1)]
 )
-def test_images_and_gradient_of_each_step(teacher, generator_inputs, accumulation_steps):
-    """Of a generator turn: the gradient goes through the last evaluation alone."""
+def test_images_and_gradient(teacher, generator_inputs, accumulation_steps):
+    """Of a generator turn: the gradient goes through the last evaluation of each sample alone."""
     changes = {"generator_inputs": generator_inputs, "accumulation_steps": accumulation_steps}
-    for index, step in steps_of_each_index(make(teacher, **changes)[1]).items():
+    for step in range(3):
         model, draws = make(teacher, **changes, dfake_gen_update_ratio=1)
         found, update, drawn = [], model.generator_optimizer.update, materialised(draws(step))
 
@@ -138,26 +132,20 @@ def test_images_and_gradient_of_each_step(teacher, generator_inputs, accumulatio
         x_gen.backward(grad / grad.numel())
         expected = torch.cat([parameter.grad.flatten() for parameter in generator.parameters()])
         got = torch.cat([gradient.flatten() for gradient in found])
-        assert expected.norm() > 1e-4 and (got - expected).norm() < 1e-3 * expected.norm(), (index, step)
+        assert expected.norm() > 1e-4 and (got - expected).norm() < 1e-3 * expected.norm(), step
 
 
 @pytest.mark.parametrize(
     ("ratio", "generator_inputs"), [(1, "simulated"), (2, "simulated"), (5, "simulated"), (2, "noised-data")]
 )
-def test_every_iteration_has_its_own_step(teacher, ratio, generator_inputs):
-    """In guidance turns between generator turns, too, and after a jump; of the generator as it is at that time."""
+def test_guidance_turns_have_images_of_every_step(teacher, ratio, generator_inputs):
+    """Between generator turns, too, where they are made ahead, and after a jump; of the generator as it is then."""
     model, draws = make(teacher, dfake_gen_update_ratio=ratio, generator_inputs=generator_inputs)
-    turns = {True} if ratio == 1 else {True, False}
-    kinds = {(turn, index) for turn in turns for index in range(3)}
-    jumps = [
-        next(step for step in itertools.count(20) if (step % ratio == 0, draws(step).step_index) == kind)
-        for kind in sorted(kinds)
-    ]
-    for step in (*range(6), *jumps):
+    for step in (*range(6), 20, 23, 24):
         generator, fake_score = copy.deepcopy(model.generator), copy.deepcopy(model.fake_score)
         drawn = materialised(draws(step))
         metrics = model.iterate(step, draws)
-        assert ("loss_dm" in metrics) == (step % ratio == 0) and model.images_ahead == 1
+        assert ("loss_dm" in metrics) == (step % ratio == 0) and model.images_ahead == max(1, ratio - 1)
         with torch.no_grad():
             x_gen = plain_images(generator, drawn)
             assert_close(model.buffers.x_gen, x_gen, rtol=1e-4, atol=1e-5)
@@ -191,35 +179,15 @@ def test_the_middle_of_a_run_draws_what_its_whole_does(teacher):
     assert losses(model, draws, range(5, 9)) == losses(twin, make_draws(teacher), range(5, 9))
 
 
-def test_compiled_equals_eager_in_as_many_graphs_as_one_step_has(monkeypatch):
-    """With gradients, without, and the teacher's: whatever step they are for, images are laid out alike."""
+def test_compiled_equals_eager_in_a_graph_for_each_number_of_images(monkeypatch):
+    """Of all samples with gradients and without, by each network, and of those that go on to further steps."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     teacher = make_network(dataclasses.replace(TINY, channel_multipliers=(1,)))
     eager = losses(*make(teacher, execution="eager"), range(10))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert_same(losses(*make(teacher, execution="compiled"), range(10)), eager, 2e-3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-
-
-def test_each_step_is_a_turn_of_its_own(teacher):
-    """Which captured execution makes a graph of; guidance turns are the same for all."""
-    model, draws = make(teacher)
-    run, names = model.executor.run, []
-
-    def record(name, turn, *optimizers):
-        names.append(name)
-        run(name, turn, *optimizers)
-
-    model.executor.run = record
-    expected = []
-    for step in range(12):
-        model.iterate(step, draws)
-        at = {0: "", 1: " 1", 2: " 2"}
-        if step % 2 == 0:
-            expected += [f"generator{at[draws(step).step_index]}", f"generation{at[draws(step + 1).step_index]}"]
-        expected.append("guidance")
-    assert names == expected and len(set(names)) == 7
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
 
 
 @pytest.mark.cuda
@@ -230,8 +198,7 @@ def test_captured_equals_eager_on_a_gpu(teacher, changes, float32_units):
     eager = losses(*make(teacher, precision="fp32", execution="eager", **changes), steps)
     model, draws = make(teacher, precision="fp32", execution="captured", **changes)
     assert_same(losses(model, draws, steps), eager, 2e-2)
-    further = {f"{turn} {index}" for turn in ("generator", "generation") for index in (1, 2)}
-    assert model.captured_turns == {"generator", "generation", "guidance", *further}
+    assert model.captured_turns == {"generator", "generation", "guidance"}
 
 
 def test_with_an_adversarial_term(teacher):
@@ -249,21 +216,28 @@ def test_with_an_adversarial_term(teacher):
 def test_draws_of_other_steps_are_refused(teacher):
     model, draws = make(teacher)
     single = make_draws(teacher, CONFIG.replace(generator_sigmas=None))
-    longer = make_draws(teacher, CONFIG.replace(generator_sigmas=(80.0, 5.0, 0.5, 0.1)))
-    at = steps_of_each_index(draws)
-    for source, message in (
-        (lambda step: dataclasses.replace(longer(step), step_index=1), r"shape \(6, 2, .*, got \(6, 3, 1, 8, 8\)"),
-        (lambda step: dataclasses.replace(draws(step), step_index=3), r"a step in \[0, 3\), got 3"),
-    ):
-        with pytest.raises(ValueError, match=f"^fastdmd.Generator: expected .*{message}"):
-            model.iterate(0, source)
+    longer = make_draws(teacher, CONFIG.replace(generator_sigmas=(80.0, 5.0), batch_size=6))
+    with pytest.raises(ValueError, match=r"^fastdmd.Generator: expected .* \(6, 2, .*, got \(6, 1, 1, 8, 8\)"):
+        model.iterate(0, longer)
     one = distillation.build(CONFIG.replace(generator_sigmas=None), copy.deepcopy(teacher))
     noised = make_draws(teacher, CONFIG.replace(generator_inputs="noised-data"))
     for source in (draws, noised):
         with pytest.raises(ValueError, match=r"draws for generator_sigmas \(80.0,\), got some for several"):
-            one.iterate(at[0], source)
+            one.iterate(0, source)
     with pytest.raises(ValueError, match=r"draws for generator_sigmas \(80.0, 5.0, 0.5\), got some for one"):
-        model.iterate(at[0], single)
+        model.iterate(0, single)
+
+
+def test_a_batch_that_the_steps_do_not_divide_is_refused(teacher):
+    for generator_inputs in INPUTS:
+        model, draws = make(teacher, generator_inputs=generator_inputs)
+        with pytest.raises(ValueError, match="^fastdmd.make_images: expected a batch that 3 steps divide, got 4"):
+            model.iterate(0, lambda step, draws=draws: map_tensors(lambda x: x[:4], draws(step)))
+    with pytest.raises(ValueError, match="expected --batch-size that the 3 steps of --generator-sigmas divide, got 64"):
+        CONFIG.replace(batch_size=64).check()
+    parts = "in each of --accumulation-steps, divide, got 12"
+    with pytest.raises(ValueError, match=f"expected --batch-size that the 3 steps of --generator-sigmas, {parts}"):
+        CONFIG.replace(batch_size=12, accumulation_steps=6).check()
 
 
 def test_the_budget_counts_what_is_simulated(teacher):
@@ -284,6 +258,3 @@ def test_the_budget_counts_what_is_simulated(teacher):
     # but for the few of statistics, which are of one of the steps
     assert several.iteration_flops - one.iteration_flops == pytest.approx(6 * one.forward_flops, rel=1e-3)
     assert noised.iteration_flops == pytest.approx(one.iteration_flops, rel=1e-3)
-    image_bytes = 6 * 8 * 8 * 4
-    assert several.state_bytes - one.state_bytes == 2 * 2 * image_bytes  # of the turns and of those made ahead
-    assert noised.state_bytes - one.state_bytes == 2 * image_bytes
