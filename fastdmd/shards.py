@@ -73,7 +73,7 @@ class Sharding:
         *,
         dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
-        extend: Callable[[Network], None] = lambda network: None,
+        extend: Callable[[Any], None] = lambda network: None,
     ) -> Network:
         """A copy of one that is cut, in eval mode, part by part; `dtype` is that of its parameters. What `extend` adds
         to them is zero."""
