@@ -88,8 +88,8 @@ def estimate(
     resident memory on a CPU the estimate was 4 % low for the CIFAR-10 network at 2 images, 6 % at 8.
     """
     meta = copy.deepcopy(teacher).to("meta")
-    one = _draws(meta, 1, Draws, 1, "simulated")
-    forward = _flops(lambda: meta(one.noise, one.dm_sigma, one.class_labels))
+    drawn = _draws(meta, batch_size, Draws, 1, "simulated")
+    forward = _flops(lambda: meta(drawn.noise, drawn.dm_sigma, drawn.class_labels)) // batch_size
     cost, model, flops = _dry_run(meta, build, batch_size, generator_inputs)
     ratio = model.dfake_gen_update_ratio
     generation = flops["generation"] // model.images_ahead

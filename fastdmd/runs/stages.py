@@ -149,7 +149,8 @@ class Stage:
     def _codes_for(self, model: DMD2) -> State:
         """Those of the model's own steps, by the names of its fake score; zero where this stage has none of as many."""
         own = model.guidance_optimizer.weights
-        fresh = {name: torch.zeros(own[name].shape) for name in codes_of(own)}
+        added = codes_of(own.keys() - model.generator_optimizer.weights.keys())
+        fresh = {name: torch.zeros(own[name].shape) for name in added}
         return {
             name: found if (found := self.codes.get(name, zero)).shape == zero.shape else zero
             for name, zero in fresh.items()
@@ -180,8 +181,8 @@ def read_stage(folder: Path, teacher: DenoisingNetwork) -> Stage:
             part = f"average.{number}"
         states.setdefault(part, {})[rest] = value
     fake_score = states.get("fake_score", {})
-    codes = {name: fake_score.pop(name) for name in codes_of(fake_score)}
     expected = teacher.state_dict()
+    codes = {name: fake_score.pop(name) for name in codes_of(fake_score.keys() - expected.keys())}
     of_averages = [f"average.{index}" for index in range(len(metadata["averages"]))]
     for part in ("generator", "fake_score", *of_averages):
         require_same(expected, states.get(part, {}), f"the tensors of {part} in {path}")

@@ -147,6 +147,35 @@ def test_a_run_that_does_not_fit(teacher_file, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "largest", "num_steps", "advice"),
+    [
+        (64, 23, 1, "try --batch-size 23 or --accumulation-steps 4"),
+        (64, 23, 4, "try --batch-size 20 or --accumulation-steps 4"),
+        (
+            60,
+            23,
+            3,
+            "try --batch-size 21 or --accumulation-steps 4",
+        ),  # three parts are 20 images, of which 3 is no part
+    ],
+)
+def test_advice_is_of_batches_that_the_steps_divide(batch_size, largest, num_steps, advice):
+    cost = budget.Budget(
+        batch_size=batch_size,
+        accumulation_steps=1,
+        num_parameters=1,
+        forward_flops=1,
+        iteration_flops=1,
+        state_bytes=1,
+        peak_bytes=3,
+        available_bytes=2,
+        largest_batch_size=largest,
+        num_steps=num_steps,
+    )
+    assert cost.smaller() == advice
+
+
 def test_free_memory_is_told_or_unknown():
     available = memory.available_bytes(CPU)
     assert available is None or available > 1e6

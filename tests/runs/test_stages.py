@@ -119,6 +119,26 @@ def test_other_levels_and_another_clamping_are_said(teacher_file, first, capsys)
     assert "makes images" not in said
 
 
+def test_the_fake_score_goes_on_knowing_the_steps(teacher_file, tmp_path, capsys):
+    """Of a generator of as many; of others it learns them anew, which is said."""
+    name, left_out = "fake_score.map_noise.step_codes", "knows of the steps of its generator is left out\n"
+    first, two = tmp_path / "first", ["--generator-sigmas", "80,5", "--batch-size", "6"]
+    run_train(teacher_file, first, "--guidance-lr", "1e-2", "--num-samples", "0", *two)
+    codes = networks(first)[name]
+    assert codes.shape == (2, 32) and codes.abs().max() > 1e-3 and not torch.equal(*codes)
+    capsys.readouterr()
+    same = second(teacher_file, first, "--generator-sigmas", "80,1", "--batch-size", "6", name="same")
+    torch.testing.assert_close(networks(same)[name], codes, rtol=0, atol=1e-20)
+    assert left_out not in capsys.readouterr().err
+    three = second(teacher_file, first, "--generator-sigmas", "80,5,1", "--batch-size", "6", name="three")
+    assert networks(three)[name].shape == (3, 32) and networks(three)[name].abs().max() < 1e-20
+    assert f"what the fake score of {first} {left_out}" in capsys.readouterr().err
+    one = second(teacher_file, first, name="one")
+    assert name not in networks(one) and f"what the fake score of {first} {left_out}" in capsys.readouterr().err
+    again = second(teacher_file, one, *two, name="again")
+    assert networks(again)[name].abs().max() < 1e-20 and left_out not in capsys.readouterr().err
+
+
 def test_a_run_from_before_gives_its_generator(teacher_file, first, capsys):
     (first / "networks.safetensors").unlink()
     after = networks(second(teacher_file, first))
