@@ -16,7 +16,8 @@ from tests.helpers.networks import make_network
 from tests.helpers.tiny_runs import QUICK, digits, refuses, run_train
 
 SIGMAS = (80.0, 6.5, 0.75)
-SEVERAL = ["--generator-sigmas", "80,6.5,.75"]
+SIX = ["--batch-size", "6"]
+SEVERAL = ["--generator-sigmas", "80,6.5,.75", *SIX]
 ROWS = {"generator": 3, "generator, 2 steps": 2, "generator, 1 step": 1}
 
 
@@ -101,7 +102,7 @@ def test_noised_data(teacher_file, data, tmp_path, capsys):
 
 def test_a_dry_run_counts_the_steps(teacher_file, capsys):
     flops = []
-    for options in (["--generator-sigmas", "80"], SEVERAL, ["--conditioning-sigma", "80", *SEVERAL]):
+    for options in (["--generator-sigmas", "80", *SIX], SEVERAL, ["--conditioning-sigma", "80", *SEVERAL]):
         train.main(["--dry-run", "--device", "cpu", "--teacher", str(teacher_file), *options])
         resolved = json.loads(capsys.readouterr().out)
         assert resolved["noise"]["generator_sigmas"] == ([80.0] if len(flops) == 0 else list(SIGMAS))
@@ -119,6 +120,7 @@ def test_a_dry_run_counts_the_steps(teacher_file, capsys):
         (["--generator-sigmas", "80,nan"], r"expected --generator-sigmas > 0 and finite, got \(80.0, nan\)"),
         (["--generator-sigmas", "1e10,1"], "expected --generator-sigmas <= 10.9, got"),
         ([*SEVERAL, "--conditioning-sigma", "40"], "--conditioning-sigma 80.0, with which --generator-sigmas begin"),
+        ([*SEVERAL, "--batch-size", "8"], "expected --batch-size that the 3 steps of --generator-sigmas divide, got 8"),
         (["--generator-inputs", "noised-data"], "--generator-inputs together with several --generator-sigmas, got"),
         (
             ["--generator-inputs", "noised-data", "--generator-sigmas", "80"],

@@ -146,6 +146,9 @@ def test_what_processes_do_not_divide_is_refused(alone, tmp_path):
     refused(tmp_path, alone[0], "expected --batch-size that 3 processes divide, got 8", size=3)
     more = [*alone[0], "--accumulation-steps", "8"]
     refused(tmp_path, more, "expected --batch-size that 2 processes divide, with 8 --accumulation-steps each, got 8")
+    steps = [*alone[0], "--generator-sigmas", "8,7,6,5,4,3,2,1"]
+    expected = "expected --batch-size that 2 processes divide, with 8 steps of --generator-sigmas each, got 8"
+    refused(tmp_path, steps, expected)
 
 
 def test_other_settings_or_another_teacher_of_one_process_are_refused_by_its_rank(alone, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ FULL = CONFIG.replace(batch_size=8, accumulation_steps=2, ema_halflives=(8.0, 40
 CASES = {
     "plain": PLAIN,
     "f-divergence": CONFIG.replace(batch_size=4),
-    "everything": FULL.replace(generator_sigmas=(80.0, 5.0, 0.5)),
+    "everything": FULL.replace(generator_sigmas=(80.0, 5.0), batch_size=16),
     "score identity": PLAIN.replace(method="sid", sid_alpha=1.2, dfake_gen_update_ratio=3),
 }
 

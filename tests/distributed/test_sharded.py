@@ -278,7 +278,7 @@ def refused(group):
     model = DMD2(make_network(TINY), **options, process_group=group, shard=True)
     state = {"own": torch.tensor([float(Ranks.of(group).rank)])}
     sampler = Generator(model.generator, (80.0,))
-    refuse(lambda: Stage(Path("run"), state, None, None, {}, state, sampler).fill(model, [], sampler))
+    refuse(lambda: Stage(Path("run"), state, None, {}, None, {}, state, sampler).fill(model, [], sampler))
     return said
 
 
