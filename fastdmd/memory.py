@@ -47,16 +47,17 @@ def require_memory(num_bytes: float, device: torch.device, what: str, advice: st
         )
 
 
-def half(batch_size: int, accumulation_steps: int | None = None, num_processes: int = 1) -> str:
+def half(batch_size: int, accumulation_steps: int | None = None, num_processes: int = 1, *, num_steps: int = 1) -> str:
     """What to try where a batch, of each process, did not fit and nothing else is known; `accumulation_steps`, where
-    there are such."""
-    if batch_size // (accumulation_steps or 1) == 1:
-        return f"one image at a time is all that --batch-size {batch_size} leaves; use a larger device"
-    steps = accumulation_steps or 1
-    smaller = f"try --batch-size {batch_size // 2 // steps * steps * num_processes}"
+    there are such. `num_steps` divide every part of a batch."""
+    steps, most = accumulation_steps or 1, batch_size // num_steps
+    if most // steps == 1:
+        what = "one image" if num_steps == 1 else f"an image of each of {num_steps} steps"
+        return f"{what} at a time is all that --batch-size {batch_size} leaves; use a larger device"
+    smaller = f"try --batch-size {most // 2 // steps * steps * num_steps * num_processes}"
     if accumulation_steps is None:
         return smaller
-    more = next(n for n in range(2 * steps, batch_size + 1) if batch_size % n == 0)
+    more = next(n for n in range(2 * steps, most + 1) if most % n == 0)
     return f"{smaller} or --accumulation-steps {more}"
 
 

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.train"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
     chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, PRESETS)
-    smaller = half(chosen.batch_size, chosen.compute.accumulation_steps)
+    smaller = half(chosen.batch_size, chosen.compute.accumulation_steps, num_steps=chosen.noise.num_steps)
     with cli.user_errors("fastdmd.train", advice=smaller):
         chosen, ranks, device = distributed.begin(chosen)
         distributed.require_parts(

@@ -60,7 +60,7 @@ class Budget:
     def smaller(self) -> str:
         """What fits by this estimate; of what it says to fit and yet does not, half."""
         if self.fits or self.largest_batch_size is None:
-            return half(self.batch_size, self.accumulation_steps, self.num_processes)
+            return half(self.batch_size, self.accumulation_steps, self.num_processes, num_steps=self.num_steps)
         part = self.largest_batch_size // (self.accumulation_steps * self.num_steps) * self.num_steps
         most = self.batch_size // self.num_steps
         steps = (n for n in range(1, most + 1) if most % n == 0 and self.batch_size // n <= part)
@@ -82,10 +82,10 @@ def estimate(
 ) -> Budget:
     """The budget of the distillation that `build` makes of a teacher, of which only the shapes matter.
 
-    The turns themselves run on meta tensors, and every storage that they would
-    allocate is counted while it lives. Left out are workspaces of the convolutions, fragmentation and what the process
-    needs anyway; `compiled` and `captured` execution need less for what they fuse. Against the growth of a process's
-    resident memory on a CPU the estimate was 4 % low for the CIFAR-10 network at 2 images, 6 % at 8.
+    The turns themselves run on meta tensors, and every storage that they would allocate is counted while it lives. Left
+    out are workspaces of the convolutions, fragmentation and what the process needs anyway; `compiled` and `captured`
+    execution need less for what they fuse. Against the growth of a process's resident memory on a CPU the estimate was
+    4 % low for the CIFAR-10 network at 2 images, 6 % at 8.
     """
     meta = copy.deepcopy(teacher).to("meta")
     drawn = _draws(meta, batch_size, Draws, 1, "simulated")

@@ -240,9 +240,7 @@ def draw(
     if real is None:
         return dataclasses.replace(draws, step_noise=step_normals(num_steps - 1, shape, key(Stream.STEP_NOISE)))
     images, labels = real(step)
-    if labels is not None:
-        assert draws.class_labels is not None
-        of_first_step = slice(-first_sample % num_steps, None, num_steps)
-        labels = labels.clone()
-        labels[of_first_step] = draws.class_labels[of_first_step]
-    return dataclasses.replace(draws, start_images=images, class_labels=labels)
+    if draws.class_labels is not None and labels is not None:
+        of_first_step = torch.arange(first_sample, first_sample + shape[0], device=device) % num_steps == 0
+        draws = dataclasses.replace(draws, class_labels=torch.where(of_first_step, draws.class_labels, labels))
+    return dataclasses.replace(draws, start_images=images)

@@ -17,7 +17,7 @@ GAIN = 5.0
 
 
 def can_be_told(network: DenoisingNetwork) -> bool:
-    return network.level_embedding is not None
+    return _last_linear(network) is not None
 
 
 def tell_steps(network: DenoisingNetwork, num_steps: int) -> None:
@@ -29,15 +29,12 @@ def tell_steps(network: DenoisingNetwork, num_steps: int) -> None:
     """
     if num_steps == 1:
         return
-    embedding = network.level_embedding
-    linears = [] if embedding is None else [own for own in embedding.modules() if isinstance(own, nn.Linear)]
-    if embedding is None or not linears:
+    embedding, linear = network.level_embedding, _last_linear(network)
+    if embedding is None or linear is None:
         name = network.foreign_name or type(network).__name__
-        raise ValueError(
-            f"fastdmd.tell_steps: expected {name} to have a level_embedding that ends in a Linear, got none"
-        )
-    weight = linears[-1].weight
-    codes = torch.zeros(num_steps, linears[-1].out_features, dtype=weight.dtype, device=weight.device)
+        raise ValueError(f"fastdmd.tell_steps: expected {name} to have a level_embedding with a Linear last, got none")
+    weight = linear.weight
+    codes = torch.zeros(num_steps, linear.out_features, dtype=weight.dtype, device=weight.device)
     embedding.register_parameter(NAME, nn.Parameter(codes, requires_grad=weight.requires_grad))
     embedding.register_forward_hook(_add_codes)
 
@@ -45,6 +42,12 @@ def tell_steps(network: DenoisingNetwork, num_steps: int) -> None:
 def codes_of(names: Iterable[str]) -> list[str]:
     """Of the names of parameters, those of codes."""
     return [name for name in names if name.rpartition(".")[2] == NAME]
+
+
+def _last_linear(network: DenoisingNetwork) -> nn.Linear | None:
+    """That of its `level_embedding`, which says how wide that is."""
+    modules = [] if network.level_embedding is None else [*network.level_embedding.modules()]
+    return next((own for own in reversed(modules) if isinstance(own, nn.Linear)), None)
 
 
 def _add_codes(embedding: nn.Module, args: Any, output: Any) -> Tensor:

@@ -147,7 +147,7 @@ class Adapted(DenoisingNetwork):
     @property
     def level_embedding(self) -> nn.Module | None:
         found = getattr(self.network, "level_embedding", None)
-        if found is None and type(self.network).__module__.startswith("diffusers."):
+        if found is None and any(base.__module__.startswith("diffusers.") for base in type(self.network).__mro__):
             found = getattr(self.network, "time_embedding", None)
         return found if isinstance(found, nn.Module) else None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdmd.diffusion import DenoisingNetwork, per_sample, preconditioning
-from fastdmd.distill.step_codes import codes_of, tell_steps
+from fastdmd.distill.step_codes import can_be_told, codes_of, tell_steps
 from fastdmd.networks.accelerate import accelerate
 from fastdmd.networks.user_code import user_code
 from fastdmd.optim.flat import check_network
@@ -129,31 +129,42 @@ def verify_derivative(network: DenoisingNetwork) -> None:
 @torch.no_grad()
 def verify_level_embedding(network: DenoisingNetwork) -> str | None:
     """Tells a copy of somebody's network which step of a generator its images are of, as a distillation does; says, in
-    one line, where it has no `level_embedding` and so will not be told.
+    one line, where it has no `level_embedding` for that and so will not be told.
 
-    Raises ValueError for one that gives no `[B, width]`, or that its forward does not call.
+    Raises ValueError for one that gives no `[B, width]`, that its forward does not call, or that it calls with other
+    rows than those of the batch, in their order. What no code changes, as of a network that is not trained, passes.
     """
     if not network.foreign_name:
         return None
     name, device = network.foreign_name, next(network.parameters()).device
-    if network.level_embedding is None:
+    if not can_be_told(network):
         return (
-            f"the fake score is not told which step of the generator it judges, as {name} has no level_embedding; "
-            "several steps learn better with one"
+            f"the fake score is not told which step of the generator it judges, as {name} has no level_embedding with "
+            "a Linear last; several steps learn better with one"
         )
-    _, inputs = _trial(network, VERIFIED_SIGMAS[1:])
+    _, inputs = _trial(
+        network, [VERIFIED_SIGMAS[level] for level in (2, 1, 1, 2, 1, 2)]
+    )  # neither sorted nor different
     x, sigma, *labels = (tensor.to(device) for tensor in inputs)
-    with user_code("teachers", f"{name} to be copied and told of 2 steps"):
+    calls: list[int] = []
+    changed = []
+    with user_code("teachers", f"{name} to be copied and told of 3 steps"):
         twin = copy.deepcopy(network)
-        tell_steps(twin, 2)
+        tell_steps(twin, 3)
+        assert twin.level_embedding is not None
+        twin.level_embedding.register_forward_hook(lambda *_: calls.append(1))
         before = twin(x, sigma, *labels)
-        for code in codes_of(twin.state_dict()):
-            twin.get_parameter(code).fill_(1)
-        after = twin(x, sigma, *labels)
-    if torch.equal(before, after):
+        for step in range(3):
+            for codes in (twin.get_parameter(own) for own in codes_of(twin.state_dict())):
+                codes.zero_()[step] = torch.linspace(-1, 1, codes.shape[1])
+            changed.append((twin(x, sigma, *labels) != before).flatten(1).any(1).cpu())
+    found = torch.stack(changed)  # [3, 6]
+    expected = torch.arange(3)[:, None] == torch.arange(len(x)) % 3
+    if not calls or (found.any() and not torch.equal(found, expected)):
+        got = "one with other rows" if calls else "one that it does not call"
         raise ValueError(
-            f"fastdmd.teachers: expected {name}'s level_embedding to be what its forward embeds noise levels by, got "
-            "one that changes nothing"
+            f"fastdmd.teachers: expected {name}'s level_embedding to be called by its forward, with the rows of the "
+            f"batch in their order, got {got}; under another name it is left alone"
         )
     return None
 

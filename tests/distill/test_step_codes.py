@@ -112,7 +112,10 @@ def test_copies_are_told_by_their_own_codes():
     ("act", "message"),
     [
         (lambda: tell_steps(adapted(nn.Linear(16, 16)), 2), "expected Linear to have a level_embedding .* got none"),
-        (lambda: tell_steps(adapted(with_embedding(nn.Identity())), 2), "a level_embedding that ends in a Linear"),
+        (
+            lambda: tell_steps(adapted(with_embedding(nn.Identity())), 2),
+            "a level_embedding with a Linear last, got none",
+        ),
         (lambda: told()(*inputs(adapted(), 4)), r"\(B, 16\), B divided by 3 steps, got \(4, 16\)"),
         (lambda: told(nn.Unflatten(1, (4, 4)))(*inputs(adapted())), r"to give \(B, 16\), .* got \(6, 4, 4\)"),
     ],
@@ -165,17 +168,60 @@ def test_the_fake_score_alone_is_told():
         assert type(network) is UNet and codes_of(network.state_dict()) == []
 
 
-def test_without_a_level_embedding_it_is_not_told_and_a_run_says_so():
-    network = adapted(Own("embed", "embed"))
+@pytest.mark.parametrize("network", [lambda: Own("embed", "embed"), lambda: with_embedding(nn.Conv1d(1, 16, 1))])
+def test_without_a_level_embedding_it_is_not_told_and_a_run_says_so(network):
+    network = adapted(network())
     assert codes_of(make(network).fake_score.state_dict()) == []
     notice = teachers.verify_level_embedding(network)
     assert notice.startswith("the fake score is not told which step of the generator it judges, as Own has no")
-    assert teachers.verify_level_embedding(adapted()) is None
-    assert teachers.verify_level_embedding(make_network(TINY)) is None
-    with pytest.raises(
-        ValueError, match="expected Own's level_embedding to be what its forward embeds noise levels by"
-    ):
-        teachers.verify_level_embedding(adapted(Own(used="embed")))
+
+
+class Rows(nn.Module):
+    """Around `Own`, which embeds other rows than those of the batch, or embeds them otherwise."""
+
+    image_shape, num_classes = (1, 4, 4), 0
+
+    def __init__(self, embed):
+        super().__init__()
+        self.inside, self.embed = Own(), embed
+        self.level_embedding = self.inside.level_embedding
+
+    def forward(self, x, level):
+        return (self.inside.image(x.flatten(1)) + self.embed(self.level_embedding, level[:, None])).view_as(x)
+
+
+def of_distinct(embed, level):
+    values, place = level.unique(return_inverse=True)
+    return embed(torch.cat([values, values, values])[:, None])[place.flatten()]
+
+
+def sorted_first(embed, level):
+    order = level[:, 0].argsort()
+    return embed(level[order])[order.argsort()]
+
+
+@pytest.mark.parametrize(
+    ("embed", "message"),
+    [
+        (lambda embed, level: embed(level), None),
+        (lambda embed, level: 0 * embed(level), None),  # as of a network whose last weights are zero
+        (lambda embed, level: embed(level.repeat(2, 1))[: len(level)], None),  # as a teacher with guidance does
+        (lambda embed, level: embed.forward(level), "one that it does not call"),
+        (lambda embed, level: embed(level.repeat_interleave(2, 0))[::2], "one with other rows"),
+        (sorted_first, "one with other rows"),
+        (of_distinct, "one with other rows"),
+        (lambda embed, level: embed(level[:1]), r"to give \(B, 16\), B divided by 3 steps, got \(1, 16\)"),
+    ],
+)
+def test_an_embedding_of_other_rows_is_found_out(embed, message):
+    """Where a code would be of another step's images."""
+    network = adapted(Rows(embed))
+    if message is None:
+        assert teachers.verify_level_embedding(network) is None
+    else:
+        with pytest.raises(ValueError, match=message):
+            teachers.verify_level_embedding(network)
+    assert teachers.verify_level_embedding(make_network(TINY)) is None  # ours needs no trial
 
 
 def test_the_codes_come_to_tell_steps_apart():

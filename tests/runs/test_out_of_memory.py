@@ -84,6 +84,21 @@ def test_half_of_what_was_tried(batch_size, steps, advice):
         assert smaller % steps == 0 and batch_size % more == 0 and more > steps
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "steps", "num_steps", "advice"),
+    [
+        (12, 1, 4, "try --batch-size 4 or --accumulation-steps 3"),
+        (64, 2, 4, "try --batch-size 32 or --accumulation-steps 4"),
+        (6, 1, 3, "try --batch-size 3 or --accumulation-steps 2"),
+        (8, 2, 4, "an image of each of 4 steps at a time is all that --batch-size 8 leaves; use a larger device"),
+    ],
+)
+def test_half_is_of_parts_that_the_steps_divide(batch_size, steps, num_steps, advice):
+    assert half(batch_size, steps, num_steps=num_steps) == advice
+    fitting = Budget(batch_size, steps, 10, 1, 1, 1, 1, None, None, num_steps=num_steps)
+    assert fitting.smaller() == advice
+
+
 def test_an_estimate_comes_before_half():
     budget = Budget(64, 2, 10, 1, 1, 100, 1000, available_bytes=500, largest_batch_size=22)
     assert budget.smaller() == "try --batch-size 22 or --accumulation-steps 8" and budget.smaller() in budget.advice()
