@@ -14,6 +14,7 @@ from fastdmd.distill.step_codes import GAIN, codes_of, tell_steps
 from fastdmd.networks.adapted import Adapted
 from fastdmd.networks.unet import UNet
 from tests.helpers.adversarial import TINY
+from tests.helpers.diffusers_folders import diffusers_unet
 from tests.helpers.networks import make_network
 
 SIGMAS = (80.0, 5.0, 0.5)
@@ -42,18 +43,8 @@ def adapted(network=None):
 
 
 def diffusers_network():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    network = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=4,
-    )
-    denoiser = Adapted(network, image_shape=(1, 8, 8), num_classes=0, sigma_data=0.5, parameterization="epsilon")
+    options = {"image_shape": (3, 8, 8), "num_classes": 0, "sigma_data": 0.5, "parameterization": "epsilon"}
+    denoiser = Adapted(diffusers_unet(), **options)
     assert "not accelerated" not in teachers.trial.accelerate_network(denoiser)
     return denoiser
 
