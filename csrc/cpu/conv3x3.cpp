@@ -54,13 +54,13 @@ void write_outputs(const Conv3x3& a,
           m[e / IN][e % IN] = load_vector(products + e * tiles.PRODUCTS + (t * N + n) * LANES);
         on_both_axes<F::output>(m, y);
         const V bias = a.bias ? load_vector(static_cast<const T*>(a.bias) + o + n * LANES) : V{};
-        T* to = static_cast<T*>(a.y) + pixel * a.out_channels + o + n * LANES;
+        T* to = static_cast<T*>(a.y) + pixel * a.y_channels + o + n * LANES;
 #pragma GCC unroll 4
         for (int row = 0; row < OUT; ++row)
 #pragma GCC unroll 4
           for (int column = 0; column < OUT; ++column)
             if (row < height && column < width)
-              store_vector(to + (row * a.width + column) * a.out_channels, y[row][column] + bias);
+              store_vector(to + (row * a.width + column) * a.y_channels, y[row][column] + bias);
       }
     });
 }
@@ -80,7 +80,7 @@ void transform_gradient(const Conv3x3& a,
       const int64_t height = a.height - top, width = a.width - left;  // what the image still has
 #pragma GCC unroll 3
       for (int n = 0; n < N; ++n) {
-        const T* from = static_cast<const T*>(a.y) + pixel * a.out_channels + o + n * LANES;
+        const T* from = static_cast<const T*>(a.y) + pixel * a.y_channels + o + n * LANES;
         V g[OUT][OUT] = {}, transformed[IN][IN];
         V rows = {};
 #pragma GCC unroll 4
@@ -89,7 +89,7 @@ void transform_gradient(const Conv3x3& a,
 #pragma GCC unroll 4
           for (int column = 0; column < OUT; ++column) {
             if (row < height && column < width)
-              g[row][column] = load_vector(from + (row * a.width + column) * a.out_channels);
+              g[row][column] = load_vector(from + (row * a.width + column) * a.y_channels);
             sum += g[row][column];
           }
           rows += sum;
@@ -191,8 +191,8 @@ void convolve(const Conv3x3& a, int64_t begin, int64_t end) {
   for (int64_t first = tiles.begin; first < tiles.end; first += F::TILES) {
     inputs.fill(tiles, first);
     const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
-    Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels * sizeof(T), calls);
-    Prefetch next_y(tiles, first + F::TILES, a.y, a.out_channels * sizeof(T), calls);
+    Prefetch next_x(tiles, first + F::TILES, static_cast<const T*>(a.x), a.in_channels, a.in_channels, calls);
+    Prefetch next_y(tiles, first + F::TILES, static_cast<const T*>(a.y), a.y_channels, a.out_channels, calls);
     each_panel(a, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
       const float* weights = a.transformed + o * NUM_MATRICES * a.rows();
@@ -222,8 +222,8 @@ void sum_weight_gradient(const Conv3x3& a,
   for (int64_t first = tiles.begin; first < tiles.end; first += F::TILES) {
     inputs.fill(tiles, first);
     const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
-    Prefetch next_x(tiles, first + F::TILES, a.x, a.in_channels * sizeof(T), calls);
-    Prefetch next_y(tiles, first + F::TILES, a.y, a.out_channels * sizeof(T), calls);
+    Prefetch next_x(tiles, first + F::TILES, static_cast<const T*>(a.x), a.in_channels, a.in_channels, calls);
+    Prefetch next_y(tiles, first + F::TILES, static_cast<const T*>(a.y), a.y_channels, a.out_channels, calls);
     each_panel(a, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
       transform_gradient<F, T, N>(a, tiles, gradients.data, bias_sums, first, o);

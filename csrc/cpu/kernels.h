@@ -79,9 +79,10 @@ struct Conv3x3 {
   const void* x;       // [num_images, height, width, in_channels]
   const void* bias;    // [out_channels], or null
   void* weight;        // [out_channels, in_channels, 3, 3], strided
-  void* y;             // [num_images, height, width, out_channels]
+  void* y;             // [num_images, height, width, y_channels], of which out_channels from this one on are meant
   float* transformed;  // [transformed_size()]: the weight, by conv3x3_weights, or sums for its gradient
-  int64_t num_images, height, width, in_channels, out_channels, weight_out, weight_in, weight_y, weight_x;
+  int64_t num_images, height, width, in_channels, out_channels, y_channels;
+  int64_t weight_out, weight_in, weight_y, weight_x;
   bool flipped;  // the weight upside down and mirrored, as the gradient of the input wants it
   int tile;      // outputs a side of what Winograd's filtering computes at once, 2 or 4
 

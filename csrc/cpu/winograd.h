@@ -247,26 +247,42 @@ struct Inputs {
   }
 };
 
-// Brings the pixels of the block of tiles from `first` on nearer, a few lines of the cache at a time, `calls` times.
+// Brings `channels` of the pixels of the block of tiles from `first` on nearer, a few lines of the cache at a time,
+// `calls` times.
 struct Prefetch {
   static constexpr int64_t LINE = 64;  // bytes
-  const char *from, *end;
-  int64_t at_once = 0;
+  const char *pixel, *end;
+  int64_t step, width, at = 0, at_once = 0;  // bytes, of a pixel and of what of it is meant; lines
 
-  template <class F>
-  Prefetch(const Tiles<F>& tiles, int64_t first, const void* images, int64_t pixel_bytes, int64_t calls)
-      : from(static_cast<const char*>(images)), end(from) {
+  template <class F, class T>
+  Prefetch(const Tiles<F>& tiles,
+           int64_t first,
+           const T* images,  // [.., pixel_channels]
+           int64_t pixel_channels,
+           int64_t channels,
+           int64_t calls)
+      : pixel(reinterpret_cast<const char*>(images)),
+        end(pixel),
+        step(pixel_channels * sizeof(T)),
+        width(channels * sizeof(T)) {
     if (first >= tiles.end) return;
     int64_t start = 0;
-    tiles.at(first, [&](int64_t pixel, int64_t, int64_t) { start = pixel; });
+    tiles.at(first, [&](int64_t number, int64_t, int64_t) { start = number; });
     const int64_t block = F::TILES * F::OUT * F::OUT,
-                  left = tiles.total / tiles.per_image * tiles.height * tiles.width - start;
-    from += start * pixel_bytes;
-    end = from + (block < left ? block : left) * pixel_bytes;
-    at_once = (end - from) / LINE / calls + 1;
+                  left = tiles.total / tiles.per_image * tiles.height * tiles.width - start,
+                  pixels = block < left ? block : left;
+    pixel += start * step;
+    end = pixel + pixels * step;
+    at_once = pixels * ((width + LINE - 1) / LINE) / calls + 1;
   }
   FASTDMD_INLINE void lines() {
-    for (int64_t i = 0; i < at_once && from < end; ++i, from += LINE) __builtin_prefetch(from, 0, 2);
+    for (int64_t i = 0; i < at_once && pixel < end; ++i) {
+      __builtin_prefetch(pixel + at, 0, 2);
+      at += LINE;
+      if (at < width) continue;
+      at = 0;
+      pixel += step;
+    }
   }
 };
 

@@ -123,6 +123,32 @@ def test_weight_gradients_err_no_more_than_twice_what_torch_errs(shape):
     assert (own - exact).square().mean().sqrt() < 2 * (plain - exact).square().mean().sqrt()
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# few tiles: by groups of channels; both; many tiles of one group; fewer tiles, or channels, than threads
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 64, 128, 8, 8), (20, 16, 64, 16, 16), (40, 48, 48, 7, 7), (1, 16, 112, 4, 4), (3, 32, 16, 20, 20)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit_of_outputs_and_err_no_more_in_sums(threads, shape, dtype):
+    threads(1)
+    one, exact = own_and_exact(shape, dtype=dtype)
+    for count in (2, 3, 4, 6, 7, 16):
+        threads(count)
+        own, _ = own_and_exact(shape, dtype=dtype)
+        assert torch.equal(own[0], one[0]) and torch.equal(own[1], one[1])
+        for o, e in zip(own[2:], exact[2:], strict=True):
+            torch.testing.assert_close(
+                o.double(), e, rtol=2**-8 if dtype == torch.bfloat16 else 0, atol=3e-6 * e.abs().max().item()
+            )
+
+
 EVERYWHERE = """
 import sys
 import torch
