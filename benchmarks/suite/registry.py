@@ -84,6 +84,7 @@ FOREIGN_STEPS = {  # likewise
     ("foreign", 8): (10, 3, 2),
     ("foreign", 64): (10, 2, 10),
     ("diffusers", 8): (10, 2, 5),
+    ("diffusers", 64): (2, 2, 8),
 }
 PEAK_MEMORY = (("mnist", 128), ("cifar10-cond", 2))
 GPU_STEPS = {  # name: preset, batch size, guidance turns
