@@ -1,4 +1,4 @@
-"""The kernel of group_norm_silu's backward."""
+"""The kernels of group_norm_silu's backward."""
 
 from __future__ import annotations
 
@@ -121,3 +121,29 @@ def backward_kernel(
             grad_x = rstd[None, :] * (k[None, :] * grad_m - S1[None, :] - centred * (rstd * S2)[None, :])
             tl.store(grad_x_ptr + here, narrow(grad_x, grad_x_ptr), mask)
             here += PIXELS * between
+
+
+@triton.jit
+def parameters_kernel(
+    sums_ptr,  # [B, 2, C]: of the weight's gradient and the bias's, by sample
+    grad_weight_ptr,  # [C]
+    grad_bias_ptr,  # [C]
+    num_samples,
+    num_channels,
+    WIDE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """A program adds up the samples of CHANNELS channels, SAMPLES at a time."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    channel_mask = channel < num_channels
+    of_weight = tl.zeros([SAMPLES, CHANNELS], WIDE)
+    of_bias = tl.zeros([SAMPLES, CHANNELS], WIDE)
+    for start in range(0, num_samples, SAMPLES):
+        sample = start + tl.arange(0, SAMPLES)
+        mask = (sample < num_samples)[:, None] & channel_mask[None, :]
+        place = 2 * sample[:, None].to(tl.int64) * num_channels + channel[None, :]
+        of_weight += tl.load(sums_ptr + place, mask, 0.0)
+        of_bias += tl.load(sums_ptr + place + num_channels, mask, 0.0)
+    tl.store(grad_weight_ptr + channel, narrow(tl.sum(of_weight, axis=0), grad_weight_ptr), channel_mask)
+    tl.store(grad_bias_ptr + channel, narrow(tl.sum(of_bias, axis=0), grad_bias_ptr), channel_mask)

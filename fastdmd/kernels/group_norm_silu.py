@@ -15,11 +15,12 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from fastdmd.kernels._common import narrow, quotient, square_root, wide, wide_dtype
-from fastdmd.kernels._group_norm_backward import backward_kernel
+from fastdmd.kernels._group_norm_backward import backward_kernel, parameters_kernel
 from fastdmd.kernels._group_norm_tiles import add_chunks, group_sums, modulation, places, spread, store_sums
 
 TILE_CHANNELS = 64  # of a program, at least a group: 128 bytes of bfloat16 in channels_last
 NUM_PROGRAMS = 512  # wanted: four for each multiprocessor of an H100, so that enough loads are under way
+SUMMED_SAMPLES, SUMMED_CHANNELS = 64, 16  # that a program loads at once: few channels, so that there are more programs
 
 
 @triton.jit
@@ -231,5 +232,10 @@ def group_norm_silu_backward(
     arguments = (grad_y, x, mean, rstd, weight, bias, scale, shift, grad_x, grad_affine, grad_scale, grad_shift)
     num_elements = 2048  # more would spill
     _launch(backward_kernel, arguments, x, scale, shift, num_groups=num_groups, num_elements=num_elements, SILU=silu)
-    grad_weight, grad_bias = grad_affine[:, 0].sum(0), grad_affine[:, 1].sum(0)  # two tensors: outputs may not alias
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_scale, grad_shift
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    if x.numel() == 0:  # nothing was launched
+        return grad_x, grad_weight.zero_(), grad_bias.zero_(), grad_scale.zero_(), grad_shift.zero_()
+    parameters_kernel[(triton.cdiv(C, SUMMED_CHANNELS),)](
+        grad_affine, grad_weight, grad_bias, B, C, WIDE=wide(x), SAMPLES=SUMMED_SAMPLES, CHANNELS=SUMMED_CHANNELS
+    )
+    return grad_x, grad_weight, grad_bias, grad_scale, grad_shift

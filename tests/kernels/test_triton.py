@@ -271,7 +271,8 @@ def test_ahead_of_time(name, dtype, monkeypatch, tmp_path):
             assert stack_bytes(code["cubin"], tmp_path) <= SPILLED, case
             wide_loads = re.findall(r"ld\.global[.\w:]*\.(v4\.b32|v2\.b64)", code["ptx"])
         assert len(wide_loads) >= expected, (case, len(wide_loads), expected)
-        assert expected or case.startswith("philox") or name == "gfx942"  # whose 64 threads a warp share the elements
+        without_images = case.startswith("philox") or case.endswith("parameters_kernel")
+        assert expected or without_images or name == "gfx942"  # whose 64 threads a warp share the elements
 
 
 def test_ahead_of_time_at_the_edges(monkeypatch, tmp_path):
