@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdmd.distill.draws import materialised
-from fastdmd.networks.unet_blocks import Conv3x3, GroupNorm, GroupNormSiLU
+from fastdmd.networks.unet_blocks import Conv1x1, Conv3x3, GroupNorm, GroupNormSiLU
 
 
 def karras_schedule(num_steps=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -34,7 +34,12 @@ class EagerGroupNormSiLU(torch.nn.GroupNorm):
         return F.silu(x)
 
 
-PLAIN = {GroupNormSiLU: EagerGroupNormSiLU, GroupNorm: torch.nn.GroupNorm, Conv3x3: torch.nn.Conv2d}
+PLAIN = {
+    GroupNormSiLU: EagerGroupNormSiLU,
+    GroupNorm: torch.nn.GroupNorm,
+    Conv3x3: torch.nn.Conv2d,
+    Conv1x1: torch.nn.Conv2d,
+}
 
 
 class TextbookDMD2:

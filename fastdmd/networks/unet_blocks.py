@@ -18,9 +18,31 @@ class Conv3x3(nn.Conv2d):
         return ops.conv3x3(x, self.weight, self.bias)
 
 
-def conv(in_channels: int, out_channels: int, kernel: int = 3, init_scale: float = 1.0) -> nn.Conv2d:
+class Conv1x1(nn.Conv2d):
+    """A convolution of pixels one by one. On a GPU it is a matrix product that adds the bias by itself.
+
+    After a convolution torch.compile adds it in what follows, and where that is nothing that it generates, in a launch
+    that reads and writes all. Only there it pays: sums of products, unlike those of convolutions, lose their layout.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_product = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
+        return self.as_product(x) if is_product else super().forward(x)
+
+    def as_product(self, x: Tensor) -> Tensor:  # [B, C_in, H, W], channels_last -> [B, C_out, H, W], likewise
+        weight = self.weight.permute(0, 2, 3, 1).flatten(0, 2)  # so that its gradient has its strides
+        return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    kernel: int = 3,
+    init_scale: float = 1.0,
+    kind: type[nn.Conv2d] | None = None,  # default: Conv3x3, or torch's
+) -> nn.Conv2d:
     """A same-padded convolution with Xavier-uniform weights times `init_scale` and zero bias."""
-    kind = Conv3x3 if kernel == 3 else nn.Conv2d
+    kind = kind or (Conv3x3 if kernel == 3 else nn.Conv2d)
     layer = kind(in_channels, out_channels, kernel, padding=kernel // 2)
     nn.init.xavier_uniform_(layer.weight)
     with torch.no_grad():
@@ -162,7 +184,7 @@ class Attention(nn.Module):
                 f"{config.channels_per_head}), got {channels}"
             )
         self.norm = GroupNorm(num_groups(channels), channels, eps=norm_eps(config))
-        self.qkv = conv(channels, 3 * channels, kernel=1)
+        self.qkv = conv(channels, 3 * channels, kernel=1, kind=Conv1x1)
         self.proj = conv(channels, channels, kernel=1, init_scale=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fastdmd import diffusion, pretrain
 from fastdmd.networks.unet import UNet, UNetConfig, positional_embedding
-from fastdmd.networks.unet_blocks import Concatenate, Repeat
+from fastdmd.networks.unet_blocks import Concatenate, Conv1x1, Repeat
 from fastdmd.networks.weights import load_network, save_network
 from tests.helpers.networks import SMALL, make_network
 
@@ -61,6 +61,20 @@ def inputs(config, B=3):
     sigma = torch.tensor([0.01, 1.0, 60.0])[:B]
     labels = torch.tensor([0, 3, 9])[:B] if config.num_classes else None
     return x, sigma, labels
+
+
+def test_a_product_is_the_convolution_of_single_pixels():
+    layer = Conv1x1(6, 9, 1).double().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    tensors, expected = (x, *layer.parameters()), layer(x)
+    product = layer.as_product(x)
+    assert product.is_contiguous(memory_format=torch.channels_last)
+    assert_close(product, expected)
+    grad = torch.randn_like(expected)
+    found, wanted = (torch.autograd.grad(y, tensors, grad) for y in (product, expected))
+    for got, one in zip(found, wanted, strict=True):
+        assert_close(got, one)
+        assert got.stride() == one.stride()
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
