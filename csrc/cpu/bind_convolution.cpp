@@ -17,7 +17,7 @@ void check(const Tensor& images, const char* name, ScalarType dtype) {
   };
   const bool channels_last = strides(0, H * W * C) && strides(1, 1) && strides(2, W * C) && strides(3, C);
   STD_TORCH_CHECK(images.scalar_type() == dtype && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) &&
-                      C % Conv3x3::CHANNEL_STEP == 0 && channels_last,
+                      C > 0 && C % Conv3x3::CHANNEL_STEP == 0 && channels_last,
                   "fastdmd.conv3x3: expected ",
                   name,
                   " of the weight's dtype, float32 or bfloat16, channels_last, of a multiple of 16 channels");

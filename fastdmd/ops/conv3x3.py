@@ -74,7 +74,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         all(t.is_cpu and t.dtype == x.dtype for t in tensors)
         and x.dtype in MAX_WEIGHTS
         and not torch.is_autocast_enabled("cpu")
-        and C % CHANNELS == C_out % CHANNELS == 0
+        and C % CHANNELS == C_out % CHANNELS == 0 < min(C, C_out)
         and tiles >= max(MIN_TILES, C * C_out / WEIGHTS_PER_TILE)
         and C * C_out <= MAX_WEIGHTS[x.dtype]
         and (x.is_contiguous(memory_format=torch.channels_last) or _decides(weight))

@@ -196,6 +196,26 @@ def test_where_torch_does_it():
     assert torch.equal(ops.conv3x3(x.contiguous(), weight, bias), F.conv2d(x.contiguous(), weight, bias, padding=1))
 
 
+def test_without_channels():
+    """As torch has it: none to read make zeros and the bias, none to write are refused."""
+    x, weight, bias = inputs((4, 32, 32, 14, 14))
+    nothing = [t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x[:, :0], weight[:, :0])]
+    y = ops.conv3x3(*nothing, bias)
+    assert torch.equal(y, F.conv2d(*nothing, bias, padding=1))
+    assert [grad.shape for grad in torch.autograd.grad(y.sum(), nothing)] == [t.shape for t in nothing]
+    with pytest.raises(RuntimeError):
+        ops.conv3x3(x, weight[:0])
+    if is_native():
+        native = torch.ops.fastdmd_native
+        for call in (
+            lambda: native.conv3x3(x, weight[:0], None),
+            lambda: native.conv3x3_backward(x[:, :0], x, weight[:0], True, True),
+            lambda: native.conv3x3_backward(x, x[:, :0], weight[:, :0], True, True),
+        ):
+            with pytest.raises(RuntimeError, match="fastdmd.conv3x3: expected .* of a multiple of 16 channels"):
+                call()
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
 def test_only_wanted_gradients(wanted):
     tensors = [t.requires_grad_(w) for t, w in zip(inputs((4, 32, 32, 8, 8)), wanted, strict=True)]
