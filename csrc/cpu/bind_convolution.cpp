@@ -23,6 +23,42 @@ void check(const Tensor& images, const char* name, ScalarType dtype) {
                   " of the weight's dtype, float32 or bfloat16, channels_last, of a multiple of 16 channels");
 }
 
+// A multiplication is that of a weight, for a step of tiles.
+int64_t multiplications(const Conv3x3& a, const Conv3x3::Tiles& kind) { return a.steps(kind) * kind.num_matrices(); }
+int64_t multiplications(const Conv3x3& a) {
+  int64_t sum = 0;
+  for (int k = 0; k < a.num_kinds; ++k) sum += multiplications(a, a.kinds[k]);
+  return sum;
+}
+
+int64_t num_steps(const Conv3x3& a) {
+  int64_t sum = 0;
+  for (int k = 0; k < a.num_kinds; ++k) sum += a.steps(a.kinds[k]);
+  return sum;
+}
+
+// Tiles of `side` x `side` outputs; at the edges of those that are left, but of few images, whose steps they do not
+// fill: where it takes more multiplications.
+void set_tiles(Conv3x3& a, int side) {
+  using Kind = Conv3x3::Tiles;
+  a.tile = side;
+  const int64_t down = a.height / side, across = a.width / side;  // whole ones
+  const int64_t rows = a.height % side, columns = a.width % side;
+  const Kind padded{0, 0, ceil_divide(a.height, side), ceil_divide(a.width, side), side, side};
+  const Kind exact[Conv3x3::MAX_KINDS] = {
+      {0, 0, down, across, side, side},
+      {0, across * side, down, columns > 0, side, columns},
+      {down * side, 0, rows > 0, across, rows, side},
+      {down * side, across * side, rows > 0, columns > 0, rows, columns},
+  };
+  a.num_kinds = 0;
+  for (const Kind& kind : exact)
+    if (kind.per_image() > 0) a.kinds[a.num_kinds++] = kind;
+  if (multiplications(a) < multiplications(a, padded)) return;
+  a.kinds[0] = padded;
+  a.num_kinds = 1;
+}
+
 // The side of the tiles that take less time: each weight is multiplied by 36 inputs for 4x4 outputs, or by 16 for 2x2.
 // A multiplication by 4x4 takes 1.1 times as long, and 36 matrices of a weight take longer to make and to read than 16,
 // the more so the less the cache holds of them (AVX-512, one thread). Sums of few tiles, for the gradient of the
@@ -55,7 +91,7 @@ Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, Of wan
   a.weight_y = weight.stride(2);
   a.weight_x = weight.stride(3);
   a.flipped = transposed;
-  a.tile = tile(a, wanted == Of::weight_gradient);
+  set_tiles(a, tile(a, wanted == Of::weight_gradient));
   return a;
 }
 
@@ -94,8 +130,8 @@ class Shares {
   // of its own for all. (Measured with two threads: it is 10 between cores with a cache in common and 100 without.
   // There 256 channels of two 16 x 16 images took 3.0 times as long by parts as by groups, and longer than with one
   // thread.)
-  Shares(const Conv3x3& a, int64_t steps, bool sums) {
-    const int64_t threads = torch::stable::get_num_threads();
+  Shares(const Conv3x3& a, bool sums) {
+    const int64_t threads = torch::stable::get_num_threads(), steps = num_steps(a);
     double least = std::numeric_limits<double>::infinity();
     for (int64_t groups = 1; groups <= std::min(threads, channel_steps(a)); ++groups) {
       const int64_t parts = std::clamp(threads / groups, int64_t(1), std::max(steps, int64_t(1)));
@@ -129,8 +165,18 @@ class Shares {
     }
   }
 
-  // Where the share of a part begins.
+  // Where the share of a part begins: of so many things alike, and of the steps.
   int64_t start(int64_t count, int64_t part) const { return part * count / parts; }
+  int64_t first_step(const Conv3x3& a, int64_t part) const {
+    int64_t left = start(multiplications(a), part), step = 0;
+    for (int k = 0; k < a.num_kinds; ++k) {
+      const int64_t count = std::min(ceil_divide(left, a.kinds[k].num_matrices()), a.steps(a.kinds[k]));
+      step += count;
+      left -= count * a.kinds[k].num_matrices();
+      if (left <= 0) break;
+    }
+    return step;
+  }
 
   int64_t parts = 1;
 
@@ -152,8 +198,7 @@ class Shares {
 };
 
 void run(Conv3x3 a) {
-  const int64_t steps = kernels().conv3x3_steps(a);
-  const Shares shares(a, steps, false);
+  const Shares shares(a, false);
   a.transformed = transformed_weights(a.transformed_size());
   shares.each(
       a,
@@ -163,7 +208,7 @@ void run(Conv3x3 a) {
         kernels().conv3x3_weights(own, shares.start(count, part), shares.start(count, part + 1));
       },
       [&](const Group& own, int64_t part) {
-        kernels().conv3x3(own, shares.start(steps, part), shares.start(steps, part + 1));
+        kernels().conv3x3(own, shares.first_step(a, part), shares.first_step(a, part + 1));
       });
 }
 
@@ -202,11 +247,10 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
   if (of_input) run(arguments(grad_y, weight, grad_x, Of::input_gradient));
   if (!of_parameters) return {grad_x, grad_weight, grad_bias};
   Conv3x3 a = arguments(x, grad_weight, grad_y, Of::weight_gradient);
-  const int64_t steps = kernels().conv3x3_steps(a);
-  if (steps == 0)  // no tile, so nobody would write them
+  if (num_steps(a) == 0)  // no tile, so nobody would write them
     return {grad_x, torch::stable::fill_(grad_weight, 0), torch::stable::fill_(grad_bias, 0)};
 
-  const Shares shares(a, steps, true);
+  const Shares shares(a, true);
   const int64_t parts = shares.parts;
   std::vector<double> bias_sums(parts * a.out_channels);
   a.transformed = transformed_weights(parts * a.transformed_size());
@@ -216,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
       [&](Group own, int64_t part) {
         own.transformed += part * own.transformed_size();
         double* sums = &bias_sums[part * a.out_channels + own.first];
-        kernels().conv3x3_weight_sums(own, sums, shares.start(steps, part), shares.start(steps, part + 1));
+        kernels().conv3x3_weight_sums(own, sums, shares.first_step(a, part), shares.first_step(a, part + 1));
       },
       [&](const Group& own, int64_t part) {
         const int64_t count = channel_steps(own), first = shares.start(count, part),

@@ -1,8 +1,8 @@
 // 3x3 convolutions of channels_last images by Winograd's minimal filtering, F(4x4, 3x3) or F(2x2, 3x3) (Lavin & Gray
-// 2016): 36 multiplications for 16 outputs, or 16 for 4, where the definition has 9 for each. A tile is OUT x OUT
-// outputs and the IN x IN inputs that they depend on; of a block of tiles everything stays in the cache, in float32
+// 2016): 36 multiplications for 16 outputs, or 16 for 4, where the definition has 9 for each. A tile is up to OUT x OUT
+// outputs and the inputs that they depend on, IN x IN; of a block of tiles everything stays in the cache, in float32
 // whatever the images are of, T.
-#include "winograd.h"
+#include "winograd_tiles.h"
 
 namespace fastdmd::FASTDMD_ISA {
 namespace {
@@ -36,72 +36,71 @@ FASTDMD_INLINE void each_panel(const Conv3x3& a, Body body) {
   }
 }
 
-// A^T M A of the products of a block of tiles and a panel, plus bias.
-template <class F, class T, int N>
+// A^T M A of the products of a block of tiles and a panel of so many vectors, plus bias. (One function for panels of
+// all widths, which depend on the number of threads: elsewhere the compiler may contract other additions.)
+template <class F, class T>
 void write_outputs(const Conv3x3& a,
-                   const Tiles<F>& tiles,
+                   const Block<F>& block,
                    const float* products,  // [IN^2, PRODUCTS]
-                   int64_t first,
-                   int64_t o) {
+                   int64_t o,
+                   int vectors) {
   constexpr int IN = F::IN, OUT = F::OUT;
-  for (int64_t t = 0; t < tiles.count(first); ++t)
-    tiles.at(first + t, [&](int64_t pixel, int64_t top, int64_t left) {
-      const int64_t height = a.height - top, width = a.width - left;  // what the image still has
-      for (int n = 0; n < N; ++n) {
-        V m[IN][IN], y[OUT][OUT];
+  block.each_tile([&](auto has, const Step& of, int64_t t, int64_t pixel, int64_t top, int64_t left) {
+    const int64_t height = a.height - top, width = a.width - left;  // what the image still has
+    for (int n = 0; n < vectors; ++n) {
+      V m[IN][IN], y[OUT][OUT];
 #pragma GCC unroll 36
-        for (int e = 0; e < IN * IN; ++e)
-          m[e / IN][e % IN] = load_vector(products + e * tiles.PRODUCTS + (t * N + n) * LANES);
-        on_both_axes<F::output>(m, y);
-        const V bias = a.bias ? load_vector(static_cast<const T*>(a.bias) + o + n * LANES) : V{};
-        T* to = static_cast<T*>(a.y) + pixel * a.y_channels + o + n * LANES;
+      for (int e = 0; e < IN * IN; ++e)
+        m[e / IN][e % IN] = has(of, e) ? load_vector(products + e * block.PRODUCTS + (t * vectors + n) * LANES) : V{};
+      on_both_axes<F::output>(m, y);
+      const V bias = a.bias ? load_vector(static_cast<const T*>(a.bias) + o + n * LANES) : V{};
+      T* to = static_cast<T*>(a.y) + pixel * a.y_channels + o + n * LANES;
 #pragma GCC unroll 4
-        for (int row = 0; row < OUT; ++row)
+      for (int row = 0; row < OUT; ++row)
 #pragma GCC unroll 4
-          for (int column = 0; column < OUT; ++column)
-            if (row < height && column < width)
-              store_vector(to + (row * a.width + column) * a.y_channels, y[row][column] + bias);
-      }
-    });
+        for (int column = 0; column < OUT; ++column)
+          if (row < height && column < width)
+            store_vector(to + (row * a.width + column) * a.y_channels, y[row][column] + bias);
+    }
+  });
 }
 
 // A dY A^T of a block of tiles and a panel; bias_sums += the outputs.
-template <class F, class T, int N>
+template <class F, class T>
 void transform_gradient(const Conv3x3& a,
-                        const Tiles<F>& tiles,
+                        const Block<F>& block,
                         float* matrices,    // [IN^2, PRODUCTS]
                         double* bias_sums,  // [out_channels]
-                        int64_t first,
-                        int64_t o) {
+                        int64_t o,
+                        int vectors) {
   constexpr int IN = F::IN, OUT = F::OUT;
-  V sums[N] = {};
-  for (int64_t t = 0; t < tiles.count(first); ++t)
-    tiles.at(first + t, [&](int64_t pixel, int64_t top, int64_t left) {
-      const int64_t height = a.height - top, width = a.width - left;  // what the image still has
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) {
-        const T* from = static_cast<const T*>(a.y) + pixel * a.y_channels + o + n * LANES;
-        V g[OUT][OUT] = {}, transformed[IN][IN];
-        V rows = {};
+  V sums[VECTORS] = {};
+  block.each_tile([&](auto has, const Step& of, int64_t t, int64_t pixel, int64_t top, int64_t left) {
+    const int64_t height = a.height - top, width = a.width - left;  // what the image still has
+    for (int n = 0; n < vectors; ++n) {
+      const T* from = static_cast<const T*>(a.y) + pixel * a.y_channels + o + n * LANES;
+      V g[OUT][OUT] = {}, transformed[IN][IN];
+      V rows = {};
 #pragma GCC unroll 4
-        for (int row = 0; row < OUT; ++row) {
-          V sum = {};
+      for (int row = 0; row < OUT; ++row) {
+        V sum = {};
 #pragma GCC unroll 4
-          for (int column = 0; column < OUT; ++column) {
-            if (row < height && column < width)
-              g[row][column] = load_vector(from + (row * a.width + column) * a.y_channels);
-            sum += g[row][column];
-          }
-          rows += sum;
+        for (int column = 0; column < OUT; ++column) {
+          if (row < height && column < width)
+            g[row][column] = load_vector(from + (row * a.width + column) * a.y_channels);
+          sum += g[row][column];
         }
-        sums[n] += rows;
-        on_both_axes<F::gradient>(g, transformed);
-#pragma GCC unroll 36
-        for (int e = 0; e < IN * IN; ++e)
-          store_vector(matrices + e * tiles.PRODUCTS + (t * N + n) * LANES, transformed[e / IN][e % IN]);
+        rows += sum;
       }
-    });
-  for (int n = 0; n < N; ++n)
+      sums[n] += rows;
+      on_both_axes<F::gradient>(g, transformed);
+#pragma GCC unroll 36
+      for (int e = 0; e < IN * IN; ++e)
+        if (has(of, e))
+          store_vector(matrices + e * block.PRODUCTS + (t * vectors + n) * LANES, transformed[e / IN][e % IN]);
+    }
+  });
+  for (int n = 0; n < vectors; ++n)
     for (int lane = 0; lane < LANES; ++lane) bias_sums[o + n * LANES + lane] += double(sums[n][lane]);
 }
 
@@ -182,32 +181,46 @@ void transform_weights(const Conv3x3& a, int64_t begin, int64_t end) {
   }
 }
 
+// visit(block) for the blocks of steps [begin, end), and what brings the next one nearer meanwhile, over as many calls
+// as there are panels and matrices.
+template <class F, class T, class Visit>
+FASTDMD_INLINE void each_block(const Conv3x3& a, int64_t begin, int64_t end, Visit visit) {
+  const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * F::IN * F::IN;
+  for (int64_t first = begin; first < end; first += Block<F>::MAX_STEPS) {
+    const Block<F> next(a, first + Block<F>::MAX_STEPS, end);
+    Prefetch<F, T> x(next, static_cast<const T*>(a.x), a.in_channels, a.in_channels, 1, calls);
+    Prefetch<F, T> y(next, static_cast<const T*>(a.y), a.y_channels, a.out_channels, 0, calls);
+    visit(Block<F>(a, first, end), [&] {
+      x.lines();
+      y.lines();
+    });
+  }
+}
+
 template <class F, class T>
 void convolve(const Conv3x3& a, int64_t begin, int64_t end) {
   constexpr int NUM_MATRICES = F::IN * F::IN;
-  const Tiles<F> tiles(a, begin, end);
   Inputs<F, T> inputs(a);
-  Scratch products(NUM_MATRICES * tiles.PRODUCTS);
-  for (int64_t first = tiles.begin; first < tiles.end; first += F::TILES) {
-    inputs.fill(tiles, first);
-    const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
-    Prefetch next_x(tiles, first + F::TILES, static_cast<const T*>(a.x), a.in_channels, a.in_channels, calls);
-    Prefetch next_y(tiles, first + F::TILES, static_cast<const T*>(a.y), a.y_channels, a.out_channels, calls);
+  Scratch products(NUM_MATRICES * Block<F>::PRODUCTS);
+  each_block<F, T>(a, begin, end, [&](const Block<F>& block, auto prefetch) {
+    inputs.fill(block);
     each_panel(a, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
       const float* weights = a.transformed + o * NUM_MATRICES * a.rows();
-      for (int e = 0; e < NUM_MATRICES; ++e, next_x.lines(), next_y.lines())
-        for (int64_t row = 0; row < rounded_up(tiles.count(first)); row += ROWS)
-          multiply<N>(false,
-                      inputs.matrices.data + e * inputs.step + row * inputs.depth,
-                      inputs.depth,
-                      1,
-                      weights + e * a.rows() * N * LANES,
-                      products.data + e * tiles.PRODUCTS + row * N * LANES,
-                      inputs.depth);
-      write_outputs<F, T, N>(a, tiles, products.data, first, o);
+      for (int e = 0; e < NUM_MATRICES; ++e, prefetch())
+        block.each_run(e, [&](int64_t first, int64_t count) {
+          for (int64_t row = first; row < first + rounded_up(count); row += ROWS)
+            multiply<N>(false,
+                        inputs.matrices.data + e * inputs.step + row * inputs.depth,
+                        inputs.depth,
+                        1,
+                        weights + e * a.rows() * N * LANES,
+                        products.data + e * block.PRODUCTS + row * N * LANES,
+                        inputs.depth);
+        });
+      write_outputs<F, T>(a, block, products.data, o, N);
     });
-  }
+  });
 }
 
 template <class F, class T>
@@ -216,29 +229,40 @@ void sum_weight_gradient(const Conv3x3& a,
                          int64_t begin,
                          int64_t end) {
   constexpr int NUM_MATRICES = F::IN * F::IN;
-  const Tiles<F> tiles(a, begin, end);
   Inputs<F, T> inputs(a);
-  Scratch gradients(NUM_MATRICES * tiles.PRODUCTS);
-  for (int64_t first = tiles.begin; first < tiles.end; first += F::TILES) {
-    inputs.fill(tiles, first);
-    const int64_t calls = (a.out_channels + WIDTH - 1) / WIDTH * NUM_MATRICES;
-    Prefetch next_x(tiles, first + F::TILES, static_cast<const T*>(a.x), a.in_channels, a.in_channels, calls);
-    Prefetch next_y(tiles, first + F::TILES, static_cast<const T*>(a.y), a.y_channels, a.out_channels, calls);
+  Scratch gradients(NUM_MATRICES * Block<F>::PRODUCTS);
+  uint64_t begun = 0;  // matrices
+  each_block<F, T>(a, begin, end, [&](const Block<F>& block, auto prefetch) {
+    inputs.fill(block);
+    uint64_t seen = begun;
     each_panel(a, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
-      transform_gradient<F, T, N>(a, tiles, gradients.data, bias_sums, first, o);
+      transform_gradient<F, T>(a, block, gradients.data, bias_sums, o, N);
       float* sums = a.transformed + o * NUM_MATRICES * a.rows();
-      for (int e = 0; e < NUM_MATRICES; ++e, next_x.lines(), next_y.lines())
-        for (int64_t i = 0; i < a.in_channels; i += ROWS)
-          multiply<N>(first > tiles.begin,
-                      inputs.matrices.data + e * inputs.step + i,
-                      1,
-                      inputs.depth,
-                      gradients.data + e * tiles.PRODUCTS,
-                      sums + (e * a.rows() + i) * N * LANES,
-                      tiles.count(first));
+      for (int e = 0; e < NUM_MATRICES; ++e, prefetch()) {
+        bool add = begun >> e & 1;
+        block.each_run(e, [&](int64_t first, int64_t count) {
+          for (int64_t i = 0; i < a.in_channels; i += ROWS)
+            multiply<N>(add,
+                        inputs.matrices.data + e * inputs.step + first * inputs.depth + i,
+                        1,
+                        inputs.depth,
+                        gradients.data + e * block.PRODUCTS + first * N * LANES,
+                        sums + (e * a.rows() + i) * N * LANES,
+                        count);
+          add = true;
+        });
+        seen |= uint64_t(add) << e;
+      }
     });
-  }
+    begun = seen;
+  });
+  each_panel(a, [&](int64_t o, auto vectors) {
+    const int64_t size = a.rows() * vectors * LANES;
+    for (int e = 0; e < NUM_MATRICES; ++e)
+      for (int64_t i = 0; i < size && !(begun >> e & 1); ++i)
+        a.transformed[o * NUM_MATRICES * a.rows() + e * size + i] = 0;
+  });
 }
 
 template <class F, class T>
@@ -267,27 +291,19 @@ void write_weight_gradient(const Conv3x3& a, int64_t num_sums, int64_t begin, in
 
 }  // namespace
 
-int64_t conv3x3_steps(const Conv3x3& a) {
-  int64_t steps = 0;
-  with_tiles(
-      a, [&]<class F, class T>() { steps = (Tiles<F>(a, 0, 0).total + Conv3x3::TILE_STEP - 1) / Conv3x3::TILE_STEP; });
-  return steps;
-}
-
 // G g G^T of output channels [begin, end) * CHANNEL_STEP: panels of WIDTH output channels, in each the matrices
 // [in_channels, WIDTH], the last panel narrower.
 void conv3x3_weights(const Conv3x3& a, int64_t begin, int64_t end) {
   with_tiles(a, [&]<class F, class T>() { transform_weights<F, T>(a, begin, end); });
 }
 
-// The steps [begin, end) of TILE_STEP tiles.
+// The steps [begin, end), each of a kind of tiles.
 void conv3x3(const Conv3x3& a, int64_t begin, int64_t end) {
   with_tiles(a, [&]<class F, class T>() { convolve<F, T>(a, begin, end); });
 }
 
-// Sums over the steps [begin, end) of TILE_STEP tiles, of which there is one: a.transformed = what
-// conv3x3_weight_gradient takes for the gradient of the weight, bias_sums += that of the bias. a.y is the gradient of
-// the output.
+// Sums over the steps [begin, end): a.transformed = what conv3x3_weight_gradient takes for the gradient of the weight,
+// bias_sums += that of the bias. a.y is the gradient of the output.
 void conv3x3_weight_sums(const Conv3x3& a,
                          double* bias_sums,  // [out_channels]
                          int64_t begin,

@@ -86,6 +86,21 @@ struct Conv3x3 {
   bool flipped;  // the weight upside down and mirrored, as the gradient of the input wants it
   int tile;      // outputs a side of what Winograd's filtering computes at once, 2 or 4
 
+  // Of each image, down x across tiles from pixel (top, left) on. They have rows x columns outputs, `tile` a side, or
+  // at the lower and the right edge the fewer that are left, and as many matrices.
+  struct Tiles {
+    int64_t top, left, down, across, rows, columns;
+
+    int64_t per_image() const { return down * across; }
+    int64_t num_matrices() const { return (rows + 2) * (columns + 2); }
+  };
+  static constexpr int MAX_KINDS = 4;
+  Tiles kinds[MAX_KINDS];
+  int num_kinds;
+
+  // Of up to TILE_STEP tiles of a kind, in all images.
+  int64_t steps(const Tiles& kind) const { return (num_images * kind.per_image() + TILE_STEP - 1) / TILE_STEP; }
+
   // Rows of a matrix of a panel. One is not used: it keeps the matrices out of each other's cache lines.
   int64_t rows() const { return in_channels + 1; }
   int64_t transformed_size() const { return (tile + 2) * (tile + 2) * rows() * out_channels; }
@@ -133,7 +148,6 @@ struct Kernels {
                          int64_t end);
   void (*group_norm_silu)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
   void (*group_norm_silu_backward)(const GroupNormSiLU&, int64_t group_begin, int64_t group_end);
-  int64_t (*conv3x3_steps)(const Conv3x3&);  // of TILE_STEP tiles
   void (*conv3x3_weights)(const Conv3x3&, int64_t begin, int64_t end);
   void (*conv3x3)(const Conv3x3&, int64_t begin, int64_t end);
   void (*conv3x3_weight_sums)(const Conv3x3&,
@@ -163,7 +177,6 @@ struct Kernels {
   FASTDMD_DECLARE_KERNEL(scale_gradient)           \
   FASTDMD_DECLARE_KERNEL(group_norm_silu)          \
   FASTDMD_DECLARE_KERNEL(group_norm_silu_backward) \
-  FASTDMD_DECLARE_KERNEL(conv3x3_steps)            \
   FASTDMD_DECLARE_KERNEL(conv3x3_weights)          \
   FASTDMD_DECLARE_KERNEL(conv3x3)                  \
   FASTDMD_DECLARE_KERNEL(conv3x3_weight_sums)      \
@@ -181,7 +194,6 @@ struct Kernels {
       scale_gradient,                              \
       group_norm_silu,                             \
       group_norm_silu_backward,                    \
-      conv3x3_steps,                               \
       conv3x3_weights,                             \
       conv3x3,                                     \
       conv3x3_weight_sums,                         \

@@ -1,5 +1,4 @@
-// What the kernels of conv3x3 share: Winograd's transforms, products of small matrices in registers, and the
-// transformed inputs of tiles.
+// What the kernels of conv3x3 compute with: Winograd's transforms, and products of small matrices in registers.
 #pragma once
 
 #include <cstdlib>
@@ -66,6 +65,10 @@ struct F2 {
   static constexpr int OUT = 2, IN = 4;
   static constexpr int64_t TILES = 64;  // of a block
 
+  // Which points so many outputs need: a bit each. One does without infinity, on which it does not depend.
+  static constexpr uint64_t points(int64_t outputs) { return outputs == 2 ? 0b1111 : 0b0111; }
+  static FASTDMD_INLINE void complete(int64_t, V (&)[4]) {}
+
   // B^T d
   static FASTDMD_INLINE void input(const V (&d)[4], V (&t)[4]) {
     t[0] = d[0] - d[2];
@@ -110,6 +113,16 @@ struct F4 {
   static constexpr float a = 0.625f, b = 1.5f, a2 = a * a, b2 = b * b;
   static constexpr float at_0 = 1 / (a2 * b2), at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
 
+  // Three outputs do without infinity, on which they do not depend; two without 0, and one without -b, if inputs
+  // beyond theirs are such that B^T d is 0 there. Then they err less than four do.
+  static constexpr uint64_t points(int64_t outputs) {
+    return outputs == 4 ? 0b111111 : outputs == 3 ? 0b011111 : outputs == 2 ? 0b011110 : 0b001110;
+  }
+  // Makes the inputs so.
+  static FASTDMD_INLINE void complete(int64_t outputs, V (&d)[6]) {
+    if (outputs == 1) d[3] = a2 * (d[1] - b * d[0]) + b * d[2];
+    if (outputs <= 2) d[4] = (a2 + b2) * d[2] - a2 * b2 * d[0];
+  }
   static FASTDMD_INLINE void input(const V (&d)[6], V (&t)[6]) {
     const V even_a = d[4] - b2 * d[2], odd_a = a * (d[3] - b2 * d[1]);
     const V even_b = d[4] - a2 * d[2], odd_b = b * (d[3] - a2 * d[1]);
@@ -175,116 +188,6 @@ FASTDMD_INLINE void on_both_axes(const V (&x)[N][N], V (&y)[K][K]) {
     for (int k = 0; k < K; ++k) y[k][column] = out[k];
   }
 }
-
-// The tiles of OUT x OUT outputs of all images, in a row; [begin, end) of them are at hand.
-template <class F>
-struct Tiles {
-  static constexpr int64_t COUNT = F::TILES;
-  static constexpr int64_t PRODUCTS = COUNT * WIDTH + PAD;  // floats from one matrix of a panel's products to the next
-  int64_t height, width, across, per_image, total, begin, end;
-  // Of the steps [first, last) of TILE_STEP tiles.
-  explicit Tiles(const Conv3x3& a, int64_t first, int64_t last)
-      : height(a.height),
-        width(a.width),
-        across((a.width + F::OUT - 1) / F::OUT),
-        per_image(across * ((a.height + F::OUT - 1) / F::OUT)),
-        total(a.num_images * per_image),
-        begin(first * Conv3x3::TILE_STEP),
-        end(last * Conv3x3::TILE_STEP < total ? last * Conv3x3::TILE_STEP : total) {}
-
-  int64_t count(int64_t first) const { return first + COUNT < end ? COUNT : end - first; }
-
-  // visit(number of the pixel of all images that tile t starts at, its row, its column)
-  template <class Visit>
-  FASTDMD_INLINE void at(int64_t t, Visit visit) const {
-    const int64_t image = t / per_image, tile = t % per_image;
-    const int64_t top = tile / across * F::OUT, left = tile % across * F::OUT;
-    visit((image * height + top) * width + left, top, left);
-  }
-};
-
-int64_t rounded_up(int64_t count) { return (count + ROWS - 1) / ROWS * ROWS; }
-
-// The IN^2 matrices [TILES, in_channels] of a block of tiles, zeros up to a whole number of ROWS. T: of the images.
-template <class F, class T>
-struct Inputs {
-  static constexpr int IN = F::IN;
-  const Conv3x3& a;
-  const int64_t depth, step;
-  Scratch matrices;  // [IN^2, step]
-  Scratch zeros;     // [depth], of T, whose zero is no bits
-
-  explicit Inputs(const Conv3x3& a)
-      : a(a), depth(a.in_channels), step(F::TILES * depth + PAD), matrices(IN * IN * step), zeros(depth) {
-    for (int64_t i = 0; i < depth; ++i) zeros.data[i] = 0;
-  }
-
-  void fill(const Tiles<F>& tiles, int64_t first) {
-    const T *x = static_cast<const T*>(a.x), *nothing = reinterpret_cast<const T*>(zeros.data);
-    float* const out = matrices.data;
-    const int64_t depth = this->depth, step = this->step, height = a.height, width = a.width;
-    for (int64_t t = 0; t < tiles.count(first); ++t)
-      tiles.at(first + t, [=](int64_t pixel, int64_t top, int64_t left) {
-        const T* from[IN][IN];
-        for (int64_t y = 0; y < IN; ++y)
-          for (int64_t k = 0; k < IN; ++k) {
-            const int64_t row = top + y - 1, column = left + k - 1;
-            const bool inside = row >= 0 && row < height && column >= 0 && column < width;
-            from[y][k] = inside ? x + (pixel + (y - 1) * width + k - 1) * depth : nothing;
-          }
-        for (int64_t c = 0; c < depth; c += LANES) {
-          V d[IN][IN], transformed[IN][IN];
-#pragma GCC unroll 36
-          for (int e = 0; e < IN * IN; ++e) d[e / IN][e % IN] = load_vector(from[e / IN][e % IN] + c);
-          on_both_axes<F::input>(d, transformed);
-#pragma GCC unroll 36
-          for (int e = 0; e < IN * IN; ++e) store_vector(out + e * step + t * depth + c, transformed[e / IN][e % IN]);
-        }
-      });
-    for (int64_t t = tiles.count(first); t < rounded_up(tiles.count(first)); ++t)
-      for (int e = 0; e < IN * IN; ++e)
-        for (int64_t c = 0; c < depth; c += LANES) store_vector(out + e * step + t * depth + c, V{});
-  }
-};
-
-// Brings `channels` of the pixels of the block of tiles from `first` on nearer, a few lines of the cache at a time,
-// `calls` times.
-struct Prefetch {
-  static constexpr int64_t LINE = 64;  // bytes
-  const char *pixel, *end;
-  int64_t step, width, at = 0, at_once = 0;  // bytes, of a pixel and of what of it is meant; lines
-
-  template <class F, class T>
-  Prefetch(const Tiles<F>& tiles,
-           int64_t first,
-           const T* images,  // [.., pixel_channels]
-           int64_t pixel_channels,
-           int64_t channels,
-           int64_t calls)
-      : pixel(reinterpret_cast<const char*>(images)),
-        end(pixel),
-        step(pixel_channels * sizeof(T)),
-        width(channels * sizeof(T)) {
-    if (first >= tiles.end) return;
-    int64_t start = 0;
-    tiles.at(first, [&](int64_t number, int64_t, int64_t) { start = number; });
-    const int64_t block = F::TILES * F::OUT * F::OUT,
-                  left = tiles.total / tiles.per_image * tiles.height * tiles.width - start,
-                  pixels = block < left ? block : left;
-    pixel += start * step;
-    end = pixel + pixels * step;
-    at_once = pixels * ((width + LINE - 1) / LINE) / calls + 1;
-  }
-  FASTDMD_INLINE void lines() {
-    for (int64_t i = 0; i < at_once && pixel < end; ++i) {
-      __builtin_prefetch(pixel + at, 0, 2);
-      at += LINE;
-      if (at < width) continue;
-      at = 0;
-      pixel += step;
-    }
-  }
-};
 
 }  // namespace
 }  // namespace fastdmd::FASTDMD_ISA

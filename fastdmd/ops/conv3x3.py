@@ -25,10 +25,11 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Where `x` is float32 or bfloat16, on a CPU and not tiny, it or the weight channels_last, as the output is then, and
     both numbers of channels multiples of 16 and, in bfloat16, not large, output and gradients are Winograd's (Lavin &
     Gray 2016), computed in float32: F(4x4, 3x3), 36 instead of 144 multiplications, or of few pixels F(2x2, 3x3), 16
-    instead of 36. Everywhere else it is torch's own convolution. In float32, against float64 (root mean square, 16 to
-    256 channels), output and gradient of the input err 1.7 to 2.5 times as much as torch's by 4x4, 0.6 to 0.8 times by
-    2x2, that of the weight 1.3 to 2.8 times and 0.5 to 1.7 times, the less the more pixels: see docs/ops.md. What
-    bfloat16 rounds to in the end is most of any error. A gradient that is to be differentiated itself is torch's.
+    instead of 36; of many images, for the m x n outputs that are left at an edge, (m + 2) (n + 2) instead of 9 m n.
+    Everywhere else it is torch's own convolution. In float32, against float64 (root mean square, 16 to 256 channels),
+    output and gradient of the input err 1.7 to 2.5 times as much as torch's by 4x4, 0.6 to 0.8 times by 2x2, that of
+    the weight 1.3 to 2.8 times and 0.5 to 1.7 times, the less the more pixels: see docs/ops.md. What bfloat16 rounds to
+    in the end is most of any error. A gradient that is to be differentiated itself is torch's.
 
     Args:
         x: features `[B, C, H, W]`, floating point.

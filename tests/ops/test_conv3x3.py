@@ -1,6 +1,7 @@
 """conv3x3 against torch's convolution in float64, on every instruction set, and where it leaves the work to torch."""
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -84,6 +85,13 @@ def test_close_to_float64(shape):
     assert worst_error(shape) < 3e-6
     assert worst_error(shape, weight_format=torch.channels_last) < 3e-6
     assert worst_error(shape, bias=False) < 3e-6
+
+
+@pytest.mark.parametrize("sides", itertools.product(range(4, 8), repeat=2), ids=str)
+def test_tiles_at_the_edges_have_the_outputs_that_are_left(sides):
+    """Of enough images that each kind of tile, of 1 to 4 by 1 to 4 outputs, fills steps of its own."""
+    assert worst_error((48, 16, 32, *sides)) < 2e-6
+    assert worst_error((8, 16, 16, *(side - 3 for side in sides))) < 2e-6  # 2x2, or 4x4 as one
 
 
 @pytest.mark.skipif(chosen("conv3x3", "cpu") is module.reference, reason="bfloat16 is torch's own here")
