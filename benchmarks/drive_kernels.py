@@ -86,7 +86,8 @@ class Inputs:
 
     def group_norm(self, adaptive: bool) -> tuple:
         tables = self.vector(self.B, 2 * self.C).chunk(2, dim=1) if adaptive else (None, None)
-        return self.image(mean=2.0), self.vector(self.C), self.vector(self.C), *tables, 4
+        offset = self.vector(self.B, self.C) if adaptive else None
+        return self.image(mean=2.0), self.vector(self.C), self.vector(self.C), *tables, offset, 4
 
     def group_norm_backward(self, adaptive: bool, silu: bool = True) -> tuple:
         *arguments, num_groups = self.group_norm(adaptive)

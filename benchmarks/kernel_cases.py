@@ -106,9 +106,9 @@ def arguments(case: Case, device: str, seed: int = 0) -> tuple:
     if case.op in GROUP_NORM_OPS:
         x, weight, bias = image() + 1, normal(C, dtype=dtype), normal(C, dtype=dtype)
         if case.op == "group_norm_silu":
-            return x, weight, bias, None, None, NUM_GROUPS, EPS, True
-        _, mean, rstd = reference("group_norm_silu")(x, weight, bias, None, None, NUM_GROUPS, EPS, True)
-        return image(), x, mean, rstd, weight, bias, None, None, NUM_GROUPS, True
+            return x, weight, bias, None, None, None, NUM_GROUPS, EPS, True
+        _, mean, rstd = reference("group_norm_silu")(x, weight, bias, None, None, None, NUM_GROUPS, EPS, True)
+        return image(), x, mean, rstd, weight, bias, None, None, None, NUM_GROUPS, True
     return {
         "add_noise": lambda: (image(), sigma, image(), None, dtype),
         "add_noise_rng": lambda: (image(), sigma, ops.rng_key(seed, device=device), None, dtype),

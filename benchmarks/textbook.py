@@ -27,8 +27,8 @@ def karras_schedule(num_steps=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
 
 class EagerGroupNormSiLU(torch.nn.GroupNorm):
-    def forward(self, x, scale=None, shift=None):
-        x = super().forward(x)
+    def forward(self, x, scale=None, shift=None, offset=None):
+        x = super().forward(x if offset is None else x + offset[..., None, None])
         if scale is not None:
             x = x * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return F.silu(x)

@@ -16,11 +16,12 @@ STABLE_TORCH_LIBRARY(fastdmd_native, m) {
   m.def("fake_loss_raw(Tensor F_fake, Tensor x_gen, Tensor x_t, Tensor sigma, float sigma_data) -> (Tensor, Tensor)");
   m.def("scale_gradient(Tensor grad, Tensor grad_loss, ScalarType dtype) -> Tensor");
   m.def(
-      "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps,"
-      " bool silu) -> (Tensor, Tensor, Tensor)");
+      "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? offset,"
+      " int num_groups, float eps, bool silu) -> (Tensor, Tensor, Tensor)");
   m.def(
       "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
-      " Tensor? scale, Tensor? shift, int num_groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? scale, Tensor? shift, Tensor? offset, int num_groups, bool silu)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "conv3x3_backward(Tensor grad_y, Tensor x, Tensor weight, bool of_input, bool of_parameters)"

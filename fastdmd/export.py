@@ -159,8 +159,10 @@ def program_metadata(generator: Generator) -> dict[str, str]:
 class PlainGroupNormSiLU(nn.GroupNorm):
     """`GroupNormSiLU` of operations that every reader of a program knows."""
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        x = super().forward(x)
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, offset: Tensor | None = None
+    ) -> Tensor:
+        x = super().forward(x if offset is None else x + offset[..., None, None])
         if scale is not None:
             assert shift is not None  # they come together
             x = x * (1 + scale[:, :, None, None]) + shift[:, :, None, None]

@@ -29,6 +29,7 @@ void for_groups(const Tensor& x, int64_t num_groups, Body body) {
 struct Tables {
   std::vector<double> weight, bias;  // [C]
   std::vector<double> scale, shift;  // [B, C], or empty
+  std::vector<double> offset;        // [B, C], or [1, C], or empty
 };
 
 // The arguments of one sample.
@@ -41,8 +42,10 @@ GroupNormSiLU of_sample(GroupNormSiLU a, int64_t sample) {
   a.rstd += sample * a.num_groups;
   if (a.scale) a.scale += sample * a.num_channels;
   if (a.shift) a.shift += sample * a.num_channels;
+  if (a.x_offset) a.x_offset += sample * a.x_offset_stride;
   if (a.sum_grad) a.sum_grad += sample * a.num_channels;
   if (a.sum_grad_h) a.sum_grad_h += sample * a.num_channels;
+  if (a.sum_grad_x) a.sum_grad_x += sample * a.num_channels;
   return a;
 }
 
@@ -64,6 +67,8 @@ GroupNormSiLU arguments(const Tensor& x,    // [B, C, H, W]
   a.bias = tables.bias.data();
   a.scale = pointer(tables.scale);
   a.shift = pointer(tables.shift);
+  a.x_offset = pointer(tables.offset);
+  a.x_offset_stride = int64_t(tables.offset.size()) > x.size(1) ? x.size(1) : 0;
   a.num_channels = x.size(1);
   a.num_groups = num_groups;
   a.num_pixels = x.size(2) * x.size(3);
@@ -87,16 +92,17 @@ Tensor filled(const Tensor& like,
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x,                     // [B, C, H, W]
-                                                   Tensor weight,                // [C]
-                                                   Tensor bias,                  // [C]
-                                                   std::optional<Tensor> scale,  // [B, C]
-                                                   std::optional<Tensor> shift,  // [B, C]
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x,                      // [B, C, H, W]
+                                                   Tensor weight,                 // [C]
+                                                   Tensor bias,                   // [C]
+                                                   std::optional<Tensor> scale,   // [B, C]
+                                                   std::optional<Tensor> shift,   // [B, C]
+                                                   std::optional<Tensor> offset,  // [B, C] or [1, C]
                                                    int64_t num_groups,
                                                    double eps,
                                                    bool silu) {
   Tensor y = torch::stable::empty_like(x);
-  const Tables tables{values(weight), values(bias), values(scale), values(shift)};
+  const Tables tables{values(weight), values(bias), values(scale), values(shift), values(offset)};
   std::vector<double> mean(x.size(0) * num_groups);
   std::vector<double> rstd(x.size(0) * num_groups);
   GroupNormSiLU a = arguments(x, y, tables, mean, rstd, num_groups, silu);
@@ -111,30 +117,33 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x,                    
   };
 }
 
-// Of x, weight, bias, scale and shift.
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Of x, weight, bias, scale, shift and offset.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients group_norm_silu_backward(Tensor grad_y,                // [B, C, H, W]
-                                   Tensor x,                     // [B, C, H, W]
-                                   Tensor mean,                  // [B, G]
-                                   Tensor rstd,                  // [B, G]
-                                   Tensor weight,                // [C]
-                                   Tensor bias,                  // [C]
-                                   std::optional<Tensor> scale,  // [B, C]
-                                   std::optional<Tensor> shift,  // [B, C]
+Gradients group_norm_silu_backward(Tensor grad_y,                 // [B, C, H, W]
+                                   Tensor x,                      // [B, C, H, W]
+                                   Tensor mean,                   // [B, G]
+                                   Tensor rstd,                   // [B, G]
+                                   Tensor weight,                 // [C]
+                                   Tensor bias,                   // [C]
+                                   std::optional<Tensor> scale,   // [B, C]
+                                   std::optional<Tensor> shift,   // [B, C]
+                                   std::optional<Tensor> offset,  // [B, C] or [1, C]
                                    int64_t num_groups,
                                    bool silu) {
   Tensor grad_x = torch::stable::empty_like(x);
   const int64_t B = x.size(0), C = x.size(1);
   std::vector<double> means = values(mean);
   std::vector<double> rstds = values(rstd);
-  const Tables tables{values(weight), values(bias), values(scale), values(shift)};
+  const Tables tables{values(weight), values(bias), values(scale), values(shift), values(offset)};
   std::vector<double> sum_grad(B * C);
   std::vector<double> sum_grad_h(B * C);
+  std::vector<double> sum_grad_x(offset ? B * C : 0);
   GroupNormSiLU a = arguments(x, grad_x, tables, means, rstds, num_groups, silu);
   a.grad_y = grad_y.const_data_ptr();
   a.sum_grad = sum_grad.data();
   a.sum_grad_h = sum_grad_h.data();
+  a.sum_grad_x = sum_grad_x.data();
   for_groups(x, num_groups, [&](int64_t sample, int64_t begin, int64_t end) {
     kernels().group_norm_silu_backward(of_sample(a, sample), begin, end);
   });
@@ -142,6 +151,7 @@ Gradients group_norm_silu_backward(Tensor grad_y,                // [B, C, H, W]
   std::vector<double> grad_weight(C);
   std::vector<double> grad_bias(C);
   std::vector<double> grad_scale(scale ? B * C : 0);
+  std::vector<double> grad_offset(tables.offset.size());
   for (int64_t b = 0; b < B; ++b)
     for (int64_t c = 0; c < C; ++c) {
       const int64_t i = b * C + c;
@@ -149,6 +159,7 @@ Gradients group_norm_silu_backward(Tensor grad_y,                // [B, C, H, W]
       grad_weight[c] += gain * sum_grad_h[i];
       grad_bias[c] += gain * sum_grad[i];
       if (scale) grad_scale[i] = tables.weight[c] * sum_grad_h[i] + tables.bias[c] * sum_grad[i];
+      if (offset) grad_offset[b * a.x_offset_stride + c] += sum_grad_x[i];
     }
   const std::vector<int64_t> table = scale ? std::vector<int64_t>{B, C} : std::vector<int64_t>{0};
   if (!scale) sum_grad.clear();
@@ -158,6 +169,8 @@ Gradients group_norm_silu_backward(Tensor grad_y,                // [B, C, H, W]
       filled(x, {C}, bias.scalar_type(), grad_bias),
       filled(x, table, scale ? scale->scalar_type() : wide_dtype(x), grad_scale),
       filled(x, table, shift ? shift->scalar_type() : wide_dtype(x), sum_grad),
+      offset ? filled(x, {offset->size(0), C}, offset->scalar_type(), grad_offset)
+             : torch::stable::new_empty(x, {int64_t(0)}, wide_dtype(x)),
   };
 }
 

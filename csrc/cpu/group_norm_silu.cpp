@@ -89,21 +89,26 @@ struct Slice {
   }
 };
 
-// Mean of per-channel sums over each group, spread to the channels.
-template <class W>
+// Mean of per-channel sums over each group.
 FASTDMD_INLINE void group_means(const double* sums,  // [channels]
                                 int64_t channels,
                                 int64_t group_size,
                                 int64_t pixels,
-                                W* spread,  // [channels]
-                                double* means /* [channels / group_size], or null */) {
+                                double* means /* [channels / group_size] */) {
   for (int64_t c = 0; c < channels; c += group_size) {
     double total = 0;
     for (int64_t k = 0; k < group_size; ++k) total += sums[c + k];
-    const double mean = total / (double(group_size) * double(pixels));
-    if (means) means[c / group_size] = mean;
-    for (int64_t k = 0; k < group_size; ++k) spread[c + k] = W(mean);
+    means[c / group_size] = total / (double(group_size) * double(pixels));
   }
+}
+
+// mean[i] such that x - mean[i] is the deviation of x + x_offset from the mean of its group.
+template <class W>
+FASTDMD_INLINE void centres(const GroupNormSiLU& a, int64_t first, int64_t channels, W* mean /* [channels] */) {
+  const int64_t group_size = a.num_channels / a.num_groups;
+  for (int64_t start = 0; start < channels; start += group_size)
+    for (int64_t i = start; i < start + group_size; ++i)
+      mean[i] = W(a.mean[(first + start) / group_size] - (a.x_offset ? a.x_offset[first + i] : 0));
 }
 
 // m = gain * (x - mean) + offset, per channel: normalisation, weight, bias, scale and shift. The mean stays apart, or
@@ -112,7 +117,6 @@ template <class W>
 FASTDMD_INLINE void affine(const GroupNormSiLU& a,
                            int64_t first,
                            int64_t channels,
-                           W* mean,  // [channels]
                            W* gain,  // [channels]
                            W* offset /* [channels] */) {
   const int64_t group_size = a.num_channels / a.num_groups;
@@ -123,7 +127,6 @@ FASTDMD_INLINE void affine(const GroupNormSiLU& a,
       const double multiplier = a.scale ? 1 + a.scale[c] : 1;
       const double addend = a.shift ? a.shift[c] : 0;
       gain[i] = W(a.rstd[g] * a.weight[c] * multiplier);
-      mean[i] = W(a.mean[g]);
       offset[i] = W(a.bias[c] * multiplier + addend);
     }
   }
@@ -155,15 +158,18 @@ void forward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   W* __restrict gain = mean + slice.channels;    // [channels]
   W* __restrict offset = gain + slice.channels;  // [channels]
   slice.template sums<W, 1>(sums.data, [=](int64_t, int64_t i, int64_t) { return Values<W, 1>{load(x[i])}; });
-  group_means<W>(sums.data, slice.channels, group_size, slice.pixels, mean, a.mean + group_begin);
+  for (int64_t c = 0; c < slice.channels && a.x_offset; ++c)
+    sums[c] += double(slice.pixels) * a.x_offset[slice.first + c];
+  group_means(sums.data, slice.channels, group_size, slice.pixels, a.mean + group_begin);
+  centres(a, slice.first, slice.channels, mean);
   slice.template sums<W, 1>(sums.data, [=](int64_t c, int64_t i, int64_t) {
     const W centred = load(x[i]) - mean[c];
     return Values<W, 1>{centred * centred};
   });
-  group_means<W>(sums.data, slice.channels, group_size, slice.pixels, gain, a.rstd + group_begin);
+  group_means(sums.data, slice.channels, group_size, slice.pixels, a.rstd + group_begin);
   for (int64_t g = group_begin; g < group_end; ++g) a.rstd[g] = 1 / std::sqrt(a.rstd[g] + a.eps);
 
-  affine(a, slice.first, slice.channels, mean, gain, offset);
+  affine(a, slice.first, slice.channels, gain, offset);
   slice.each([=](int64_t c, int64_t i, int64_t) {
     store(y[i], activation<Silu>(gain[c] * (load(x[i]) - mean[c]) + offset[c]));
   });
@@ -184,19 +190,24 @@ void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   W* __restrict offset = mean + 2 * n;    // [n]
   W* __restrict by_x = mean + 3 * n;      // [n]
   W* __restrict constant = mean + 4 * n;  // [n]
-  affine(a, slice.first, n, mean, gain, offset);
+  centres(a, slice.first, n, mean);
+  affine(a, slice.first, n, gain, offset);
 
   // grad_m = grad_y * y'(m) goes where grad_x will be, or to a scratch if that is too narrow.
   constexpr bool in_place = std::is_same_v<T, W>;
   Scratch<W> scratch(in_place ? 0 : n * slice.pixels);
   W* __restrict grad_m = in_place ? reinterpret_cast<W*>(grad_x) : scratch.data;
-  Scratch<double> both(2 * n);
+  Scratch<double> both(2 * n), deviations(n);
   slice.template sums<W, 2>(both.data, [=](int64_t c, int64_t i, int64_t dense) {
     const W centred = load(x[i]) - mean[c];
     const W g = load(grad_y[i]) * activation_derivative<Silu>(gain[c] * centred + offset[c]);
     grad_m[in_place ? i : dense] = g;
     return Values<W, 2>{g, g * centred};
   });
+
+  if (a.x_offset)
+    slice.template sums<W, 1>(deviations.data,
+                              [=](int64_t c, int64_t i, int64_t) { return Values<W, 1>{load(x[i]) - mean[c]}; });
 
   for (int64_t start = 0; start < n; start += group_size) {
     const double size = double(group_size) * double(slice.pixels);
@@ -213,6 +224,10 @@ void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
     for (int64_t i = start; i < start + group_size; ++i) {
       by_x[i] = W(-r * r * S2 / size);
       constant[i] = W(-r * S1 / size);
+      const int64_t c = slice.first + i;
+      const double k = a.weight[c] * (a.scale ? 1 + a.scale[c] : 1);
+      if (a.x_offset)
+        a.sum_grad_x[c] = r * (k * a.sum_grad[c] - (double(slice.pixels) * S1 + r * deviations[i] * S2) / size);
     }
   }
   slice.each([=](int64_t c, int64_t i, int64_t dense) {

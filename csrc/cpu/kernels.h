@@ -54,18 +54,20 @@ struct FakeLoss {
 // One sample of group_norm_silu. Element (c, p) is at c * channel_stride + p * pixel_stride; one of the two is 1.
 struct GroupNormSiLU {
   Dtype dtype;
-  const void* x;         // [C, H, W]
-  const void* grad_y;    // [C, H, W], backward only
-  void* out;             // [C, H, W]: y, or grad_x
-  double* mean;          // [G], written by forward, read by backward
-  double* rstd;          // [G], likewise
-  const double* weight;  // [C]
-  const double* bias;    // [C]
-  const double* scale;   // [C], or null
-  const double* shift;   // [C], or null
-  double* sum_grad;      // [C], written by backward: the sum over pixels of grad_m
-  double* sum_grad_h;    // [C], likewise of grad_m * h
-  int64_t num_channels, num_groups, num_pixels, channel_stride, pixel_stride;
+  const void* x;           // [C, H, W]
+  const void* grad_y;      // [C, H, W], backward only
+  void* out;               // [C, H, W]: y, or grad_x
+  double* mean;            // [G], written by forward, read by backward
+  double* rstd;            // [G], likewise
+  const double* weight;    // [C]
+  const double* bias;      // [C]
+  const double* scale;     // [C], or null
+  const double* shift;     // [C], or null
+  const double* x_offset;  // [C], added to x, or null
+  double* sum_grad;        // [C], written by backward: the sum over pixels of grad_m
+  double* sum_grad_h;      // [C], likewise of grad_m * h
+  double* sum_grad_x;      // [C], likewise of grad_x, if there is an x_offset
+  int64_t num_channels, num_groups, num_pixels, channel_stride, pixel_stride, x_offset_stride;
   double eps;
   bool silu;
 };

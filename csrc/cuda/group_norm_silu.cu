@@ -13,7 +13,9 @@ struct ParameterGradients {
   void* grad_bias;    // [C]
   void* grad_scale;   // [B, C], or null
   void* grad_shift;   // [B, C], or null
-  Dtype weight_dtype, bias_dtype, scale_dtype, shift_dtype;
+  void* grad_offset;  // [B, C] or [1, C], or null
+  bool of_each;       // a row of grad_offset to a sample
+  Dtype weight_dtype, bias_dtype, scale_dtype, shift_dtype, offset_dtype;
 };
 
 constexpr int SUMMED_CHANNELS = 8;  // of a block: few, so that there are blocks for every multiprocessor
@@ -23,12 +25,20 @@ template <class W>
 __global__ void __launch_bounds__(THREADS) parameter_gradients(ParameterGradients a) {
   constexpr int rows = THREADS / SUMMED_CHANNELS;
   __shared__ Pair<W> partials[rows][SUMMED_CHANNELS];
+  __shared__ W offset_partials[rows][SUMMED_CHANNELS];
   const int column = int(threadIdx.x) % SUMMED_CHANNELS;
   const int row = int(threadIdx.x) / SUMMED_CHANNELS;
   const int64_t C = a.op.num_channels;
   const int64_t c = int64_t(blockIdx.x) * SUMMED_CHANNELS + column;
   const Pair<W>* sums_of = static_cast<const Pair<W>*>(a.op.sums) + c;  // [B, C], from this channel on
   Pair<W> total{0, 0};                                                  // of grad_weight and grad_bias
+  W offset_total = 0;
+  if (c < C && a.grad_offset)
+    for (int64_t sample = row; sample < a.op.num_samples; sample += rows) {
+      const W sum = static_cast<const W*>(a.op.grad_x_sums)[sample * C + c];
+      offset_total += sum;
+      if (a.of_each) write(a.grad_offset, a.offset_dtype, sample * C + c, sum);
+    }
   if (c < C && !a.op.scale.data) {
 #pragma unroll 8
     for (int64_t sample = row; sample < a.op.num_samples; sample += rows) {
@@ -49,28 +59,34 @@ __global__ void __launch_bounds__(THREADS) parameter_gradients(ParameterGradient
     }
   }
   partials[row][column] = total;
+  offset_partials[row][column] = offset_total;
   for (int half = rows / 2; half > 0; half /= 2) {
     __syncthreads();
     if (row >= half) continue;
     partials[row][column].first += partials[row + half][column].first;
     partials[row][column].second += partials[row + half][column].second;
+    offset_partials[row][column] += offset_partials[row + half][column];
   }
   if (row > 0 || c >= C) return;
   write(a.grad_weight, a.weight_dtype, c, partials[0][column].first);
   write(a.grad_bias, a.bias_dtype, c, partials[0][column].second);
+  if (a.grad_offset && !a.of_each) write(a.grad_offset, a.offset_dtype, c, offset_partials[0][column]);
 }
 
-GroupNorm arguments(const Tensor& x,                     // [B, C, H, W]
-                    const Tensor& out,                   // [B, C, H, W]: y, or grad_x
-                    const Tensor& mean,                  // [B, G]
-                    const Tensor& rstd,                  // [B, G]
-                    const Tensor& weight,                // [C]
-                    const Tensor& bias,                  // [C]
-                    const std::optional<Tensor>& scale,  // [B, C]
-                    const std::optional<Tensor>& shift,  // [B, C]
+GroupNorm arguments(const Tensor& x,                      // [B, C, H, W]
+                    const Tensor& out,                    // [B, C, H, W]: y, or grad_x
+                    const Tensor& mean,                   // [B, G]
+                    const Tensor& rstd,                   // [B, G]
+                    const Tensor& weight,                 // [C]
+                    const Tensor& bias,                   // [C]
+                    const std::optional<Tensor>& scale,   // [B, C]
+                    const std::optional<Tensor>& shift,   // [B, C]
+                    const std::optional<Tensor>& offset,  // [B, C] or [1, C]
                     int64_t num_groups,
                     bool silu) {
   const int64_t num_pixels = x.size(2) * x.size(3);
+  Values x_offset = values_of(offset);
+  if (offset && offset->size(0) == 1) x_offset.stride = 0;
   return {
       .x = x.const_data_ptr(),
       .out = out.mutable_data_ptr(),
@@ -80,6 +96,7 @@ GroupNorm arguments(const Tensor& x,                     // [B, C, H, W]
       .bias = values_of(bias),
       .scale = values_of(scale),
       .shift = values_of(shift),
+      .x_offset = x_offset,
       .dtype = dtype_of(x),
       .channels_last = num_pixels == 1 || !x.is_contiguous(),  // of a single pixel both are the same
       .silu = silu,
@@ -131,24 +148,26 @@ void launch_both(const Device& device,
                  int64_t second_bytes) {
   const int64_t blocks = a.op.num_samples * a.num_chunks;
   const int threads = int(ceil_divide(int64_t(a.columns) * a.rows, WARP) * WARP);
-  const Tensor partials = torch::stable::new_empty(x, {2 * blocks * num_partials}, ScalarType::Float);
+  const Tensor partials = torch::stable::new_empty(x, {3 * blocks * num_partials}, ScalarType::Float);
   a.partials = static_cast<Pair<float>*>(partials.mutable_data_ptr());
+  a.deviations = static_cast<float*>(partials.mutable_data_ptr()) + 2 * blocks * num_partials;
   device.launch(first, blocks, threads, a, first_bytes);
   device.launch(second, blocks, threads, a, second_bytes);
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x,                     // [B, C, H, W]
-                                                   Tensor weight,                // [C]
-                                                   Tensor bias,                  // [C]
-                                                   std::optional<Tensor> scale,  // [B, C]
-                                                   std::optional<Tensor> shift,  // [B, C]
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x,                      // [B, C, H, W]
+                                                   Tensor weight,                 // [C]
+                                                   Tensor bias,                   // [C]
+                                                   std::optional<Tensor> scale,   // [B, C]
+                                                   std::optional<Tensor> shift,   // [B, C]
+                                                   std::optional<Tensor> offset,  // [B, C] or [1, C]
                                                    int64_t num_groups,
                                                    double eps,
                                                    bool silu) {
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_dtype(x));
   Tensor rstd = torch::stable::new_empty(x, {x.size(0), num_groups}, wide_dtype(x));
-  GroupNorm a = arguments(x, y, mean, rstd, weight, bias, scale, shift, num_groups, silu);
+  GroupNorm a = arguments(x, y, mean, rstd, weight, bias, scale, shift, offset, num_groups, silu);
   a.eps = eps;
   if (x.numel() == 0) {  // the mean of nothing
     torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
@@ -230,17 +249,18 @@ void launch_backward(const Device& device,
                   [&](auto type) { device.launch(group_norm_silu_backward_any<decltype(type)>, blocks, threads, a); });
 }
 
-// Of x, weight, bias, scale and shift.
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Of x, weight, bias, scale, shift and offset.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients group_norm_silu_backward(Tensor grad_y,                // [B, C, H, W]
-                                   Tensor x,                     // [B, C, H, W]
-                                   Tensor mean,                  // [B, G]
-                                   Tensor rstd,                  // [B, G]
-                                   Tensor weight,                // [C]
-                                   Tensor bias,                  // [C]
-                                   std::optional<Tensor> scale,  // [B, C]
-                                   std::optional<Tensor> shift,  // [B, C]
+Gradients group_norm_silu_backward(Tensor grad_y,                 // [B, C, H, W]
+                                   Tensor x,                      // [B, C, H, W]
+                                   Tensor mean,                   // [B, G]
+                                   Tensor rstd,                   // [B, G]
+                                   Tensor weight,                 // [C]
+                                   Tensor bias,                   // [C]
+                                   std::optional<Tensor> scale,   // [B, C]
+                                   std::optional<Tensor> shift,   // [B, C]
+                                   std::optional<Tensor> offset,  // [B, C] or [1, C]
                                    int64_t num_groups,
                                    bool silu) {
   Tensor grad_x = torch::stable::empty_like(x);
@@ -248,36 +268,44 @@ Gradients group_norm_silu_backward(Tensor grad_y,                // [B, C, H, W]
   Tensor grad_weight = torch::stable::new_empty(x, {C}, weight.scalar_type());
   Tensor grad_bias = torch::stable::new_empty(x, {C}, bias.scalar_type());
   const auto table = [&](const std::optional<Tensor>& like) {
-    return like ? torch::stable::new_empty(x, {B, C}, like->scalar_type())
+    return like ? torch::stable::new_empty(x, {like->size(0), C}, like->scalar_type())
                 : torch::stable::new_empty(x, {int64_t(0)}, wide_dtype(x));
   };
   Tensor grad_scale = table(scale);
   Tensor grad_shift = table(shift);
+  Tensor grad_offset = table(offset);
   const Tensor sums = torch::stable::new_empty(x, {2 * B * C}, wide_dtype(x));
-  GroupNorm a = arguments(x, grad_x, mean, rstd, weight, bias, scale, shift, num_groups, silu);
+  const Tensor grad_x_sums = torch::stable::new_empty(x, {offset ? B * C : 0}, wide_dtype(x));
+  GroupNorm a = arguments(x, grad_x, mean, rstd, weight, bias, scale, shift, offset, num_groups, silu);
   a.grad_y = grad_y.const_data_ptr();
   a.sums = sums.mutable_data_ptr();
+  a.grad_x_sums = grad_x_sums.mutable_data_ptr();
   const Device device(x);
-  if (x.numel() > 0)
+  if (x.numel() > 0) {
     launch_backward(device, x, a);
-  else
+  } else {
     torch::stable::fill_(sums, 0);
+    torch::stable::fill_(grad_x_sums, 0);
+  }
   const ParameterGradients gradients{
       .op = a,
       .grad_weight = grad_weight.mutable_data_ptr(),
       .grad_bias = grad_bias.mutable_data_ptr(),
       .grad_scale = scale ? grad_scale.mutable_data_ptr() : nullptr,
       .grad_shift = shift ? grad_shift.mutable_data_ptr() : nullptr,
+      .grad_offset = offset ? grad_offset.mutable_data_ptr() : nullptr,
+      .of_each = offset && offset->size(0) > 1,
       .weight_dtype = a.weight.dtype,
       .bias_dtype = a.bias.dtype,
       .scale_dtype = a.scale.dtype,
       .shift_dtype = a.shift.dtype,
+      .offset_dtype = a.x_offset.dtype,
   };
   if (C > 0)
     dispatch_wide(a.dtype, [&](auto type) {
       device.launch(parameter_gradients<decltype(type)>, ceil_divide(C, SUMMED_CHANNELS), THREADS, gradients);
     });
-  return {grad_x, grad_weight, grad_bias, grad_scale, grad_shift};
+  return {grad_x, grad_weight, grad_bias, grad_scale, grad_shift, grad_offset};
 }
 
 }  // namespace

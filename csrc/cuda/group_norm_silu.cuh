@@ -18,10 +18,12 @@ struct GroupNorm {
   void* mean;          // [B, G], wide, written by forward, read by backward
   void* rstd;          // [B, G], likewise
   void* sums;          // [B, C] pairs, wide, written by backward: sums over pixels of grad_m and of grad_m * h
+  void* grad_x_sums;   // [B, C], wide, written by backward if there is an x_offset: sums over pixels of grad_x
   Values weight;       // [C]
   Values bias;         // [C]
   Values scale;        // [B, C], or null
   Values shift;        // [B, C], or null
+  Values x_offset;     // [B, C] or [1, C], added to x, or null
   Dtype dtype;
   bool channels_last, silu;
   int64_t num_samples, num_channels, num_groups, num_pixels;
@@ -30,20 +32,35 @@ struct GroupNorm {
   __host__ __device__ int64_t group_size() const { return num_channels / num_groups; }
 };
 
+// What is added to x.
+template <class W>
+__device__ __forceinline__ W x_offset(const GroupNorm& a, int64_t sample, int64_t c) {
+  return a.x_offset.data ? a.x_offset.at<W>(sample, c) : W(0);
+}
+
 // Of one channel of one sample: h = (x - mean) * rstd, m = gain * (x - mean) + offset, y = m * sigmoid(m) or m, and
-// d(m) / d(h) = slope.
+// d(m) / d(h) = slope. The mean is that of the group without what is added to x.
 template <class W>
 struct Channel {
   W mean, rstd, slope, gain, offset;
 
   __device__ __forceinline__ Channel(const GroupNorm& a, int64_t sample, int64_t c, W mean, W rstd)
-      : mean(mean), rstd(rstd) {
+      : mean(mean - x_offset<W>(a, sample, c)), rstd(rstd) {
     const W multiplier = a.scale.data ? W(1) + a.scale.at<W>(sample, c) : W(1);
     slope = a.weight.at<W>(c) * multiplier;
     gain = rstd * slope;
     offset = a.bias.at<W>(c) * multiplier + (a.shift.data ? a.shift.at<W>(sample, c) : W(0));
   }
 };
+
+// Writes the sum over pixels of grad_x = rstd * slope * grad_m - constant - linear * (x - mean) from those of grad_m
+// and x - mean.
+template <class W>
+__device__ __forceinline__ void write_grad_x_sum(
+    const GroupNorm& a, int64_t sample, int64_t c, W gain, W grad_m, W constant, W linear, W deviations) {
+  static_cast<W*>(a.grad_x_sums)[sample * a.num_channels + c] =
+      gain * grad_m - W(a.num_pixels) * constant - linear * deviations;
+}
 
 // Whether a vector is of one channel, at a 16-byte boundary.
 inline bool contiguous_vectors(const GroupNorm& op) {

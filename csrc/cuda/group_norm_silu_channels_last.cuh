@@ -17,6 +17,7 @@ struct ChannelsLast {
   int num_chunks;         // of a sample, a block each
   int64_t chunk_pixels;   // the last chunk may have fewer
   Pair<float>* partials;  // forward: mean and squared deviations [B, chunks, G]; backward: both sums [B, chunks, C]
+  float* deviations;      // [B, chunks, C], backward with an x_offset: sums of x - mean
 
   __device__ __forceinline__ int64_t pixels_of(int chunk) const {
     const int64_t left = op.num_pixels - chunk * chunk_pixels;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_moments_vectors(
     const float count = count_of(task.row);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      means[task.row * C + task.c + k] = moments[k].mean(count);
+      means[task.row * C + task.c + k] = moments[k].mean(count) + x_offset<float>(a.op, task.sample, task.c + k);
       deviations[task.row * C + task.c + k] = moments[k].deviations(count);
     }
   }
@@ -214,6 +215,22 @@ __global__ void __launch_bounds__(640, 1) group_norm_sums_vectors(ChannelsLast a
     sums.second *= rstds[c / group_size];
     a.partials[int64_t(blockIdx.x) * C + c] = sums;
   }
+  if (!a.op.x_offset.data) return;
+  float deviations[V] = {};  // apart, so that other calls keep their registers
+  each_pixel<2>(task, a.rows, [&](int64_t p) {
+    float values[V];
+    load(x + p * C, values);
+#pragma unroll
+    for (int k = 0; k < V; ++k) deviations[k] += values[k] - mean[k];
+  });
+  __syncthreads();
+  if (task.active) put_down(shared + task.row * C + task.c, deviations);
+  __syncthreads();
+  for (int c = int(threadIdx.x); c < C; c += int(blockDim.x)) {
+    float sum = 0;
+    for (int row = 0; row < a.rows; ++row) sum += shared[row * C + c];
+    a.deviations[int64_t(blockIdx.x) * C + c] = sum;
+  }
 }
 
 // A block has a chunk, whose grad_x = gain * grad_m - constant - linear * (x - mean) it writes once its warps have
@@ -244,11 +261,18 @@ __global__ void __launch_bounds__(REGISTER_BOUND, 1) group_norm_backward_vectors
       grad += channel.slope * sums.first;
       grad_h += channel.slope * sums.second;
     }
-    grad = warp_sum(grad);
-    grad_h = warp_sum(grad_h);
+    const float constant = rstd * (warp_sum(grad) / size), linear = rstd * rstd * (warp_sum(grad_h) / size);
     for (int c = g * group_size + lane; c < (g + 1) * group_size; c += WARP) {
-      shared[3 * C + c] = rstd * (grad / size);
-      shared[4 * C + c] = rstd * rstd * (grad_h / size);
+      shared[3 * C + c] = constant;
+      shared[4 * C + c] = linear;
+      if (!a.op.x_offset.data || task.chunk != 0) continue;
+      float sum = 0, deviations = 0;
+      for (int chunk = 0; chunk < a.num_chunks; ++chunk) {
+        const int64_t i = (task.sample * a.num_chunks + chunk) * C + c;
+        sum += a.partials[i].first;
+        deviations += a.deviations[i];
+      }
+      write_grad_x_sum(a.op, task.sample, c, shared[C + c], sum, constant, linear, deviations);
     }
   }
   __syncthreads();

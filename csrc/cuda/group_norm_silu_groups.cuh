@@ -65,7 +65,7 @@ __device__ void group_forward(const GroupNorm& a) {
       const Spot at = spot<V>(a, first_channel, threadIdx.x);
       W x[V];
       Access<T, W>::load(a, a.x, place(a, sample, at.c, at.p), x);
-      first = x[0];
+      first = x[0] + x_offset<W>(a, sample, at.c);
     }
     Moments<W> moments;
     moments.shift = block_sum(first) / W(num_vectors < blockDim.x ? num_vectors : blockDim.x);
@@ -74,8 +74,9 @@ __device__ void group_forward(const GroupNorm& a) {
       const Spot at = spot<V>(a, first_channel, vector);
       W x[V];
       Access<T, W>::load(a, a.x, place(a, sample, at.c, at.p), x);
+      const W added = x_offset<W>(a, sample, at.c);
 #pragma unroll
-      for (int k = 0; k < V; ++k) moments.add(x[k]);
+      for (int k = 0; k < V; ++k) moments.add(x[k] + added);
       count += V;
     }
     const W own_mean = moments.mean(count);
@@ -94,7 +95,7 @@ __device__ void group_forward(const GroupNorm& a) {
       W x[V];
       Access<T, W>::load(a, a.x, i, x);
 #pragma unroll
-      for (int k = 0; k < V; ++k) x[k] = activation(a, channel.gain * (x[k] - mean) + channel.offset);
+      for (int k = 0; k < V; ++k) x[k] = activation(a, channel.gain * (x[k] - channel.mean) + channel.offset);
       Access<T, W>::store(a, i, x);
     }
   }
@@ -126,20 +127,20 @@ __device__ void group_backward(const GroupNorm& a) {
           Access<T, W>::load(a, a.grad_y, i, grad_m);
 #pragma unroll
           for (int k = 0; k < V; ++k)
-            grad_m[k] *= activation_derivative(a, channel.gain * (x[k] - mean) + channel.offset);
+            grad_m[k] *= activation_derivative(a, channel.gain * (x[k] - channel.mean) + channel.offset);
           body(channel, i, x, grad_m);
         }
         end(channel, c);
       }
     };
-    W grad = 0, grad_h = 0;              // of the channel at hand, this thread's part
+    W grad = 0, grad_h = 0, grad_x = 0;  // of the channel at hand, this thread's part
     W group_grad = 0, group_grad_h = 0;  // of this warp's channels, times the slope
     each(
-        [&](const Channel<W>&, int64_t, W(&x)[V], W(&grad_m)[V]) {
+        [&](const Channel<W>& channel, int64_t, W(&x)[V], W(&grad_m)[V]) {
 #pragma unroll
           for (int k = 0; k < V; ++k) {
             grad += grad_m[k];
-            grad_h += grad_m[k] * ((x[k] - mean) * rstd);
+            grad_h += grad_m[k] * ((x[k] - channel.mean) * rstd);
           }
         },
         [&](const Channel<W>& channel, int64_t c) {
@@ -154,10 +155,18 @@ __device__ void group_backward(const GroupNorm& a) {
     each(
         [&](const Channel<W>& channel, int64_t i, W(&x)[V], W(&grad_m)[V]) {
 #pragma unroll
-          for (int k = 0; k < V; ++k) x[k] = rstd * (channel.slope * grad_m[k] - S1 - (x[k] - mean) * rstd * S2);
+          for (int k = 0; k < V; ++k) {
+            x[k] = rstd * (channel.slope * grad_m[k] - S1 - (x[k] - channel.mean) * rstd * S2);
+            grad_x += x[k];
+          }
           Access<T, W>::store(a, i, x);
         },
-        [](const Channel<W>&, int64_t) {});
+        [&](const Channel<W>&, int64_t c) {
+          if (!a.x_offset.data) return;
+          const W sum = warp_sum(grad_x);
+          if (lane == 0) static_cast<W*>(a.grad_x_sums)[sample * a.num_channels + c] = sum;
+          grad_x = 0;
+        });
   }
 }
 

@@ -63,9 +63,12 @@ __global__ void __launch_bounds__(PLANE_THREADS, 6) group_norm_planes(Planes a) 
   Moments<float> moments[V];
   float count = 0;
   each_channel(a, [&](int c) {
+    const float added = x_offset<float>(a.op, sample, first_channel + c);
     each_word(a, c, [&](int i) {
       float values[V];
       load<false>(reinterpret_cast<const T*>(tile + i), values);
+#pragma unroll
+      for (int k = 0; k < V; ++k) values[k] += added;
       if (count == 0) {  // relative to some of the values, because one of them may be far from all others
         float shift = 0;
 #pragma unroll
@@ -95,11 +98,12 @@ __global__ void __launch_bounds__(PLANE_THREADS, 6) group_norm_planes(Planes a) 
   if_silu(a.op, [&](auto silu) {
     each_channel(a, [&](int c) {
       const float gain = rstd * slopes[c], offset = offsets[c];
+      const float centre = mean - x_offset<float>(a.op, sample, first_channel + c);
       each_word(a, c, [&](int i) {
         float values[V];
         load<false>(reinterpret_cast<const T*>(tile + i), values);
 #pragma unroll
-        for (int k = 0; k < V; ++k) values[k] = activation<decltype(silu)::value>(gain * (values[k] - mean) + offset);
+        for (int k = 0; k < V; ++k) values[k] = activation<decltype(silu)::value>(gain * (values[k] - centre) + offset);
         store(y + i * V, values);
       });
     });
@@ -149,6 +153,9 @@ __global__ void __launch_bounds__(PLANE_THREADS, 5) group_norm_backward_planes(P
   __pipeline_commit();
   const float mean = static_cast<const float*>(a.op.mean)[task];
   const float rstd = static_cast<const float*>(a.op.rstd)[task];
+  const auto grad_x_sum = [&](int c) -> float& {
+    return static_cast<float*>(a.op.grad_x_sums)[sample * a.op.num_channels + first_channel + c];
+  };
   for (int c = int(threadIdx.x); c < group_size; c += int(blockDim.x)) {  // while the group is on its way
     const Channel<float> channel(a.op, sample, first_channel + c, mean, rstd);
     slopes[c] = channel.slope;
@@ -160,18 +167,22 @@ __global__ void __launch_bounds__(PLANE_THREADS, 5) group_norm_backward_planes(P
   float group_grad = 0, group_grad_h = 0;
   if_silu(a.op, [&](auto silu) {
     each_channel(a, [&](int c) {
-      float grad[2] = {}, grad_x[2] = {};
+      const float centre = mean - x_offset<float>(a.op, sample, first_channel + c);
+      float grad[2] = {}, grad_x[2] = {}, deviations = 0;
       each_word(a, c, [&](int i) {
         float centred[V], grad_m[V];
-        load_both<decltype(silu)::value, T>(tile + i, grad_tile + i, mean, gains[c], offsets[c], centred, grad_m);
+        load_both<decltype(silu)::value, T>(tile + i, grad_tile + i, centre, gains[c], offsets[c], centred, grad_m);
 #pragma unroll
         for (int k = 0; k < V; ++k) {
           grad[k % 2] += grad_m[k];
           grad_x[k % 2] += grad_m[k] * centred[k];
+          deviations += centred[k];
         }
       });
       const Pair<float> sums{team_sum(a, grad[0] + grad[1]), rstd * team_sum(a, grad_x[0] + grad_x[1])};
+      if (a.op.x_offset.data) deviations = team_sum(a, deviations);
       if (int(threadIdx.x) % a.team != 0) return;
+      if (a.op.x_offset.data) grad_x_sum(c) = deviations;  // until all of the group is known
       static_cast<Pair<float>*>(a.op.sums)[sample * a.op.num_channels + first_channel + c] = sums;
       group_grad += slopes[c] * sums.first;
       group_grad_h += slopes[c] * sums.second;
@@ -184,9 +195,15 @@ __global__ void __launch_bounds__(PLANE_THREADS, 5) group_norm_backward_planes(P
   if_silu(a.op, [&](auto silu) {
     each_channel(a, [&](int c) {
       const float gain = gains[c], offset = offsets[c];
+      const float centre = mean - x_offset<float>(a.op, sample, first_channel + c);
+      if (a.op.x_offset.data && int(threadIdx.x) % a.team == 0) {
+        const float grad =
+            static_cast<const Pair<float>*>(a.op.sums)[sample * a.op.num_channels + first_channel + c].first;
+        write_grad_x_sum(a.op, sample, first_channel + c, gain, grad, constant, linear, grad_x_sum(c));
+      }
       each_word(a, c, [&](int i) {
         float centred[V], grad_m[V];
-        load_both<decltype(silu)::value, T>(tile + i, grad_tile + i, mean, gain, offset, centred, grad_m);
+        load_both<decltype(silu)::value, T>(tile + i, grad_tile + i, centre, gain, offset, centred, grad_m);
 #pragma unroll
         for (int k = 0; k < V; ++k) centred[k] = gain * grad_m[k] - constant - linear * centred[k];
         store(out + i * V, centred);

@@ -51,13 +51,15 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_tiles(Tiles a)
   float terms[V];
 #pragma unroll
   for (int k = 0; k < V; ++k) terms[k] = moments[k].shift * count + moments[k].sum;
+  const int64_t sample = thread.sample, first_channel = thread.first_channel;
   sum_rows(a, thread, terms, scratch, totals);
   __syncthreads();
   each_group(a, [&](int g) {
     float sum = 0;
-    each_channel(a, g, [&](int c) { sum += totals[c]; });
+    const float pixels = float(a.pixels_of(thread.rank));
+    each_channel(a, g, [&](int c) { sum += totals[c] + pixels * x_offset<float>(a.op, sample, first_channel + c); });
     const float mean = warp_sum(sum) / size;
-    each_channel(a, g, [&](int c) { totals[c] = mean; });
+    each_channel(a, g, [&](int c) { totals[c] = mean - x_offset<float>(a.op, sample, first_channel + c); });
     if (lane == 0) moments_of[g].first = mean;
   });
   __syncthreads();
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_tiles(Tiles a)
       static_cast<float*>(a.op.rstd)[group] = rstd;
     }
     each_channel(a, g, [&](int c) {
-      totals[c] = mean;
+      totals[c] = mean - x_offset<float>(a.op, sample, first_channel + c);
       slopes[c] *= rstd;
     });
   });
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_backward_tiles
   uint4* grad_tile = tile + a.tile_bytes() / 16;   // [pixels, columns]
   float* scratch = shared + a.tile_bytes() / 2;    // [scratch_floats]
   float* slopes = scratch + a.scratch_floats();    // [C]
-  float* totals = slopes + C;  // [2, C]: sums over the block's pixels of grad_m, grad_m * (x - mean)
+  float* totals = slopes + C;  // [3, C]: sums over the block's pixels of grad_m, grad_m * (x - mean), x - mean
 
   const T* x = static_cast<const T*>(a.op.x);            // [B, H, W, num_channels]
   const T* grad_y = static_cast<const T*>(a.op.grad_y);  // [B, H, W, num_channels]
@@ -194,6 +196,17 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_backward_tiles
   sum_rows(a, thread, grad, scratch, totals);
   __syncthreads();
   sum_rows(a, thread, grad_x, scratch, totals + C);
+  if (a.op.x_offset.data) {
+    float deviations[V] = {};  // apart, so that other calls keep their registers
+    thread.each([&](int word, int64_t) {
+      float values[V];
+      load_shared<T>(tile + word, values);
+#pragma unroll
+      for (int k = 0; k < V; ++k) deviations[k] += values[k] - mean[k];
+    });
+    __syncthreads();
+    sum_rows(a, thread, deviations, scratch, totals + 2 * C);
+  }
   cluster_barrier(a.cluster);
 
   const float size = float(a.op.group_size()) * float(a.op.num_pixels);
@@ -214,9 +227,18 @@ __global__ void __launch_bounds__(2 * TILE_THREADS, 2) group_norm_backward_tiles
     });
     group_grad = warp_sum(group_grad);
     group_grad_h = warp_sum(group_grad_h);
+    const float constant = rstd * (group_grad / size), linear = rstd * rstd * (group_grad_h / size);
     each_channel(a, g, [&](int c) {
-      scratch[c] = rstd * (group_grad / size);
-      scratch[C + c] = rstd * rstd * (group_grad_h / size);
+      scratch[c] = constant;
+      scratch[C + c] = linear;
+      if (!a.op.x_offset.data || thread.rank != 0) return;
+      float sum = 0, deviations = 0;
+      for (int rank = 0; rank < a.cluster; ++rank) {
+        sum += of_block(totals, rank)[c];
+        deviations += of_block(totals, rank)[2 * C + c];
+      }
+      write_grad_x_sum(
+          a.op, thread.sample, thread.first_channel + c, rstd * slopes[c], sum, constant, linear, deviations);
     });
   });
   cluster_arrive(a.cluster);

@@ -26,7 +26,7 @@ struct Tiles {
   // The threads' values [rows, channels], and later tables.
   __host__ __device__ int scratch_floats() const { return (rows > 3 ? rows : 3) * channels(); }
   int64_t shared_bytes() const {  // with what the kernels keep of every channel, and forward of every group
-    const int64_t kept = op.grad_y ? 3 * channels() : 3 * channels() + 2 * groups;
+    const int64_t kept = op.grad_y ? (op.x_offset.data ? 4 : 3) * channels() : 3 * channels() + 2 * groups;
     return (op.grad_y ? 2 : 1) * int64_t(tile_bytes()) + int64_t(sizeof(float)) * (scratch_floats() + kept);
   }
   __device__ __forceinline__ int pixels_of(int rank) const {

@@ -6,7 +6,15 @@ import triton
 import triton.language as tl
 
 from fastdmd.kernels._common import narrow, quotient
-from fastdmd.kernels._group_norm_tiles import add_chunks, group_sums, modulation, places, spread, store_sums
+from fastdmd.kernels._group_norm_tiles import (
+    add_chunks,
+    group_sums,
+    load_offset,
+    modulation,
+    places,
+    spread,
+    store_row,
+)
 
 
 @triton.jit
@@ -28,11 +36,12 @@ def backward_kernel(
     bias_ptr,  # [C]
     scale_ptr,  # [B, C], or None
     shift_ptr,  # [B, C], or None
+    x_offset_ptr,  # [B, C] or [1, C], or None
     grad_x_ptr,  # [B, C, H, W]
-    grad_affine_ptr,  # [B, 2, C]: of weight and bias
+    by_sample_ptr,  # [B, SUMMED, C], gradients of weight, bias and, if there is one, x_offset
     grad_scale_ptr,  # [B, C], if there is scale
     grad_shift_ptr,  # [B, C], if there is shift
-    sums_ptr,  # [B, CHUNKS, 2, C], or None if a chunk is a sample
+    sums_ptr,  # [B, CHUNKS, SUMMED, C], or None if a chunk is a sample
     num_channels,
     num_groups,
     group_size,
@@ -42,7 +51,9 @@ def backward_kernel(
     chunk_pixels,
     scale_stride,
     shift_stride,
+    x_offset_stride,
     SILU: tl.constexpr,
+    SUMMED: tl.constexpr,
     SUMS: tl.constexpr,
     RESULT: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -77,7 +88,8 @@ def backward_kernel(
         WIDE,
     )
     of_group = sample * num_groups + first_group + group
-    centre = tl.load(mean_ptr + of_group, channel_mask, 0.0)
+    x_offset = load_offset(x_offset_ptr, sample * x_offset_stride, channel, channel_mask, WIDE)
+    centre = tl.load(mean_ptr + of_group, channel_mask, 0.0) - x_offset
     rstd = tl.load(rstd_ptr + of_group, channel_mask, 0.0)
     slope = rstd * weight * gain
     offset = bias * gain + shift
@@ -85,10 +97,13 @@ def backward_kernel(
     if SUMS:
         sums = tl.zeros([PIXELS, CHANNELS], WIDE)
         sums_h = tl.zeros([PIXELS, CHANNELS], WIDE)
+        sums_x = tl.zeros([PIXELS, CHANNELS], WIDE)
         here = place
         for start in range(0, last, PIXELS):
             mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
             centred = tl.load(x_ptr + here, mask, 0.0).to(WIDE) - centre[None, :]
+            if x_offset_ptr is not None:
+                sums_x += tl.where(mask, centred, 0.0)
             grad_y = tl.load(grad_y_ptr + here, mask, 0.0).to(WIDE)
             grad_m = tl.where(mask, activation_backward(grad_y, centred * slope[None, :] + offset[None, :], SILU), 0.0)
             sums += grad_m
@@ -96,13 +111,23 @@ def backward_kernel(
             here += PIXELS * between
         A = tl.sum(sums, axis=0)
         Q = tl.sum(sums_h, axis=0) * rstd
+        X = tl.sum(sums_x, axis=0)
         if not RESULT:
-            store_sums(sums_ptr, sample * CHUNKS + chunk, num_channels, channel, channel_mask, A, Q)
+            row = SUMMED * (sample * CHUNKS + chunk)
+            store_row(sums_ptr, row, num_channels, channel, channel_mask, A)
+            store_row(sums_ptr, row + 1, num_channels, channel, channel_mask, Q)
+            if x_offset_ptr is not None:
+                store_row(sums_ptr, row + 2, num_channels, channel, channel_mask, X)
     else:
-        A, Q = add_chunks(sums_ptr, sample, num_channels, channel, channel_mask, CHUNKS)
+        A = add_chunks(sums_ptr, sample, 0, num_channels, channel, channel_mask, CHUNKS, SUMMED)
+        Q = add_chunks(sums_ptr, sample, 1, num_channels, channel, channel_mask, CHUNKS, SUMMED)
+        X = tl.zeros(channel.shape, WIDE)
+        if x_offset_ptr is not None:
+            X = add_chunks(sums_ptr, sample, 2, num_channels, channel, channel_mask, CHUNKS, SUMMED)
     if RESULT:
         once = channel_mask & (inside < tl.where(chunk == 0, CHANNELS, 0))
-        store_sums(grad_affine_ptr, sample, num_channels, channel, once, gain * Q, gain * A)
+        store_row(by_sample_ptr, SUMMED * sample, num_channels, channel, once, gain * Q)
+        store_row(by_sample_ptr, SUMMED * sample + 1, num_channels, channel, once, gain * A)
         if scale_ptr is not None:
             of_channel = sample * num_channels + channel
             tl.store(grad_scale_ptr + of_channel, narrow(weight * Q + bias * A, grad_scale_ptr), once)
@@ -112,6 +137,9 @@ def backward_kernel(
         size = group_size * num_pixels
         S1 = spread(quotient(group_sums(k * A, group, GROUPS), size), group, GROUPS)
         S2 = spread(quotient(group_sums(k * Q, group, GROUPS), size), group, GROUPS)
+        if x_offset_ptr is not None:  # its gradient is the sum of grad_x, below
+            of_x_offset = rstd * (k * A - num_pixels * S1 - X * (rstd * S2))
+            store_row(by_sample_ptr, SUMMED * sample + 2, num_channels, channel, once, of_x_offset)
         here = place
         for start in range(0, last, PIXELS):
             mask = (start + pixel < num_pixels)[:, None] & channel_mask[None, :]
@@ -125,11 +153,13 @@ def backward_kernel(
 
 @triton.jit
 def parameters_kernel(
-    sums_ptr,  # [B, 2, C]: of the weight's gradient and the bias's, by sample
+    by_sample_ptr,  # [B, 2, C], gradients of weight and bias; or [B, 3, C], of x_offset too
     grad_weight_ptr,  # [C]
     grad_bias_ptr,  # [C]
+    grad_x_offset_ptr,  # [1, C], or [B, C] if it is EACH sample's, or None
     num_samples,
     num_channels,
+    EACH: tl.constexpr,
     WIDE: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -139,11 +169,21 @@ def parameters_kernel(
     channel_mask = channel < num_channels
     of_weight = tl.zeros([SAMPLES, CHANNELS], WIDE)
     of_bias = tl.zeros([SAMPLES, CHANNELS], WIDE)
+    of_x_offset = tl.zeros([SAMPLES, CHANNELS], WIDE)
+    summed = 2 if grad_x_offset_ptr is None else 3
     for start in range(0, num_samples, SAMPLES):
         sample = start + tl.arange(0, SAMPLES)
         mask = (sample < num_samples)[:, None] & channel_mask[None, :]
-        place = 2 * sample[:, None].to(tl.int64) * num_channels + channel[None, :]
-        of_weight += tl.load(sums_ptr + place, mask, 0.0)
-        of_bias += tl.load(sums_ptr + place + num_channels, mask, 0.0)
+        place = summed * sample[:, None].to(tl.int64) * num_channels + channel[None, :]
+        of_weight += tl.load(by_sample_ptr + place, mask, 0.0)
+        of_bias += tl.load(by_sample_ptr + place + num_channels, mask, 0.0)
+        if grad_x_offset_ptr is not None:
+            here = tl.load(by_sample_ptr + place + 2 * num_channels, mask, 0.0)
+            of_x_offset += here
+            if EACH:
+                own = grad_x_offset_ptr + sample[:, None].to(tl.int64) * num_channels + channel[None, :]
+                tl.store(own, narrow(here, grad_x_offset_ptr), mask)
     tl.store(grad_weight_ptr + channel, narrow(tl.sum(of_weight, axis=0), grad_weight_ptr), channel_mask)
     tl.store(grad_bias_ptr + channel, narrow(tl.sum(of_bias, axis=0), grad_bias_ptr), channel_mask)
+    if grad_x_offset_ptr is not None and not EACH:
+        tl.store(grad_x_offset_ptr + channel, narrow(tl.sum(of_x_offset, axis=0), grad_x_offset_ptr), channel_mask)

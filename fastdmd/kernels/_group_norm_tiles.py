@@ -42,6 +42,15 @@ def modulation(
 
 
 @triton.jit
+def load_offset(x_offset_ptr, row, channel, mask, WIDE: tl.constexpr):
+    """What is added to x of these channels: of `[B, C]` or `[1, C]`, or zeros for None."""
+    if x_offset_ptr is not None:
+        return tl.load(x_offset_ptr + row + channel, mask, 0.0).to(WIDE)
+    else:
+        return tl.zeros(channel.shape, WIDE)
+
+
+@triton.jit
 def places(sample, channel, pixel, num_channels, num_pixels, CHANNELS_LAST: tl.constexpr):
     """Offsets of these pixels and channels in memory, [PIXELS, CHANNELS], and between neighbouring pixels."""
     base = sample * num_channels * num_pixels
@@ -52,31 +61,22 @@ def places(sample, channel, pixel, num_channels, num_pixels, CHANNELS_LAST: tl.c
 
 
 @triton.jit
-def store_sums(
-    sums_ptr,  # [B, CHUNKS, 2, C]
-    row,
-    num_channels,
-    channel,
-    mask,
-    first,
-    second,
-):
-    """Two sums per channel of a chunk, which is number `row` of all samples'."""
-    tl.store(sums_ptr + 2 * row * num_channels + channel, first, mask)
-    tl.store(sums_ptr + (2 * row + 1) * num_channels + channel, second, mask)
+def store_row(ptr, row, num_channels, channel, mask, values):
+    """Values per channel, in a row of `num_channels`."""
+    tl.store(ptr + row * num_channels + channel, values, mask)
 
 
 @triton.jit
 def add_chunks(
-    sums_ptr,  # [B, CHUNKS, 2, C]
+    sums_ptr,  # [B, CHUNKS, SUMMED, C]
     sample,
+    index,
     num_channels,
     channel,
     mask,
     CHUNKS: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):
-    """The two sums per channel of a sample, always added in the same order."""
-    row = 2 * (sample * CHUNKS + tl.arange(0, CHUNKS))[:, None]
-    first = tl.load(sums_ptr + row * num_channels + channel[None, :], mask[None, :], 0.0)
-    second = tl.load(sums_ptr + (row + 1) * num_channels + channel[None, :], mask[None, :], 0.0)
-    return tl.sum(first, axis=0), tl.sum(second, axis=0)
+    """Sum number `index` per channel of a sample, its chunks always added in the same order."""
+    row = SUMMED * (sample * CHUNKS + tl.arange(0, CHUNKS))[:, None] + index
+    return tl.sum(tl.load(sums_ptr + row * num_channels + channel[None, :], mask[None, :], 0.0), axis=0)

@@ -16,7 +16,15 @@ from triton.runtime.jit import JITFunction
 
 from fastdmd.kernels._common import narrow, quotient, square_root, wide, wide_dtype
 from fastdmd.kernels._group_norm_backward import backward_kernel, parameters_kernel
-from fastdmd.kernels._group_norm_tiles import add_chunks, group_sums, modulation, places, spread, store_sums
+from fastdmd.kernels._group_norm_tiles import (
+    add_chunks,
+    group_sums,
+    load_offset,
+    modulation,
+    places,
+    spread,
+    store_row,
+)
 
 TILE_CHANNELS = 64  # of a program, at least a group: 128 bytes of bfloat16 in channels_last
 NUM_PROGRAMS = 512  # wanted: four for each multiprocessor of an H100, so that enough loads are under way
@@ -30,10 +38,11 @@ def forward_kernel(
     bias_ptr,  # [C]
     scale_ptr,  # [B, C], or None
     shift_ptr,  # [B, C], or None
+    x_offset_ptr,  # [B, C] or [1, C], or None
     y_ptr,  # [B, C, H, W]
     mean_ptr,  # [B, num_groups]
     rstd_ptr,  # [B, num_groups]
-    sums_ptr,  # [B, CHUNKS, 2, C], or None if a chunk is a sample
+    sums_ptr,  # [B, CHUNKS, SUMMED, C], or None if a chunk is a sample
     num_channels,
     num_groups,
     group_size,
@@ -43,8 +52,10 @@ def forward_kernel(
     chunk_pixels,
     scale_stride,
     shift_stride,
+    x_offset_stride,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
+    SUMMED: tl.constexpr,
     SUMS: tl.constexpr,
     RESULT: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -88,13 +99,17 @@ def forward_kernel(
         moment1 = tl.sum(first, axis=0)
         moment2 = tl.sum(second, axis=0)
         if not RESULT:
-            store_sums(sums_ptr, sample * CHUNKS + chunk, num_channels, channel, channel_mask, moment1, moment2)
+            row = SUMMED * (sample * CHUNKS + chunk)
+            store_row(sums_ptr, row, num_channels, channel, channel_mask, moment1)
+            store_row(sums_ptr, row + 1, num_channels, channel, channel_mask, moment2)
     else:
-        moment1, moment2 = add_chunks(sums_ptr, sample, num_channels, channel, channel_mask, CHUNKS)
+        moment1 = add_chunks(sums_ptr, sample, 0, num_channels, channel, channel_mask, CHUNKS, SUMMED)
+        moment2 = add_chunks(sums_ptr, sample, 1, num_channels, channel, channel_mask, CHUNKS, SUMMED)
     if RESULT:
         channel_mean = moment1 / num_pixels  # around origin
         squares = tl.maximum(moment2 - num_pixels * channel_mean * channel_mean, 0.0, tl.PropagateNan.ALL)
-        channel_mean = tl.where(channel_mask, channel_mean + origin, 0.0)
+        x_offset = load_offset(x_offset_ptr, sample * x_offset_stride, channel, channel_mask, WIDE)
+        channel_mean = tl.where(channel_mask, channel_mean + origin + x_offset, 0.0)
         mean = quotient(group_sums(channel_mean, group, GROUPS), group_size)
         apart = tl.where(channel_mask, channel_mean - spread(mean, group, GROUPS), 0.0)
         squares = group_sums(squares + num_pixels * apart * apart, group, GROUPS)
@@ -116,7 +131,7 @@ def forward_kernel(
             channel_mask,
             WIDE,
         )
-        centre = spread(mean, group, GROUPS)
+        centre = spread(mean, group, GROUPS) - x_offset
         slope = spread(rstd, group, GROUPS) * weight * gain
         offset = bias * gain + shift
         here = place
@@ -134,11 +149,11 @@ def _launch(
     kernel: JITFunction,
     arguments: tuple[Tensor | None, ...],
     x: Tensor,  # [B, C, H, W]
-    scale: Tensor | None,  # [B, C]
-    shift: Tensor | None,  # [B, C]
+    tables: tuple[Tensor | None, ...],  # each [B, C], the last one [1, C], too
     *,
     num_groups: int,
     num_elements: int,
+    summed: int = 2,  # values of a chunk, for each of its channels
     **constants: float | bool,
 ) -> None:
     """Whole groups to a program: about TILE_CHANNELS channels, and a multiple of 16 where the groups allow it."""
@@ -154,7 +169,7 @@ def _launch(
     chunks = 1
     while B * tiles * chunks < NUM_PROGRAMS and H * W >= 8 * chunks * pixels and chunks < 32:
         chunks *= 2
-    sums = x.new_empty((B, chunks, 2, C), dtype=wide_dtype(x)) if chunks > 1 else None
+    sums = x.new_empty((B, chunks, summed, C), dtype=wide_dtype(x)) if chunks > 1 else None
     launches = ((True, False), (False, True)) if chunks > 1 else ((True, True),)
     for with_sums, with_result in launches:
         kernel[B, tiles, chunks](
@@ -167,8 +182,8 @@ def _launch(
             groups * group_size,
             H * W,
             triton.cdiv(H * W, chunks * pixels) * pixels,
-            0 if scale is None else scale.stride(0),
-            0 if shift is None else shift.stride(0),
+            *(0 if table is None or table.shape[0] == 1 else table.stride(0) for table in tables),
+            SUMMED=summed,
             SUMS=with_sums,
             RESULT=with_result,
             CHUNKS=chunks,
@@ -188,20 +203,20 @@ def group_norm_silu(
     bias: Tensor,  # [C]
     scale: Tensor | None,  # [B, C]
     shift: Tensor | None,  # [B, C]
+    offset: Tensor | None,  # [B, C] or [1, C]
     num_groups: int,
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=wide_dtype(x)) for _ in range(2))
-    arguments = (x, weight, bias, scale, shift, y, mean, rstd)
+    tables = (scale, shift, offset)
     num_elements = 8192 // x.element_size()
     _launch(
         forward_kernel,
-        arguments,
+        (x, weight, bias, *tables, y, mean, rstd),
         x,
-        scale,
-        shift,
+        tables,
         num_groups=num_groups,
         num_elements=num_elements,
         EPS=eps,
@@ -219,23 +234,44 @@ def group_norm_silu_backward(
     bias: Tensor,  # [C]
     scale: Tensor | None,  # [B, C]
     shift: Tensor | None,  # [B, C]
+    offset: Tensor | None,  # [B, C] or [1, C]
     num_groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     B, C = x.shape[:2]
-    grad_x = torch.empty_like(x)
-    grad_affine = x.new_empty((B, 2, C), dtype=mean.dtype)  # of weight and bias, by sample
-    grad_scale, grad_shift = (
-        x.new_empty((0,) if table is None else (B, C), dtype=mean.dtype if table is None else table.dtype)
-        for table in (scale, shift)
+    tables = (scale, shift, offset)
+    grads = [
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        torch.empty_like(bias),
+        *(x.new_empty(0, dtype=mean.dtype) if t is None else x.new_empty(t.shape, dtype=t.dtype) for t in tables),
+    ]
+    if x.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
+    grad_x, grad_weight, grad_bias, *grad_tables = grads
+    summed = 2 if offset is None else 3  # of weight, bias and offset
+    by_sample = x.new_empty((B, summed, C), dtype=mean.dtype)
+    arguments = (grad_y, x, mean, rstd, weight, bias, *tables, grad_x, by_sample, *grad_tables[:2])
+    _launch(
+        backward_kernel,
+        arguments,
+        x,
+        tables,
+        num_groups=num_groups,
+        num_elements=2048 if offset is None or x.element_size() < 4 else 1024,  # more would spill
+        summed=summed,
+        SILU=silu,
     )
-    arguments = (grad_y, x, mean, rstd, weight, bias, scale, shift, grad_x, grad_affine, grad_scale, grad_shift)
-    num_elements = 2048  # more would spill
-    _launch(backward_kernel, arguments, x, scale, shift, num_groups=num_groups, num_elements=num_elements, SILU=silu)
-    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-    if x.numel() == 0:  # nothing was launched
-        return grad_x, grad_weight.zero_(), grad_bias.zero_(), grad_scale.zero_(), grad_shift.zero_()
     parameters_kernel[(triton.cdiv(C, SUMMED_CHANNELS),)](
-        grad_affine, grad_weight, grad_bias, B, C, WIDE=wide(x), SAMPLES=SUMMED_SAMPLES, CHANNELS=SUMMED_CHANNELS
+        by_sample,
+        grad_weight,
+        grad_bias,
+        None if offset is None else grad_tables[2],
+        B,
+        C,
+        EACH=offset is not None and offset.shape[0] > 1,
+        WIDE=wide(x),
+        SAMPLES=SUMMED_SAMPLES,
+        CHANNELS=SUMMED_CHANNELS,
     )
-    return grad_x, grad_weight, grad_bias, grad_scale, grad_shift
+    return grad_x, grad_weight, grad_bias, *grad_tables

@@ -12,10 +12,10 @@ from fastdmd.ops._validate import laid_out, memory_format
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution, padded by one."""
+    """A 3x3 convolution, padded by one; with its bias, if nobody else adds that."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.conv3x3(x, self.weight, self.bias)
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        return ops.conv3x3(x, self.weight, self.bias if with_bias else None)
 
 
 class Conv1x1(nn.Conv2d):
@@ -139,11 +139,12 @@ class ResidualInput(nn.Module):
 class GroupNormSiLU(nn.GroupNorm):
     """Normalises, scales and shifts per sample if asked to, and applies SiLU, in one pass."""
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Of `x` `[B, C, H, W]`, with `scale` and `shift` `[B, C]` or neither; see `ops.group_norm_silu`."""
-        return ops.group_norm_silu(
-            x, self.weight, self.bias, num_groups=self.num_groups, scale=scale, shift=shift, eps=self.eps
-        )
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, offset: Tensor | None = None
+    ) -> Tensor:
+        """Of `x + offset` `[B, C, H, W]`, with `scale` and `shift` or neither; see `ops.group_norm_silu`."""
+        tables = {"scale": scale, "shift": shift, "offset": offset}
+        return ops.group_norm_silu(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **tables)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -234,11 +235,13 @@ class Block(nn.Module):
         y = self.norm0(x)
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)
-        y = self.conv0(y)
-        if self.adaptive_scale:
-            y = self.norm1(y, *embedding.chunk(2, dim=1))
+        scale, shift, offset = (*embedding.chunk(2, dim=1), None) if self.adaptive_scale else (None, None, embedding)
+        if y.is_cuda and type(self.conv0) is Conv3x3:  # where a bias takes a launch of its own, and so does its gradient
+            y, bias = self.conv0(y, with_bias=False), self.conv0.bias
+            offset = bias if offset is None else offset + bias
         else:
-            y = self.norm1(y + embedding[:, :, None, None])
+            y = self.conv0(y)
+        y = self.norm1(y, scale, shift, offset)
         y = self.conv1(self.dropout(y))
         x = self._scaled(y.add_(x if self.skip is None else self.skip(x)))  # no gradient needs a convolution's output
         return x if self.attention is None else self._scaled(self.attention(x))

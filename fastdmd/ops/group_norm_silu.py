@@ -26,9 +26,10 @@ def group_norm_silu(
     num_groups: int = 32,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    offset: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`y = silu(n * (1 + scale) + shift)` with `n = group_norm(x) * weight + bias`.
+    """`y = silu(n * (1 + scale) + shift)` with `n = group_norm(x + offset) * weight + bias`.
 
     GroupNorm is that of Wu & He 2018, scale and shift those of Dhariwal & Nichol 2021.
 
@@ -39,10 +40,12 @@ def group_norm_silu(
         num_groups: divides C.
         scale: `[B, C]`, floating point, with `shift`: the adaptive scale of ADM. Default: none.
         shift: `[B, C]`, floating point.
+        offset: `[B, C]`, or `[C]` for all samples, floating point: an embedding, or the bias of a convolution before,
+            whose sum with `x` is then neither written nor rounded. Default: none.
         eps: added to the variance.
 
-    Returns `y`, like `x`. Differentiable in `x`, `weight`, `bias`, `scale` and `shift`, as often as you like; a
-    gradient that is to be differentiated is computed by PyTorch's own operations.
+    Returns `y`, like `x`. Differentiable in all tensors, as often as you like; a gradient that is to be differentiated
+    is computed by PyTorch's own operations.
     Raises TypeError or ValueError, naming what was expected and what came.
     """
     x, weight, bias = _check("group_norm_silu", x, weight, bias, num_groups, eps)
@@ -53,7 +56,11 @@ def group_norm_silu(
         check_vector("group_norm_silu", "scale", scale, x, x.shape[:2])
         check_vector("group_norm_silu", "shift", shift, x, x.shape[:2])
         scale, shift = _unit_stride(scale), _unit_stride(shift)
-    return _normalise(x, weight, bias, scale, shift, num_groups, eps, True)
+    if offset is not None:
+        of_all = isinstance(offset, Tensor) and offset.dim() == 1
+        check_vector("group_norm_silu", "offset", offset, x, x.shape[1:2] if of_all else x.shape[:2])
+        offset = _unit_stride(offset[None] if of_all else offset)
+    return _normalise(x, weight, bias, scale, shift, offset, num_groups, eps, True)
 
 
 def group_norm(
@@ -64,11 +71,11 @@ def group_norm(
     `torch.nn.functional.group_norm` brings channels_last CUDA tensors into another layout and back.
     """
     x, weight, bias = _check("group_norm", x, weight, bias, num_groups, eps)
-    return _normalise(x, weight, bias, None, None, num_groups, eps, False)
+    return _normalise(x, weight, bias, None, None, None, num_groups, eps, False)
 
 
 def _normalise(x: Tensor, *arguments) -> Tensor:
-    if has_tangent(x, *arguments[:4]):  # torch differentiates its own in forward mode, in this layout alone
+    if has_tangent(x, *arguments[:5]):  # torch differentiates its own in forward mode, in this layout alone
         return reference(x.contiguous(), *arguments)[0].contiguous(memory_format=memory_format(x))
     return _group_norm_silu(x, *arguments)[0]
 
@@ -102,12 +109,13 @@ def reference(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    offset: Tensor | None,
     num_groups: int,
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = wide_dtype(x)
-    x_wide = x.to(wide).contiguous() if x.is_cuda else x.to(wide)  # torch 2.11 knows no other layout on a GPU
+    x_wide = _moved(x, offset).contiguous() if x.is_cuda else _moved(x, offset)  # torch 2.11: no other layout there
     n, mean, rstd = torch.native_group_norm(x_wide, weight.to(wide), bias.to(wide), *_sizes(x), num_groups, eps)
     m = n if scale is None or shift is None else n * (1 + _table(scale, x)) + _table(shift, x)
     y = F.silu(m) if silu else m
@@ -123,11 +131,12 @@ def reference_backward(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    offset: Tensor | None,
     num_groups: int,
     silu: bool,
 ) -> tuple[Tensor, ...]:
     wide = mean.dtype
-    h = (x.to(wide) - _spread(mean, x)) * _spread(rstd, x)
+    h = (_moved(x, offset) - _spread(mean, x)) * _spread(rstd, x)
     n = torch.addcmul(_table(bias[None], x), h, _table(weight[None], x))
     m = n
     gain = None
@@ -140,22 +149,32 @@ def reference_backward(
     grad_h = grad_n * _table(weight[None], x)
     apart = grad_h - _spread(_groups(grad_h, num_groups).mean(dim=2), x)
     apart = apart - h * _spread(_groups(grad_h * h, num_groups).mean(dim=2), x)
-    grad_scale = grad_shift = m.new_empty(0)
+    grad_x = _spread(rstd, x) * apart
+    grad_scale = grad_shift = grad_offset = m.new_empty(0)
     if scale is not None and shift is not None:
         grad_scale = (grad_m * n).sum(dim=(2, 3)).to(scale.dtype)
         grad_shift = grad_m.sum(dim=(2, 3)).to(shift.dtype)
+    if offset is not None:
+        grad_offset = grad_x.sum(dim=(2, 3)).sum_to_size(offset.shape).to(offset.dtype)
     return (
-        (_spread(rstd, x) * apart).to(x.dtype, memory_format=memory_format(x)),
+        grad_x.to(x.dtype, memory_format=memory_format(x)),
         (grad_n * h).sum(dim=(0, 2, 3)).to(weight.dtype),
         grad_n.sum(dim=(0, 2, 3)).to(bias.dtype),
         grad_scale,
         grad_shift,
+        grad_offset,
     )
 
 
-def _moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+def _moved(x: Tensor, offset: Tensor | None) -> Tensor:
+    """`x + offset`, wide."""
+    wide = x.to(wide_dtype(x))
+    return wide if offset is None else wide + _table(offset, x)
+
+
+def _moments(x: Tensor, offset: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and `1 / sqrt(variance + eps)`, `[B, G]`, differentiable."""
-    groups = _groups(x.to(wide_dtype(x)), num_groups)
+    groups = _groups(_moved(x, offset), num_groups)
     return groups.mean(dim=2), (groups.var(dim=2, correction=0) + eps).rsqrt()
 
 
@@ -185,6 +204,7 @@ def _fake(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    offset: Tensor | None,
     num_groups: int,
     eps: float,
     silu: bool,
@@ -202,40 +222,43 @@ def _fake_backward(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    offset: Tensor | None,
     num_groups: int,
     silu: bool,
 ) -> tuple[Tensor, ...]:
-    tables = [mean.new_empty(0 if t is None else t.shape, dtype=None if t is None else t.dtype) for t in (scale, shift)]
+    tables = [
+        mean.new_empty(0) if table is None else mean.new_empty(table.shape, dtype=table.dtype)
+        for table in (scale, shift, offset)
+    ]
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *tables
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, scale, shift, ctx.num_groups, ctx.eps, ctx.silu = inputs
+    x, weight, bias, scale, shift, offset, ctx.num_groups, ctx.eps, ctx.silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # nobody wants zeros for those
-    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, offset)
 
 
 def _backward(ctx, saved: tuple[Tensor, ...], grad_y: Tensor | None, *_):
     if grad_y is None:
-        return (None,) * 8
-    x, mean, rstd, weight, bias, scale, shift = saved
+        return (None,) * 9
+    x, mean, rstd, *parameters = saved
     grad_y = laid_out(grad_y, memory_format(x))
     compute = _group_norm_silu_backward
     # PyTorch's own operations can be differentiated, backward or forward, and the moments depend on x.
     if torch.is_grad_enabled() or has_tangent(grad_y):
         compute = reference_backward
-        mean, rstd = _moments(x, ctx.num_groups, ctx.eps)
-    grad_x, grad_weight, grad_bias, *tables = compute(
-        grad_y, x, mean, rstd, weight, bias, scale, shift, ctx.num_groups, ctx.silu
-    )
-    return grad_x, grad_weight, grad_bias, *(tables if scale is not None else (None, None)), None, None, None
+        mean, rstd = _moments(x, parameters[-1], ctx.num_groups, ctx.eps)
+    grad_x, *grads = compute(grad_y, x, mean, rstd, *parameters, ctx.num_groups, ctx.silu)
+    of_given = (None if given is None else grad for given, grad in zip(parameters, grads, strict=True))
+    return grad_x, *of_given, None, None, None
 
 
 _group_norm_silu = define(
-    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps,"
-    " bool silu) -> (Tensor, Tensor, Tensor)",
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? offset,"
+    " int num_groups, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
     module="group_norm_silu",
     reference=reference,
     fake=_fake,
@@ -244,7 +267,8 @@ _group_norm_silu = define(
 )
 _group_norm_silu_backward = define(
     "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
-    " Tensor? scale, Tensor? shift, int num_groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? scale, Tensor? shift, Tensor? offset, int num_groups, bool silu)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     module="group_norm_silu",
     reference=reference_backward,
     fake=_fake_backward,

@@ -35,13 +35,15 @@ class Inputs:
     def vector(self, *shape, dtype=None):
         return torch.randn(shape, generator=self.generator).to(self.device, dtype or self.dtype)
 
-    def group_norm(self, adaptive):
+    def group_norm(self, adaptive, moved=0):
+        """`moved`: for how many samples there is an offset, each or all."""
         B, C = self.shape[:2]
         tables = self.vector(B, 2 * C).chunk(2, dim=1) if adaptive else (None, None)
-        return self.image() + 2, self.vector(C), self.vector(C), *tables, math.gcd(C, 4)
+        offset = self.vector(moved, C) if moved else None
+        return self.image() + 2, self.vector(C), self.vector(C), *tables, offset, math.gcd(C, 4)
 
-    def group_norm_backward(self, adaptive, silu=True):
-        *arguments, num_groups = self.group_norm(adaptive)
+    def group_norm_backward(self, adaptive, silu=True, moved=0):
+        *arguments, num_groups = self.group_norm(adaptive, moved)
         _, mean, rstd = ops.implementations("group_norm_silu")["reference"](*arguments, num_groups, 1e-5, silu)
         x, *parameters = arguments
         return self.image(), x, mean, rstd, *parameters, num_groups, silu
@@ -60,9 +62,13 @@ CASES = {
     "group_norm_silu": lambda i: (*i.group_norm(adaptive=False), 1e-5, True),
     "group_norm_silu adaptive": lambda i: (*i.group_norm(adaptive=True), 1e-5, True),
     "group_norm_silu without SiLU": lambda i: (*i.group_norm(adaptive=True), 1e-5, False),
+    "group_norm_silu moved": lambda i: (*i.group_norm(adaptive=False, moved=i.shape[0]), 1e-5, True),
+    "group_norm_silu moved alike": lambda i: (*i.group_norm(adaptive=True, moved=1), 1e-5, True),
     "group_norm_silu_backward": lambda i: i.group_norm_backward(adaptive=False),
     "group_norm_silu_backward adaptive": lambda i: i.group_norm_backward(adaptive=True),
     "group_norm_silu_backward without SiLU": lambda i: i.group_norm_backward(adaptive=True, silu=False),
+    "group_norm_silu_backward moved": lambda i: i.group_norm_backward(adaptive=False, moved=i.shape[0]),
+    "group_norm_silu_backward moved alike": lambda i: i.group_norm_backward(adaptive=True, moved=1),
 }
 
 
@@ -120,7 +126,9 @@ def assert_all_within_budget(name, arguments, device, dtype, scale=0.0):
     if name == "group_norm_silu" and truth[2].numel():  # an error of the mean is as large as in standard deviations
         scales[1] = 1 / truth[2].max().item()
     if name == "group_norm_silu_backward":
-        scales[1:] = [max(scale, largest_partial_sum(*in_float64(arguments)[:4]))] * (len(truth) - 1)
+        grad_y, x, mean, rstd, *_, offset, _, _ = in_float64(arguments)
+        x = x if offset is None else x + offset[:, :, None, None]
+        scales[1:] = [max(scale, largest_partial_sum(grad_y, x, mean, rstd))] * (len(truth) - 1)
     for implementation in available(name, device):
         rows = list(zip(results(implementation, arguments), same_dtype, truth, scales, strict=True))
         for result, expected, exact, size in reversed(rows):  # moments before what they make: the cause fails first

@@ -73,9 +73,10 @@ x, weight, bias = 1000 + torch.randn(2, 6, 67, 71), torch.randn(6), torch.randn(
 group_norm_silu.TILE_CHANNELS = 2
 results = []
 for group_norm_silu.NUM_PROGRAMS in (1, 512):
-    outputs = group_norm_silu.group_norm_silu(x, weight, bias, None, None, 3, 1e-5, True)
-    results.append([*outputs, *group_norm_silu.group_norm_silu_backward(x.sin(), x, *outputs[1:], weight, bias, None,
-                                                                        None, 3, True)[:3]])
+    parameters = weight, bias, None, None, weight[None], 3
+    outputs = group_norm_silu.group_norm_silu(x, *parameters, 1e-5, True)
+    grads = group_norm_silu.group_norm_silu_backward(x.sin(), x, *outputs[1:], *parameters, True)
+    results.append([*outputs, *grads[:3]])
 assert not torch.equal(results[0][2], results[1][2])  # rounded differently, so added up differently
 for one, many, tolerance in zip(*results, (5e-6, 2e-7, 5e-6, 5e-6, 5e-6, 5e-6)):
     assert (many - one).abs().max() <= tolerance * one.abs().max()
@@ -116,7 +117,8 @@ def images(dtype, *, count=3, shape=(64, 3, 64, 64), channels_last=False):
 def norm_arguments(dtype, channels, adaptive, batch):
     (x,) = images(dtype, count=1, shape=(batch, channels, 32, 32), channels_last=True)
     tables = torch.empty(batch, 2 * channels, dtype=dtype).chunk(2, dim=1) if adaptive else (None, None)
-    return x, torch.empty(channels), torch.empty(channels), *tables, 32
+    offset = torch.empty(1 if adaptive else batch, channels)
+    return x, torch.empty(channels), torch.empty(channels), *tables, offset, 32
 
 
 def launches(dtype):
@@ -178,7 +180,7 @@ def edges():
         yield "fake_loss", "fake_loss", (x, a, sigma, 0.5)
         yield "fake_loss_raw", "fake_loss", (x, a, b, sigma, 0.5)
         yield "scale_gradient", "fake_loss", (x, torch.empty((), dtype=wide), torch.float16)
-        parameters = (vector, vector, None, None, 1)
+        parameters = (vector, vector, None, None, None, 1)
         yield "group_norm_silu", "group_norm_silu", (x, *parameters, 1e-5, False)
         moments = moments.to(wide)
         yield "group_norm_silu_backward", "group_norm_silu", (x, x, moments, moments, *parameters, False)

@@ -17,7 +17,7 @@ SANITIZERS = os.environ.get("FASTDMD_SANITIZERS", "")  # make sanitize
 WITH_KERNELS = (
     "budget or golden or special or philox or broken_gradient or torch_adamw or normals or its_key or far_apart"
     " or infinite or float16 or not_dense or penalties or hessian or empty_batches or pair_of_dtypes or not_aligned"
-    " or inside_a_vector or many_channels or far_more_calls"
+    " or inside_a_vector or many_channels or far_more_calls or an_offset"
 )
 MISTAKES = {  # file: (right, wrong)
     "fake_loss": ("is_first = k < samples.boundary;", "is_first = k <= samples.boundary;"),

@@ -36,7 +36,7 @@ def test_gradcheck(check, backend):
 
         def adaptive(x, w, b, table):
             scale, shift = table.chunk(2, dim=1)
-            return ops.group_norm_silu(x, w, b, num_groups=C // 2, scale=scale, shift=shift)
+            return ops.group_norm_silu(x, w, b, num_groups=C // 2, scale=scale, shift=shift, offset=scale)
 
         assert check(adaptive, (x, weight, bias, table))
         channels_last = x.detach().to(memory_format=torch.channels_last).requires_grad_()

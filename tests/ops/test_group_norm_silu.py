@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
 
 from fastdmd import ops
 from tests.helpers.op_cases import (
@@ -33,12 +35,13 @@ CUTS = [  # shape, groups
 ]
 
 
-def assert_budget(x, num_groups, *, adaptive, silu, device):
-    """Forward, and backward from the same moments."""
+def assert_budget(x, num_groups, *, adaptive, silu, device, moved=0):
+    """Forward, and backward from the same moments; `moved` as in `Inputs.group_norm`."""
     i = Inputs(x.shape, x.dtype, device=device)
     C = x.shape[1]
     tables = i.vector(x.shape[0], 2 * C).chunk(2, dim=1) if adaptive else (None, None)
-    parameters = i.vector(C), i.vector(C, dtype=torch.float32), *tables, num_groups
+    offset = 3 * i.vector(moved, C) if moved else None
+    parameters = i.vector(C), i.vector(C, dtype=torch.float32), *tables, offset, num_groups
     forward = x, *parameters, 1e-5, silu
     reference = ops.implementations("group_norm_silu", device)["reference"]
     _, mean, rstd = reference(*forward)
@@ -58,16 +61,17 @@ def ops_layout(x):
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
 def test_error_budget_of_every_cut(dtype, shape, num_groups, layout, device):
     x = Inputs(shape, dtype, layout, device).image() + 2
-    assert_budget(x, num_groups, adaptive=shape[0] > 1, silu=shape[0] != 3, device=device)
+    for moved in (0, shape[0] if shape[1] % 3 else 1):
+        assert_budget(x, num_groups, adaptive=shape[0] > 1, silu=shape[0] != 3, device=device, moved=moved)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 def test_error_budget_of_a_group_that_fits_nowhere(layout, device):
     """Not on a multiprocessor, nor on eight: several rows of threads take two launches."""
-    assert_budget(
-        Inputs((1, 512, 48, 40), torch.float32, layout, device).image(), 1, adaptive=False, silu=True, device=device
-    )
+    x = Inputs((1, 512, 48, 40), torch.float32, layout, device).image()
+    for moved in (0, 1):
+        assert_budget(x, 1, adaptive=False, silu=True, device=device, moved=moved)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -89,10 +93,44 @@ def test_error_budget_far_from_zero(case, layout, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_an_offset_is_as_if_it_were_in_the_image(layout, device):
+    """Values, and all gradients, of an offset of each sample and of one for all; the sum is never rounded."""
+    i = Inputs((3, 24, 6, 10), torch.float64, layout, device)
+    x, weight, table = i.image(), i.vector(24), i.vector(3, 48)
+    for offset in (i.vector(3, 48)[:, ::2], i.vector(24), i.vector(1, 24).expand(3, 24)):
+        results = []
+        for as_image in (False, True):
+            given = [t.detach().clone().requires_grad_() for t in (x, weight, table, offset)]
+            moved, parameter, both, added = given
+            scale, shift = both.chunk(2, dim=1)
+            options = {"num_groups": 4, "scale": scale, "shift": shift}
+            if as_image:
+                moved = moved + (added if added.dim() == 2 else added[None])[:, :, None, None]
+            else:
+                options["offset"] = added
+            y = ops.group_norm_silu(moved, parameter, **options)
+            results.append((y, *torch.autograd.grad(y.square().sum(), given)))
+        for own, expected in zip(*results, strict=True):
+            assert_close(own, expected, rtol=1e-9, atol=1e-9)
+    whole = torch.full((1, 4, 8, 8), 256.0, device=device).bfloat16()
+    spread = torch.tensor([[-0.75, -0.25, 0.25, 0.75]], device=device)
+    y = ops.group_norm_silu(whole, num_groups=1, offset=spread)  # no bfloat16 at 256 holds a quarter
+    expected = F.silu(F.group_norm(spread.view(1, 4, 1, 1), 1)).expand(whole.shape)
+    assert_close(y.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (3, 7), (1, 8), (7,), (8, 1), ()])
+def test_an_offset_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="expected offset of shape"):
+        ops.group_norm_silu(torch.zeros(3, 8, 2, 2), num_groups=2, offset=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 def test_special_values_stay_in_their_group(layout, device):
     x = Inputs((2, 96, 16, 16), torch.float32, layout, device).image()
     ones = torch.ones(96, device=device)
-    arguments = ones, ones, None, None, 4, 1e-5, True
+    arguments = ones, ones, None, None, None, 4, 1e-5, True
     for name, implementation in ops.implementations("group_norm_silu", device).items():
         clean, _, _ = implementation(x, *arguments)
         for special in (torch.nan, torch.inf):
