@@ -236,7 +236,7 @@ class Block(nn.Module):
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)
         scale, shift, offset = (*embedding.chunk(2, dim=1), None) if self.adaptive_scale else (None, None, embedding)
-        if y.is_cuda and type(self.conv0) is Conv3x3:  # where a bias takes a launch of its own, and so does its gradient
+        if y.is_cuda and type(self.conv0) is Conv3x3:  # where a bias and its gradient take launches of their own
             y, bias = self.conv0(y, with_bias=False), self.conv0.bias
             offset = bias if offset is None else offset + bias
         else:
