@@ -57,9 +57,12 @@ class Plain:
     def group_norm(x, weight, bias):
         return F.group_norm(x, GROUPS, weight, bias)
 
-    def group_norm_silu(x, weight, bias, scale, shift):
-        n = F.group_norm(x, GROUPS, weight, bias)
+    def group_norm_silu(x, weight, bias, scale, shift, offset):
+        n = F.group_norm(x + offset[:, :, None, None], GROUPS, weight, bias)
         return F.silu(n * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+
+    def conv1x1(x, weight, bias):
+        return F.conv2d(x, weight, bias)
 
     def conv3x3(x, weight, bias):
         return F.conv2d(x, weight, bias, padding=1)
@@ -82,10 +85,11 @@ class Own:
     fake_loss = ops.fake_loss
     fake_loss_raw = ops.fake_loss_raw
     group_norm = lambda x, w, b: ops.group_norm(x, w, b, num_groups=GROUPS)  # noqa: E731
+    conv1x1 = ops.conv1x1
     conv3x3 = ops.conv3x3
 
-    def group_norm_silu(x, weight, bias, scale, shift):
-        return ops.group_norm_silu(x, weight, bias, num_groups=GROUPS, scale=scale, shift=shift)
+    def group_norm_silu(x, weight, bias, scale, shift, offset):
+        return ops.group_norm_silu(x, weight, bias, num_groups=GROUPS, scale=scale, shift=shift, offset=offset)
 
     def adamw_ema_(param, grad):
         param, step, rate = param.clone(), torch.zeros(1, dtype=torch.int64), torch.tensor(0.1, dtype=param.dtype)
@@ -106,7 +110,8 @@ CASES = {
     "fake_loss": ((IMAGE, IMAGE, LEVEL), 1),
     "fake_loss_raw": ((IMAGE, IMAGE, IMAGE, LEVEL), 1),
     "group_norm": ((IMAGE, CHANNEL, CHANNEL), 3),
-    "group_norm_silu": ((IMAGE, CHANNEL, CHANNEL, TABLE, TABLE), 5),
+    "group_norm_silu": ((IMAGE, CHANNEL, CHANNEL, TABLE, TABLE, TABLE), 6),
+    "conv1x1": ((IMAGE, (16, 16, 1, 1), CHANNEL), 3),
     "conv3x3": ((IMAGE, KERNEL, CHANNEL), 3),
     "adamw_ema_": (((10_000,), (10_000,)), 0),
 }
@@ -159,7 +164,8 @@ def page() -> str:
         "Root mean square of the error against float64, over that of the exact value; channels_last images of",
         f"{' x '.join(map(str, IMAGE))} standard normals. `PyTorch` is the formula as one would write it, in the same",
         "dtype. Made by `TRITON_INTERPRET=1 python -m benchmarks.accuracy --out docs/ops.md`: Triton's kernels are",
-        "interpreted on the CPU, where it cuts to bfloat16 instead of rounding. `conv3x3` is torch's own in float16;",
+        "interpreted on the CPU, where it cuts to bfloat16 instead of rounding. `conv3x3` is torch's own in float16,",
+        "and `conv1x1` in both halves;",
         f"`adamw_ema_`, after {NUM_STEPS} steps, keeps its weights in float32.",
         "",
         f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}; native library: {facts['native']}.",

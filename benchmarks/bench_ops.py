@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import sys
@@ -139,21 +140,26 @@ def test_images(benchmark, op, variant, dtype, batch, stack):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["eager", "native"])
 @pytest.mark.parametrize(("C_in", "C_out", "size"), [(48, 48, 14), (96, 96, 14), (96, 96, 7), (192, 96, 7)])
-def test_convolution(benchmark, C_in, C_out, size, variant, dtype):
-    if variant not in ["eager", *ops.implementations("conv3x3")]:
-        pytest.skip(ops.unavailable("conv3x3")[variant])
+@pytest.mark.parametrize("side", [1, 3])
+def test_convolution(benchmark, side, C_in, C_out, size, variant, dtype):
+    op = f"conv{side}x{side}"
+    if variant not in ["eager", *ops.implementations(op)]:
+        pytest.skip(ops.unavailable(op)[variant])
+    if (variant, side, dtype) == ("native", 1, "bfloat16"):
+        pytest.skip("conv1x1 is torch's in bfloat16")
     own = {"dtype": DTYPES[dtype], "memory_format": torch.channels_last}
     x = torch.randn(64, C_in, size, size).to(**own).requires_grad_()
-    weight = torch.randn(C_out, C_in, 3, 3).to(**own).requires_grad_()
+    weight = torch.randn(C_out, C_in, side, side).to(**own).requires_grad_()
     bias = torch.randn(C_out, dtype=DTYPES[dtype], requires_grad=True)
-    function = ops.conv3x3 if variant == "native" else lambda *arguments: F.conv2d(*arguments, padding=1)
+    plain = functools.partial(F.conv2d, padding=side // 2)
+    function = getattr(ops, op) if variant == "native" else lambda *arguments: plain(*arguments)
     call = eager.with_gradient(function, 3)
     time_it(
         benchmark,
         lambda: call(x, weight, bias),
         elements=x.numel(),
         element_size=x.element_size(),
-        op=f"conv3x3 {C_in}-{C_out} {size}",
+        op=f"{op} {C_in}-{C_out} {size}",
         variant=variant,
         dtype=dtype,
     )

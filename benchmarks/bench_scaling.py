@@ -36,7 +36,7 @@ from benchmarks.suite.stored import write
 from benchmarks.worker import Worker
 from fastdmd import teachers
 from fastdmd.networks.unet import UNet, UNetConfig
-from fastdmd.networks.unet_blocks import Conv3x3
+from fastdmd.networks.unet_blocks import Conv1x1, Conv3x3
 from fastdmd.runs import distillation, machine, startup
 from fastdmd.runs.cli import resolve_device
 from fastdmd.runs.config import TrainConfig
@@ -145,7 +145,7 @@ class Cycle(loops.Cycles):
         """Of an image in a cycle, where every image of every iteration counts once; by torch's own convolutions."""
         for network in (self.model.teacher, self.model.generator, self.model.fake_score):
             for module in network.modules():
-                if isinstance(module, Conv3x3):
+                if isinstance(module, (Conv1x1, Conv3x3)):
                     module.__class__ = torch.nn.Conv2d  # the counter knows no others
         self.cycle()
         with FlopCounterMode(display=False) as flops:

@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     slack = INTERPRETER_SLACK if options.backend == "triton" and device.type == "cpu" else 1
     failed = 0
     for op in [options.op] if options.op else ops.names():
-        if op not in CASES:  # of conv3x3: those that a GPU leaves to torch
+        if op not in CASES:  # convolutions: a GPU leaves them to torch
             print(f"{op:<26}not called: {ops.unavailable(op, 'cuda')[options.backend]}")
             continue
         implementation = ops.implementations(op, device)[options.backend]

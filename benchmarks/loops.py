@@ -22,7 +22,7 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill import execution as execution_module
 from fastdmd.networks.adapted import Adapted
 from fastdmd.networks.unet import UNet
-from fastdmd.networks.unet_blocks import Conv3x3
+from fastdmd.networks.unet_blocks import Conv1x1, Conv3x3
 from fastdmd.runs import distillation, machine
 from fastdmd.runs.cli import resolve_device
 from fastdmd.runs.config import TrainConfig
@@ -133,7 +133,7 @@ class FloorLoop:
         loop = Loop("fastdmd", arguments, execution="eager")
         for network in (loop.model.teacher, loop.model.generator, loop.model.fake_score):
             for module in network.modules():
-                if isinstance(module, Conv3x3):
+                if isinstance(module, (Conv1x1, Conv3x3)):
                     module.__class__ = torch.nn.Conv2d  # the floor is that of torch's own convolutions
         loop.cycle()
         with Recorder() as recorder:

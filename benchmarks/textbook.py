@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdmd.distill.draws import materialised
-from fastdmd.networks.unet_blocks import Conv1x1, Conv3x3, GroupNorm, GroupNormSiLU
+from fastdmd.networks.unet_blocks import Conv1x1, Conv3x3, GroupNorm, GroupNormSiLU, Product1x1
 
 
 def karras_schedule(num_steps=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -39,6 +39,7 @@ PLAIN = {
     GroupNorm: torch.nn.GroupNorm,
     Conv3x3: torch.nn.Conv2d,
     Conv1x1: torch.nn.Conv2d,
+    Product1x1: torch.nn.Conv2d,
 }
 
 

@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(fastdmd_native, m) {
       "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
       " Tensor? scale, Tensor? shift, Tensor? offset, int num_groups, bool silu)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("conv1x1(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "conv1x1_backward(Tensor grad_y, Tensor x, Tensor weight, bool of_input, bool of_parameters)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "conv3x3_backward(Tensor grad_y, Tensor x, Tensor weight, bool of_input, bool of_parameters)"

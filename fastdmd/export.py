@@ -29,7 +29,7 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.files import replacing, write_atomically
 from fastdmd.memory import ran_out_of_memory
 from fastdmd.networks.accelerate import unaccelerate
-from fastdmd.networks.unet_blocks import Conv1x1, Conv3x3, GroupNorm, GroupNormSiLU
+from fastdmd.networks.unet_blocks import Conv1x1, Conv3x3, GroupNorm, GroupNormSiLU, Product1x1
 from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, save_network
 from fastdmd.randomness import Stream, normals
 from fastdmd.runs import cli, distributed, outputs, terminal
@@ -169,7 +169,13 @@ class PlainGroupNormSiLU(nn.GroupNorm):
         return F.silu(x)
 
 
-PLAIN = {GroupNormSiLU: PlainGroupNormSiLU, GroupNorm: nn.GroupNorm, Conv3x3: nn.Conv2d, Conv1x1: nn.Conv2d}
+PLAIN = {
+    GroupNormSiLU: PlainGroupNormSiLU,
+    GroupNorm: nn.GroupNorm,
+    Conv3x3: nn.Conv2d,
+    Conv1x1: nn.Conv2d,
+    Product1x1: nn.Conv2d,
+}
 
 
 class PlainGenerator(nn.Module):

@@ -29,6 +29,7 @@ OPS = {
     "dm_loss": "`dm_loss` and its gradient",
     "fake_loss": "`fake_loss` and its gradient",
     "group_norm_silu": "`group_norm_silu`, forward and backward",
+    "conv1x1": "`conv1x1`, forward and backward",
     "conv3x3": "`conv3x3`, forward and backward",
     "adamw_ema_": "`adamw_ema_`, with clipping and averaging",
 }

@@ -22,20 +22,6 @@ FASTDMD_INLINE void with_tiles(const Conv3x3& a, Body body) {
     with_filter.template operator()<F2>();
 }
 
-// Calls body(first output channel, vectors of the panel as a constant) for each panel.
-template <class Body>
-FASTDMD_INLINE void each_panel(const Conv3x3& a, Body body) {
-  for (int64_t o = 0; o < a.out_channels; o += WIDTH) {
-    const int64_t vectors = (a.out_channels - o) / LANES;
-    if (vectors >= 3)
-      body(o, std::integral_constant<int, 3>{});
-    else if (vectors == 2)
-      body(o, std::integral_constant<int, 2>{});
-    else
-      body(o, std::integral_constant<int, 1>{});
-  }
-}
-
 // A^T M A of the products of a block of tiles and a panel of so many vectors, plus bias. (One function for panels of
 // all widths, which depend on the number of threads: elsewhere the compiler may contract other additions.)
 template <class F, class T>
@@ -204,7 +190,7 @@ void convolve(const Conv3x3& a, int64_t begin, int64_t end) {
   Scratch products(NUM_MATRICES * Block<F>::PRODUCTS);
   each_block<F, T>(a, begin, end, [&](const Block<F>& block, auto prefetch) {
     inputs.fill(block);
-    each_panel(a, [&](int64_t o, auto vectors) {
+    each_panel(a.out_channels, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
       const float* weights = a.transformed + o * NUM_MATRICES * a.rows();
       for (int e = 0; e < NUM_MATRICES; ++e, prefetch())
@@ -215,7 +201,10 @@ void convolve(const Conv3x3& a, int64_t begin, int64_t end) {
                         inputs.depth,
                         1,
                         weights + e * a.rows() * N * LANES,
+                        N * LANES,
+                        nullptr,
                         products.data + e * block.PRODUCTS + row * N * LANES,
+                        N * LANES,
                         inputs.depth);
         });
       write_outputs<F, T>(a, block, products.data, o, N);
@@ -235,7 +224,7 @@ void sum_weight_gradient(const Conv3x3& a,
   each_block<F, T>(a, begin, end, [&](const Block<F>& block, auto prefetch) {
     inputs.fill(block);
     uint64_t seen = begun;
-    each_panel(a, [&](int64_t o, auto vectors) {
+    each_panel(a.out_channels, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
       transform_gradient<F, T>(a, block, gradients.data, bias_sums, o, N);
       float* sums = a.transformed + o * NUM_MATRICES * a.rows();
@@ -248,7 +237,10 @@ void sum_weight_gradient(const Conv3x3& a,
                         1,
                         inputs.depth,
                         gradients.data + e * block.PRODUCTS + first * N * LANES,
+                        N * LANES,
+                        nullptr,
                         sums + (e * a.rows() + i) * N * LANES,
+                        N * LANES,
                         count);
           add = true;
         });
@@ -257,7 +249,7 @@ void sum_weight_gradient(const Conv3x3& a,
     });
     begun = seen;
   });
-  each_panel(a, [&](int64_t o, auto vectors) {
+  each_panel(a.out_channels, [&](int64_t o, auto vectors) {
     const int64_t size = a.rows() * vectors * LANES;
     for (int e = 0; e < NUM_MATRICES; ++e)
       for (int64_t i = 0; i < size && !(begun >> e & 1); ++i)

@@ -108,6 +108,20 @@ struct Conv3x3 {
   int64_t transformed_size() const { return (tile + 2) * (tile + 2) * rows() * out_channels; }
 };
 
+// A 1x1 convolution of dense channels_last images, float32. Numbers of channels are multiples of Conv3x3::CHANNEL_STEP.
+struct Conv1x1 {
+  static constexpr int64_t STEP = 8;  // pixels, or channels of the gradients of parameters, that a thread has at least
+  const float* x;                     // [num_pixels, in_channels]
+  const float* weight;                // [out_channels, in_channels]
+  const float* bias;                  // [out_channels], or null
+  const float* grad_y;                // [num_pixels, out_channels], for the gradients of parameters
+  float* matrix;                      // [in_channels, out_channels]: the weight, by conv1x1_weights
+  float* y;                           // [num_pixels, out_channels]
+  float* grad_weight;                 // [out_channels, in_channels]
+  float* grad_bias;                   // [out_channels]
+  int64_t num_pixels, in_channels, out_channels;
+};
+
 struct AdamW {
   Dtype dtype, grad_dtype, shadow_dtype;
   void* param;       // [n]
@@ -157,6 +171,9 @@ struct Kernels {
                               int64_t begin,
                               int64_t end);
   void (*conv3x3_weight_gradient)(const Conv3x3&, int64_t num_sums, int64_t begin, int64_t end);
+  void (*conv1x1_weights)(const Conv1x1&);
+  void (*conv1x1)(const Conv1x1&, int64_t begin, int64_t end);
+  void (*conv1x1_parameters)(const Conv1x1&, int64_t begin, int64_t end);
   double (*sum_of_squares)(const void* grad,  // [n]
                            Dtype,
                            int64_t begin,
@@ -183,6 +200,9 @@ struct Kernels {
   FASTDMD_DECLARE_KERNEL(conv3x3)                  \
   FASTDMD_DECLARE_KERNEL(conv3x3_weight_sums)      \
   FASTDMD_DECLARE_KERNEL(conv3x3_weight_gradient)  \
+  FASTDMD_DECLARE_KERNEL(conv1x1_weights)          \
+  FASTDMD_DECLARE_KERNEL(conv1x1)                  \
+  FASTDMD_DECLARE_KERNEL(conv1x1_parameters)       \
   FASTDMD_DECLARE_KERNEL(sum_of_squares)           \
   FASTDMD_DECLARE_KERNEL(adamw)                    \
   inline constexpr Kernels kernels{                \
@@ -200,6 +220,9 @@ struct Kernels {
       conv3x3,                                     \
       conv3x3_weight_sums,                         \
       conv3x3_weight_gradient,                     \
+      conv1x1_weights,                             \
+      conv1x1,                                     \
+      conv1x1_parameters,                          \
       sum_of_squares,                              \
       adamw,                                       \
   };                                               \

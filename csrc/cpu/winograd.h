@@ -1,61 +1,10 @@
-// What the kernels of conv3x3 compute with: Winograd's transforms, and products of small matrices in registers.
+// Winograd's transforms, with which conv3x3 computes.
 #pragma once
 
-#include <cstdlib>
-#include <type_traits>
-
-#include "vectors.h"
+#include "products.h"
 
 namespace fastdmd::FASTDMD_ISA {
 namespace {
-
-// Of a product, ROWS rows and VECTORS vectors of columns stay in registers, of which there are 32 or 16.
-constexpr int ROWS = LANES == 16 ? 8 : 4, VECTORS = 3;
-constexpr int WIDTH = VECTORS * LANES;  // output channels of a panel
-constexpr int64_t PAD = 16;             // floats that keep the matrices out of each other's cache lines
-
-// c[row, :] = (c[row, :] if `add`) + sum over k of a[row * row_step + k * step] * b[k, :], for ROWS rows and N vectors
-// of columns. The sum over k starts from 0: over many calls a running sum would lose half a digit per factor of ten.
-template <int N>
-FASTDMD_INLINE void multiply(bool add,
-                             const float* a,  // [ROWS, depth], strided
-                             int64_t row_step,
-                             int64_t step,
-                             const float* b,  // [depth, N * LANES]
-                             float* c,        // [ROWS, N * LANES]
-                             int64_t depth) {
-  V sums[ROWS][N] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    V panel[N];
-#pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) panel[n] = load_vector(b + k * N * LANES + n * LANES);
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row) {
-      const float value = a[row * row_step + k * step];
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) sums[row][n] += value * panel[n];
-    }
-  }
-  if (add)
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) sums[row][n] += load_vector(c + (row * N + n) * LANES);
-#pragma GCC unroll 8
-  for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) store_vector(c + (row * N + n) * LANES, sums[row][n]);
-}
-
-struct Scratch {
-  float* data;  // [size]
-  explicit Scratch(int64_t size)
-      : data(static_cast<float*>(std::aligned_alloc(64, size_t((size * 4 + 63) / 64 * 64)))) {
-    if (!data) std::abort();
-  }
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { std::free(data); }
-};
 
 // Minimal filtering of one axis (Lavin & Gray 2016): OUT outputs of a filter of 3 weights from IN inputs, y = A^T [(G
 // g) * (B^T d)]. The transposed transforms are those of the gradient of the weight. On two axes, IN^2 multiplications.

@@ -19,7 +19,14 @@ class Conv3x3(nn.Conv2d):
 
 
 class Conv1x1(nn.Conv2d):
-    """A convolution of pixels one by one. On a GPU it is a matrix product that adds the bias by itself.
+    """A convolution of pixels one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv1x1(x, self.weight, self.bias)
+
+
+class Product1x1(Conv1x1):
+    """One that is, on a GPU, a matrix product that adds the bias by itself.
 
     After a convolution torch.compile adds it in what follows, and where that is nothing that it generates, in a launch
     that reads and writes all. Only there it pays: sums of products, unlike those of convolutions, lose their layout.
@@ -39,10 +46,10 @@ def conv(
     out_channels: int,
     kernel: int = 3,
     init_scale: float = 1.0,
-    kind: type[nn.Conv2d] | None = None,  # default: Conv3x3, or torch's
+    kind: type[nn.Conv2d] | None = None,  # default: Conv3x3, or Conv1x1
 ) -> nn.Conv2d:
     """A same-padded convolution with Xavier-uniform weights times `init_scale` and zero bias."""
-    kind = kind or (Conv3x3 if kernel == 3 else nn.Conv2d)
+    kind = kind or (Conv3x3 if kernel == 3 else Conv1x1)
     layer = kind(in_channels, out_channels, kernel, padding=kernel // 2)
     nn.init.xavier_uniform_(layer.weight)
     with torch.no_grad():
@@ -185,7 +192,7 @@ class Attention(nn.Module):
                 f"{config.channels_per_head}), got {channels}"
             )
         self.norm = GroupNorm(num_groups(channels), channels, eps=norm_eps(config))
-        self.qkv = conv(channels, 3 * channels, kernel=1, kind=Conv1x1)
+        self.qkv = conv(channels, 3 * channels, kernel=1, kind=Product1x1)
         self.proj = conv(channels, channels, kernel=1, init_scale=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
@@ -238,6 +245,7 @@ class Block(nn.Module):
         scale, shift, offset = (*embedding.chunk(2, dim=1), None) if self.adaptive_scale else (None, None, embedding)
         if y.is_cuda and type(self.conv0) is Conv3x3:  # where a bias and its gradient take launches of their own
             y, bias = self.conv0(y, with_bias=False), self.conv0.bias
+            assert bias is not None  # as torch makes it
             offset = bias if offset is None else offset + bias
         else:
             y = self.conv0(y)

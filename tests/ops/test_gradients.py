@@ -43,6 +43,7 @@ def test_gradcheck(check, backend):
         assert check(adaptive, (channels_last, weight, bias, table))
         kernel = random(2, C, 3, 3, seed=6).requires_grad_()
         assert check(ops.conv3x3, (x, kernel, bias[:2]))
+        assert check(ops.conv1x1, (x, kernel.detach()[..., :1, :1].requires_grad_(), bias[:2]))
         if backend == "reference":  # else it knows float32 alone
             assert check(torch.ops.fastdmd.conv3x3, (channels_last, kernel, bias[:2]))
 
@@ -103,6 +104,7 @@ LAST_OPS = {
     "denoising_loss": lambda x, w: ops.denoising_loss(x, x.detach() ** 2, torch.ones(4)),
     "fake_loss": lambda x, w: ops.fake_loss(x, x.detach() ** 2, torch.ones(4)),
     "group_norm_silu": lambda x, w: ops.group_norm_silu(x, w[:, 0, 0, 0], w[:, 0, 0, 1], num_groups=4),
+    "conv1x1": lambda x, w: ops.conv1x1(x, w[..., :1, :1]),
     "conv3x3": lambda x, w: ops.conv3x3(x, w),
 }
 
@@ -116,7 +118,7 @@ def test_a_checkpoint_may_end_with_any_op(op):
     def straight(x):
         return LAST_OPS[op](x.sin(), kernel)
 
-    inputs = (x, kernel) if op in ("group_norm_silu", "conv3x3") else (x,)
+    inputs = (x, kernel) if op in ("group_norm_silu", "conv1x1", "conv3x3") else (x,)
     expected = torch.autograd.grad(straight(x).sum(), inputs)
     checkpointed = checkpoint(straight, x, use_reentrant=False)
     assert_close(torch.autograd.grad(checkpointed.sum(), inputs), expected, rtol=0, atol=0)
@@ -151,6 +153,7 @@ def test_forward_mode_is_right_or_refused(layout):
     for own, plain in (
         (lambda x: ops.add_noise(x, sigma, noise=x, scale=sigma), lambda x: x * factor),
         (lambda x: ops.conv3x3(x, kernel, weight), lambda x: F.conv2d(x, kernel, weight, padding=1)),
+        (lambda x: ops.conv1x1(x, kernel[..., :1, :1], weight), lambda x: F.conv2d(x, kernel[..., :1, :1], weight)),
         (
             lambda x: ops.group_norm_silu(x, weight, weight, num_groups=4, scale=table, shift=table),
             lambda x: F.silu(F.group_norm(x, 4, weight, weight) * (1 + spread) + spread),
@@ -193,6 +196,7 @@ def test_what_is_kept_for_backward():
         (lambda: ops.denoising_loss(x, a, sigma), x.numel() + 2),
         (lambda: ops.add_noise(x, sigma, rng_state=ops.rng_state(0), scale=sigma), 4),
         (lambda: ops.conv3x3(x, kernel), x.numel() + kernel.numel()),
+        (lambda: ops.conv1x1(x, kernel[:, :, :1, :1]), x.numel() + 16 * 16),
         (lambda: ops.group_norm_silu(x, weight, weight, num_groups=4), x.numel() + 2 * 2 * 4 + 2 * 16),
     ):
         kept = []

@@ -33,6 +33,7 @@ def schemas_of(text):
     return {schema.name: schema for schema in schemas}
 
 
+CPU_ONLY = {f"{name}{suffix}" for name in ("conv1x1", "conv3x3") for suffix in ("", "_backward")}
 NATIVE = schemas_of((CSRC / "ops.cpp").read_text())
 
 
@@ -139,7 +140,7 @@ m.impl("fake_loss", TORCH_BOX(&f));"""
         assert part in right and registered(right.replace(part, wrong)) != registered(right)
 
 
-@pytest.mark.parametrize(("kind", "left_to_torch"), [("cpu", set()), ("cuda", {"conv3x3", "conv3x3_backward"})])
+@pytest.mark.parametrize(("kind", "left_to_torch"), [("cpu", set()), ("cuda", CPU_ONLY)])
 def test_every_op_is_registered_once(kind, left_to_torch):
     found = [name for path in SOURCES if path.startswith(kind) for name in registered((CSRC / path).read_text())]
     assert sorted(found) == sorted(set(NATIVE) - left_to_torch)
@@ -149,7 +150,7 @@ def test_every_op_is_registered_once(kind, left_to_torch):
 def test_functions_of_python_have_the_arguments_of_their_op(name):
     module = importlib.import_module("fastdmd.ops._registry")._OPS[name][0]
     functions = [ops.implementations(name)["reference"]]
-    if not name.startswith("conv3x3"):
+    if name not in CPU_ONLY:
         pytest.importorskip("triton", reason="Triton is not installed")
         functions.append(getattr(importlib.import_module(f"fastdmd.kernels.{module}"), name))
     expected = [argument.name for argument in NATIVE[name].arguments]
