@@ -53,5 +53,6 @@ def test_wide_instructions_stay_where_they_are_asked_for(name):
         for register in re.findall(r"%([yz]mm)\d", line):
             found[register].add(function)
     assert bool(found["zmm"]) == bool(found["ymm"]) == (name == "libfastdmd_kernels.so")
-    assert all("fastdmd::avx512::" in function for function in found["zmm"])
-    assert all("fastdmd::avx" in function for function in found["ymm"])
+    # Some names of lambdas no demangler can read: there a namespace is its length and its name.
+    assert all(re.search("fastdmd::avx512::|7fastdmd6avx512", function) for function in found["zmm"])
+    assert all(re.search("fastdmd::avx|7fastdmd(4avx2|6avx512)", function) for function in found["ymm"])

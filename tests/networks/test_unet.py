@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fastdmd import diffusion, pretrain
 from fastdmd.networks.unet import UNet, UNetConfig, positional_embedding
-from fastdmd.networks.unet_blocks import Concatenate, Conv1x1, Repeat
+from fastdmd.networks.unet_blocks import Concatenate, Product1x1, Repeat
 from fastdmd.networks.weights import load_network, save_network
 from tests.helpers.networks import SMALL, make_network
 
@@ -64,7 +64,7 @@ def inputs(config, B=3):
 
 
 def test_a_product_is_the_convolution_of_single_pixels():
-    layer = Conv1x1(6, 9, 1).double().to(memory_format=torch.channels_last)
+    layer = Product1x1(6, 9, 1).double().to(memory_format=torch.channels_last)
     x = torch.randn(2, 6, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
     tensors, expected = (x, *layer.parameters()), layer(x)
     product = layer.as_product(x)
