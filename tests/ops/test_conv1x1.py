@@ -1,5 +1,6 @@
 """conv1x1 against torch's convolution in float64, on every instruction set, and where it leaves the work to torch."""
 
+import functools
 import importlib
 import os
 import subprocess
@@ -10,6 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from fastdmd import ops
+from tests.helpers import convolutions
+from tests.helpers.convolutions import results
 
 module = importlib.import_module("fastdmd.ops.conv1x1")  # behind the function of its name
 IS_NATIVE = "native" in ops.implementations("conv1x1")
@@ -26,26 +29,13 @@ SHAPES = [
 ]
 
 
-def inputs(shape, bias=True):
-    B, C_in, C_out, H, W = shape
-    generator = torch.Generator().manual_seed(B * H)
-    x = torch.randn(B, C_in, H, W, generator=generator).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(C_out, C_in, 1, 1, generator=generator) / C_in**0.5
-    return x, weight, torch.randn(C_out, generator=generator) if bias else None
-
-
-def results(function, *arguments):
-    """The output and the gradients of all arguments."""
-    arguments = [None if a is None else a.detach().clone().requires_grad_() for a in arguments]
-    y = function(*arguments)
-    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    return [y, *torch.autograd.grad(y, [a for a in arguments if a is not None], grad_y)]
+inputs = functools.partial(convolutions.inputs, side=1)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_errs_no_more_than_rounding(shape, bias):
-    given = inputs(shape, bias)
+    given = inputs(shape, bias=bias)
     own = results(torch.ops.fastdmd.conv1x1, *given)  # whether it suits or not
     exact = results(F.conv2d, *(None if t is None else t.double() for t in given))
     assert own[0].is_contiguous(memory_format=torch.channels_last)

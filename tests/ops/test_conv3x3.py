@@ -1,5 +1,6 @@
 """conv3x3 against torch's convolution in float64, on every instruction set, and where it leaves the work to torch."""
 
+import functools
 import importlib
 import itertools
 import os
@@ -14,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdmd import ops
 from fastdmd.ops._registry import chosen
+from tests.helpers import convolutions
+from tests.helpers.convolutions import results
 
 module = importlib.import_module("fastdmd.ops.conv3x3")  # behind the function of its name
 # B, C_in, C_out, H, W: whole and cut tiles, one row, all widths of a panel, more than one block, one or two threads;
@@ -36,25 +39,12 @@ SHAPES = [
 ]
 
 
-def inputs(shape, bias=True):
-    B, C_in, C_out, H, W = shape
-    generator = torch.Generator().manual_seed(B * H)
-    x = torch.randn(B, C_in, H, W, generator=generator).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(C_out, C_in, 3, 3, generator=generator) / C_in**0.5
-    return x, weight, torch.randn(C_out, generator=generator) if bias else None
-
-
-def results(function, *arguments, dtype=torch.float32):
-    """The output and the gradients of all arguments; that of the output is one that `dtype` holds."""
-    arguments = [None if a is None else a.detach().clone().requires_grad_() for a in arguments]
-    y = function(*arguments)
-    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(y.dtype)
-    return [y, *torch.autograd.grad(y, [a for a in arguments if a is not None], grad_y)]
+inputs = functools.partial(convolutions.inputs, side=3)
 
 
 def own_and_exact(shape, *, bias=True, weight_format=torch.contiguous_format, dtype=torch.float32):
     """Of ours, whether it suits or not, and of torch in float64: see `results`."""
-    x, weight, bias = (None if t is None else t.to(dtype) for t in inputs(shape, bias))
+    x, weight, bias = (None if t is None else t.to(dtype) for t in inputs(shape, bias=bias))
     weight = weight.contiguous(memory_format=weight_format)
     own = results(torch.ops.fastdmd.conv3x3, x, weight, bias, dtype=dtype)
     doubles = (None if t is None else t.double() for t in (x, weight, bias))
