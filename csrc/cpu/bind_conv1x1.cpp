@@ -1,5 +1,5 @@
 // Bindings of conv1x1: which threads take which pixels and channels.
-#include "bindings.h"
+#include "convolution.h"
 
 namespace fastdmd {
 namespace {
@@ -8,16 +8,12 @@ using torch::stable::parallel_for;
 
 constexpr int64_t WORTH = 1 << 20;  // multiplications worth a thread: about 10 us of work
 
-void check(const Tensor& images, const char* name) {
-  const int64_t C = images.size(1), H = images.size(2), W = images.size(3);
-  const auto strides = [&](int64_t dim, int64_t stride) {
-    return images.size(dim) == 1 || images.stride(dim) == stride;
-  };
-  const bool channels_last = strides(0, H * W * C) && strides(1, 1) && strides(2, W * C) && strides(3, C);
-  STD_TORCH_CHECK(images.scalar_type() == ScalarType::Float && C > 0 && C % Conv3x3::CHANNEL_STEP == 0 && channels_last,
-                  "fastdmd.conv1x1: expected ",
-                  name,
-                  " of float32, channels_last, of a multiple of 16 channels");
+constexpr Convolution OP{.name = "conv1x1", .side = 1, .takes_bfloat16 = false};
+
+// Raises unless the weight's rows follow each other.
+void check_rows(const Tensor& weight /* [C_out, C_in, 1, 1] */) {
+  STD_TORCH_CHECK(weight.stride(0) == weight.size(1) && weight.stride(1) == 1,
+                  "fastdmd.conv1x1: expected a weight in rows of its input channels, one after the other");
 }
 
 template <class T>
@@ -45,14 +41,9 @@ void run(const Conv1x1& a) {
 Tensor conv1x1(Tensor x,       // [B, C_in, H, W]
                Tensor weight,  // [C_out, C_in, 1, 1]
                std::optional<Tensor> bias /* [C_out] */) {
-  check(x, "x");
-  Tensor y = torch::stable::empty({x.size(0), weight.size(0), x.size(2), x.size(3)},
-                                  x.scalar_type(),
-                                  std::nullopt,
-                                  std::nullopt,
-                                  std::nullopt,
-                                  torch::headeronly::MemoryFormat::ChannelsLast);
-  check(y, "y");
+  Tensor y = output(x, weight.size(0));
+  check(OP, x, weight, y, bias);
+  check_rows(weight);
   Conv1x1 a = arguments(x, weight, false);
   const Tensor matrix = torch::stable::new_empty(weight, {a.in_channels, a.out_channels});
   a.matrix = floats<float>(matrix);
@@ -68,14 +59,9 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_backward(Tensor grad_y,  // [B, C_out
                                                     Tensor weight,  // [C_out, C_in, 1, 1]
                                                     bool of_input,
                                                     bool of_parameters) {
-  check(grad_y, "grad_y");
-  check(x, "x");
-  const auto wanted = [&](bool is, const Tensor& like) {
-    return is ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {int64_t(0)});
-  };
-  Tensor grad_x = wanted(of_input, x);
-  Tensor grad_weight = wanted(of_parameters, weight);
-  Tensor grad_bias = torch::stable::new_empty(weight, {of_parameters ? weight.size(0) : int64_t(0)});
+  check(OP, x, weight, grad_y);
+  check_rows(weight);
+  auto [grad_x, grad_weight, grad_bias] = gradients(x, weight, of_input, of_parameters);
   if (of_input) {
     Conv1x1 a = arguments(grad_y, weight, true);
     a.matrix = floats<float>(weight);

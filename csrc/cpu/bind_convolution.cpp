@@ -3,25 +3,14 @@
 #include <cstdlib>
 #include <limits>
 
-#include "bindings.h"
+#include "convolution.h"
 
 namespace fastdmd {
 namespace {
 
 using torch::stable::parallel_for;
 
-void check(const Tensor& images, const char* name, ScalarType dtype) {
-  const int64_t C = images.size(1), H = images.size(2), W = images.size(3);
-  const auto strides = [&](int64_t dim, int64_t stride) {
-    return images.size(dim) == 1 || images.stride(dim) == stride;
-  };
-  const bool channels_last = strides(0, H * W * C) && strides(1, 1) && strides(2, W * C) && strides(3, C);
-  STD_TORCH_CHECK(images.scalar_type() == dtype && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) &&
-                      C > 0 && C % Conv3x3::CHANNEL_STEP == 0 && channels_last,
-                  "fastdmd.conv3x3: expected ",
-                  name,
-                  " of the weight's dtype, float32 or bfloat16, channels_last, of a multiple of 16 channels");
-}
+constexpr Convolution OP{.name = "conv3x3", .side = 3, .takes_bfloat16 = true};
 
 // A multiplication is that of a weight, for a step of tiles.
 int64_t multiplications(const Conv3x3& a, const Conv3x3::Tiles& kind) { return a.steps(kind) * kind.num_matrices(); }
@@ -215,16 +204,8 @@ void run(Conv3x3 a) {
 Tensor conv3x3(Tensor x,       // [B, C_in, H, W]
                Tensor weight,  // [C_out, C_in, 3, 3]
                std::optional<Tensor> bias /* [C_out] */) {
-  check(x, "x", weight.scalar_type());
-  Tensor y = torch::stable::empty({x.size(0), weight.size(0), x.size(2), x.size(3)},
-                                  x.scalar_type(),
-                                  std::nullopt,
-                                  std::nullopt,
-                                  std::nullopt,
-                                  torch::headeronly::MemoryFormat::ChannelsLast);
-  check(y, "y", weight.scalar_type());
-  STD_TORCH_CHECK(!bias || bias->scalar_type() == weight.scalar_type(),
-                  "fastdmd.conv3x3: expected a bias of the weight's dtype");
+  Tensor y = output(x, weight.size(0));
+  check(OP, x, weight, y, bias);
   Conv3x3 a = arguments(x, weight, y, Of::output);
   a.bias = bias ? bias->const_data_ptr() : nullptr;
   run(a);
@@ -236,14 +217,8 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
                                                     Tensor weight,  // [C_out, C_in, 3, 3]
                                                     bool of_input,
                                                     bool of_parameters) {
-  check(grad_y, "grad_y", weight.scalar_type());
-  check(x, "x", weight.scalar_type());
-  const auto wanted = [&](bool is, const Tensor& like) {
-    return is ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {int64_t(0)});
-  };
-  Tensor grad_x = wanted(of_input, x);
-  Tensor grad_weight = wanted(of_parameters, weight);
-  Tensor grad_bias = torch::stable::new_empty(weight, {of_parameters ? weight.size(0) : int64_t(0)});
+  check(OP, x, weight, grad_y);
+  auto [grad_x, grad_weight, grad_bias] = gradients(x, weight, of_input, of_parameters);
   if (of_input) run(arguments(grad_y, weight, grad_x, Of::input_gradient));
   if (!of_parameters) return {grad_x, grad_weight, grad_bias};
   Conv3x3 a = arguments(x, grad_weight, grad_y, Of::weight_gradient);

@@ -197,7 +197,7 @@ void backward(const GroupNormSiLU& a, int64_t group_begin, int64_t group_end) {
   constexpr bool in_place = std::is_same_v<T, W>;
   Scratch<W> scratch(in_place ? 0 : n * slice.pixels);
   W* __restrict grad_m = in_place ? reinterpret_cast<W*>(grad_x) : scratch.data;
-  Scratch<double> both(2 * n), deviations(n);
+  Scratch<double> both(2 * n), deviations(a.x_offset ? n : 0);
   slice.template sums<W, 2>(both.data, [=](int64_t c, int64_t i, int64_t dense) {
     const W centred = load(x[i]) - mean[c];
     const W g = load(grad_y[i]) * activation_derivative<Silu>(gain[c] * centred + offset[c]);

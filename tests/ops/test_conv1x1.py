@@ -149,6 +149,39 @@ def test_traces_and_checks():
             torch.ops.fastdmd_native.conv1x1(x, weight[:0], None)
 
 
+@pytest.mark.skipif(not IS_NATIVE, reason="there is no native code to refuse it")
+@pytest.mark.parametrize("side", [1, 3])
+def test_native_code_refuses_what_it_would_misread(side):
+    """Who calls the op behind the function gets an error, forward and backward, no number that means nothing."""
+    x, weight, bias = convolutions.inputs((4, 32, 48, 8, 8), side)
+    grad_y = torch.randn(4, 48, 8, 8).contiguous(memory_format=torch.channels_last)
+    forward, backward = (getattr(torch.ops.fastdmd, f"conv{side}x{side}{suffix}") for suffix in ("", "_backward"))
+    y, grads = forward(x, weight, bias), backward(grad_y, x, weight, True, True)
+    assert y.shape == grad_y.shape and [g.shape for g in grads] == [x.shape, weight.shape, bias.shape]
+    weights = [
+        weight.double(),
+        weight[:, :16],
+        torch.cat([weight, weight], 1),
+        weight[0],
+        weight[..., :1, :1].expand(-1, -1, 5, 5),
+    ]
+    if side == 1:
+        weights += [weight.half(), weight.bfloat16(), weight[:, :, 0, 0].t().contiguous().t()[:, :, None, None]]
+    for wrong in weights:
+        for call in (lambda w: forward(x, w, None), lambda w: backward(grad_y, x, w, True, True)):
+            with pytest.raises(RuntimeError, match=f"fastdmd.conv{side}x{side}: expected "):
+                call(wrong)
+    for wrong in (bias.double(), bias[:47], bias[:, None], bias.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match=f"fastdmd.conv{side}x{side}: expected a dense bias"):
+            forward(x, weight, wrong)
+    for wrong in (grad_y.contiguous(), grad_y.double(), grad_y[:3], grad_y[:, :32], grad_y[..., :7], grad_y[0]):
+        with pytest.raises(RuntimeError, match=f"fastdmd.conv{side}x{side}: expected "):
+            backward(wrong, x, weight, True, True)
+    for wrong in (x.contiguous(), x.double(), x[0], x[:, :, :, :7]):
+        with pytest.raises(RuntimeError, match=f"fastdmd.conv{side}x{side}: expected "):
+            backward(grad_y, wrong, weight, True, True)
+
+
 def test_nothing_is_hidden():
     x, weight, bias = inputs((4, 16, 16, 12, 12))
     for value in (float("nan"), float("inf")):
