@@ -50,11 +50,22 @@ class Executor:
 
     def denoiser(self, network: Denoiser) -> Denoiser:
         """The network, as the turns call it."""
-        is_compiled = self.name == "compiled" or (self.name == "captured" and self.device.type == "cuda")
-        return CompiledNetwork(network, self._compiler) if is_compiled else network
+        return CompiledNetwork(network, self._compiler) if self._compiles else network
+
+    def fused(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What a function of tensors gives: of many small operations, a GPU gets few launches where networks are
+        compiled. It may write to tensors, draws no random numbers, and looks at no value."""
+        if not self._compiles or self.device.type != "cuda":
+            return function(*arguments, **options)
+        return self._compiler.fused(function)(function, *arguments, **options)
+
+    @property
+    def _compiles(self) -> bool:
+        return self.name == "compiled" or (self.name == "captured" and self.device.type == "cuda")
 
     def renew(self, turns: tuple[str, ...], turns_beside: tuple[str, ...]) -> None:
         """For turns over new buffers, which need other graphs."""
+        self._compiler.forget_fused()
         if self.name != "captured":
             return
         if self.device.type == "cpu":
@@ -106,7 +117,7 @@ class Executor:
 
 
 class Compiler:
-    """`torch.compile` for networks that may be copies of each other, which share what is alike.
+    """`torch.compile` for networks that may be copies of each other, which share what is alike; and for small functions.
 
     Dynamo keeps compiled code with the code object that it is of, and refuses a ninth there (`recompile_limit`); all
     networks of one class, anybody's, would share that of its `forward`. Here every shape of images has a function of
@@ -117,10 +128,21 @@ class Compiler:
     def __init__(self, mode: str | None):
         self._mode = mode
         self._forwards: dict[tuple[torch.Size, bool, int | None], Callable[..., Any]] = {}
+        self._fused: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which compile for themselves."""
-        return {"_mode": self._mode, "_forwards": {}}
+        return {"_mode": self._mode, "_forwards": {}, "_fused": {}}
+
+    def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What takes this function, and its arguments, and is compiled for it alone."""
+        if function not in self._fused:
+            self._fused[function] = torch.compile(_own_call(), fullgraph=True, dynamic=False, mode=self._mode)
+        return self._fused[function]
+
+    def forget_fused(self) -> None:
+        """For tensors of other shapes."""
+        self._fused = {}
 
     def __call__(
         self,
@@ -169,9 +191,20 @@ def _own_forward(num_denoised: int | None) -> Callable[..., Any]:
         def forward(network: Denoiser, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Any:
             return network.with_features(x, sigma, class_labels, num_denoised=num_denoised)
 
-    # Functions of one definition share their code object. Another name makes this one unequal to theirs, too.
-    forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
-    return forward
+    return _with_own_code(forward)
+
+
+def _own_call() -> Callable[..., Any]:
+    def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return function(*arguments, **options)
+
+    return _with_own_code(call)
+
+
+def _with_own_code(function: Any) -> Callable[..., Any]:
+    """Functions of one definition share their code object. Another name makes this one unequal to theirs, too."""
+    function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    return function
 
 
 class CapturedTurn:

@@ -224,6 +224,7 @@ class DMD2:
         return self.buffers
 
     def _generator_turn(self, buffers: Buffers) -> None:
+        fused = self.executor.fused
         terms: list[Terms] = []
         seen: list[Tensor] = []
         comparisons: list[Tensor] = []
@@ -237,17 +238,17 @@ class DMD2:
             )
             self._backward(found.total, self.generator_optimizer, accumulate=bool(terms))
             terms.append(found.detach())
-            seen.append(marks(part.draws.start_images, x_gen, teacher.D_x, fake_score.D_x))
+            seen.append(fused(marks, part.draws.start_images, x_gen, teacher.D_x, fake_score.D_x))
             part.x_gen.copy_(x_gen.detach())
             if teacher.D_x is not None and fake_score.D_x is not None:
                 compared = part.x_gen, teacher.D_x, fake_score.D_x, part.draws.dm_sigma
-                comparisons.append(comparison(*(x[watched] for x in compared)))
-        statistics = turn_statistics(buffers.x_gen[watched], comparisons)
+                comparisons.append(fused(comparison, *(x[watched] for x in compared)))
+        statistics = fused(turn_statistics, buffers.x_gen[watched], comparisons)
         self._update(self.generator_tally, [self.generator_optimizer], terms, seen, statistics)
         if self.is_in_parts:
             rest(self.teacher)
         if self.class_sums is not None and buffers.inputs.class_labels is not None:
-            self.class_sums.add(buffers.x_gen[watched], buffers.inputs.class_labels[watched])
+            fused(ClassSums.add, self.class_sums, buffers.x_gen[watched], buffers.inputs.class_labels[watched])
 
     def _guidance_turn(self, buffers: Buffers) -> None:
         terms: list[Terms] = []
@@ -259,7 +260,8 @@ class DMD2:
             if self.head_optimizer is not None and found.head is not None:
                 self._backward(found.head, self.head_optimizer, accumulate=bool(terms))
             terms.append(found.detach())
-            seen.append(marks(getattr(part.draws, "real_images", None), part.x_gen, None, fake_score.D_x))
+            made = getattr(part.draws, "real_images", None), part.x_gen, None, fake_score.D_x
+            seen.append(self.executor.fused(marks, *made))
         self._update(self.guidance_tally, self._guidance_optimizers, terms, seen)
 
     @property
@@ -298,13 +300,14 @@ class DMD2:
         losses = [_mean([part.scalars[name] for part in terms]) for name in tally.names[: -len(optimizers)]]
         shares = [part.left_out for part in terms if part.left_out is not None]
         left_out = _mean(shares) if shares else None
-        found = torch.stack(seen).sum(0)
-        permitted = tally.permits(losses, found, left_out)
+        found = seen[0] if len(seen) == 1 else torch.stack(seen).sum(0)
+        permitted = self.executor.fused(Tally.permits, tally, losses, found, left_out)
         options: dict[str, Tensor] = {}
         if left_out is not None and not self.ranks.is_alone:
             options["balance"] = left_out - MOST_LEFT_OUT
         norms = [optimizer.update(permitted, **options) for optimizer in optimizers]
-        tally.add(*losses, *norms, seen=found, left_out=left_out, statistics=statistics)
+        told = {"seen": found, "left_out": left_out, "statistics": statistics}
+        self.executor.fused(Tally.add, tally, *losses, *norms, **told)
 
 
 def _mean(values: list[Tensor]) -> Tensor:

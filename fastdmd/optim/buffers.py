@@ -79,7 +79,7 @@ class Buffers:
         """The norm of all gradients, and the factor that clips each of them: NaN, so that no group moves, where the
         norm is not finite."""
         norm = torch.linalg.vector_norm(self.grad, dtype=self.param.dtype)
-        return norm, (max_grad_norm / (norm + 1e-6)).clamp(max=1) + 0 * norm
+        return norm, (max_grad_norm / (norm + 1e-6)).clamp(max=1) + (norm - norm)
 
     def update(
         self, part: slice, step: Tensor, learning_rate: Tensor, *, factor: Tensor | None = None, **options: Any

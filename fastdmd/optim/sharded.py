@@ -130,7 +130,7 @@ class _Buffers(Buffers):
 
     def clipping(self, max_grad_norm: float) -> tuple[Tensor, Tensor]:
         norm = self._squares.sqrt().to(self.param.dtype)
-        return norm, (max_grad_norm / (norm + 1e-6)).clamp(max=1) + 0 * norm
+        return norm, (max_grad_norm / (norm + 1e-6)).clamp(max=1) + (norm - norm)
 
     def by_name(self, names: Sequence[str], like: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
         return {kind: dict(zip(names, self.parts(buffer), strict=True)) for kind, buffer in self.kinds().items()}

@@ -1,0 +1,80 @@
+"""The accounts of a turn as a GPU computes them: compiled, here for a CPU."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from fastdmd.distill.execution import Compiler, Executor
+from fastdmd.distill.guard import Guard, marks
+from fastdmd.distill.statistics import TURN_STATISTICS, ClassSums, comparison, turn_statistics
+from fastdmd.distill.tally import Tally
+
+CPU = torch.device("cpu")
+TURNS = {  # what is wrong with it
+    "good": {},
+    "generated image": {"x_gen": math.nan},
+    "teacher's output": {"D_real": math.inf},
+    "loss_dm": {"loss": -math.inf},
+    "norm": {"norm": math.nan},
+    "many left out": {"left_out": 0.5},
+    "good again": {},
+}
+
+
+class Accounts:
+    def __init__(self, stops):
+        self.guard = Guard(CPU, stops=stops)
+        self.tally = Tally(("loss_dm", "norm"), CPU, TURN_STATISTICS, self.guard)
+        self.class_sums = ClassSums((1, 8, 8), 3, CPU)
+
+    def take(self, x_gen, D_real, D_fake, sigma, labels, loss, norm, left_out):
+        seen = marks(None, x_gen, D_real, D_fake)
+        permitted = self.tally.permits([loss], seen, left_out)
+        statistics = turn_statistics(x_gen, [comparison(x_gen, D_real, D_fake, sigma)])
+        self.tally.add(loss, norm, seen=seen, left_out=left_out, statistics=statistics)
+        self.class_sums.add(x_gen, labels)
+        return permitted, self.guard.is_halted.clone(), seen
+
+    def state(self):
+        return {**self.tally.state_dict(), **self.class_sums.state_dict(), "latest": self.tally.latest}
+
+
+def inputs(index, **wrong):
+    torch.manual_seed(index)
+    images = {name: torch.randn(6, 1, 8, 8) for name in ("x_gen", "D_real", "D_fake")}
+    scalars = {name: torch.tensor(index + 1.0) for name in ("loss", "norm")}
+    found = {**images, "sigma": torch.rand(6) * 9, "labels": torch.arange(6) % 3, **scalars}
+    found["left_out"] = torch.tensor(0.25)
+    for name, value in wrong.items():
+        found[name].view(-1)[-1] = value
+    return found
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_compiled_accounts_find_what_is_not_finite(stops):
+    compiler, eager, compiled = Compiler(None), Accounts(stops), Accounts(stops)
+    told = []
+    for index, wrong in enumerate(TURNS.values()):
+        eager.guard.begin(index)
+        compiled.guard.begin(index)
+        expected = eager.take(**inputs(index, **wrong))
+        found = compiler.fused(Accounts.take)(Accounts.take, compiled, **inputs(index, **wrong))
+        for one, other in ((found, expected), (compiled.state(), eager.state())):
+            torch.testing.assert_close(one, other, equal_nan=True)
+        told.append(tuple(answer.item() for answer in found[:2]))
+    never_halted = [(True, False), (False, False), (True, False), (False, False), (True, False), (False, False)]
+    assert told == ([(True, False)] + 6 * [(False, True)] if stops else [*never_halted, (True, False)])
+    assert str(compiled.tally.fault()) == "NaN or infinity in generated image, iteration 2"
+
+
+def test_only_a_gpu_is_given_compiled_accounts_and_those_of_other_shapes_are_forgotten():
+    executor = Executor("compiled", CPU)
+    assert torch.equal(executor.fused(torch.add, torch.ones(2), torch.ones(2), alpha=2), torch.full((2,), 3.0))
+    compiler = Compiler(None)
+    function = compiler.fused(marks)
+    assert compiler.fused(marks) is function and compiler.fused(comparison) is not function
+    assert copy.deepcopy(compiler).fused(marks) is not function
+    compiler.forget_fused()
+    assert compiler.fused(marks) is not function
