@@ -18,6 +18,7 @@ MEGABYTES = (64, 256)  # of a tensor
 LOSSES = ("denoising_loss", "dm_loss", "fake_loss")
 IMAGE_OPS = ("add_noise", "add_noise_rng", *LOSSES, "scale_gradient")
 GROUP_NORM_OPS = ("group_norm_silu", "group_norm_silu_backward")
+FEATURE_OPS = (*GROUP_NORM_OPS, "bias_gradient")
 # Channels and size of feature maps: of ADM at ImageNet-64, whose decoder joins two of 576, and of EDM's at CIFAR-10.
 FEATURE_MAPS = ((192, 64), (384, 32), (576, 16), (768, 8), (1152, 16), (128, 32), (256, 16))
 REAL_IMAGES = ((40, 3, 64, 64), (64, 3, 32, 32))
@@ -56,7 +57,7 @@ def cases() -> list[Case]:
         found += [Case(op, name, shape) for shape in REAL_IMAGES for name in DTYPES]
     for megabytes in MEGABYTES:
         found += [Case("adamw_ema_", name, (megabytes * 250_000,), compiled=megabytes == 64) for name in DTYPES]
-    for op in GROUP_NORM_OPS:
+    for op in FEATURE_OPS:
         for name, dtype in DTYPES.items():
             for C, size in FEATURE_MAPS:
                 batch = round(MEGABYTES[0] * 1e6 / (C * size * size * dtype.itemsize))
@@ -116,6 +117,7 @@ def arguments(case: Case, device: str, seed: int = 0) -> tuple:
         "denoising_loss": lambda: (image(), image(), sigma),
         "fake_loss": lambda: (image(), image(), sigma, 0.5),
         "scale_gradient": lambda: (image(), normal(1)[0], dtype),
+        "bias_gradient": lambda: (image(),),
     }[case.op]()
 
 
@@ -135,8 +137,8 @@ def bytes_moved(op: str, given: tuple, returned: tuple[Tensor, ...]) -> int:
     """Each input read once and each result written once; an update reads its gradients twice, to clip before it moves.
 
     So `add_noise` 3 values of its dtype an element and `add_noise_rng` 2, `dm_loss` 4, `fake_loss` and `denoising_loss`
-    3 (with their gradients), `scale_gradient` 2, `group_norm_silu` 2 and its backward 3, and small tables; `adamw_ema_`
-    8 of float32 and 2 of the gradient's dtype, and the copy written.
+    3 (with their gradients), `scale_gradient` 2, `group_norm_silu` 2 and its backward 3, `bias_gradient` 1, and small
+    tables; `adamw_ema_` 8 of float32 and 2 of the gradient's dtype, and the copy written.
     """
 
     def total(tensors) -> int:

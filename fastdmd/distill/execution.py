@@ -117,7 +117,7 @@ class Executor:
 
 
 class Compiler:
-    """`torch.compile` for networks that may be copies of each other, which share what is alike; and for small functions.
+    """`torch.compile` for networks that may be copies of each other, which share what is alike, and for functions.
 
     Dynamo keeps compiled code with the code object that it is of, and refuses a ninth there (`recompile_limit`); all
     networks of one class, anybody's, would share that of its `forward`. Here every shape of images has a function of

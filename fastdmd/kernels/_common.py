@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdmd.ops._math import gradient_dtype as gradient_dtype
 from fastdmd.ops._math import wide_dtype as wide_dtype
 
-NUM_TICKETS = 4096
+NUM_TICKETS, TICKETS = 4096, 4  # times four of 4 bytes
 ADDED = tl.constexpr(1024)  # partial sums that a program adds up at a time
 
 # By device and whether launches are captured.
@@ -20,7 +20,8 @@ _tickets: dict[tuple[torch.device, bool], itertools.cycle] = {}
 
 
 def ticket(device: torch.device) -> Tensor:
-    """An int32 zero on the device, where the programs of one launch count themselves; the last one makes it 0 again.
+    """Zeros on the device, int32 `[4]`, where the programs of one launch count themselves, all or those of each of up
+    to four parts; the last one makes it 0 again.
 
     So no launch has to clear it. Launches take turns through 4096 of them, because some may run at the same time; those
     in a CUDA graph, which keeps theirs for all its replays, through 4096 others. They lie 16 bytes apart: Triton
@@ -35,7 +36,7 @@ def ticket(device: torch.device) -> Tensor:
                 "fastdmd.ops: expected an op to run once before a CUDA graph captures it, got its first call"
             )
         # From the host, so that they are there for every stream.
-        slots = torch.zeros(2 * NUM_TICKETS, 4, dtype=torch.int32).to(device).unbind()
+        slots = torch.zeros(2 * NUM_TICKETS, TICKETS, dtype=torch.int32).to(device).unbind()
         for of_captured, own in ((False, slots[:NUM_TICKETS]), (True, slots[NUM_TICKETS:])):
             _tickets[device, of_captured] = itertools.cycle(own)
     return next(_tickets[device, captured])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,18 +13,54 @@ from fastdmd.networks.unet_config import UNetConfig
 from fastdmd.ops._validate import laid_out, memory_format
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Where every launch costs, and every pass over features: a bias is added in what follows the convolution."""
+    return x.is_cuda
+
+
+class OfBias(torch.autograd.Function):
+    """Features that have a bias `[C]` already; here they meet for the sake of its gradient, one launch on a GPU."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.layout = memory_format(y)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not ctx.needs_input_grad[1]:
+            return grad, None
+        return grad, torch.ops.fastdmd.bias_gradient(laid_out(grad, ctx.layout))
+
+
+class AddBias(OfBias):
+    """Features and their bias: a sum, which torch.compile fuses with others."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.layout = memory_format(y)
+        return y + bias.to(y.dtype)[:, None, None]  # as autocast does
+
+
+def _convolve(convolution: Callable[..., Tensor], layer: nn.Conv2d, x: Tensor, with_bias: bool) -> Tensor:
+    assert layer.bias is not None  # as torch makes it
+    if with_bias and on_gpu(x) and layer.bias.requires_grad and torch.is_grad_enabled():
+        return AddBias.apply(convolution(x, layer.weight), layer.bias)
+    return convolution(x, layer.weight, layer.bias if with_bias else None)
+
+
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution, padded by one; with its bias, if nobody else adds that."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        return ops.conv3x3(x, self.weight, self.bias if with_bias else None)
+        return _convolve(ops.conv3x3, self, x, with_bias)
 
 
 class Conv1x1(nn.Conv2d):
-    """A convolution of pixels one by one."""
+    """A convolution of pixels one by one; with its bias, if nobody else adds that."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.conv1x1(x, self.weight, self.bias)
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        return _convolve(ops.conv1x1, self, x, with_bias)
 
 
 class Product1x1(Conv1x1):
@@ -32,13 +70,15 @@ class Product1x1(Conv1x1):
     that reads and writes all. Only there it pays: sums of products, unlike those of convolutions, lose their layout.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        is_product = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
-        return self.as_product(x) if is_product else super().forward(x)
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        is_product = with_bias and on_gpu(x) and x.is_contiguous(memory_format=torch.channels_last)
+        return self.as_product(x) if is_product else super().forward(x, with_bias)
 
     def as_product(self, x: Tensor) -> Tensor:  # [B, C_in, H, W], channels_last -> [B, C_out, H, W], likewise
         weight = self.weight.permute(0, 2, 3, 1).flatten(0, 2)  # so that its gradient has its strides
-        return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
+        assert self.bias is not None  # as torch makes it
+        y = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.detach()).permute(0, 3, 1, 2)
+        return OfBias.apply(y, self.bias)
 
 
 def conv(
@@ -243,16 +283,23 @@ class Block(nn.Module):
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)
         scale, shift, offset = (*embedding.chunk(2, dim=1), None) if self.adaptive_scale else (None, None, embedding)
-        if y.is_cuda and type(self.conv0) is Conv3x3:  # where a bias and its gradient take launches of their own
+        if on_gpu(y) and type(self.conv0) is Conv3x3:
             y, bias = self.conv0(y, with_bias=False), self.conv0.bias
             assert bias is not None  # as torch makes it
             offset = bias if offset is None else offset + bias
         else:
             y = self.conv0(y)
         y = self.norm1(y, scale, shift, offset)
-        y = self.conv1(self.dropout(y))
-        x = self._scaled(y.add_(x if self.skip is None else self.skip(x)))  # no gradient needs a convolution's output
+        x = self._scaled(self._sum(x, self.dropout(y)))
         return x if self.attention is None else self._scaled(self.attention(x))
+
+    def _sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """`conv1(y) + skip(x)`, in place, as no gradient needs a convolution's output."""
+        if on_gpu(x) and type(self.conv1) is Conv3x3 and type(self.skip) is Conv1x1:  # two biases of one gradient
+            assert self.conv1.bias is not None and self.skip.bias is not None  # as torch makes them
+            y = self.conv1(y, with_bias=False).add_(self.skip(x, with_bias=False))
+            return AddBias.apply(y, self.conv1.bias + self.skip.bias)
+        return self.conv1(y).add_(x if self.skip is None else self.skip(x))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.skip_scale == 1 else x.mul_(self.skip_scale)  # of a fresh sum, which no gradient needs

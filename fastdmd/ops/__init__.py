@@ -7,6 +7,7 @@ must know. `implementations` tells who else computes it. Importing this package 
 from fastdmd.ops._registry import implementations, names, require_environment, unavailable, use_backend
 from fastdmd.ops.adamw_ema import adamw_ema_
 from fastdmd.ops.add_noise import add_noise
+from fastdmd.ops.bias_gradient import bias_gradient
 from fastdmd.ops.conv1x1 import conv1x1
 from fastdmd.ops.conv3x3 import conv3x3
 from fastdmd.ops.dm_gradient import dm_gradient
@@ -18,6 +19,7 @@ from fastdmd.ops.philox import philox, rng_key, rng_state
 __all__ = [
     "adamw_ema_",
     "add_noise",
+    "bias_gradient",
     "conv1x1",
     "conv3x3",
     "denoising_loss",

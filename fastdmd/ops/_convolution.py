@@ -126,7 +126,7 @@ def define_convolution(name: str, padding: int) -> tuple[Callable, Any]:
         fake=fake,
         setup_context=setup_context,
         backward=backward,
-        cpu_only=True,
+        only="native code for CPUs",
     )
     backward_op = define(
         f"{name}_backward(Tensor grad_y, Tensor x, Tensor weight, bool of_input, bool of_parameters)"
@@ -134,6 +134,6 @@ def define_convolution(name: str, padding: int) -> tuple[Callable, Any]:
         module=name,
         reference=reference_backward,
         fake=fake_backward,
-        cpu_only=True,
+        only="native code for CPUs",
     )
     return reference, op

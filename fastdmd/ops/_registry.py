@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ BACKENDS = ("reference", "triton", "native", "emulated")
 # Ops whose native kernels come first on a GPU as well, because they were measured to be faster than Triton's.
 NATIVE_FIRST = frozenset({"group_norm_silu", "group_norm_silu_backward"})
 
+Only = Literal["native code for CPUs", "a Triton kernel"]
 PLAIN = (Tensor, nn.Parameter)  # any other class may override how torch calls an op
 
 _LIBRARY = torch.library.Library("fastdmd", "DEF")
 _OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
-_CPU_ONLY: set[str] = set()  # ops that a GPU leaves to torch: no Triton kernel, no CUDA
+_ONLY: dict[str, Only] = {}  # ops that all others leave to torch
 _CHOSEN: dict[tuple[str, str], Callable] = {}  # (name, device type): implementation, filled at the first call
 # The same of the `use_backend` blocks around the code that runs, the innermost last.
 _BLOCKS: contextvars.ContextVar[tuple[Mapping, ...]] = contextvars.ContextVar("fastdmd_backends", default=())
@@ -40,18 +41,18 @@ def define(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-    cpu_only: bool = False,
+    only: Only | None = None,
 ) -> Any:
     """Registers an op with `torch.library` and returns what calls it.
 
     `reference` is its default implementation, on every device. CPU and CUDA choose at the first call; `kernels/MODULE`
     has the Triton function and `csrc/*/MODULE` the native one, all of the op's own name and with the same arguments.
-    With `cpu_only` there is the native one for CPUs alone. Without `backward`, asking for a derivative is an error.
+    `only` one of them may be all there is. Without `backward`, asking for a derivative is an error.
     """
     name = schema.split("(")[0]
     _OPS[name] = (module, reference)
-    if cpu_only:
-        _CPU_ONLY.add(name)
+    if only is not None:
+        _ONLY[name] = only
     op = compose(schema, function=reference, fake=fake)
     arguments = op._schema.arguments
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
@@ -196,7 +197,7 @@ def _choose(name: str, device_type: str, forced: str | None) -> Callable:
         return next(iter(implementations(name, device_type).values()))
     if forced not in BACKENDS:
         raise ValueError(f"fastdmd.ops: expected a backend out of {', '.join(BACKENDS)}, got {forced}")
-    if name in _CPU_ONLY and (forced, device_type) != ("native", "cpu"):
+    if _is_missing(name, forced, device_type):
         forced = "reference"
     return _implementation(name, forced, device_type)
 
@@ -278,14 +279,21 @@ def _order(device: torch.device | str) -> tuple[str, ...]:
     return order if "triton" in order else (*order, "triton", "emulated")
 
 
+def _is_missing(name: str, backend: str, device_type: str) -> bool:
+    only = _ONLY.get(name)
+    if only == "a Triton kernel":
+        return backend != "triton"
+    return only is not None and (backend, device_type) != ("native", "cpu")
+
+
 def _implementation(name: str, backend: str, device_type: str) -> Callable:
     if name not in _OPS:
         raise ValueError(f"fastdmd.ops: expected an op out of {', '.join(_OPS)}, got {name}")
     module, reference = _OPS[name]
     if backend == "reference":
         return reference
-    if name in _CPU_ONLY and (backend, device_type) != ("native", "cpu"):
-        raise _native.Unavailable(f"{name} has native code for CPUs alone")
+    if _is_missing(name, backend, device_type):
+        raise _native.Unavailable(f"{name} has {_ONLY[name]} alone")
     if backend == "native":
         if (reason := _native.load(device_type)) is not None:
             raise _native.Unavailable(reason)

@@ -22,6 +22,10 @@ def test_every_op_with_kernels_for_a_gpu_has_a_case():
     assert set(drive_kernels.CASES) == set(ops.names()) - left_to_torch
 
 
+def in_triton_alone(op):
+    return "a Triton kernel alone" in ops.unavailable(op).get("native", "")
+
+
 @NATIVE
 def test_the_native_kernels_pass(capsys):
     assert drive_kernels.main(["--device", "cpu", "--small"]) == 0
@@ -29,6 +33,9 @@ def test_the_native_kernels_pass(capsys):
     assert set(printed) == set(ops.names())
     num_forms = len(drive_kernels.SMALL)
     for op, cases in drive_kernels.CASES.items():
+        if in_triton_alone(op):
+            assert printed[op].endswith("not called: bias_gradient has a Triton kernel alone")
+            continue
         assert f" {len(cases) * num_forms * 2} calls" in printed[op] and printed[op].endswith("ok")
 
 

@@ -42,7 +42,7 @@ INTERPRETED = (
 # chunks of a sample change nothing but rounding.
 IN_THE_INTERPRETER = """
 import torch
-from fastdmd.kernels import _common, dm_loss, fake_loss, group_norm_silu
+from fastdmd.kernels import _common, bias_gradient, dm_loss, fake_loss, group_norm_silu
 torch.manual_seed(0)
 _common.NUM_TICKETS = 2
 images, sigma = torch.randn(3, 5, 3, 9, 9), torch.rand(5) + 0.1
@@ -52,6 +52,11 @@ for _ in range(5):
     torch.testing.assert_close(losses[0], 0.5 * ((images[2] - images[1]) / w).square().mean())
     weight = (sigma**-2 + 4)[:, None, None, None]
     torch.testing.assert_close(losses[1], (weight * (images[0] - images[1]).square()).mean())
+    rows = images[0].reshape(1, -1, 9, 27).contiguous(memory_format=torch.channels_last)  # of 5 channels
+    for bias_gradient.NUM_PROGRAMS, bias_gradient.BYTES in ((1, 32768), (7, 512), (256, 256)):
+        torch.testing.assert_close(bias_gradient.bias_gradient(rows), rows.sum((0, 2, 3)))
+    wide = torch.randn(3, 259, 5, 5).contiguous(memory_format=torch.channels_last)  # of three tiles, and a ticket each
+    torch.testing.assert_close(bias_gradient.bias_gradient(wide), wide.sum((0, 2, 3)))
 tickets = [_common.ticket(images.device) for _ in range(3)]
 assert [t.data_ptr() % 16 for t in tickets] == [0, 0, 0] and tickets[0].data_ptr() != tickets[1].data_ptr()
 assert all(t.eq(0).all() for t in tickets)
@@ -142,6 +147,8 @@ def launches(dtype):
         moments = torch.empty(batch, 32), torch.empty(batch, 32)
         yield "group_norm_silu", "group_norm_silu", (x, *rest, 1e-5, True)
         yield "group_norm_silu_backward", "group_norm_silu", (x, x, *moments, *rest, True)
+    for channels in (192, 2304):  # tiles of 64 and of 1024
+        yield "bias_gradient", "bias_gradient", images(dtype, count=1, shape=(8, channels, 32, 32), channels_last=True)
     flat, step = torch.empty(100_000), torch.empty(1, dtype=torch.int64)
     numbers = (0.9, 0.999, 1e-8, 0.01, 1.0, 0.999, 10.0, True)
     shadow = torch.empty(100_000, dtype=torch.bfloat16)
@@ -184,6 +191,7 @@ def edges():
         yield "group_norm_silu", "group_norm_silu", (x, *parameters, 1e-5, False)
         moments = moments.to(wide)
         yield "group_norm_silu_backward", "group_norm_silu", (x, x, moments, moments, *parameters, False)
+        yield "bias_gradient", "bias_gradient", (x.contiguous(memory_format=torch.channels_last),)
     numbers = (0.9, 0.999, 1e-8, 0.0, math.inf, 0.999, 0.0, False)
     for flat, shadow in ((torch.empty(1), None), (torch.empty(4099, dtype=torch.float64), torch.float16)):
         step, rate = torch.empty(1, dtype=torch.int64), torch.empty(())
@@ -241,7 +249,7 @@ def stack_bytes(cubin, folder):
 
 def wide_loads_of(code, kernel, arguments, options, inputs):
     """How many loads of 16 bytes a thread needs for the large inputs that this kernel reads."""
-    constants = {name: options[name] for name in ("BLOCK", "QUADS", "PIXELS", "CHANNELS") if name in options}
+    constants = {name: options[name] for name in ("BLOCK", "QUADS", "PIXELS", "ROWS", "CHANNELS") if name in options}
     elements = 4 * constants["QUADS"] if "QUADS" in constants else math.prod(constants.values())
     threads = code.metadata.num_warps * code.metadata.target.warp_size
     read = [
@@ -260,9 +268,7 @@ def wide_loads_of(code, kernel, arguments, options, inputs):
 def test_ahead_of_time(name, dtype, monkeypatch, tmp_path):
     """Every kernel compiles for every target, spills nothing, and reads its images 16 bytes at a time."""
     target, cases = TARGETS[name], list(record(monkeypatch, launches(dtype)))
-    assert {case.split(":")[0].split()[0] for case, *_ in cases} == {
-        name for name in ops.names() if not name.startswith("conv")
-    }  # which a GPU leaves to torch
+    assert {case.split(":")[0].split()[0] for case, *_ in cases} == names_with_kernels()
     for case, inputs, *launch in cases:
         compiled = compile_for(target, *launch)
         code, expected = compiled.asm, wide_loads_of(compiled, *launch, inputs)
@@ -279,9 +285,7 @@ def test_ahead_of_time(name, dtype, monkeypatch, tmp_path):
 
 def test_ahead_of_time_at_the_edges(monkeypatch, tmp_path):
     cases = list(record(monkeypatch, edges()))
-    assert {case.split(":")[0] for case, *_ in cases} == {
-        name for name in ops.names() if not name.startswith("conv")
-    }  # which a GPU leaves to torch
+    assert {case.split(":")[0] for case, *_ in cases} == names_with_kernels()
     for case, inputs, *launch in cases:
         code = compile_for(TARGETS["sm_90"], *launch).asm
         assert stack_bytes(code["cubin"], tmp_path) <= SPILLED, (case, inputs[0].shape, inputs[0].dtype)

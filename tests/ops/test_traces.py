@@ -206,6 +206,7 @@ EXPORTS = {
     "fake_loss_raw": lambda x, a, b, sigma: ops.fake_loss_raw(x, a, b, sigma),
     "group_norm_silu": lambda x, a, b, sigma: ops.group_norm_silu(x, WEIGHT, WEIGHT, num_groups=4),
     "group_norm": lambda x, a, b, sigma: ops.group_norm(x, num_groups=4),
+    "bias_gradient": lambda x, a, b, sigma: ops.bias_gradient(x),
     "conv1x1": lambda x, a, b, sigma: ops.conv1x1(x, KERNEL[..., :1, :1], WEIGHT),
     "conv3x3": lambda x, a, b, sigma: ops.conv3x3(x, KERNEL, WEIGHT),
 }
