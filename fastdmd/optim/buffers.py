@@ -98,7 +98,6 @@ class Buffers:
             learning_rate,
             ema=self.averages[0][part] if self.averages else None,
             shadow=None if self.shadow is None else self.shadow[part],
-            zero_grad=True,
             **options,
         )
 
