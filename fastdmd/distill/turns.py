@@ -302,7 +302,7 @@ class DMD2:
         left_out = _mean(shares) if shares else None
         found = seen[0] if len(seen) == 1 else torch.stack(seen).sum(0)
         permitted = self.executor.fused(Tally.permits, tally, losses, found, left_out)
-        options: dict[str, Any] = {"zero_grad": False}
+        options: dict[str, Tensor] = {}
         if left_out is not None and not self.ranks.is_alone:
             options["balance"] = left_out - MOST_LEFT_OUT
         norms = [optimizer.update(permitted, **options) for optimizer in optimizers]

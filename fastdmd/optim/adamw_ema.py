@@ -201,32 +201,29 @@ class AdamWEMA(FlatOptimizer):
         self.num_updates += 1
 
     @torch.no_grad()
-    def update(
-        self, permitted: Tensor | None = None, *, balance: Tensor | None = None, zero_grad: bool = True
-    ) -> Tensor:
+    def update(self, permitted: Tensor | None = None, *, balance: Tensor | None = None) -> Tensor:
         """The device's part of a step, the same launches every time: what a captured graph may hold.
 
         Only `lr` may change under a graph. A replay runs no Python, so no stale autograd graph raises after it. Where
         `permitted`, 0-dim, is False on the device of any process, nothing moves and the norm is NaN, in all of them;
-        with a `process_group` also where the mean of their `balance`, 0-dim, is not below zero. Without `zero_grad` the
-        gradients are anything afterwards, and nothing is written to clear them: for `backward`, which overwrites them.
+        with a `process_group` also where the mean of their `balance`, 0-dim, is not below zero.
         """
         self._gradients.collect(required=True)
         self._adopt()
         if permitted is not None:  # what the op does of a gradient that is not finite
             self._buffers.grad[:1].masked_fill_(~permitted, math.nan)
-        return self._update(balance, zero_grad)
+        return self._update(balance)
 
-    def _update(self, balance: Tensor | None = None, zero_grad: bool = True) -> Tensor:
+    def _update(self, balance: Tensor | None = None) -> Tensor:
         self._buffers.share(balance)
         if self._buffers.param.is_cuda and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
             self._captured_options = fixed_options(self.param_groups)
         if len(self._groups) == 1 and self._buffers.is_whole:
-            norm = self._update_group(0, self._max_grad_norm, zero_grad)
+            norm = self._update_group(0, self._max_grad_norm)
         else:
             norm, factor = self._buffers.clipping(self._max_grad_norm)
             for index in range(len(self._groups)):
-                self._update_group(index, math.inf, True, factor)  # which may be NaN, and between parameters, too
+                self._update_group(index, math.inf, factor)
             if self._buffers.shadow is not None:
                 self._buffers.grad.zero_()
         self._averages.follow(self._buffers.param, self._groups[0].step, norm)
@@ -234,7 +231,7 @@ class AdamWEMA(FlatOptimizer):
         self.note_change()
         return norm
 
-    def _update_group(self, index: int, max_grad_norm: float, zero_grad: bool, factor: Tensor | None = None) -> Tensor:
+    def _update_group(self, index: int, max_grad_norm: float, factor: Tensor | None = None) -> Tensor:
         group, options = self._groups[index], self.param_groups[index]
         return self._buffers.update(
             group.part,
@@ -247,7 +244,6 @@ class AdamWEMA(FlatOptimizer):
             max_grad_norm=max_grad_norm,
             ema_decay=next(iter(self._averages.decays), 0.0),
             ema_warmup=self._averages.warmup,
-            zero_grad=zero_grad,
         )
 
     # What may happen to the network between two updates.

@@ -98,6 +98,7 @@ class Buffers:
             learning_rate,
             ema=self.averages[0][part] if self.averages else None,
             shadow=None if self.shadow is None else self.shadow[part],
+            zero_grad=True,
             **options,
         )
 

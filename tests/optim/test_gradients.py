@@ -225,23 +225,3 @@ def test_the_room_of_another_has_to_fit():
     loss_of(net).backward()
     with pytest.raises(ValueError, match="expected no gradients yet of a network with gradients_with, got some"):
         AdamWEMA(net, learning_rate=0.1, gradients_with=other)
-
-
-@pytest.mark.parametrize("groups", [None, {"bias": {"weight_decay": 0.0}}], ids=["one group", "two groups"])
-@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("max_bytes", [gradients.MAX_BYTES_TWICE, 0], ids=["copied", "in place"])
-def test_gradients_that_are_not_cleared_are_overwritten(groups, compute_dtype, max_bytes, monkeypatch):
-    """Those of an update that was left out, and has made them NaN, too."""
-    monkeypatch.setattr(gradients, "MAX_BYTES_TWICE", max_bytes)
-    nets = network(), network()
-    options = {"learning_rate": 1e-2, "max_grad_norm": 0.1, "groups": groups, "compute_dtype": compute_dtype}
-    for net, zero_grad in zip(nets, (True, False), strict=True):
-        optimizer = AdamWEMA(net, **options)
-        for permitted in (True, False, True, True):
-            loss = net(images().to(compute_dtype or torch.float32)).float().square().mean()
-            optimizer.backward(loss)
-            optimizer.advance()
-            optimizer.update(torch.tensor(permitted), zero_grad=zero_grad)
-            is_clear = all(parameter.grad.eq(0).all() for parameter in net.parameters())
-            assert is_clear == (zero_grad or groups is not None)  # several groups scale them first, in place
-    assert_alike(*nets, rtol=0, atol=0)
