@@ -61,6 +61,9 @@ class Plain:
         n = F.group_norm(x + offset[:, :, None, None], GROUPS, weight, bias)
         return F.silu(n * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
+    def bias_gradient(grad_y):
+        return grad_y.sum((0, 2, 3))
+
     def conv1x1(x, weight, bias):
         return F.conv2d(x, weight, bias)
 
@@ -85,6 +88,7 @@ class Own:
     fake_loss = ops.fake_loss
     fake_loss_raw = ops.fake_loss_raw
     group_norm = lambda x, w, b: ops.group_norm(x, w, b, num_groups=GROUPS)  # noqa: E731
+    bias_gradient = ops.bias_gradient
     conv1x1 = ops.conv1x1
     conv3x3 = ops.conv3x3
 
@@ -111,6 +115,7 @@ CASES = {
     "fake_loss_raw": ((IMAGE, IMAGE, IMAGE, LEVEL), 1),
     "group_norm": ((IMAGE, CHANNEL, CHANNEL), 3),
     "group_norm_silu": ((IMAGE, CHANNEL, CHANNEL, TABLE, TABLE, TABLE), 6),
+    "bias_gradient": ((IMAGE,), 1),
     "conv1x1": ((IMAGE, (16, 16, 1, 1), CHANNEL), 3),
     "conv3x3": ((IMAGE, KERNEL, CHANNEL), 3),
     "adamw_ema_": (((10_000,), (10_000,)), 0),

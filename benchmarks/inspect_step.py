@@ -57,6 +57,7 @@ SOURCES = (
     "fastdmd/distill/starts.py",
     "fastdmd/distill/draws.py",
     "fastdmd/distill/buffers.py",
+    "fastdmd/distill/guard.py",
     "fastdmd/distill/matching.py",
     "fastdmd/distill/statistics.py",
     "fastdmd/distill/tally.py",

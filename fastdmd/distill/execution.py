@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastdmd.diffusion import Denoiser
 from fastdmd.distill.recording import RecordedTurn
@@ -55,17 +56,20 @@ class Executor:
     def fused(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """What a function of tensors gives: of many small operations, a GPU gets few launches where networks are
         compiled. It may write to tensors, draws no random numbers, and looks at no value."""
-        if not self._compiles or self.device.type != "cuda":
+        if not self._fuses:
             return function(*arguments, **options)
-        return self._compiler.fused(function)(function, *arguments, **options)
+        return self._compiler.fused(function, *arguments, **options)
 
     @property
     def _compiles(self) -> bool:
         return self.name == "compiled" or (self.name == "captured" and self.device.type == "cuda")
 
+    @property
+    def _fuses(self) -> bool:
+        return self._compiles and self.device.type == "cuda"
+
     def renew(self, turns: tuple[str, ...], turns_beside: tuple[str, ...]) -> None:
         """For turns over new buffers, which need other graphs."""
-        self._compiler.forget_fused()
         if self.name != "captured":
             return
         if self.device.type == "cpu":
@@ -128,21 +132,18 @@ class Compiler:
     def __init__(self, mode: str | None):
         self._mode = mode
         self._forwards: dict[tuple[torch.Size, bool, int | None], Callable[..., Any]] = {}
-        self._fused: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self._fused: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which compile for themselves."""
         return {"_mode": self._mode, "_forwards": {}, "_fused": {}}
 
-    def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What takes this function, and its arguments, and is compiled for it alone."""
-        if function not in self._fused:
-            self._fused[function] = torch.compile(_own_call(), fullgraph=True, dynamic=False, mode=self._mode)
-        return self._fused[function]
-
-    def forget_fused(self) -> None:
-        """For tensors of other shapes."""
-        self._fused = {}
+    def fused(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What the function gives, compiled for it and tensors of these shapes alone."""
+        key = function, *(x.shape for x in tree_leaves((arguments, options)) if isinstance(x, Tensor))
+        if key not in self._fused:
+            self._fused[key] = torch.compile(_own_call(), fullgraph=True, dynamic=False, mode=self._mode)
+        return self._fused[key](function, *arguments, **options)
 
     def __call__(
         self,

@@ -53,11 +53,11 @@ def bias_gradient_kernel(
 ):
     """A program sums a tile of channels in a chunk of rows; of each tile the last one adds up the chunks."""
     tile = tl.program_id(0)
-    chunk = tl.program_id(1)
+    chunk = tl.program_id(1).to(tl.int64)
     channel = tile * CHANNELS + tl.arange(0, CHANNELS)
     channel_mask = channel < num_channels
     first = chunk * chunk_rows
-    here = tl.minimum(num_rows - first, chunk_rows)
+    here = tl.minimum(num_rows - first, chunk_rows).to(tl.int32)
     sums = rows(grad_y_ptr, first, here, num_channels, channel, channel_mask, WIDE, ROWS)
     tl.store(partial_ptr + chunk * num_channels + channel, sums, channel_mask)
     if arrive(tickets_ptr + tile, tl.num_programs(1)):

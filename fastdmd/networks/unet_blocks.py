@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from fastdmd import ops
 from fastdmd.networks.unet_config import UNetConfig
-from fastdmd.ops._validate import laid_out, memory_format
+from fastdmd.ops._registry import backends, inside
+from fastdmd.ops._validate import has_tangent, laid_out, memory_format
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -24,13 +25,17 @@ class OfBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
         ctx.layout = memory_format(y)
+        ctx.blocks = None if torch.compiler.is_compiling() else backends()
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         if not ctx.needs_input_grad[1]:
             return grad, None
-        return grad, torch.ops.fastdmd.bias_gradient(laid_out(grad, ctx.layout))
+        if ctx.blocks is None:
+            return grad, torch.ops.fastdmd.bias_gradient(laid_out(grad, ctx.layout))
+        with inside(ctx.blocks):
+            return grad, ops.bias_gradient(laid_out(grad, ctx.layout))
 
 
 class AddBias(OfBias):
@@ -38,13 +43,17 @@ class AddBias(OfBias):
 
     @staticmethod
     def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
-        ctx.layout = memory_format(y)
+        OfBias.forward(ctx, y, bias)
         return y + bias.to(y.dtype)[:, None, None]  # as autocast does
 
 
+def _is_trained(x: Tensor, layer: nn.Conv2d) -> bool:
+    """Whether a gradient of the bias will be asked for, by a backward pass."""
+    return layer.bias is not None and layer.bias.requires_grad and torch.is_grad_enabled() and not has_tangent(x)
+
+
 def _convolve(convolution: Callable[..., Tensor], layer: nn.Conv2d, x: Tensor, with_bias: bool) -> Tensor:
-    assert layer.bias is not None  # as torch makes it
-    if with_bias and on_gpu(x) and layer.bias.requires_grad and torch.is_grad_enabled():
+    if with_bias and on_gpu(x) and _is_trained(x, layer):
         return AddBias.apply(convolution(x, layer.weight), layer.bias)
     return convolution(x, layer.weight, layer.bias if with_bias else None)
 
@@ -76,7 +85,9 @@ class Product1x1(Conv1x1):
 
     def as_product(self, x: Tensor) -> Tensor:  # [B, C_in, H, W], channels_last -> [B, C_out, H, W], likewise
         weight = self.weight.permute(0, 2, 3, 1).flatten(0, 2)  # so that its gradient has its strides
-        assert self.bias is not None  # as torch makes it
+        if not _is_trained(x, self):
+            return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
+        assert self.bias is not None
         y = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.detach()).permute(0, 3, 1, 2)
         return OfBias.apply(y, self.bias)
 
@@ -283,9 +294,8 @@ class Block(nn.Module):
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)
         scale, shift, offset = (*embedding.chunk(2, dim=1), None) if self.adaptive_scale else (None, None, embedding)
-        if on_gpu(y) and type(self.conv0) is Conv3x3:
+        if on_gpu(y) and type(self.conv0) is Conv3x3 and self.conv0.bias is not None:
             y, bias = self.conv0(y, with_bias=False), self.conv0.bias
-            assert bias is not None  # as torch makes it
             offset = bias if offset is None else offset + bias
         else:
             y = self.conv0(y)
@@ -295,10 +305,11 @@ class Block(nn.Module):
 
     def _sum(self, x: Tensor, y: Tensor) -> Tensor:
         """`conv1(y) + skip(x)`, in place, as no gradient needs a convolution's output."""
-        if on_gpu(x) and type(self.conv1) is Conv3x3 and type(self.skip) is Conv1x1:  # two biases of one gradient
-            assert self.conv1.bias is not None and self.skip.bias is not None  # as torch makes them
-            y = self.conv1(y, with_bias=False).add_(self.skip(x, with_bias=False))
-            return AddBias.apply(y, self.conv1.bias + self.skip.bias)
+        if on_gpu(x) and type(self.conv1) is Conv3x3 and type(self.skip) is Conv1x1:
+            if _is_trained(x, self.conv1) and _is_trained(x, self.skip):  # two biases of one gradient
+                assert self.conv1.bias is not None and self.skip.bias is not None
+                y = self.conv1(y, with_bias=False).add_(self.skip(x, with_bias=False))
+                return AddBias.apply(y, self.conv1.bias + self.skip.bias)
         return self.conv1(y).add_(x if self.skip is None else self.skip(x))
 
     def _scaled(self, x: Tensor) -> Tensor:

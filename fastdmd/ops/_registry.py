@@ -181,6 +181,16 @@ def backends() -> tuple[Mapping, ...]:
     return _BLOCKS.get()
 
 
+@contextlib.contextmanager
+def inside(blocks: tuple[Mapping, ...]) -> Iterator[None]:
+    """What `backends()` gave somewhere else holds inside."""
+    before = _BLOCKS.set(blocks)
+    try:
+        yield
+    finally:
+        _BLOCKS.reset(before)
+
+
 def chosen(name: str, device_type: str) -> Callable:
     """What computes an op there, now and here: see `use_backend`. Called as those of `implementations`."""
     for block in reversed(_BLOCKS.get()):
@@ -280,10 +290,9 @@ def _order(device: torch.device | str) -> tuple[str, ...]:
 
 
 def _is_missing(name: str, backend: str, device_type: str) -> bool:
-    only = _ONLY.get(name)
-    if only == "a Triton kernel":
+    if _ONLY.get(name) == "a Triton kernel":
         return backend != "triton"
-    return only is not None and (backend, device_type) != ("native", "cpu")
+    return name in _ONLY and (backend, device_type) != ("native", "cpu")
 
 
 def _implementation(name: str, backend: str, device_type: str) -> Callable:

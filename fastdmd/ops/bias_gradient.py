@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastdmd.ops._math import wide_dtype
 from fastdmd.ops._registry import define
-from fastdmd.ops._validate import check_images
+from fastdmd.ops._validate import check_images, has_tangent
 
 
 def bias_gradient(grad_y: Tensor) -> Tensor:
@@ -19,6 +19,8 @@ def bias_gradient(grad_y: Tensor) -> Tensor:
     often as you like. Raises TypeError or ValueError, naming what was expected and what came.
     """
     (grad_y,) = check_images("bias_gradient", grad_y=grad_y)
+    if has_tangent(grad_y):  # torch differentiates its own in forward mode
+        return reference(grad_y)
     return _bias_gradient(grad_y)
 
 

@@ -21,19 +21,6 @@ TINY = UNetConfig(
 )
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """`torch.compile` that traces as ever, and generates no code; forgets what it knew."""
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, **options, backend="eager"))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-def num_graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def inputs(batch_size):
     torch.manual_seed(0)
     return torch.randn(batch_size, 1, 8, 8), torch.rand(batch_size) + 0.1, torch.arange(batch_size) % 3
@@ -62,13 +49,13 @@ def test_networks_of_one_class_do_not_share_a_limit(traced):
     for batch_size in range(2, 11):
         for network, function in zip(networks, compiled, strict=True):
             assert torch.equal(function(*inputs(batch_size)), network(*inputs(batch_size)))
-    assert num_graphs() == 27
+    assert traced() == 27
     with torch.no_grad():
         compiled[0](*inputs(10))
-    assert num_graphs() == 28
+    assert traced() == 28
     for batch_size in (10, 2):  # nothing is compiled again
         compiled[0](*inputs(batch_size)).sum().backward()
-    assert num_graphs() == 28 and networks[0].weight.grad.abs() > 0
+    assert traced() == 28 and networks[0].weight.grad.abs() > 0
 
 
 def test_copies_of_a_network_share_what_is_alike(traced):
@@ -89,7 +76,7 @@ def test_copies_of_a_network_share_what_is_alike(traced):
             result = CompiledNetwork(network, compiler)(*inputs(2))
             torch.testing.assert_close(result, network(*inputs(2)))
             assert result.requires_grad == grad
-    assert num_graphs() == 3
+    assert traced() == 3
 
 
 def test_networks_of_others_may_break_the_graph_and_ours_may_not(traced):
@@ -124,7 +111,7 @@ def test_hooks_on_one_of_several_copies_are_its_own(traced, part):
         for network, function in zip(networks, compiled, strict=True):
             assert torch.equal(function(*inputs(2)), network(*inputs(2)))
         layers[2].register_forward_hook(lambda module, inputs, output: 3 * output)
-    assert num_graphs() == 3  # one without hooks, one for each that has
+    assert traced() == 3  # one without hooks, one for each that has
 
 
 def test_a_compiled_network_can_be_freed(traced):

@@ -10,6 +10,7 @@ from fastdmd.distill.execution import Compiler, Executor
 from fastdmd.distill.guard import Guard, marks
 from fastdmd.distill.statistics import TURN_STATISTICS, ClassSums, comparison, turn_statistics
 from fastdmd.distill.tally import Tally
+from tests.distill.test_captured_turns import PLAIN, iterate, make
 
 CPU = torch.device("cpu")
 TURNS = {  # what is wrong with it
@@ -61,7 +62,7 @@ def test_compiled_accounts_find_what_is_not_finite(stops):
         compiled.guard.begin(index)
         expected = eager.take(**inputs(index, **wrong))
         with torch.compiler.set_stance("fail_on_recompile" if index > 1 else "default"):  # as where a graph is captured
-            found = compiler.fused(Accounts.take)(Accounts.take, compiled, **inputs(index, **wrong))
+            found = compiler.fused(Accounts.take, compiled, **inputs(index, **wrong))
         for one, other in ((found, expected), (compiled.state(), eager.state())):
             torch.testing.assert_close(one, other, equal_nan=True)
         told.append(tuple(answer.item() for answer in found[:2]))
@@ -70,12 +71,33 @@ def test_compiled_accounts_find_what_is_not_finite(stops):
     assert str(compiled.tally.fault()) == "NaN or infinity in generated image, iteration 2"
 
 
-def test_only_a_gpu_is_given_compiled_accounts_and_those_of_other_shapes_are_forgotten():
-    executor = Executor("compiled", CPU)
-    assert torch.equal(executor.fused(torch.add, torch.ones(2), torch.ones(2), alpha=2), torch.full((2,), 3.0))
+@pytest.mark.parametrize("changes", [{}, {"gan_features": None, "accumulation_steps": 2, "ratio": 1}], ids=str)
+def test_turns_are_traced_once_and_account_as_eager_ones(changes, traced, monkeypatch):
+    """What a GPU would be given, with nothing left to compile from where a graph would be captured; kernels aside."""
+    monkeypatch.setattr(Executor, "_fuses", property(lambda executor: executor.name == "compiled"))
+    ratio = {"dfake_gen_update_ratio": changes.get("ratio", 2)}
+    plain = PLAIN if "gan_features" in changes else {}
+    changes = {**plain, **ratio, **{name: value for name, value in changes.items() if name != "ratio"}}
+    told = []
+    for execution in ("eager", "compiled"):
+        model, draws = make(execution, **changes)
+        scalars = iterate(model, draws, range(4))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            scalars += iterate(model, draws, range(4, 8))
+        tallies = [tally.state_dict() for tally in (model.generator_tally, model.guidance_tally)]
+        told.append((scalars, tallies, model.class_sums.state_dict()))
+        assert bool(model.executor._compiler._fused) == (execution == "compiled")
+    torch.testing.assert_close(told[1], told[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_fused_is_kept_by_function_and_shapes(traced):
+    assert torch.equal(Executor("compiled", CPU).fused(torch.add, torch.ones(2), torch.ones(2)), torch.full((2,), 2.0))
+    assert traced() == 0  # a CPU computes it as it is
     compiler = Compiler(None)
-    function = compiler.fused(marks)
-    assert compiler.fused(marks) is function and compiler.fused(comparison) is not function
-    assert copy.deepcopy(compiler).fused(marks) is not function
-    compiler.forget_fused()
-    assert compiler.fused(marks) is not function
+    for _ in range(2):
+        for size in range(1, 11):  # where one function may have eight
+            assert torch.equal(compiler.fused(torch.mul, torch.ones(size), torch.ones(())), torch.ones(size))
+        assert traced() == 10
+    copied = copy.deepcopy(compiler)
+    assert len(compiler._fused) == 10 and copied._fused == {}
+    assert copied.fused(marks, None, torch.ones(3)).tolist() == [0, 0] and traced() == 11

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from fastdmd import diffusion, pretrain
-from fastdmd.networks import unet_blocks
 from fastdmd.networks.unet import UNet, UNetConfig, positional_embedding
 from fastdmd.networks.unet_blocks import Concatenate, Product1x1, Repeat
 from fastdmd.networks.weights import load_network, save_network
@@ -76,26 +75,6 @@ def test_a_product_is_the_convolution_of_single_pixels():
     for got, one in zip(found, wanted, strict=True):
         assert_close(got, one)
         assert got.stride() == one.stride()
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def test_biases_as_a_gpu_adds_them(monkeypatch, name, layout):
-    """And their gradients: of convolutions and products, of embeddings, and of two that share one."""
-    network = make_network(VARIANTS[name]).double().to(memory_format=layout).requires_grad_()
-    x, sigma, labels = inputs(VARIANTS[name])
-
-    def run():
-        given = x.double().requires_grad_()
-        D_x = network(given, sigma.double(), labels)
-        return D_x, *torch.autograd.grad(D_x.square().sum(), [given, *network.parameters()])
-
-    expected = run()
-    asked = []
-    monkeypatch.setattr(unet_blocks, "on_gpu", lambda x: asked.append(x) or True)
-    for got, wanted in zip(run(), expected, strict=True):
-        assert_close(got, wanted)
-    assert len(asked) > 10
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)

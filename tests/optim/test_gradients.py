@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fastdmd.networks.unet_blocks import AddBias
 from fastdmd.optim import AdamWEMA, gradients
 from tests.helpers.optimizers import adamw, assert_alike, images, loss_of, network, pair, train
 
@@ -74,6 +75,16 @@ def test_hidden_backward_passes_are_right_or_refused(kind, max_bytes, monkeypatc
         torch.testing.assert_close(own.grad, exact.grad)
     optimizer.step(), reference.step()
     assert_alike(net, other)
+
+
+def test_functions_of_this_package_hide_nothing():
+    net, other = network(), network()
+    optimizer = AdamWEMA(net, learning_rate=1e-2)
+    bias = torch.zeros(3, requires_grad=True)
+    optimizer.backward(AddBias.apply(net(AddBias.apply(images(), bias)), bias).square().mean())
+    other(images()).square().mean().backward()
+    for own, exact in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, exact.grad)
 
 
 def test_functions_that_hide_nothing_are_allowed():
