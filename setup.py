@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,12 @@ def module_options(file_name: str, cuda_architectures: str) -> list[str] | None:
         f"-DFASTDMD_PYTHON_SUFFIX={file_name.removeprefix('_runtime')}",
         f"-DFASTDMD_CUDA_ARCHITECTURES={cuda_architectures.replace(';', ',')}",
     ]
+
+
+@functools.cache
+def digest() -> str:
+    """Of the sources, for the libraries, which are told from those of other sources by it."""
+    return runpy.run_path(str(ROOT / "fastdmd" / "_sources.py"))["digest"](ROOT) or ""
 
 
 @functools.cache
@@ -183,7 +190,7 @@ class CMakeBuild(build_ext):
         kind = "cuda" if name == "fastdmd_cuda" else "cpu"
         build = Path(self.build_temp).resolve() / f"{kind}-{read_once(options)}"
         build.mkdir(parents=True, exist_ok=True)
-        options += [f"-DFASTDMD_OUTPUT={file.parent}", f"-DFASTDMD_COMMIT={commit()}"]
+        options += [f"-DFASTDMD_OUTPUT={file.parent}", f"-DFASTDMD_COMMIT={commit()}", f"-DFASTDMD_SOURCES={digest()}"]
         subprocess.run([cmake, str(ROOT), *options], cwd=build, check=True)
         command = [cmake, "--build", ".", "--target", name, "--parallel", str(num_jobs())]
         subprocess.run(command, cwd=build, check=True)

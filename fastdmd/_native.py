@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from fastdmd import _sources
+
 LIBRARIES = {"cpu": "libfastdmd_cpu.so", "cuda": "libfastdmd_cuda.so"}
 KERNELS = "libfastdmd_kernels.so"  # what the CPU library and the module `_runtime` link
 MISSING = {"cpu": "no compiler or no CMake was found", "cuda": "no nvcc of torch's CUDA version was found"}
@@ -28,8 +30,9 @@ class Unavailable(RuntimeError):
 def load(device_type: str) -> str | None:
     """Loads the library for `device_type`, once. Returns None, or the reason why there is none.
 
-    A library that is there but does not load is a fault of the installation: it warns with the cause. Raises ValueError
-    for a FASTDMD_NATIVE that means nothing.
+    A library that is there but does not load is a fault of the installation: it warns with the cause, as it does of
+    libraries that are older or newer than the sources beside them. Raises ValueError for a FASTDMD_NATIVE that means
+    nothing.
     """
     if device_type not in LIBRARIES:
         return f"there is no native library for {device_type}"
@@ -49,6 +52,8 @@ def load(device_type: str) -> str | None:
         reason = f"{path.name} is there but does not load: {error.__cause__ or error}"
         warnings.warn(f"fastdmd: {reason}", RuntimeWarning, stacklevel=2)
         return reason
+    if device_type == "cpu":
+        _compare_with_sources(Path(__file__).parents[1])
     return None
 
 
@@ -95,6 +100,23 @@ def build_facts() -> str:
     return (
         f"compiled by {facts['compiler']}{source}, stable ABI of torch {facts['torch_abi']}{cuda}, "
         f"running {runtime().instruction_set()}"
+    )
+
+
+def _compare_with_sources(root: Path) -> None:
+    """Warns where a checkout has changed since its libraries were built, as by `git pull`: they compute as before."""
+    if (now := _sources.digest(root)) is None:
+        return
+    library = ctypes.CDLL(str(Path(__file__).parent / KERNELS))
+    if hasattr(library, "fastdmd_sources"):
+        library.fastdmd_sources.restype = ctypes.c_char_p
+        if library.fastdmd_sources().decode() in (now, ""):  # "": built by CMake alone
+            return
+    warnings.warn(
+        f"fastdmd: the native libraries were built from other sources than {root / 'csrc'} has now; "
+        f"`pip install --no-build-isolation -e {root}` builds them anew",
+        RuntimeWarning,
+        stacklevel=3,
     )
 
 

@@ -14,6 +14,9 @@ const BuildFacts& build_facts() {
 
 }  // namespace fastdmd
 
+// What it was built from, by fastdmd/_sources.py; empty if unknown.
+extern "C" FASTDMD_EXPORT const char* fastdmd_sources() { return FASTDMD_SOURCES; }
+
 // In words, where Python has no module fastdmd._runtime.
 extern "C" FASTDMD_EXPORT const char* fastdmd_build_facts() {
   thread_local std::string facts;

@@ -1,9 +1,12 @@
 """The module fastdmd._runtime: the numbers of the ops for numpy, the instruction set, and a package without it."""
 
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 import fastdmd
-from fastdmd import _native, ops
+from fastdmd import _native, _sources, ops
 from tests.ops.test_random import KNOWN_ANSWERS
 
 try:
@@ -20,6 +23,7 @@ except _native.Unavailable as reason:
     runtime, REASON = None, str(reason)
 else:
     REASON = ""
+ROOT = Path(__file__).parents[2]
 built = pytest.mark.skipif(runtime is None, reason=f"no fastdmd._runtime: {REASON}")
 
 
@@ -131,6 +135,49 @@ def test_facts_of_the_build():
     assert "-O3" in facts["flags"] and "-march" not in facts["flags"] and "-ffast-math" not in facts["flags"]
     assert facts["compiler"] in _native.build_facts() and facts["torch_abi"] == "2.10"
     assert bool(facts["cuda_architectures"]) == (_native.load("cuda") is None)
+
+
+def test_digest_of_sources(tmp_path):
+    """By names and contents of what is compiled, and nothing else that lies there."""
+    assert _sources.digest(tmp_path) is None
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "a.h").write_text("int a;")
+    assert _sources.digest(tmp_path) is None  # as beside a wheel, where another one has left its csrc
+    (tmp_path / "CMakeLists.txt").write_text("project(a)")
+    before = _sources.digest(tmp_path)
+    (tmp_path / "csrc" / "cpu" / "a.h~").write_text("int b;")
+    (tmp_path / "csrc" / "notes").mkdir()
+    (tmp_path / "csrc" / "cpu" / "a.h").touch()
+    assert _sources.digest(tmp_path) == before
+    seen = {before}
+    for name, text in (
+        ("csrc/cpu/a.h", "int b;"),
+        ("CMakeLists.txt", "project(b)"),
+        ("csrc/b.cu", ""),
+        ("csrc/c.cpp", ""),
+    ):
+        (tmp_path / name).write_text(text)
+        seen.add(_sources.digest(tmp_path))
+    (tmp_path / "csrc" / "b.cu").rename(tmp_path / "csrc" / "d.cu")
+    seen.add(_sources.digest(tmp_path))
+    assert len(seen) == 6 and None not in seen
+
+
+@built
+def test_libraries_of_other_sources_are_told(tmp_path):
+    """As after `git pull`, when Python's side is new and the libraries compute as before."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for root in (ROOT, tmp_path, tmp_path / "csrc"):  # the last has nothing to compare with
+            _native._compare_with_sources(root)
+    with open(tmp_path / "csrc" / "ops.cpp", "a") as file:
+        file.write("\n")
+    folder = re.escape(str(tmp_path))
+    expected = f"built from other sources than {folder}/csrc has now; `pip install .* -e {folder}` builds them anew"
+    with pytest.warns(RuntimeWarning, match=expected):
+        _native._compare_with_sources(tmp_path)
 
 
 @built

@@ -49,7 +49,8 @@ def build(tmp_path, monkeypatch):
     """`build(...)`: the exit code, stderr, and what is native in the package, of `setup.py build_ext --inplace`."""
     (tmp_path / "fastdmd").mkdir()
     (tmp_path / "fastdmd" / "__init__.py").touch()
-    shutil.copy(ROOT / "setup.py", tmp_path)
+    for name in ("setup.py", "fastdmd/_sources.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "CMakeLists.txt").write_text(LISTS)
     for name in ("CUDAARCHS", "FASTDMD_NATIVE"):
         monkeypatch.delenv(name, raising=False)
