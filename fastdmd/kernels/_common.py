@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 
 import torch
@@ -35,11 +36,17 @@ def ticket(device: torch.device) -> Tensor:
             raise RuntimeError(
                 "fastdmd.ops: expected an op to run once before a CUDA graph captures it, got its first call"
             )
-        # From the host, so that they are there for every stream.
-        slots = torch.zeros(2 * NUM_TICKETS, TICKETS, dtype=torch.int32).to(device).unbind()
+        # By a thread of its own: memory that this one takes may be a graph's, which torch.compile warms up.
+        with concurrent.futures.ThreadPoolExecutor(1) as other:
+            slots = other.submit(_zeros, device).result().unbind()
         for of_captured, own in ((False, slots[:NUM_TICKETS]), (True, slots[NUM_TICKETS:])):
             _tickets[device, of_captured] = itertools.cycle(own)
     return next(_tickets[device, captured])
+
+
+def _zeros(device: torch.device) -> Tensor:
+    """From the host, so that they are there for every stream."""
+    return torch.zeros(2 * NUM_TICKETS, TICKETS, dtype=torch.int32, device="cpu").to(device)
 
 
 def _is_captured(device: torch.device) -> bool:
@@ -60,6 +67,7 @@ def arrive(
     num_programs,
 ):
     """True in the program that arrives last, which sees what the others stored before."""
+    tl.debug_barrier()  # all warps have stored; before Triton 3.9 the addition, of one thread, waits for none
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == num_programs - 1
     if last:
         tl.store(ticket_ptr, 0)

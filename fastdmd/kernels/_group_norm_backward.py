@@ -134,7 +134,7 @@ def backward_kernel(
             tl.store(grad_shift_ptr + of_channel, narrow(A, grad_shift_ptr), once)
 
         k = weight * gain
-        size = group_size * num_pixels
+        size = tl.full([], group_size, WIDE) * num_pixels
         S1 = spread(quotient(group_sums(k * A, group, GROUPS), size), group, GROUPS)
         S2 = spread(quotient(group_sums(k * Q, group, GROUPS), size), group, GROUPS)
         if x_offset_ptr is not None:  # its gradient is the sum of grad_x, below

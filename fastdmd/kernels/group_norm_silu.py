@@ -113,7 +113,7 @@ def forward_kernel(
         mean = quotient(group_sums(channel_mean, group, GROUPS), group_size)
         apart = tl.where(channel_mask, channel_mean - spread(mean, group, GROUPS), 0.0)
         squares = group_sums(squares + num_pixels * apart * apart, group, GROUPS)
-        variance = quotient(squares, group_size * num_pixels)
+        variance = quotient(squares, tl.full([], group_size, WIDE) * num_pixels)
         rstd = quotient(tl.full(variance.shape, 1.0, WIDE), square_root(variance + EPS))
         groups = tl.arange(0, GROUPS)
         group_mask = (groups < tl.where(chunk == 0, groups_per_tile, 0)) & (first_group + groups < num_groups)

@@ -66,7 +66,7 @@ def philox_kernel(
     """A program makes the words of BLOCK rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < num_rows
-    seed = tl.load(key_ptr) | (tl.load(key_ptr + 1) << 32)
+    seed = (tl.load(key_ptr) & 0xFFFFFFFF) | (tl.load(key_ptr + 1) << 32)
     c0 = tl.load(counter_ptr + 4 * row, mask, 0).to(tl.uint32)
     c1 = tl.load(counter_ptr + 4 * row + 1, mask, 0).to(tl.uint32)
     c2 = tl.load(counter_ptr + 4 * row + 2, mask, 0).to(tl.uint32)

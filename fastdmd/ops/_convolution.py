@@ -111,7 +111,7 @@ def define_convolution(name: str, padding: int) -> tuple[Callable, Any]:
     def backward(ctx, saved: tuple[Tensor, ...], grad_y: Tensor):
         x, weight = saved
         of_input, *of_parameters = ctx.needs_input_grad
-        grad_y = laid_out(grad_y, torch.channels_last)
+        grad_y, x = (laid_out(y, torch.channels_last) for y in (grad_y, x))  # hooks of saved tensors may lay out anew
         # torch's own can be differentiated, backward or forward
         differentiated = torch.is_grad_enabled() or has_tangent(grad_y)
         compute = reference_backward if differentiated else backward_op

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdmd.ops._math import gradient_dtype, per_sample, wide_dtype
-from fastdmd.ops._registry import define, no_second_derivative
+from fastdmd.ops._registry import define, is_unobserved, no_second_derivative
 from fastdmd.ops._validate import has_tangent
 
 
@@ -55,11 +55,11 @@ def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.is_grad_enabled() or has_tangent(grad_loss):
         return _reference(gradient, grad_loss, dtype)
     # A CPU waits for nothing to look at a value, and saves a third of the memory traffic. Unless backward may come
-    # again: then what is saved stays ours. Who records operations gets those that hold for every value.
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and gradient.dtype == dtype:
-        is_recorded = torch._C._len_torch_dispatch_stack()
-        if not is_recorded and not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1:
-            return gradient
+    # again: then what is saved stays ours. Who records operations, or asks for a batch of gradients, gets those that
+    # hold for every value. What is saved is of the graph, and a gradient is not.
+    if grad_loss.device.type == "cpu" and gradient.dtype == dtype and is_unobserved((grad_loss,)):
+        if not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1:
+            return gradient.detach()
     return _scale_gradient(gradient, grad_loss, dtype)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdmd import _native
+from fastdmd.ops._devices import on_device_of_tensors
 
 ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 BACKENDS = ("reference", "triton", "native", "emulated")
@@ -114,7 +114,7 @@ def _caller(name: str, op: Any, remember: Callable, recall: Callable) -> Callabl
     function: Any = type(f"GeneratedBackwardFor_fastdmd_{name}_default", (torch.autograd.Function,), members)
 
     def call(*arguments):
-        if not _is_unobserved(arguments):
+        if not is_unobserved(arguments):
             return op(*arguments)
         if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments):
             return function.apply(*arguments)
@@ -123,7 +123,7 @@ def _caller(name: str, op: Any, remember: Callable, recall: Callable) -> Callabl
     return call
 
 
-def _is_unobserved(arguments: tuple) -> bool:
+def is_unobserved(arguments: tuple) -> bool:
     """Whether no compiler, mode, transform, tracer or profiler, and nothing of the tensors, changes what a call means.
 
     The public functions have seen to it that all tensors are on one device.
@@ -284,8 +284,7 @@ def _preferred(name: str, order: tuple[str, ...]) -> tuple[str, ...]:
 
 def _order(device: torch.device | str) -> tuple[str, ...]:
     """Under its interpreter Triton comes last, before emulated kernels: they are there to be tested."""
-    device_type = torch.device(device).type
-    order = ORDER.get(device_type, ("reference",))
+    order = ORDER.get(torch.device(device).type, ("reference",))
     return order if "triton" in order else (*order, "triton", "emulated")
 
 
@@ -317,4 +316,5 @@ def _implementation(name: str, backend: str, device_type: str) -> Callable:
         raise _native.Unavailable(f"Triton has no {device_type} backend; TRITON_INTERPRET=1 interprets its kernels")
     if importlib.util.find_spec("triton") is None:
         raise _native.Unavailable("Triton is not installed")
-    return getattr(importlib.import_module(f"fastdmd.kernels.{module}"), name)
+    function = getattr(importlib.import_module(f"fastdmd.kernels.{module}"), name)
+    return on_device_of_tensors(function) if device_type == "cuda" else function
