@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -51,6 +52,42 @@ def test_what_a_module_is_told_later_counts():
     for part in (module, original):
         part[2].padding_mode, part[2]._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
     assert_same(module, original, X)
+
+
+class Gained(Block):
+    """What it is told is called as what nobody outside should know."""
+
+    def __init__(self):
+        super().__init__("gained")
+        self._gain = 1.0
+
+    def gained(self, x):
+        return F.silu(self.norm(x)) * self._gain
+
+
+def test_what_it_is_told_under_any_name_counts():
+    module, original, report = accelerated(Gained(), X)
+    assert report.fused == {"norms with SiLU": 1}
+    module._gain = original._gain = 3.0
+    assert_same(module, original, X)
+
+
+def test_another_padding_of_a_convolution_counts():
+    """As those who want seamless textures give it to all convolutions, before or afterwards."""
+
+    def across(self, x, weight, bias):
+        return F.conv2d(F.pad(F.pad(x, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1)), weight, bias)
+
+    for is_early in (True, False):
+        original = nn.Conv2d(16, 16, 3, padding=1)
+        module = copy.deepcopy(original)
+        if is_early:
+            module._conv_forward = types.MethodType(across, module)
+        report = fastdmd.accelerate(module, X)
+        assert report.convolutions == ((0, 0) if is_early else (1, 1))
+        module._conv_forward = types.MethodType(across, module)
+        original._conv_forward = types.MethodType(across, original)
+        assert_same(module, original, X)
 
 
 class Scaled(nn.Module):

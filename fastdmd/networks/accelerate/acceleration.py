@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastdmd.networks.accelerate import fusions, layers
 from fastdmd.networks.accelerate.recording import Record, record
@@ -64,10 +64,11 @@ def accelerate(module: nn.Module, *example_inputs: Any) -> Acceleration:
 
     The module runs on the inputs before and after, in eval mode, four times with gradients; what changes outputs or
     gradients of inputs and parameters beyond rounding, in the dtype that it has, is left as it was. Names and values of
-    its state stay. Copies and pickles compute in the same way, and `unaccelerate` undoes it, of a copy, too. Hooks on
-    what is part of a pass, and attributes set later on a module whose forward was traced, bring its own forward back;
-    what that reads elsewhere, globals or the fields of a settings object, is read once. Meanwhile no other thread may
-    call modules: torch.fx patches all of them as it traces.
+    its state stay (`safetensors.torch.save_file` refuses weights that are channels_last, `save_model` takes them).
+    Copies and pickles compute in the same way, and `unaccelerate` undoes it, of a copy, too. Hooks on what is part of a
+    pass, and attributes set later on a module whose forward was traced, bring its own forward back; what that reads
+    elsewhere, globals or the fields of a settings object, is read once. Meanwhile no other thread may call modules:
+    torch.fx patches all of them as it traces.
 
     Args:
         module: anybody's; where a forward is called in several ways, or has control flow of values, it stays.
@@ -183,14 +184,31 @@ def _traced(part: nn.Module, call: Call | Untraceable) -> tuple[dict[bool, Rewri
             graph, inlined = trace(part, call, training=training)
         except Untraceable as error:
             return made, fused, str(error)
+        children = _gone_through(graph, part)
         counts, expected = fusions.fuse(graph, part)
         if not counts:
             break
         fused = fused or counts
         expected |= {name: own_class(part.get_submodule(name)) for name in inlined}
         code = graph.python_code("self")
-        made[training] = Rewrite(code.src, code.globals, call, expected, inlined, tuple(part._modules))
+        made[training] = Rewrite(code.src, code.globals, call, expected, inlined, children)
     return made, fused, ""
+
+
+def _gone_through(graph: fx.Graph, part: nn.Module) -> dict[str, tuple[str, ...]]:
+    """By name, the children of a module and of all its descendants that a graph of it does not call: a list that has
+    another entry since is another forward."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    found: dict[str, tuple[str, ...]] = {}
+
+    def look(module: nn.Module, name: str) -> None:
+        found[name] = tuple(module._modules)
+        for own, child in module._modules.items():
+            if child is not None and (path := f"{name}.{own}".lstrip(".")) not in called:
+                look(child, path)
+
+    look(part, "")
+    return found
 
 
 def _layout(module: nn.Module) -> _Change:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdmd.networks.accelerate.tracing import Call, is_untold
 
 REWRITES = "_fastdmd_rewrites"  # {training: Rewrite}; none any more once the module was told something
+UNHEARD = {"training", REWRITES, *(name for name in dir(nn.Module()) if name.startswith("_"))}  # what PyTorch sets
 _CLASSES: dict[type, type] = {}  # by somebody's class ours with `Rewritten`
 
 
@@ -20,9 +21,8 @@ class Rewrite:
     """A forward for one way of calling a module, in one of its modes.
 
     It skips or inlines the descendants in `expected`, and so holds while these are exactly of their classes, without
-    hooks or forwards of their own;
-    those `inlined`, while they are told nothing else and are in its mode; and while the module has the `children` that
-    it had.
+    hooks or forwards of their own; those `inlined`, while they are told nothing else and are in its mode; and while
+    the module, "", and what it goes through, as its lists, have the `children` that they had.
     """
 
     def __init__(
@@ -32,14 +32,15 @@ class Rewrite:
         call: Call,
         expected: Mapping[str, type[nn.Module]],
         inlined: frozenset[str],
-        children: tuple[str, ...],
+        children: Mapping[str, tuple[str, ...]],
     ):
         self.source, self.names, self.call = source, dict(names), call
-        self.expected, self.inlined, self.children = dict(expected), inlined, children
+        self.expected, self.inlined, self.children = dict(expected), inlined, dict(children)
         scope = dict(names)
         exec(compile(source, "<fastdmd.accelerate>", "exec"), scope)
         self.forward = scope["forward"]
         self._paths = [(name.split("."), kind, name in inlined) for name, kind in expected.items()]
+        self._through = [(name.split(".") if name else [], own) for name, own in children.items()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         modules = {name: value.__name__ for name, value in self.names.items() if isinstance(value, ModuleType)}
@@ -50,15 +51,12 @@ class Rewrite:
         return self  # nothing in it changes
 
     def fits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if tuple(module._modules) != self.children:
-            return False
+        for path, children in self._through:
+            if (owner := _descendant(module, path)) is None or tuple(owner._modules) != children:
+                return False
         for path, kind, is_inlined in self._paths:
-            child: Any = module
-            for name in path:
-                child = child._modules.get(name)
-                if child is None:
-                    return False
-            if own_class(child) is not kind or not is_untold(child):
+            child = _descendant(module, path)
+            if child is None or own_class(child) is not kind or not is_untold(child):
                 return False
             if is_inlined and (vars(child).get(REWRITES) is None or child.training is not module.training):
                 return False
@@ -81,7 +79,7 @@ class Rewritten:
         before = getattr(self, name, None)
         super().__setattr__(name, value)
         is_alike = any(isinstance(before, kind) and isinstance(value, kind) for kind in (Tensor, nn.Module))
-        if name != "training" and not name.startswith("_") and not is_alike:
+        if name not in UNHEARD and not is_alike:
             vars(self)[REWRITES] = None
 
     def __delattr__(self, name: str) -> None:
@@ -94,6 +92,13 @@ class Rewritten:
         if make is copyreg.__newobj__ and _is_plain(self):  # type: ignore[attr-defined]
             return _new, (own_class(self), *arguments[1:]), *rest
         return reduced
+
+
+def _descendant(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    found: nn.Module | None = module
+    for name in path:
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 def rewrite(module: nn.Module, rewrites: Mapping[bool, Rewrite]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import operator
 import random
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,7 +67,9 @@ def trace(module: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, f
         tracer = _Tracer(call, inline=inline)
         try:
             with _as_it_was(module, training), tracer.making_tensors(), watched(), _OnlyProxies():
-                return tracer.trace(module), frozenset(tracer.inlined)
+                graph = tracer.trace(module)
+            tracer.require_nothing_kept()
+            return graph, frozenset(tracer.inlined)
         except Untraceable as error:
             reason = error
         except Exception as error:  # of anybody's code, given stand-ins for tensors
@@ -112,6 +116,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.call, self.inline = call, inline
         self.inlined: set[str] = set()
+        self._made: list[weakref.ref[fx.Proxy]] = []
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
         def argument(name: str, value: Any) -> Any:
@@ -142,7 +147,21 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("call_function", function, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        made = _Proxy(node, self)
+        self._made.append(weakref.ref(made))
+        return made
+
+    def require_nothing_kept(self) -> None:
+        """Raises Untraceable where a stand-in is still somewhere after the trace: in a list, dictionary or object that
+        the forward puts what it computes into, which no graph would do."""
+
+        def is_kept() -> bool:
+            return any(made() is not None for made in self._made)
+
+        if is_kept():
+            gc.collect()  # of those that only each other knows
+            if is_kept():
+                raise Untraceable("it keeps something of what it computes")
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if not self.inline or not is_inlined(module):
@@ -193,9 +212,11 @@ def _as_it_was(module: nn.Module, training: bool) -> Iterator[None]:
             vars(part)["training"] = was["training"]
         changed = [part for part, state in states.items() if not _same(_contents(part), state)]
         for part in changed:
-            own = vars(part)
+            own, (was, contents) = vars(part), states[part]
             own.clear()
-            own.update(states[part][0])
+            own.update(was)
+            for value, held in zip(filter(_holds, was.values()), contents, strict=True):
+                _refill(value, held)
         drawn = random.getstate(), np.random.get_state(legacy=False)
         random.setstate(numbers[0])
         np.random.set_state(numbers[1])
@@ -215,6 +236,14 @@ def _contents(module: nn.Module) -> tuple[dict[str, Any], list[Any]]:
 
 def _holds(value: Any) -> bool:
     return isinstance(value, list | dict | set)
+
+
+def _refill(value: Any, held: list[Any]) -> None:
+    if isinstance(value, list):
+        value[:] = held
+    else:
+        value.clear()
+        value.update(held)
 
 
 def _same(one: tuple[dict[str, Any], list[Any]], other: tuple[dict[str, Any], list[Any]]) -> bool:

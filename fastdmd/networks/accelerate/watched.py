@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dis
+import functools
 import gc
 import inspect
 import sys
@@ -14,8 +16,10 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
-# What asks a value for its kind, to which a stand-in would answer another, and what a graph does not show.
-QUESTIONS = (isinstance, issubclass, hasattr, callable, id, print)
+# What asks a value for its kind, to which a stand-in would answer another, or for modes, which may be others next time,
+# and what a graph does not show.
+MODES = (torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled, torch.get_default_dtype)
+QUESTIONS = (isinstance, issubclass, hasattr, callable, id, print, *MODES)
 HIDDEN: dict[CodeType, str] = {
     inspect.unwrap(function).__code__: name
     for name, function in {
@@ -49,6 +53,8 @@ def watched() -> Iterator[None]:
             found.append(argument.__name__)
         elif (asked := _asked_outside(frame, event, argument)) is not None:
             found.append(asked)
+        elif event == "call" and _package(frame) not in LIBRARIES and _tells_others(frame.f_code):
+            found.append(f"{frame.f_code.co_name}, which sets a variable outside")
         elif event == "call" and (kept := _keeps(frame)) is not None:
             found.append(kept)
             raise Untraceable(f"it calls {kept}")  # before stand-ins come to it
@@ -84,6 +90,16 @@ def _asked_outside(frame: FrameType, event: str, argument: Any) -> str | None:
     while caller is not None and _package(caller) in sys.stdlib_module_names:
         caller = caller.f_back
     return f"{name} of {package}" if caller is not None and _package(caller) not in LIBRARIES else None
+
+
+@functools.cache
+def _tells_others(code: CodeType) -> bool:
+    """Whether a function sets a global variable, or one of the function around it."""
+    for instruction in dis.get_instructions(code):
+        is_free = instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars
+        if is_free or instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            return True
+    return False
 
 
 def _keeps(frame: FrameType) -> str | None:
