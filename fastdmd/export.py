@@ -106,7 +106,7 @@ def export_generator(
     generator = dataclasses.replace(generator, network=network)
     with replacing(path) as written:
         exported = WRITERS[path.suffix](generator, written, weights_dtype)
-        rounded = dataclasses.replace(generator, network=copy.deepcopy(network).to(weights_dtype).float())
+        rounded = dataclasses.replace(generator, network=_rounded(network, weights_dtype))
         error = greatest_difference(exported, rounded)
         if not error <= tolerance:  # not a number, too
             raise ValueError(
@@ -114,6 +114,14 @@ def export_generator(
                 f"got a difference of {error:.1e} from {path.suffix}; nothing was written to {path}"
             )
     return greatest_difference(exported, generator)
+
+
+def _rounded(network: DenoisingNetwork, dtype: torch.dtype) -> DenoisingNetwork:
+    """A copy with the weights that a file of this dtype holds; buffers keep their digits there."""
+    rounded = copy.deepcopy(network)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    return rounded
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ class Sharding:
 
         for parameter in network.parameters():
             parameter.data = parameter.data.contiguous()
+        cast(Any, network).gathered_dtype = compute_dtype
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, cast_forward_inputs=False)
         modules: list[nn.Module] = [*_apart(network), network]
         for module in modules:

@@ -39,6 +39,7 @@ class Adapted(DenoisingNetwork):
 
     is_one_graph = False  # what others wrote may break it
     ln_sigmas: Tensor  # [num_train_timesteps], ascending; none without a noise schedule
+    gathered_dtype: torch.dtype | None = None  # of parameters, where processes share them (`Sharding.cut_`)
 
     def __init__(self, network: nn.Module, *, origin: Mapping[str, Any] | None = None, **options: Any):
         super().__init__()
@@ -138,7 +139,7 @@ class Adapted(DenoisingNetwork):
 
     def _call(self, function: Callable[..., Any], x: Tensor, level: Tensor, class_labels: Tensor | None) -> Any:
         arguments = (x, level) if self.interface.labels == "none" else (x, level, self._labels(class_labels, x.dtype))
-        dtype = next(self.network.parameters()).dtype
+        dtype = self.gathered_dtype or next(self.network.parameters()).dtype
         if dtype.itemsize < x.dtype.itemsize:
             with torch.autocast(x.device.type, dtype=dtype, cache_enabled=False):
                 return function(*arguments)

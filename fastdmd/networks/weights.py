@@ -63,20 +63,23 @@ def save_network(
 ) -> None:
     """Writes weights and configuration to a safetensors file, in one atomic replacement.
 
-    `kind` is "teacher" or "generator"; `dtype` is that of the weights in the file; `information` is anything JSON can
-    hold and is read back by `load_network`. The file can be read by any safetensors reader; the tensors of an adapted
-    network have the names that the network itself gives them. Of a network of which each of `ranks` has a part, all of
-    them call this, and the first one writes. Raises TypeError for what is no `DenoisingNetwork`, ValueError for weights
-    that `dtype` cannot hold.
+    `kind` is "teacher" or "generator"; `dtype` is that of the parameters in the file, where buffers, such as the
+    frequencies of an embedding, keep their own; `information` is anything JSON can hold and is read back by
+    `load_network`. The file can be read by any safetensors reader; the tensors of an adapted network have the names
+    that the network itself gives them. Of a network of which each of `ranks` has a part, all of them call this, and the
+    first one writes. Raises TypeError for what is no `DenoisingNetwork`, ValueError for weights that `dtype` cannot
+    hold.
     """
     if not isinstance(network, DenoisingNetwork):
         raise TypeError(f"fastdmd.save_network: expected a UNet or an Adapted network, got a {type(network).__name__}")
     state = network.inner.state_dict()
+    buffers = {name for name, _ in network.inner.named_buffers(remove_duplicate=False)}
     metadata = {"kind": kind, "network": network.describe(), "version": __version__, **information}
     found = on_first(state, ranks)
 
     def write() -> None:
-        tensors = {name: stored(name, value, dtype) for name, value in found.items()}
+        own = {name: found[name].dtype for name in buffers & found.keys()}
+        tensors = {name: stored(name, value, own.get(name, dtype)) for name, value in found.items()}
         content = save(tensors, metadata={METADATA_KEY: json.dumps(metadata, default=str)})
         write_atomically(path, lambda file: file.write(content))
 
@@ -142,6 +145,15 @@ def load_network(
     with user_code("load_network", f"the network of {path} on {device}, in eval mode"):
         loaded = loaded.float().to(device).eval().requires_grad_(False)
     return loaded.in_best_layout(), metadata
+
+
+def iterations_of(path: Path) -> int:
+    """After how many a file was written; 0 where it does not say so."""
+    try:
+        iterations = _metadata(open_tensors(path)).get("iterations")
+    except (OSError, ValueError):
+        return 0
+    return iterations if type(iterations) is int else 0
 
 
 def _metadata(weights: TensorFile) -> dict[str, Any]:

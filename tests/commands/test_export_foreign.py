@@ -1,5 +1,7 @@
 """Exports of a network of somebody else, whose code is named again."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,6 +11,7 @@ from fastdmd.networks.adapted import Adapted
 from fastdmd.networks.weights import generator_metadata, save_network
 from fastdmd.sampling import Generator
 from tests.helpers.foreign import Network
+from tests.helpers.networks import SMALL, make_network
 from tests.helpers.tiny_runs import refuses
 
 
@@ -30,6 +33,24 @@ def test_a_network_of_somebody_else_is_named_again(tmp_path, capsys, suffix):
     expected = generator(inputs["noise"], inputs["class_labels"], step_noise=inputs["step_noise"])
     assert_close(images, expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.1  # no picture of one colour
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_alone_are_rounded(tmp_path, dtype):
+    """Noise levels of a schedule, which no file holds, and frequencies are not: they would be of other noise levels."""
+    scheduled = Adapted(Network(), origin={"source": "tests.helpers.foreign:Network"}, **OF_A_SCHEDULE)
+    for network in (scheduled, make_network(dataclasses.replace(SMALL, embedding="fourier"))):
+        path = tmp_path / "generator.safetensors"
+        generator = Generator(network, (40.0, 3.0), True)
+        assert export.export_generator(generator, path, weights_dtype=dtype, tolerance=1e-5) > 0
+        loaded = load_generator(path, network="tests.helpers.foreign:Network" if network is scheduled else None)
+        for (name, own), kept in zip(network.named_buffers(), loaded.network.buffers(), strict=True):
+            assert torch.equal(own, kept), name
+        for own, kept in zip(network.parameters(), loaded.network.parameters(), strict=True):
+            assert torch.equal(own.to(dtype).float(), kept)
+
+
+OF_A_SCHEDULE = {"parameterization": "epsilon", "noise_schedule": "linear", "timesteps": "integer"}
 
 
 class Ranked(Network):

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 
 import torch
+from torch import nn
 
+from fastdmd.networks.adapted import Adapted
 from fastdmd.networks.identity import identity
 from fastdmd.networks.weights import load_network
 from tests.helpers.networks import SMALL, make_network
@@ -15,6 +17,23 @@ def test_it_is_that_of_the_file_and_of_every_layout(teacher, teacher_file):
     contiguous = copy.deepcopy(teacher).to(memory_format=torch.contiguous_format)
     assert identity(loaded) == identity(teacher) == identity(contiguous)
     assert identity(copy.deepcopy(teacher).requires_grad_(True)) == identity(teacher)
+
+
+def test_what_a_state_holds_beside_tensors_is_left_out():
+    class Told(nn.Linear):
+        told = None
+
+        def get_extra_state(self):
+            return self.told
+
+    options = {"parameterization": "x0", "image_shape": (1, 8, 8), "num_classes": 0, "sigma_data": 0.5}
+    found = set()
+    for told in (None, {"version": 2}, b"bytes"):
+        torch.manual_seed(0)
+        network = Told(8, 8)
+        network.told = told
+        found.add(identity(Adapted(network, **options)))
+    assert len(found) == 1
 
 
 def test_any_weight_and_any_option_makes_another(teacher):

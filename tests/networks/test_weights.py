@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastdmd import teachers
@@ -21,6 +22,18 @@ RECORD = {
     "settings": {"num_samples": 10, "reference": None},
     "quality": dataclasses.asdict(Measurement(0.25, 0.99, 31.5, 35, 10)),
 }
+
+
+def test_buffers_keep_their_digits(tmp_path):
+    """Those of frequencies: half of them would be another network than was measured."""
+    network = make_network(dataclasses.replace(SMALL, embedding="fourier"))
+    for name, dtype in {"half": torch.float16, "bf16": torch.bfloat16}.items():
+        save_network(tmp_path / name, network, kind="teacher", dtype=dtype)
+        with safe_open(tmp_path / name, framework="pt") as file:
+            dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}
+        assert dtypes.pop("frequencies") is torch.float32 and {*dtypes.values()} == {dtype}
+        loaded, _ = load_network(tmp_path / name)
+        assert torch.equal(loaded.frequencies, network.frequencies)
 
 
 def rewritten(path, **changes):
