@@ -306,13 +306,13 @@ class AdamWEMA(FlatOptimizer):
     def note_change(self) -> None:
         """The weights have other values: a graph from before raises in its backward pass."""
         torch.autograd.graph.increment_version([*self.parameters, *self._averages.parameters])
-        # In place: torch 2.11 cannot trace the assignment in a compiled step.
-        self._versions[:] = [parameter._version for parameter in self.parameters]
+        self._versions[:] = [own._version for own in self.parameters]  # in place: torch 2.11 traces no assignment
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. Hooks and what schedulers hang on `step` stay behind, as with torch's optimizers."""
         self._check()
         self._adopt()
+        self._gradients.settle()
         return {name: own for name, own in vars(self).items() if name not in NOT_COPIED and not name.endswith("_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -38,6 +38,20 @@ class FlatGradients(abc.ABC):
             self._flat.zero_()
             self._put_back()
 
+    def settle(self) -> None:
+        """Brings the buffer, which is copied, to what `.grad` are: zero for None, which stays None."""
+        dropped = [parameter for parameter in self._parameters if parameter.grad is None]
+        self.collect(required=False)
+        for parameter in dropped:
+            parameter.grad = None
+
+    @abc.abstractmethod
+    def collect(self, *, required: bool) -> None:
+        """Copies gradients that lie elsewhere into the buffer, and lets all of them lie there.
+
+        A gradient that is None counts as zero; ValueError where it is `required`, before anything is copied.
+        """
+
     @abc.abstractmethod
     def _put_back(self) -> None:
         """Lets `.grad` of all parameters lie in the buffer, whatever they hold there."""
@@ -93,10 +107,6 @@ class Gradients(FlatGradients):
 
     @torch.no_grad()
     def collect(self, *, required: bool) -> None:
-        """Copies gradients that lie elsewhere into the buffer, and puts the views back.
-
-        A gradient that is None counts as zero; ValueError where it is `required`, before anything is copied.
-        """
         gradients = [parameter.grad for parameter in self._parameters]
         if all(map(operator.is_, gradients, self._views)) and places(self._views) == self._places:
             return

@@ -38,10 +38,6 @@ class ShardedGradients(FlatGradients):
 
     @torch.no_grad()
     def collect(self, *, required: bool) -> None:
-        """Copies gradients that lie elsewhere into the buffer, and puts its own back.
-
-        A gradient that is None counts as zero; ValueError where it is `required`, before anything is copied.
-        """
         found = [parameter.grad for parameter in self._parameters]
         if all(map(operator.is_, found, self._grads)):
             return

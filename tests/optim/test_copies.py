@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastdmd.optim import AdamWEMA
-from tests.helpers.optimizers import assert_alike, assert_moved, network, saved, train
+from tests.helpers.optimizers import assert_alike, assert_moved, loss_of, network, saved, train
 
 COPIES = {
     "deepcopy": copy.deepcopy,
@@ -34,6 +34,29 @@ def test_a_copy_moves_its_own_network(way, compute_dtype):
     train(optimizer)
     assert_alike(optimizer.network, other.network, rtol=0, atol=0)
     assert_alike(optimizer.ema_network, other.ema_network, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_has_the_gradients_that_are_there(way):
+    """Those of a batch that was rejected by `zero_grad()` are not: they would be added to the next ones."""
+    optimizer = AdamWEMA(network(), learning_rate=1e-2)
+    for is_rejected in (True, False):
+        optimizer.backward(loss_of(optimizer.network))
+        expected = [parameter.grad.clone() for parameter in optimizer.network.parameters()]
+        if is_rejected:
+            optimizer.zero_grad()
+            expected = [torch.zeros_like(grad) for grad in expected]
+        other = COPIES[way](optimizer)
+        for parameter, own, grad in zip(
+            optimizer.network.parameters(), other.network.parameters(), expected, strict=True
+        ):
+            assert (parameter.grad is None) == is_rejected and torch.equal(own.grad, grad)
+        loss_of(other.network).backward()
+        found = [parameter.grad.clone() for parameter in other.network.parameters()]
+        optimizer.zero_grad()
+        loss_of(optimizer.network).backward()
+        for parameter, own, before in zip(optimizer.network.parameters(), found, expected, strict=True):
+            torch.testing.assert_close(own, parameter.grad + before)
 
 
 def test_a_copy_takes_changed_weights_along():
