@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdmd import quality, teachers
 from fastdmd.bars import bar
-from fastdmd.data.pairs import RECORD, PairFolder, PairRecord, read_record
+from fastdmd.data.pairs import LOCK, RECORD, PairFolder, PairRecord, read_record
 from fastdmd.memory import half
 from fastdmd.networks.identity import identity
 from fastdmd.ranks import ALONE, Ranks
@@ -56,19 +56,25 @@ def main(arguments: list[str] | None = None) -> None:
         )
         folder = ranks.from_first(lambda: open_folder(config, record))
     with cli.run_errors("fastdmd.pairs", "making pairs", smaller):
-        ranks.from_first(folder.begin)
-        lock: contextlib.AbstractContextManager = contextlib.nullcontext()
-        with locked(config.out / RECORD) if ranks.is_first else lock:
+        with contextlib.ExitStack() as held:
+            ranks.from_first(lambda: begin(folder, held))
             make(folder, ranks.from_first(lambda: list(folder.missing())), sampler, device, ranks)
     print(f"{config.out}: {config.num} pairs")
 
 
 def open_folder(config: PairsConfig, record: PairRecord) -> PairFolder:
     """Raises OSError where somebody writes to it, ValueError where it is of other settings."""
-    require_free(config.out / RECORD)
+    require_free(config.out / LOCK)
     if (config.out / RECORD).exists():
         continuity.require_same_pairs(config, read_record(config.out), record)
     return PairFolder(config.out, record)
+
+
+def begin(folder: PairFolder, held: contextlib.ExitStack) -> None:
+    """Takes the folder for this process, as long as it is held: others may have written to it since it was opened."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(folder.path / LOCK))
+    PairFolder(folder.path, folder.record).begin()
 
 
 def make(

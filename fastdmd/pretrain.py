@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
             try_architecture(config, architecture, device, ranks)
             network = UNet(architecture)
         else:
+            objective, architecture_of_init = config.objective.of(network), config.architecture.of(network.config)
+            config = dataclasses.replace(config, objective=objective, architecture=architecture_of_init)
             dataset = config.data.load(image_shape=network.image_shape, num_classes=network.num_classes, device=device)
         if past is not None and ranks.from_first(functools.partial(past.has_nothing_left, config)):
             return

@@ -26,7 +26,9 @@ from fastdmd.memory import require_memory
 from fastdmd.randomness import RANDOM_NUMBERS, Stream, integers, normals
 
 RECORD = "pairs.json"
+LOCK = "pairs.lock"  # empty; locked as long as somebody writes here, as the others are replaced
 MAX_PAIRS = 10**7
+MAX_PARTS = 100_000  # whose checksums are read at once, after every file
 MAX_RECORD_BYTES = 2**14
 AGAIN = "the same fastdmd.pairs command makes it"
 
@@ -69,11 +71,17 @@ class PairRecord:
 class PairFolder:
     """A folder of pairs that are being made: new, or one that the same record was begun in.
 
-    Raises ValueError for a folder of pairs of another record, naming what differs, and for files of pairs without one.
+    Raises ValueError for a folder of pairs of another record, naming what differs, for files of pairs without one, and
+    for a record of too many files.
     """
 
     def __init__(self, path: Path, record: PairRecord):
         self.path, self.record = path, record
+        if record.num_parts > MAX_PARTS:
+            raise mismatch(
+                f"at most {MAX_PARTS} files of pairs",
+                f"{record.num_parts} of {record.batch_size} pairs; a larger --batch-size makes fewer",
+            )
         if (path / RECORD).exists():
             found = read_record(path)
             for name, value in vars(record).items():

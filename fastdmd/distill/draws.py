@@ -25,6 +25,9 @@ LogDeviation = Annotated[float, above(0, 5)]
 DataDeviation = Annotated[float, above(0, 1e6)]
 GeneratorInputs = Literal["simulated", "noised-data"]
 
+# What says how the levels of one kind of dynamics are drawn, and nothing of the other's.
+KARRAS, LOGNORMAL = ("sigma_min", "sigma_max", "rho"), ("time_mean", "time_std")
+
 RealImages = Callable[[int], tuple[Tensor, Tensor | None]]  # images and labels of an iteration
 
 
@@ -103,6 +106,9 @@ class NoiseSettings(Settings):
         self.check()
         if self.dynamics not in (None, teacher.dynamics):
             fail(self, "dynamics", f"{teacher.dynamics}, as the teacher was trained")
+        for name in KARRAS if teacher.dynamics == "flow" else LOGNORMAL:
+            if getattr(self, name) != (default := getattr(NoiseSettings, name)):
+                fail(self, name, f"{default}, as it says nothing of {teacher.dynamics} dynamics")
         limit = getattr(teacher, "sigma_max", math.inf)
         sigmas = self.generator_sigmas
         if sigmas is None:

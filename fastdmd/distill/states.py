@@ -99,20 +99,33 @@ def first_not_finite(optimizers: Mapping[str, AdamWEMA]) -> str | None:
     return None
 
 
-def digest(*draws: Tensor | None) -> str:
-    """Of what an iteration draws, real images among it, in hexadecimal; waits for the device."""
+def digest(*tensors: Tensor | None) -> str:
+    """Of their bits, in hexadecimal; waits for the device."""
     sha256 = hashlib.sha256()
-    for value in draws:
+    for value in tensors:
         sha256.update(b"none" if value is None else value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()[:16]
 
 
-def require_same_draws(iteration: int, expected: str, *draws: Tensor | None) -> None:
+def digest_of_draws(draws: Mapping[str, Tensor | None]) -> str:
+    """Of what an iteration draws, by name, as far as it is the same to the bit on every device and with every torch:
+    whole numbers, keys and labels among them, and images as the 256 values of their pixels. Noise and its levels follow
+    from keys and settings, to rounding."""
+    known: list[Tensor | None] = []
+    for name, value in draws.items():
+        if value is None or not value.is_floating_point():
+            known.append(value)
+        elif name.endswith("images"):
+            known.append(((value.cpu() + 1) * 127.5).round())
+    return digest(*known)
+
+
+def require_same_draws(iteration: int, expected: str, draws: Mapping[str, Tensor | None]) -> None:
     """Raises ValueError where these have another digest: training would go on with something else."""
-    if digest(*draws) != expected:
+    if digest_of_draws(draws) != expected:
         raise ValueError(
             f"expected iteration {iteration} to draw what it would have, got something else: there are other data, "
-            "another kind of device, or another torch"
+            "or another version of fastdmd drew it"
         )
 
 

@@ -15,6 +15,7 @@ from fastdmd.report.study import Study, Subject, features_for, study
 from fastdmd.runs import terminal
 from fastdmd.runs.config import CommandConfig
 from fastdmd.runs.folder import REPORT
+from fastdmd.shards import is_cut
 
 COMMAND = "python -m fastdmd.report"
 
@@ -35,7 +36,11 @@ def write(
         found = Study(missing=[f"images of the teacher and neighbours of samples: {COMMAND} {folder} makes them"])
         if is_complete:
             features = features_for(config.evaluation.feature_network, real, device)
-            found = study(run, Subject(teacher, real, features, config.seed, config.evaluation.teacher_steps))
+            missing = []
+            if teacher is not None and is_cut(teacher):  # other processes, which it would take, do not come here
+                missing = [f"images of the teacher, which processes share: {COMMAND} {folder} makes them"]
+                teacher = None
+            found = study(run, Subject(teacher, real, features, config.seed, config.evaluation.teacher_steps, missing))
         page.write(folder / REPORT, [run], found)
     except Exception as error:
         terminal.say(f"no {REPORT}: {reason(error)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from fastdmd.quality import Evaluation, Measurement
 from fastdmd.runs.course import Course
@@ -18,8 +19,10 @@ def measure(
     progress: Progress,
     rows: dict[str, Measurement],
     received: Received,
+    show: Callable[[], None],
 ) -> None:
-    """Fills `rows`, by their names, of a run that is complete; a signal ends it, and then `progress` says so."""
+    """Fills `rows`, by their names, of a run that is complete; a signal ends it, and then `progress` says so. What is
+    kept may be another average than the last samples are of: then `show` makes them anew."""
     if progress.outcome != "complete" or evaluation is None:
         return
 
@@ -34,11 +37,14 @@ def measure(
             return None
 
     try:
+        shown = None if course is None else course.kept
         (name, sampler, record), *_ = training.measurements()
         row = measure_one(name, sampler, record) if course is None else course.choose(name, measure_one)
         if row is not None:
             rows[name] = row
             training.save(progress.iterations, record=evaluation.record(row))
+        if course is not None and course.kept != shown:
+            show()
         if course is not None and (best := course.measure_best(progress.iterations, row, evaluation, measure_one)):
             rows["best"] = best
         _, *others = training.measurements()  # of the average that is kept by now

@@ -68,6 +68,11 @@ class Course:
             self._evaluation.num_samples = monitor.eval_samples
             self._add_level("real images", self._evaluation.floor)
 
+    @property
+    def kept(self) -> str:
+        """The average that is the run's result, as far as it has been measured."""
+        return self._training.candidates.kept
+
     def is_due(self, iteration: int, *, is_last: bool) -> bool:
         every = self._monitor.eval_every
         return every > 0 and (is_last or iteration % every == 0)
@@ -191,7 +196,7 @@ class Course:
     def summary(self) -> dict[str, Any]:
         """For summary.json."""
         return {
-            "average": self._training.candidates.kept,
+            "average": self.kept,
             "best_iteration": None if self.best is None else self.best.iteration,
             "best_average": None if self.best is None else self.best.average,
         }

@@ -18,9 +18,9 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.distill import DMD2, Draws, methods
 from fastdmd.distill.exchange import exchange
 from fastdmd.distill.regression import with_pairs
-from fastdmd.distill.starts import tensors_of
 from fastdmd.distill.states import (
     digest,
+    digest_of_draws,
     first_not_finite,
     load_state,
     optimizers_of,
@@ -237,12 +237,12 @@ class Distillation:
             "model": state_of(self.model),
             "candidates": self.candidates.state_dict(),
             "next": self._next,
-            "draws": digest(*tensors_of(self._all_draws(self._next))),
+            "draws": digest_of_draws(vars(self._all_draws(self._next))),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._next = state["next"]  # which the loop has looked at
-        require_same_draws(self._next, state["draws"], *tensors_of(self._all_draws(self._next)))
+        require_same_draws(self._next, state["draws"], vars(self._all_draws(self._next)))
         load_state(self.model, state["model"], self._next)
         self.candidates.load_state_dict(state["candidates"])
         if self.model.class_sums is not None and not self._ranks.is_first:

@@ -105,10 +105,18 @@ class RunFolder:
         self.append(METRICS, [values])
 
     def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Lines of JSON, which has no NaN and no infinity: such a number is null. Raises as `log` does."""
+        """Lines of JSON, which has no NaN and no infinity: such a number is null. Raises as `log` does, and then the
+        file is as it was: a disk that fills up takes a part of a line."""
         text = "".join(json.dumps(_as_json(line), allow_nan=False) + "\n" for line in lines)
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(text)
+        path = self.path / name
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)
+            raise
 
     def reached(self) -> dict[str, dict[str, Any]]:
         """How far the files that grow have come, all of which the disk has by then: their bytes, and a checksum."""

@@ -97,7 +97,8 @@ class Loop:
             try:
                 with self._ranks.reaching_all():  # networks in parts exchange them whenever they run
                     self._train(progress, agreement, is_asked)
-                    closing.measure(self._training, self._course, evaluation, progress, rows, agreement.signal)
+                    measured = self._training, self._course, evaluation, progress, rows
+                    closing.measure(*measured, agreement.signal, self._show_anew)
             except (Exception, SystemExit) as error:
                 progress.outcome, progress.reason = "failed", reason(error)
                 if progress.iterations < self._settings.iterations and self._is_whole_here:
@@ -297,6 +298,9 @@ class Loop:
             return str(error)
         show(samples, iteration)
         return None
+
+    def _show_anew(self) -> None:
+        self._ranks.from_first(functools.partial(self._show, self._training.samples(), self._progress.iterations))
 
     def _show(self, samples: Tensor, iteration: int) -> None:
         self._history.add(samples, iteration)

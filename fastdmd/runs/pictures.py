@@ -76,8 +76,12 @@ class SampleHistory:
         self.iterations: list[int] = []  # of the columns
 
     def add(self, samples: Tensor, iteration: int) -> None:
-        """Samples `[rows, columns, C, H, W]`, of which column 0 keeps its noise from call to call."""
+        """Samples `[rows, columns, C, H, W]`, of which column 0 keeps its noise from call to call; in the place of the
+        last ones, if these are of the same iteration."""
         samples = samples.cpu()
+        if self.iterations[-1:] == [iteration]:
+            self.columns.pop()
+            self.iterations.pop()
         self.columns.append(samples[:, 0])
         self.iterations.append(iteration)
         if len(self.columns) > 2 * self.num_history:  # thin out evenly, keep the first

@@ -21,6 +21,7 @@ from fastdmd.distill.losses import denoising_loss
 from fastdmd.distill.optimization import Decay, Rate, WarmUp, WeightDecay
 from fastdmd.distill.states import (
     digest,
+    digest_of_draws,
     first_not_finite,
     load_optimizer_state,
     optimizer_state,
@@ -55,6 +56,14 @@ class ObjectiveSettings(Settings):
     """Standard deviation of ln(sigma) in training."""
     sigma_data: DataDeviation = 0.5
     """Standard deviation of the data, as the preconditioning assumes it."""
+
+    def of(self, network: UNet) -> ObjectiveSettings:
+        """That of a network to go on from. Raises ValueError where another one was asked for."""
+        own: dict[str, Any] = {"dynamics": network.dynamics, "sigma_data": network.sigma_data}
+        for name, value in own.items():
+            if getattr(self, name) not in (getattr(ObjectiveSettings, name), value):
+                fail(self, name, f"{value}, as --init was trained")
+        return dataclasses.replace(self, **own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +105,9 @@ class ArchitectureSettings(Settings):
         return dataclasses.replace(config, attention_resolutions=asked)
 
     def of(self, network: UNetConfig) -> ArchitectureSettings:
-        """With what the data decided filled in."""
-        return dataclasses.replace(self, attention_resolutions=network.attention_resolutions)
+        """That of a network, of which the data have decided some."""
+        own = {field.name: getattr(network, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,9 +223,10 @@ class Pretraining:
             first_sample=rows.start,
         )
 
-    def _next_batch(self) -> tuple[Tensor, Tensor | None]:
+    def _next_batch(self) -> dict[str, Tensor | None]:
         """That of all processes."""
-        return self._batch(self._next, slice(0, self.config.batch_size))
+        images, labels = self._batch(self._next, slice(0, self.config.batch_size))
+        return {"images": images, "labels": labels}
 
     def exchange(self) -> None:
         exchange(self.tallies, self._ranks)
@@ -229,13 +240,13 @@ class Pretraining:
             "optimizer": optimizer_state(self._optimizer),
             "tally": self.tallies[0].state_dict(),
             "next": self._next,
-            "draws": digest(*self._next_batch()),
+            "draws": digest_of_draws(self._next_batch()),
             "seconds": time.perf_counter() - self._started,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._next = state["next"]  # which the loop has looked at
-        require_same_draws(self._next, state["draws"], *self._next_batch())
+        require_same_draws(self._next, state["draws"], self._next_batch())
         load_optimizer_state(self._optimizer, state["optimizer"], self._next, "optimizer")
         self.tallies[0].load_state_dict(state["tally"])
         self._started = time.perf_counter() - state["seconds"]

@@ -13,6 +13,7 @@ import torch
 
 from fastdmd import __version__, files
 from fastdmd.networks.tensor_files import read_json
+from fastdmd.networks.weights import iterations_of
 from fastdmd.ranks import ALONE, Ranks
 from fastdmd.reading import last_line, parse_json, require_regular
 from fastdmd.runs import checkpoint, terminal
@@ -104,7 +105,7 @@ class Past:
     def _require_nothing_lost(self) -> None:
         """Raises ValueError where a run has come further than one without a checkpoint can have; it would begin again,
         over its results."""
-        iteration, seconds = _logged(self.path / METRICS)
+        iteration, seconds = self._reached()
         if iteration == 0:
             return
         assert self.config is not None
@@ -125,6 +126,16 @@ class Past:
                 "another --out"
             )
         terminal.say(f"{self.path} has no checkpoint yet: the run begins again, with its first {iteration} iterations")
+
+    def _reached(self) -> tuple[int, float]:
+        """Iterations and seconds, at least, by its log, its weights and its summary: one may be lost, or not begun."""
+        iteration, seconds = _logged(self.path / METRICS)
+        if type(told := (self.summary or {}).get("iterations")) is int:
+            iteration = max(iteration, told)
+        began = (self.path / CONFIG).stat().st_mtime
+        for path in (self.path / name for name in names_in(self.path) if name.endswith(".safetensors")):
+            iteration, seconds = max(iteration, iterations_of(path)), max(seconds, path.stat().st_mtime - began)
+        return iteration, seconds
 
     def is_complete(self, config: RunConfig) -> bool:
         """Whether there is nothing left to do for a run with these settings."""

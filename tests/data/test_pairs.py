@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdmd.data.pairs import PairFolder, PairRecord, load_pairs
+from fastdmd.files import MAX_SUMS_BYTES
 from tests.helpers.small_datasets import TINY_PAIRS
 
 RECORD = TINY_PAIRS
@@ -173,6 +174,20 @@ def test_another_record_is_refused_by_what_differs(field, tmp_path):
     other = (3, 4, 4) if field == "image_shape" else f"{value}x" if isinstance(value, str) else value + 1
     with pytest.raises(ValueError, match=f"expected pairs of {field} .* in .*pairs, got some of {field} "):
         PairFolder(path, dataclasses.replace(RECORD, **{field: other}))
+
+
+def test_more_files_than_checksums_are_read_of_are_refused(tmp_path):
+    """Before any is made, not after hours."""
+    for num, batch_size, is_taken in ((100_000, 1, True), (100_001, 1, False), (10**7, 100, True), (10**7, 99, False)):
+        record = dataclasses.replace(RECORD, num=num, batch_size=batch_size)
+        if is_taken:
+            PairFolder(tmp_path / "pairs", record)
+        else:
+            with pytest.raises(
+                ValueError, match="expected at most 100000 files of pairs, got 10.* a larger --batch-size"
+            ):
+                PairFolder(tmp_path / "pairs", record)
+    assert 91 * 100_000 < MAX_SUMS_BYTES
 
 
 def test_no_noise_is_drawn_for_pairs_that_are_not_there(tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 """Random inputs of parts of a batch are those of the whole, and so are the gradients that come of them."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from fastdmd.data.pairs import Pairs
-from fastdmd.distill.draws import materialised
+from fastdmd.distill.draws import NoiseSettings, materialised
 from fastdmd.distill.starts import map_tensors, tensors_of
 from fastdmd.networks.unet import UNet
 from fastdmd.runs import distillation
@@ -27,6 +28,24 @@ def teacher():
         for parameter in network.parameters():  # what starts at zero would hide differences
             parameter.add_(0.05 * torch.randn_like(parameter))
     return network
+
+
+@pytest.mark.parametrize("name", ["sigma_min", "sigma_max", "rho", "time_mean", "time_std"])
+def test_how_levels_of_other_dynamics_are_drawn_is_refused(name):
+    """It would be recorded and count for nothing."""
+    settings = NoiseSettings(**{name: {"sigma_min": 0.01, "sigma_max": 20.0}.get(name, 2.0)})
+    takes = "flow" if name.startswith("time") else "edm"
+    for dynamics in ("flow", "edm"):
+        teacher = UNet(dataclasses.replace(TINY, dynamics=dynamics))
+        assert NoiseSettings().for_teacher(teacher).dynamics == dynamics
+        if dynamics == takes:
+            assert getattr(settings.for_teacher(teacher), name) == getattr(settings, name)
+        else:
+            flag = name.replace("_", "-")
+            with pytest.raises(
+                ValueError, match=f"expected --{flag} .*, as it says nothing of {dynamics} dynamics, got"
+            ):
+                settings.for_teacher(teacher)
 
 
 def random_pairs():

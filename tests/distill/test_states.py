@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastdmd.distill.states import digest, load_state, require_same_draws, state_of
+from fastdmd.distill.states import digest, digest_of_draws, load_state, require_same_draws, state_of
 from fastdmd.networks.adapted import Adapted
 from fastdmd.runs import distillation
 from fastdmd.runs.config import TrainConfig
@@ -66,6 +66,33 @@ def test_a_digest_tells_draws_apart():
     x, y = torch.rand(2, 3, generator=torch.Generator().manual_seed(0)), torch.arange(3)
     assert digest(x, None, y) == digest(x.clone(), None, y)
     assert len({digest(x, y), digest(x + 1e-7, y), digest(y, x), digest(x, None)}) == 4
-    require_same_draws(3, digest(x, y), x, y)
-    with pytest.raises(ValueError, match="expected iteration 3 to draw what it would have, got something else"):
-        require_same_draws(3, digest(x, y), x, y + 1)
+
+
+def test_what_an_iteration_draws_is_known_on_any_device():
+    """Which draws the same but for roundings, of which a digest of all bits would know nothing but that they differ."""
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
+    draws = {
+        "noise": torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "class_labels": torch.arange(4),
+        "dm_sigma": torch.tensor([0.1, 1.0, 10.0, 80.0]),
+        "dm_key": torch.tensor([1, 2, 3, 4]),
+        "dm_noise": None,
+        "real_images": pixels.float().div(127.5).sub(1),
+    }
+    expected = digest_of_draws(draws)
+    rounded = {
+        "noise": draws["noise"].nextafter(torch.tensor(9.0)),
+        "dm_sigma": draws["dm_sigma"].nextafter(torch.tensor(99.0)),
+        "real_images": pixels.float().mul(1 / 127.5).sub(1),  # as a GPU divides by a number
+    }
+    assert not torch.equal(rounded["real_images"], draws["real_images"])
+    require_same_draws(3, expected, {**draws, **rounded})
+    other = pixels.clone()
+    other[2, 0, 3, 3] += 1
+    for name, value in {
+        "class_labels": torch.tensor([0, 1, 2, 2]),
+        "dm_key": torch.tensor([1, 2, 3, 5]),
+        "real_images": other.float().div(127.5).sub(1),
+    }.items():
+        with pytest.raises(ValueError, match="expected iteration 3 to draw what it would have, got something else"):
+            require_same_draws(3, expected, {**draws, name: value})

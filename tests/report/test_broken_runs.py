@@ -15,6 +15,7 @@ from fastdmd.report import ending, page, reading
 from fastdmd.report.reading import read_run
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.pictures import SampleHistory
+from tests.helpers.networks import make_network
 from tests.helpers.pages import Page
 from tests.helpers.tiny_runs import refuses
 
@@ -225,6 +226,19 @@ def test_a_run_that_was_ended_has_a_report_at_once(run, monkeypatch):
     found = Page((run / "report.html").read_text())
     assert found.texts("p", class_="big words ill") == ["▲ interrupted"]
     assert missing(found)[-1].endswith(f"neighbours of samples: python -m fastdmd.report {run} makes them")
+
+
+def test_no_process_alone_asks_a_teacher_that_several_share(run, monkeypatch):
+    """It would wait for the others, who have left."""
+    teacher, asked = make_network(), []
+    teacher.register_forward_pre_hook(lambda *_: asked.append(1))
+    SampleHistory(run / "samples.png").add(BLACK, 60)
+    monkeypatch.setattr(ending, "is_cut", lambda network: network is teacher)
+    ending.write(run, TrainConfig(), CPU, teacher=teacher, real=None, is_complete=True)
+    found = missing(Page((run / "report.html").read_text()))
+    assert not asked and any(
+        f"which processes share: python -m fastdmd.report {run} makes them" in line for line in found
+    )
 
 
 def test_updates_that_were_lost_are_no_health(run):

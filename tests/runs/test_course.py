@@ -21,6 +21,7 @@ from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.course import Course
 from fastdmd.runs.folder import RunFolder
 from fastdmd.runs.loop import Loop
+from fastdmd.runs.pictures import read_sheet
 from tests.helpers.tiny_runs import refuses, run_train
 from tests.runs.test_loop import Scripted
 
@@ -96,6 +97,26 @@ def run(path, distances, *, every=2, stop_after=0, num_iterations=8, judge=Judge
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     best = json.loads((path / "best.json").read_text()) if (path / "best.json").exists() else None
     return summary, lines, best, course
+
+
+class Shown(Watched):
+    """Whose samples tell which average they are of."""
+
+    def samples(self):
+        return torch.full((1, 11, 1, 4, 4), {"short": -0.5, "long": 0.5}[self.candidates.kept])
+
+
+def test_samples_are_of_the_average_that_is_kept_in_the_end(tmp_path, monkeypatch):
+    """Which is known after they were drawn: of more images, or of the first measurement there is."""
+    monkeypatch.setattr("tests.runs.test_course.Watched", Shown)
+    for name, distances, shown in (("other", {8: (2.0, 1.0)}, 0.5), ("same", {8: (1.0, 2.0)}, -0.5)):
+        summary, *_ = run(tmp_path / name, distances, every=0)
+        sheet = read_sheet(tmp_path / name / "samples.png")
+        assert summary["average"] == {0.5: "long", -0.5: "short"}[shown] and list(sheet.iterations) == [0, 8]
+        level = round((shown + 1) * 127.5)
+        for picture in (sheet.history[0][-1], sheet.varied[0][0]):
+            assert np.asarray(picture).min() == np.asarray(picture).max() == level
+        assert np.asarray(sheet.history[0][0]).max() == round(0.5 * 127.5)  # as it was
 
 
 def test_every_average_is_measured_and_the_best_is_kept(tmp_path, capsys):

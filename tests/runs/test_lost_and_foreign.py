@@ -2,17 +2,20 @@
 
 import json
 import os
+import signal
 import threading
 
 import pytest
 import torch
 
+from fastdmd.networks.weights import save_network
 from fastdmd.runs.checkpoints import Checkpoints, CheckpointSettings, found
 from fastdmd.runs.cli import to_json
 from fastdmd.runs.config import TrainConfig
 from fastdmd.runs.folder import ReopenedFolder, RunFolder
 from fastdmd.runs.lock import locked
 from fastdmd.runs.resume import Past, open_folder, past_of
+from tests.helpers.networks import make_network
 
 LINES = [{"iteration": 50, "seconds": 30.0}, {"iteration": 100, "seconds": 70.0}]
 
@@ -70,6 +73,56 @@ def test_a_run_that_must_have_had_checkpoints_does_not_begin_again(config, capsy
         past.require_same(config)
         assert "has no checkpoint yet: the run begins again, with its first 100 iterations" in capsys.readouterr().err
     assert contents(config.out) == before
+
+
+@pytest.mark.parametrize(
+    ("iterations", "minutes", "summary", "is_refused"),
+    [
+        (0, 0, None, None),
+        (40, 9, None, False),
+        (40, 11, None, True),
+        (0, 0, {"outcome": "complete", "iterations": 3}, True),
+    ],
+)
+def test_what_weights_and_summary_tell_counts_where_the_log_does_not(
+    config, capsys, iterations, minutes, summary, is_refused
+):
+    """As with --log-every 5000, or where metrics.jsonl was lost."""
+    begun(config.replace(checkpoint_every="10m"), (), summary)
+    weights = config.out / "generator.safetensors"
+    save_network(weights, make_network(), kind="generator", conditioning_sigma=80.0, iterations=iterations)
+    began = (config.out / "config.json").stat().st_mtime
+    os.utime(weights, (began, began + 60 * minutes))
+    before, past = contents(config.out), Past.of(config.out)
+    if is_refused:
+        with pytest.raises(
+            ValueError, match=f"expected a checkpoint in .*run, got none of a run of {iterations or 3} it"
+        ):
+            past.require_same(config)
+    else:
+        past.require_same(config)
+        said = capsys.readouterr().err
+        assert ("the run begins again, with its first 40 iterations" in said) == (is_refused is False) == bool(said)
+    assert contents(config.out) == before
+
+
+def test_a_disk_that_fills_up_takes_no_part_of_a_line(config):
+    """The next line would be glued to it, and both were lost."""
+    resource = pytest.importorskip("resource")
+    folder = begun(config, LINES)
+    before = (config.out / "metrics.jsonl").read_bytes()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            folder.log(iteration=150, text="x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (config.out / "metrics.jsonl").read_bytes() == before
+    folder.log(iteration=200)
+    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [50, 100, 200]
 
 
 def test_checkpoints_that_are_no_folder(config, tmp_path):
