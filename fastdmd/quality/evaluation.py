@@ -85,6 +85,7 @@ class Evaluation:
         self._reference: metrics.FeatureStatistics | None = None
         self._real: Tensor | None = None  # [N, D], features of real images, in random order
         self._real_images: str | None = None  # which ones
+        self._features: str | None = None  # which ones, where the reference does not tell
         is_digits = feature_network is None
         if is_digits and tuple(image_shape) != (1, 28, 28):
             shape = "×".join(map(str, image_shape))
@@ -130,6 +131,8 @@ class Evaluation:
             self._reference = metrics.reference_statistics()
         order = permutation(len(dataset), seed=self.seed, stream=Stream.EVALUATION_ORDER)
         whole = self._survey_all(dataset, network, order[: metrics.MAX_KEPT])
+        if reference is not None:  # which another feature network may be measured against
+            self._features = _told(whole.statistics)
         self._reference = self._reference or whole.statistics
         if is_digits and not is_embedded:
             self.notices += metrics.foreign_digits(whole, dataset.name)
@@ -181,18 +184,15 @@ class Evaluation:
         return {"settings": self._settings(row.evaluations), "quality": dataclasses.asdict(row)}
 
     def _settings(self, evaluations: int | None) -> dict:
-        """Whatever the figures depend on besides the weights; the statistics tell reference and features apart."""
-        reference = None
-        if self._reference is not None:
-            mean, variance = self._reference.mean.norm().item(), self._reference.covariance.trace().item()
-            reference = f"{len(self._reference.mean)} features, |mean| {mean:.5g}, total variance {variance:.5g}"
-        return {
+        """Whatever the figures depend on besides the weights; statistics tell references and features apart."""
+        settings = {
             "num_samples": self.num_samples,
             "seed": self.seed,
             "evaluations": evaluations,
-            "reference": reference,
+            "reference": None if self._reference is None else _told(self._reference),
             "real_images": self._real_images,
         }
+        return settings if self._features is None else {**settings, "features_of_real_images": self._features}
 
     def measure(
         self,
@@ -209,10 +209,12 @@ class Evaluation:
         evaluations = sampler.num_evaluations
         known = self.ranks.from_first(lambda: self._known(record, evaluations))
         if known is not None:
-            num_images = min(SPEED_IMAGES, self.num_samples)
+            num_images = min(SPEED_IMAGES * self.ranks.size, self.num_samples)  # of each as many
             *_, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
             return dataclasses.replace(known, images_per_second=num_images / sampling_seconds, recorded=True)
-        num_images = self.num_samples if self._feature_network is not None else min(SPEED_IMAGES, self.num_samples)
+        num_images = self.num_samples
+        if self._feature_network is None:
+            num_images = min(SPEED_IMAGES * self.ranks.size, num_images)
         quality, sampling_seconds = self._sample(sampler, num_images, name, before_batch)
         return dataclasses.replace(quality, images_per_second=num_images / sampling_seconds, evaluations=evaluations)
 
@@ -240,11 +242,15 @@ class Evaluation:
                     part = slice(0, 1)  # all of them gather its parts
                 noise, step_noise = start_noise(part, self.image_shape, sampler.num_step_noises, self.seed, self.device)
                 class_labels = None if labels is None else labels[part]
+                is_on_gpu = self.device.type == "cuda"
+                if first == 0 and is_on_gpu:  # untimed: libraries try their algorithms at the first call of a shape
+                    sample(sampler, noise, class_labels, step_noise)
+                    torch.cuda.synchronize(self.device)
                 started = time.perf_counter()
                 images = sample(sampler, noise, class_labels, step_noise)
                 if is_idle:
                     return
-                if self.device.type == "cuda":
+                if is_on_gpu:
                     torch.cuda.synchronize(self.device)
                 seconds += time.perf_counter() - started
                 if not images.isfinite().all():
@@ -258,6 +264,11 @@ class Evaluation:
             batches(), self._feature_network, self._reference, real=self._real, seed=self.seed, ranks=self.ranks
         )
         return quality, self.ranks.from_first(lambda: seconds)
+
+
+def _told(statistics: metrics.FeatureStatistics) -> str:
+    mean, variance = statistics.mean.norm().item(), statistics.covariance.trace().item()
+    return f"{len(statistics.mean)} features, |mean| {mean:.5g}, total variance {variance:.5g}"
 
 
 def _nothing(_: object) -> None: ...

@@ -106,12 +106,16 @@ def measure(
 def compare(features: Tensor, real: Tensor, seed: int) -> dict[str, Any]:
     """Precision, recall and kernel distance of as many images of one side as of the other, by a Measurement's names.
 
-    Nothing where these are too few for neighbours.
+    Real images are in random order. Samples are of the classes in turn: of more than there are real images some are
+    drawn, or they would be of other classes. Nothing where these are too few for neighbours.
     """
     num_compared = min(len(features), len(real))
     if num_compared <= NUM_NEIGHBOURS:
         return {}
-    features, real = features[:num_compared], real[:num_compared]
+    if len(features) > num_compared:
+        drawn = permutation(len(features), seed=seed, stream=Stream.EVALUATION_ORDER)[:num_compared]
+        features = features[drawn.to(features.device)]
+    real = real[:num_compared]
     precision, recall = precision_recall(real, features)
     random = generator(seed, Stream.KERNEL_DISTANCE)
     distance = _known(kernel_distance(features, real, random=random))

@@ -155,6 +155,45 @@ def test_a_record_is_of_the_real_images_that_it_was_compared_with(tmp_path):
         assert not found.recorded and found.frechet_distance == row.frechet_distance
 
 
+class Pooled(nn.Module):
+    factor = 1.0
+
+    def forward(self, images):
+        return self.factor * nn.functional.avg_pool2d(images, 7).flatten(1)
+
+
+class Doubled(Pooled):
+    factor = 2.0
+
+
+def test_a_record_is_of_the_features_that_it_was_measured_in(tmp_path):
+    """Also against statistics of a file, which do not tell in which features they were made."""
+    reference, these = str(tmp_path / "reference.npz"), digits(0, 300)
+    pooled = metrics.load_feature_network(f"{__name__}:Pooled")
+    metrics.feature_statistics(metrics.dataset_batches(these), pooled).save_npz(reference)
+    found = {}
+    for name in ("Pooled", "Doubled"):
+        measured = evaluation(these, reference=reference, feature_network=f"{__name__}:{name}")
+        source = digits(300, 900)
+        first = measured.measure(Given(source), name="teacher")
+        record = measured.record(first)
+        assert measured.measure(Given(source), name="teacher", record=record).recorded
+        found[name] = measured, record
+    for name, other in (("Pooled", "Doubled"), ("Doubled", "Pooled")):
+        assert not found[name][0].measure(Given(digits(300, 900)), name="teacher", record=found[other][1]).recorded
+
+
+def test_of_more_samples_than_real_images_some_of_all_classes_are_compared():
+    """Samples come class after class; so few as there are real images would be of the first classes alone."""
+    random = torch.Generator().manual_seed(0)
+    places = torch.arange(400)[:, None].div(40, rounding_mode="floor") * 100.0  # of ten classes
+    samples = places + torch.randn(400, 8, generator=random)
+    real = (places + torch.randn(400, 8, generator=random))[torch.randperm(400, generator=random)][:80]
+    found = metrics.compare(samples, real, 0)
+    assert found["num_compared"] == 80 and found["recall"] > 0.8 and found["precision"] > 0.8
+    assert metrics.compare(samples, real, 0) == found != metrics.compare(samples, real, 1)
+
+
 def test_the_table_shows_what_is_known():
     full = Measurement(
         0.25,
