@@ -1,8 +1,9 @@
 """The fair opponents: the DMD2 loop with everything that PyTorch itself offers for speed, compiled or not.
 
-`torch.compile`d networks, unless they are slower so, channels_last, SDPA, autocast to bfloat16 where ours computes in
+`torch.compile`d networks, unless they are slower so, channels_last, autocast to bfloat16 where ours computes in
 it, fused AdamW, foreach clipping and averaging, a loss without a pseudo-target. No op of fastdmd is in it; the random
-numbers are the same.
+numbers are the same. Attention is as in our network, by SDPA or, on a CPU and of few pixels, by plain products, which
+were measured to be faster there.
 """
 
 from __future__ import annotations

@@ -78,6 +78,7 @@ class Floor:
             self.calls.append((candidates[best], count))
             self.layouts[best] += count
         self._graph = None
+        self._is_on_gpu = any("cuda" in str(args) for _, args, _ in calls)
 
     @staticmethod
     def _bind(func, args, kwargs, layout):
@@ -88,7 +89,7 @@ class Floor:
     @torch.no_grad()
     def seconds(self) -> float:
         """All calls, as often as they were recorded, one kind after the other; on a GPU as one graph."""
-        if not torch.cuda.is_available():
+        if not self._is_on_gpu:
             return sum(seconds(call, count) for call, count in self.calls)
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()

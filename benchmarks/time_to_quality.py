@@ -86,9 +86,10 @@ def plan(name: str, schedules: list[int]) -> list[tuple[int, list[int]]]:
 class Results:
     """What a file keeps: runs, each with the measurements that were made of it."""
 
-    def __init__(self, path: Path | None, settings: dict[str, Any], command: list[str]):
+    def __init__(self, path: Path | None, settings: dict[str, Any], command: list[str], worker_device: str):
         """Raises ValueError for a file of other settings."""
         self.path, self.settings, self.command = path, settings, command
+        self.worker_device = worker_device  # which one of a kind
         self.teacher: dict[str, Any] | None = None
         self.runs: list[dict[str, Any]] = []
         self.device = str(settings["device"])
@@ -141,7 +142,7 @@ def in_a_process(*arguments: Any, **options: Any) -> Worker:
 
 def train(run: dict[str, Any], at: list[int], results: Results) -> None:
     """Trains and measures one run, and writes each measurement."""
-    options = {name: results.settings[name] for name in ("device", "num_samples", "precision")}
+    options = results.settings | {"device": results.worker_device}
     worker, limit = None, run["minutes"] * 60
     try:
         worker = in_a_process(RECIPES[run["recipe"]], run["iterations"], run["seed"], **options)
@@ -190,7 +191,7 @@ def would_be_late(before: dict[str, Any] | None, iterations: int, minutes: float
 
 def benchmark(arguments: argparse.Namespace, results: Results) -> None:
     if results.teacher is None:
-        options = {name: results.settings[name] for name in ("device", "num_samples", "precision")}
+        options = results.settings | {"device": results.worker_device}
         worker = in_a_process(RECIPES["fastdmd, default"], 1, 0, **options)
         try:
             results.teacher = worker(operator.methodcaller("measure_teacher"))
@@ -246,9 +247,11 @@ def parse() -> tuple[argparse.Namespace, Results]:
             raise ValueError(f"expected --minutes of at least {LEAST_MINUTES:g}, got {arguments.minutes:g}")
         if arguments.samples < 2:
             raise ValueError(f"expected --samples of at least 2, got {arguments.samples}")
-        device = resolve_device(arguments.device).type
+        own = resolve_device(arguments.device)
+        device = own.type
         settings = {"device": device, "num_samples": arguments.samples, "precision": arguments.precision}
-        return arguments, Results(arguments.json, settings, ["-m", "benchmarks.time_to_quality", "--device", device])
+        command = ["-m", "benchmarks.time_to_quality", "--device", device]
+        return arguments, Results(arguments.json, settings, command, str(own))
     except (ValueError, KeyError) as error:
         parser.exit(2, f"benchmarks.time_to_quality: error: {error}\n")
 
