@@ -80,7 +80,7 @@ def shown(reading):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("plain", 4), ("f-divergence", 2), ("everything", 2), ("everything", 4), ("score identity", 2)]
+    ("name", "size"), [("plain", 4), ("f-divergence", 2), ("everything", 2), ("score identity", 2)]
 )
 def test_processes_learn_what_one_learns(name, size, tmp_path):
     """Weights, moments and averages in float64, to 1e-10; what the log tells to the rounding of its sums, float32."""
