@@ -19,6 +19,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -111,7 +112,8 @@ def images_per_second(arguments: Sequence[str], folder: Path, size: int, trainin
         if launcher.wait() != 0:
             raise SystemExit((place / "stderr").read_text()[-3000:])
         lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
-        total += max(json.loads(line)["images_per_second"] for line in lines[1:])  # the first one warms up
+        # The first one warms up; in the last one others may have ended.
+        total += statistics.median(json.loads(line)["images_per_second"] for line in lines[1:-1] or lines[-1:])
     return total
 
 

@@ -202,7 +202,7 @@ BENCHMARKS = (
     *map(_fair_step, ("fp32", "bf16")),
     Benchmark(
         "cpu-busy",
-        "the default distillation beside a busy process per core, and alone",
+        "a distillation of the embedded teacher, no adversarial term, beside a busy process per core, and alone",
         "benchmarks.bench_busy",
         (),
         rows.of_busy,

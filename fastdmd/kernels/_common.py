@@ -36,17 +36,23 @@ def ticket(device: torch.device) -> Tensor:
             raise RuntimeError(
                 "fastdmd.ops: expected an op to run once before a CUDA graph captures it, got its first call"
             )
-        # By a thread of its own: memory that this one takes may be a graph's, which torch.compile warms up.
-        with concurrent.futures.ThreadPoolExecutor(1) as other:
-            slots = other.submit(_zeros, device).result().unbind()
+        slots = _zeros(device).unbind()
         for of_captured, own in ((False, slots[:NUM_TICKETS]), (True, slots[NUM_TICKETS:])):
             _tickets[device, of_captured] = itertools.cycle(own)
     return next(_tickets[device, captured])
 
 
 def _zeros(device: torch.device) -> Tensor:
-    """From the host, so that they are there for every stream."""
-    return torch.zeros(2 * NUM_TICKETS, TICKETS, dtype=torch.int32, device="cpu").to(device)
+    """From the host, so that they are there for every stream; on a GPU by a thread of its own, as memory that this one
+    takes may be a graph's, which torch.compile warms up."""
+
+    def make() -> Tensor:
+        return torch.zeros(2 * NUM_TICKETS, TICKETS, dtype=torch.int32, device="cpu").to(device)
+
+    if not torch.cuda.is_initialized():
+        return make()
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        return other.submit(make).result()
 
 
 def _is_captured(device: torch.device) -> bool:

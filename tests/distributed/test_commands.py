@@ -220,6 +220,6 @@ def test_pairs_are_the_same_to_the_bit(alone, tmp_path):
         codes, said = several(tmp_path / str(size), given, size, command=pairs)
         assert codes == [0] * size, said
     files = sorted(path.name for path in (tmp_path / "1" / "run").iterdir())
-    assert len(files) == 6 + 2 and files == sorted(path.name for path in (tmp_path / "4" / "run").iterdir())
+    assert len(files) == 6 + 3 and files == sorted(path.name for path in (tmp_path / "4" / "run").iterdir())
     for name in files:
         assert (tmp_path / "1" / "run" / name).read_bytes() == (tmp_path / "4" / "run" / name).read_bytes(), name

@@ -114,10 +114,11 @@ def test_tickets_are_taken_by_a_thread_of_their_own(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     from fastdmd.kernels import _common
 
-    zeros, threads = _common._zeros, []
-    monkeypatch.setattr(_common, "_tickets", {})
-    monkeypatch.setattr(_common, "_zeros", lambda device: threads.append(threading.get_ident()) or zeros(device))
-    with torch.inference_mode():
+    zeros, threads = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: threads.append(threading.get_ident()) or zeros(*a, **k))
+    for on_gpu in (True, False):
+        monkeypatch.setattr(_common, "_tickets", {})
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda on_gpu=on_gpu: on_gpu)
         first = [_common.ticket(torch.device("cpu")) for _ in range(3)]
-    assert len(threads) == 1 and threads[0] != threading.get_ident()
-    assert all(ticket.eq(0).all() and not ticket.is_inference() for ticket in first)
+        assert len(threads) == 1 and (threads.pop() != threading.get_ident()) == on_gpu
+        assert all(ticket.eq(0).all() for ticket in first)

@@ -204,7 +204,8 @@ def test_what_a_teacher_to_go_on_from_computes_stays(prepared):
     for name, (then, now) in OTHER_NETWORKS.items():
         save_network(init, UNet(dataclasses.replace(config, **{name: now})), kind="teacher")
         code, error = training(folder, [*arguments, *AUTO], command=pretrain)
-        assert code == 2 and error.endswith(f"begun with: {name} of --init {then}, got {now}\n"), error
+        flag = name.replace("_", "-")
+        assert code == 2 and error.endswith(f"begun with: --{flag} {then}, got {now}\n"), error
         assert contents(folder / "run") == before
     save_network(init, UNet(config), kind="teacher")
     code, error = training(folder, [*arguments, *AUTO], command=pretrain)
