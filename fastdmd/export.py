@@ -29,8 +29,9 @@ from fastdmd.diffusion import DenoisingNetwork
 from fastdmd.files import replacing, write_atomically
 from fastdmd.memory import ran_out_of_memory
 from fastdmd.networks.accelerate import unaccelerate
+from fastdmd.networks.states import tensors_of
 from fastdmd.networks.unet_blocks import Conv1x1, Conv3x3, GroupNorm, GroupNormSiLU, Product1x1
-from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, save_network
+from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, rounded, save_network
 from fastdmd.randomness import Stream, normals
 from fastdmd.runs import cli, distributed, outputs, terminal
 from fastdmd.runs.config import CommandSettings
@@ -106,22 +107,13 @@ def export_generator(
     generator = dataclasses.replace(generator, network=network)
     with replacing(path) as written:
         exported = WRITERS[path.suffix](generator, written, weights_dtype)
-        rounded = dataclasses.replace(generator, network=_rounded(network, weights_dtype))
-        error = greatest_difference(exported, rounded)
+        error = greatest_difference(exported, dataclasses.replace(generator, network=rounded(network, weights_dtype)))
         if not error <= tolerance:  # not a number, too
             raise ValueError(
                 f"fastdmd.export_generator: expected images within {tolerance:g} of the generator's, "
                 f"got a difference of {error:.1e} from {path.suffix}; nothing was written to {path}"
             )
     return greatest_difference(exported, generator)
-
-
-def _rounded(network: DenoisingNetwork, dtype: torch.dtype) -> DenoisingNetwork:
-    """A copy with the weights that a file of this dtype holds; buffers keep their digits there."""
-    rounded = copy.deepcopy(network)
-    for parameter in rounded.parameters():
-        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-    return rounded
 
 
 @torch.no_grad()
@@ -252,7 +244,7 @@ def write_onnx(generator: Generator, path: Path, _: torch.dtype) -> Exported:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'.onnx needs {", ".join(missing)}: pip install "fastdmd[export]"')
-    num_bytes = 4 * sum(value.numel() for value in network_of(generator).state_dict().values())
+    num_bytes = 4 * sum(value.numel() for value in tensors_of(network_of(generator)).values())
     if num_bytes > ONNX_BYTES:
         raise ValueError(f"expected at most {ONNX_BYTES / 1e9} GB of weights for .onnx, got {num_bytes / 1e9:.1f} GB")
     import onnxruntime  # an extra

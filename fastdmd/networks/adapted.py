@@ -55,7 +55,7 @@ class Adapted(DenoisingNetwork):
         self.is_scaled = self.parameterization != "x0" or len(self.interface.alphas_cumprod) > 0
         if next(network.parameters(), None) is None:
             raise _error("a network with parameters", f"a {type(network).__name__} without")
-        _keep_fixed_what_is_fixed(network)
+        self.fixed_names = _keep_fixed_what_is_fixed(network)
         for parameter in network.parameters():  # a slice of a larger tensor has strides that no copy of it has
             if parameter.stride() != torch.empty_like(parameter).stride():
                 parameter.data = parameter.data.clone()
@@ -176,14 +176,18 @@ def _ln_sigmas(alphas_cumprod: tuple[float, ...]) -> Tensor:
     return (((1 - abar).log() - abar.log()) / 2).float()
 
 
-def _keep_fixed_what_is_fixed(network: nn.Module) -> None:
+def _keep_fixed_what_is_fixed(network: nn.Module) -> frozenset[str]:
+    """The names of those that are buffers from now on."""
+    fixed: set[str] = set()
     if not any(parameter.requires_grad for parameter in network.parameters()):
-        return  # frozen as a whole, as a teacher is
-    for module in network.modules():
+        return frozenset(fixed)  # frozen as a whole, as a teacher is
+    for owner, module in network.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.requires_grad:
                 delattr(module, name)
                 module.register_buffer(name, parameter.data)
+                fixed.add(f"{owner}.{name}".lstrip("."))
+    return frozenset(fixed)
 
 
 def _feature_shape(network: nn.Module) -> tuple[int, int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -73,7 +74,7 @@ def save_network(
     if not isinstance(network, DenoisingNetwork):
         raise TypeError(f"fastdmd.save_network: expected a UNet or an Adapted network, got a {type(network).__name__}")
     state = network.inner.state_dict()
-    buffers = {name for name, _ in network.inner.named_buffers(remove_duplicate=False)}
+    buffers = {name for name, _ in network.inner.named_buffers(remove_duplicate=False)} - _fixed_names(network)
     metadata = {"kind": kind, "network": network.describe(), "version": __version__, **information}
     found = on_first(state, ranks)
 
@@ -86,11 +87,27 @@ def save_network(
     ranks.from_first(write)
 
 
-def on_first(state: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def rounded(network: DenoisingNetwork, dtype: torch.dtype) -> DenoisingNetwork:
+    """A copy with the weights that `save_network` writes in this dtype."""
+    copied, fixed = copy.deepcopy(network), _fixed_names(network)
+    weights = [buffer for name, buffer in copied.inner.named_buffers() if name in fixed]
+    for weight in (*copied.parameters(), *weights):
+        weight.data = weight.data.to(dtype).to(weight.dtype)
+    return copied
+
+
+def _fixed_names(network: DenoisingNetwork) -> frozenset[str]:
+    """Of weights that are buffers, as nobody trains them."""
+    return getattr(network, "fixed_names", frozenset())
+
+
+def on_first(state: Mapping[str, Any], ranks: Ranks) -> dict[str, Tensor]:
     """Its tensors, those of which each process has a part gathered on the host of the first one, one at a time; nothing
     on others."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
+        if not isinstance(value, Tensor):  # what else somebody's module says of its state
+            continue
         gathered = value if local(value) is value else whole(value)
         if ranks.is_first:
             found[name] = gathered

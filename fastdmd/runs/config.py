@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import torch
 
@@ -160,7 +160,9 @@ class TrainConfig(CommandConfig):
         """
         if device is None:
             device = next(teacher.parameters()).device
-        noise, is_embedded = self.noise.for_teacher(teacher), self.teacher == "mnist"
+        is_embedded = self.teacher == "mnist"
+        is_resolved = isinstance(self.noise, Noise) and self.noise.dynamics == teacher.dynamics
+        noise = cast(Noise, self.noise) if is_resolved else self.noise.for_teacher(teacher)
         resolved = {
             "noise": noise,
             "gan": self.gan.for_teacher(teacher, noise, self.optimizer.fake_score_lr, is_embedded=is_embedded),

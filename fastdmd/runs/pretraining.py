@@ -58,7 +58,8 @@ class ObjectiveSettings(Settings):
     """Standard deviation of the data, as the preconditioning assumes it."""
 
     def of(self, network: UNet) -> ObjectiveSettings:
-        """That of a network to go on from. Raises ValueError where another one was asked for."""
+        """That of a network to go on from. Raises ValueError where one was asked for that is neither this nor the
+        default."""
         own: dict[str, Any] = {"dynamics": network.dynamics, "sigma_data": network.sigma_data}
         for name, value in own.items():
             if getattr(self, name) not in (getattr(ObjectiveSettings, name), value):

@@ -147,6 +147,8 @@ def test_digest_of_sources(tmp_path):
     before = _sources.digest(tmp_path)
     (tmp_path / "csrc" / "cpu" / "a.h~").write_text("int b;")
     (tmp_path / "csrc" / "notes").mkdir()
+    (tmp_path / "csrc" / "folder.cpp").mkdir()
+    (tmp_path / "csrc" / ".#b.cpp").symlink_to("somebody@here")  # as an editor leaves it
     (tmp_path / "csrc" / "cpu" / "a.h").touch()
     assert _sources.digest(tmp_path) == before
     seen = {before}

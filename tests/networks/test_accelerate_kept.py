@@ -1,6 +1,7 @@
 """Forwards that put what they compute somewhere, or ask for torch's modes: no graph would, so they stay their own."""
 
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import fastdmd
 from tests.helpers.accelerated import assert_same
 from tests.networks.test_accelerate import accelerated
 from tests.networks.test_accelerate_traces import Block
@@ -163,3 +165,43 @@ def test_lists_that_have_another_length_later(name):
     lengthened(module, name), lengthened(original, name)
     assert_same(module, original, X)
     assert not torch.allclose(module(X), before)
+
+
+def test_what_is_removed_from_what_it_keeps_are_stand_ins_alone():
+    """Of lists and dictionaries of anybody's, whatever else they hold; and what counts in the module is as it was."""
+    KEPT[:], TAPS["other"] = ["mine"], 1
+    for way in ("in_a_list", "in_a_dictionary", "in_an_object"):
+        with torch.no_grad():
+            accelerated(Keeping(way), X)
+    assert KEPT[0] == "mine" and TAPS["other"] == 1
+    assert not any(isinstance(kept, fx.Proxy) for kept in (*KEPT, *TAPS.values(), *vars(PLACE).values()))
+    KEPT.clear()
+
+
+class Counting(Block):
+    def __init__(self):
+        super().__init__("counted")
+        self.calls = Counter()
+
+    def counted(self, x):
+        self.calls["all"] += 1
+        return F.silu(self.norm(x))
+
+
+def test_what_a_module_counts_is_as_it_was():
+    module = Counting()
+    report = fastdmd.accelerate(module, X)
+    assert report.fused == {} and KEEPS in report.reasons["norm"]
+    assert {*module.calls} == {"all"} and type(module.calls["all"]) is int
+    before = module.calls["all"]
+    module(X)
+    assert module.calls == Counter(all=before + 1)
+
+
+def test_what_shards_and_wrappers_note_on_modules_ends_no_rewrite():
+    module, original, report = accelerated(Block("plain"), X)
+    assert report.fused == {"norms with SiLU": 1}
+    module._is_fsdp_managed_module = module._fsdp_use_orig_params = True
+    module._ddp_params_and_buffers_to_ignore = set()
+    assert module._fastdmd_rewrites is not None
+    assert_same(module, original, X)

@@ -184,7 +184,7 @@ def test_a_record_is_of_the_features_that_it_was_measured_in(tmp_path):
 
 
 def test_of_more_samples_than_real_images_some_of_all_classes_are_compared():
-    """Samples come class after class; so few as there are real images would be of the first classes alone."""
+    """The first ones, so few as there are real images, could be of the first of many classes alone."""
     random = torch.Generator().manual_seed(0)
     places = torch.arange(400)[:, None].div(40, rounding_mode="floor") * 100.0  # of ten classes
     samples = places + torch.randn(400, 8, generator=random)

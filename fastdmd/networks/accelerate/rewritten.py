@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from fastdmd.networks.accelerate.tracing import Call, is_untold
 
 REWRITES = "_fastdmd_rewrites"  # {training: Rewrite}; none any more once the module was told something
-UNHEARD = {"training", REWRITES, *(name for name in dir(nn.Module()) if name.startswith("_"))}  # what PyTorch sets
+# What PyTorch sets, FSDP2 and DistributedDataParallel included, and what changes no forward.
+UNHEARD = {
+    "training",
+    REWRITES,
+    "_is_fsdp_managed_module",
+    "_fsdp_use_orig_params",
+    "_ddp_params_and_buffers_to_ignore",
+    *(name for name in dir(nn.Module()) if name.startswith("_")),
+}
 _CLASSES: dict[type, type] = {}  # by somebody's class ours with `Rewritten`
 
 
@@ -35,12 +43,14 @@ class Rewrite:
         children: Mapping[str, tuple[str, ...]],
     ):
         self.source, self.names, self.call = source, dict(names), call
+        if not isinstance(children, Mapping):  # of a pickle from when the module's own were all
+            children = {"": tuple(children)}
         self.expected, self.inlined, self.children = dict(expected), inlined, dict(children)
         scope = dict(names)
         exec(compile(source, "<fastdmd.accelerate>", "exec"), scope)
         self.forward = scope["forward"]
         self._paths = [(name.split("."), kind, name in inlined) for name, kind in expected.items()]
-        self._through = [(name.split(".") if name else [], own) for name, own in children.items()]
+        self._through = [(name.split(".") if name else [], own) for name, own in self.children.items()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         modules = {name: value.__name__ for name, value in self.names.items() if isinstance(value, ModuleType)}

@@ -153,15 +153,18 @@ class _Tracer(fx.Tracer):
 
     def require_nothing_kept(self) -> None:
         """Raises Untraceable where a stand-in is still somewhere after the trace: in a list, dictionary or object that
-        the forward puts what it computes into, which no graph would do."""
-
-        def is_kept() -> bool:
-            return any(made() is not None for made in self._made)
-
-        if is_kept():
-            gc.collect()  # of those that only each other knows
-            if is_kept():
-                raise Untraceable("it keeps something of what it computes")
+        the forward puts what it computes into, which no graph would do. From lists and dictionaries it is removed."""
+        for generation in (0, 2):  # what only each other knows, as iterators of stand-ins do: first of what is young
+            if not any(made() is not None for made in self._made):
+                return
+            gc.collect(generation)
+        kept = 0
+        for made in self._made:
+            if (proxy := made()) is not None:
+                kept += 1
+                _forget(proxy)
+        if kept:
+            raise Untraceable("it keeps something of what it computes")
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if not self.inline or not is_inlined(module):
@@ -173,6 +176,15 @@ class _Tracer(fx.Tracer):
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not any(a is b for b in self.root.buffers()):
             raise Untraceable("it computes with a tensor that is none of its parameters and buffers")
         return super().create_arg(a)
+
+
+def _forget(proxy: fx.Proxy) -> None:
+    for holder in gc.get_referrers(proxy):
+        if isinstance(holder, list):
+            holder[:] = [one for one in holder if one is not proxy]
+        elif isinstance(holder, dict):
+            for key in [key for key, one in holder.items() if one is proxy]:
+                del holder[key]
 
 
 def is_inlined(module: nn.Module) -> bool:
@@ -216,7 +228,8 @@ def _as_it_was(module: nn.Module, training: bool) -> Iterator[None]:
             own.clear()
             own.update(was)
             for value, held in zip(filter(_holds, was.values()), contents, strict=True):
-                _refill(value, held)
+                if _identities([_inside(value)]) != _identities([held]):
+                    _refill(value, held)
         drawn = random.getstate(), np.random.get_state(legacy=False)
         random.setstate(numbers[0])
         np.random.set_state(numbers[1])
@@ -228,10 +241,11 @@ def _as_it_was(module: nn.Module, training: bool) -> Iterator[None]:
 
 def _contents(module: nn.Module) -> tuple[dict[str, Any], list[Any]]:
     own = dict(vars(module))
-    inside = [
-        list(value.items()) if isinstance(value, dict) else list(value) for value in own.values() if _holds(value)
-    ]
-    return own, inside
+    return own, [_inside(value) for value in own.values() if _holds(value)]
+
+
+def _inside(value: Any) -> list[Any]:
+    return list(value.items()) if isinstance(value, dict) else list(value)
 
 
 def _holds(value: Any) -> bool:
@@ -241,9 +255,13 @@ def _holds(value: Any) -> bool:
 def _refill(value: Any, held: list[Any]) -> None:
     if isinstance(value, list):
         value[:] = held
-    else:
-        value.clear()
-        value.update(held)
+        return
+    value.clear()
+    for item in held:
+        if isinstance(value, dict):
+            value[item[0]] = item[1]
+        else:
+            value.add(item)
 
 
 def _same(one: tuple[dict[str, Any], list[Any]], other: tuple[dict[str, Any], list[Any]]) -> bool:

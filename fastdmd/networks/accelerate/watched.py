@@ -53,11 +53,11 @@ def watched() -> Iterator[None]:
             found.append(argument.__name__)
         elif (asked := _asked_outside(frame, event, argument)) is not None:
             found.append(asked)
-        elif event == "call" and _package(frame) not in LIBRARIES and _tells_others(frame.f_code):
-            found.append(f"{frame.f_code.co_name}, which sets a variable outside")
         elif event == "call" and (kept := _keeps(frame)) is not None:
             found.append(kept)
             raise Untraceable(f"it calls {kept}")  # before stand-ins come to it
+        elif event == "call" and _package(frame) not in LIBRARIES and _tells_others(frame.f_code):
+            found.append(f"{frame.f_code.co_name}, which sets a variable outside")
         elif event == "call" and frame.f_code.co_name == "__enter__" and _is_entered_by_somebody(frame.f_back):
             found.append(type(frame.f_locals.get("self")).__name__)
 
