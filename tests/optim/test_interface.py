@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import math
 
 import pytest
@@ -280,6 +281,8 @@ def test_gradients_of_a_data_parallel_wrapper_arrive(bucket_view, wrapped_first)
             reference.step()
         assert_alike(net, other)
     finally:
+        del wrapper, wrap  # before its group: else gloo's threads were seen to wait for this one for ever
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
