@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import math
+import time
 
 import pytest
 import torch
@@ -281,8 +282,11 @@ def test_gradients_of_a_data_parallel_wrapper_arrive(bucket_view, wrapped_first)
             reference.step()
         assert_alike(net, other)
     finally:
-        del wrapper, wrap  # before its group: else gloo's threads were seen to wait for this one for ever
+        # Gloo's threads let go of what they did, for which they need the interpreter's lock, before the group waits for
+        # them with it: else both were seen to wait for ever.
+        del wrapper, wrap
         gc.collect()
+        time.sleep(0.2)
         torch.distributed.destroy_process_group()
 
 
