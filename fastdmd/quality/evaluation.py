@@ -79,7 +79,7 @@ class Evaluation:
         self.num_samples = num_samples
         self.seed = seed
         self.device = torch.device(device)
-        self._warm: set[tuple[int, int]] = set()  # images and evaluations that libraries have algorithms for
+        self._warm: set[tuple[int, int]] = set()  # of how many images, by how many evaluations, it has sampled
         self.notices: list[str] = []
         self.floor = Measurement(None, None)
         self._feature_network: features.FeatureNetwork | None = None
@@ -230,6 +230,9 @@ class Evaluation:
         seconds = 0.0
         labels = balanced_labels(num_images, self.num_classes, self.device)
         rounds = range(0, num_images, self.ranks.size * BATCH_SIZE)
+        is_on_gpu, work = self.device.type == "cuda", (num_images, sampler.num_evaluations)
+        is_cold = is_on_gpu and work not in self._warm  # in all processes or none: networks in parts run in all of them
+        self._warm.add(work)
 
         def batches():
             nonlocal seconds
@@ -243,11 +246,9 @@ class Evaluation:
                     part = slice(0, 1)  # all of them gather its parts
                 noise, step_noise = start_noise(part, self.image_shape, sampler.num_step_noises, self.seed, self.device)
                 class_labels = None if labels is None else labels[part]
-                is_on_gpu, work = self.device.type == "cuda", (len(noise), sampler.num_evaluations)
-                if is_on_gpu and work not in self._warm:  # untimed: libraries try algorithms at the first of a shape
+                if first == 0 and is_cold:  # untimed: libraries try their algorithms at the first call of a shape
                     sample(sampler, noise, class_labels, step_noise)
                     torch.cuda.synchronize(self.device)
-                    self._warm.add(work)
                 started = time.perf_counter()
                 images = sample(sampler, noise, class_labels, step_noise)
                 if is_idle:

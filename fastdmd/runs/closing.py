@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 from fastdmd.quality import Evaluation, Measurement
 from fastdmd.runs.course import Course
 from fastdmd.runs.progress import Interrupted, Progress, Received, stop_if_interrupted
+from fastdmd.runs.snapshots import Snapshots
 from fastdmd.runs.training import Training
 from fastdmd.sampling import Sampler
 
@@ -19,10 +19,10 @@ def measure(
     progress: Progress,
     rows: dict[str, Measurement],
     received: Received,
-    show: Callable[[], None],
+    snapshots: Snapshots,
 ) -> None:
     """Fills `rows`, by their names, of a run that is complete; a signal ends it, and then `progress` says so. What is
-    kept may be another average than the last samples are of: then `show` makes them anew."""
+    kept may be another average than the last samples are of: then these are made anew."""
     if progress.outcome != "complete" or evaluation is None:
         return
 
@@ -44,7 +44,7 @@ def measure(
             rows[name] = row
             training.save(progress.iterations, record=evaluation.record(row))
         if course is not None and course.kept != shown:
-            show()
+            snapshots.show(progress.iterations)
         if course is not None and (best := course.measure_best(progress.iterations, row, evaluation, measure_one)):
             rows["best"] = best
         _, *others = training.measurements()  # of the average that is kept by now

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from fastdmd import bars
@@ -24,9 +23,10 @@ from fastdmd.runs.course import Course
 from fastdmd.runs.folder import SAMPLES, SUMMARY, RunFolder
 from fastdmd.runs.log import Log, first_fault
 from fastdmd.runs.machine import versions
-from fastdmd.runs.pictures import SampleHistory, image_grid
+from fastdmd.runs.pictures import SampleHistory
 from fastdmd.runs.progress import ENDED_EARLY, Interrupted, Progress, stop_if_interrupted
 from fastdmd.runs.record import Record
+from fastdmd.runs.snapshots import Snapshots
 from fastdmd.runs.training import LoopSettings, Resumable, Training
 from fastdmd.saved import AMOUNT, MAPPING, require
 
@@ -60,6 +60,7 @@ class Loop:
         self._record = Record(folder) if record is None else record
         self._log = Log(training, settings, self._record, watch)
         self._history = SampleHistory(folder.path / SAMPLES)
+        self._snapshots = Snapshots(training, self._history, self._record, self._log, ranks)
         self._progress = Progress()
         self._started = time.perf_counter()
         self._unwritten: str | None = None  # what the disk said last
@@ -72,7 +73,7 @@ class Loop:
             return
         randomness.part(ranks.rank, iteration=0)
         with ranks.reaching_all():
-            fault = self._snapshot(0)
+            fault = self._snapshots.take(0)
         if fault is not None:
             raise ValueError(f"fastdmd: expected a network to start from, got {fault}")
 
@@ -97,13 +98,14 @@ class Loop:
             try:
                 with self._ranks.reaching_all():  # networks in parts exchange them whenever they run
                     self._train(progress, agreement, is_asked)
-                    measured = self._training, self._course, evaluation, progress, rows
-                    closing.measure(*measured, agreement.signal, self._show_anew)
+                    closing.measure(
+                        self._training, self._course, evaluation, progress, rows, agreement.signal, self._snapshots
+                    )
             except (Exception, SystemExit) as error:
                 progress.outcome, progress.reason = "failed", reason(error)
-                if progress.iterations < self._settings.iterations and self._is_whole_here:
+                if progress.iterations < self._settings.iterations:
                     with contextlib.suppress(Exception, SystemExit):  # the network may not run for this either
-                        self._take_snapshot(progress.iterations, self._show)
+                        self._snapshots.take_alone(progress.iterations)
                 with contextlib.suppress(OSError):
                     self._summarise(progress, rows, floor)
                 raise
@@ -271,41 +273,8 @@ class Loop:
         self._log.pause(seconds)
 
     def _snapshot_or_end(self, progress: Progress) -> None:
-        if (fault := self._snapshot(progress.iterations)) is not None:
+        if (fault := self._snapshots.take(progress.iterations)) is not None:
             progress.outcome, progress.reason = "diverged", f"there is {fault}"
-
-    @property
-    def _is_whole_here(self) -> bool:
-        """Whether this process has all that a snapshot is made of, and is to make it."""
-        return self._ranks.is_first and not self._training.is_in_parts
-
-    def _snapshot(self, iteration: int) -> str | None:
-        """Writes weights and samples, unless the network is broken: then it returns how, to all processes."""
-        ranks = self._ranks
-        if not self._training.is_in_parts:
-            return ranks.from_first(lambda: self._take_snapshot(iteration, self._show))
-        return self._take_snapshot(iteration, lambda *shown: ranks.from_first(lambda: self._show(*shown)))
-
-    def _take_snapshot(self, iteration: int, show: Callable[[Tensor, int], None]) -> str | None:
-        if (fault := self._training.fault()) is not None:
-            return f"NaN or infinity in {fault}"
-        samples = self._training.samples()
-        if not samples.isfinite().all():
-            return "NaN or infinity in its samples"
-        try:
-            self._training.save(iteration)
-        except ValueError as error:  # weights beyond what the file's precision holds
-            return str(error)
-        show(samples, iteration)
-        return None
-
-    def _show_anew(self) -> None:
-        self._ranks.from_first(functools.partial(self._show, self._training.samples(), self._progress.iterations))
-
-    def _show(self, samples: Tensor, iteration: int) -> None:
-        self._history.add(samples, iteration)
-        self._record.samples(iteration, lambda: image_grid(samples.flatten(0, 1), samples.shape[1]))
-        self._log.see_average(samples)
 
     def _keep(self, write: Callable[[], None], bar: tqdm) -> None:
         """Training goes on where the disk does not: a later write may succeed, and the last one must."""

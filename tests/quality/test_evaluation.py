@@ -1,6 +1,7 @@
 """What a measurement says of a sampler and of real images, what a record of it is worth, and how it is shown."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from fastdmd import data, quality
 from fastdmd.quality import Measurement, metrics
+from fastdmd.quality import evaluation as evaluating
 from fastdmd.quality.class_figures import class_variance, classifier_score
 from fastdmd.quality.kernel_distance import kernel_distance
 from fastdmd.quality.precision_recall import precision_recall
@@ -192,6 +194,48 @@ def test_of_more_samples_than_real_images_some_of_all_classes_are_compared():
     found = metrics.compare(samples, real, 0)
     assert found["num_compared"] == 80 and found["recall"] > 0.8 and found["precision"] > 0.8
     assert metrics.compare(samples, real, 0) == found != metrics.compare(samples, real, 1)
+
+
+class Apart:
+    """A process of several, with others that are not there."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size, self.is_alone, self.is_first = rank, size, False, rank == 0
+
+    def from_first(self, make):
+        return make()
+
+    def in_order(self, made, take):
+        for one in made:
+            take(one)
+
+
+def test_all_processes_warm_up_or_none(monkeypatch):
+    """Also where one has a batch and others none: of a network in parts, a call that one makes alone waits for ever."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(evaluating, "is_cut", lambda network: True)
+    on_cpu = {name: getattr(evaluating, name) for name in ("start_noise", "balanced_labels")}
+    for name, function in on_cpu.items():
+        monkeypatch.setattr(evaluating, name, lambda *given, function=function: function(*given[:-1], "cpu"))
+    counts = []
+    for rank in range(3):
+        measured = quality.Evaluation((1, 8, 8), 10, num_samples=1000)  # no features
+        measured.ranks, measured.device = Apart(rank, 3), types.SimpleNamespace(type="cuda")
+        calls = []
+
+        class Sampler(Given):
+            def __init__(self, calls=calls):
+                self.calls = calls
+
+            def __call__(self, noise, class_labels, step_noise):
+                self.calls.append(len(noise))
+                return noise
+
+        for _ in range(2):
+            measured._sample(Sampler(), 1000, "generator", lambda: None)  # three batches, and one of the first process
+            calls.append("measured")
+        counts.append([place for place, call in enumerate(calls) if call == "measured"])
+    assert counts == [[3, 6]] * 3  # two rounds, and the warm-up of the first time
 
 
 def test_the_table_shows_what_is_known():
