@@ -48,15 +48,18 @@ void set_tiles(Conv3x3& a, int side) {
   a.num_kinds = 1;
 }
 
-// The side of the tiles that take less time: each weight is multiplied by 36 inputs for 4x4 outputs, or by 16 for 2x2.
-// A multiplication by 4x4 takes 1.1 times as long, and 36 matrices of a weight take longer to make and to read than 16,
-// the more so the less the cache holds of them (AVX-512, one thread). Sums of few tiles, for the gradient of the
-// weight, err more by 4x4.
+// The side of the tiles that take less time, in multiplications of a weight: by 36 inputs for 4x4 outputs, each of
+// which takes 1.1 times as long, or by 16 for 2x2. To make 36 matrices of a weight takes as long as 150 more than to
+// make 16, and longer where they are all made first, for many tiles, the more so the less the cache holds of them; to
+// make one of 36 sums as long as 60 (AVX-512). In float32 sums of few tiles err too much by 4x4; bfloat16 rounds more
+// off.
 int tile(const Conv3x3& a, bool sums) {
   const auto tiles = [&](int64_t side) {
     return a.num_images * ceil_divide(a.height, side) * ceil_divide(a.width, side);
   };
-  const int64_t more = (sums ? 1800 : 200) + a.in_channels * a.out_channels / 450;
+  const int64_t memory = a.in_channels * a.out_channels / 450;
+  int64_t more = tiles(4) > Conv3x3::block_steps(4) * Conv3x3::TILE_STEP ? 200 + memory : 150;
+  if (sums) more = a.dtype == Dtype::bfloat16 ? 60 : 1800 + memory;
   return 40 * tiles(4) + more < 16 * tiles(2) ? 4 : 2;
 }
 
@@ -84,23 +87,23 @@ Conv3x3 arguments(const Tensor& x, const Tensor& weight, const Tensor& y, Of wan
   return a;
 }
 
-// Memory of the calling thread for transformed weights, kept for its next call: from among tensors of all sizes, which
-// stay in the holes that it leaves, it would take a tenth of a network's memory.
-float* transformed_weights(int64_t size) {
+// Memory of the calling thread for transformed weights or sums, kept for its next call: from among tensors of all
+// sizes, which stay in the holes that it leaves, it would take a tenth of a network's memory.
+float* kept(int64_t size) {
   struct Kept {
     float* data = nullptr;  // [size]
     int64_t size = 0;
     ~Kept() { std::free(data); }
   };
-  thread_local Kept kept;
-  if (kept.size < size) {
-    std::free(kept.data);
-    kept.size = 0;
-    kept.data = static_cast<float*>(std::aligned_alloc(64, size_t(size + 15) / 16 * 64));
-    STD_TORCH_CHECK(kept.data, "fastdmd.conv3x3: out of memory for ", size, " transformed weights");
-    kept.size = size;
+  thread_local Kept own;
+  if (own.size < size) {
+    std::free(own.data);
+    own.size = 0;
+    own.data = static_cast<float*>(std::aligned_alloc(64, size_t(size + 15) / 16 * 64));
+    STD_TORCH_CHECK(own.data, "fastdmd.conv3x3: out of memory for ", size, " transformed weights or sums");
+    own.size = size;
   }
-  return kept.data;
+  return own.data;
 }
 
 int64_t channel_steps(const Conv3x3& a) { return a.out_channels / Conv3x3::CHANNEL_STEP; }
@@ -114,19 +117,18 @@ struct Group : Conv3x3 {
 class Shares {
  public:
   // Those that take least time, in multiplications for a matrix and an input channel: a thread transforms the inputs of
-  // its tiles, of which each takes as long as the products of 8 channels, and reads what others of its group have
-  // transformed of the weights, of which each takes as long as 20 multiplications, and as 40 where each thread has sums
-  // of its own for all. (Measured with two threads: it is 10 between cores with a cache in common and 100 without.
-  // There 256 channels of two 16 x 16 images took 3.0 times as long by parts as by groups, and longer than with one
-  // thread.)
-  Shares(const Conv3x3& a, bool sums) {
+  // its tiles, of which each takes as long as the products of 8 channels, and reads what others of its group have made
+  // of the weights, of which each takes as long as 20 multiplications. (Measured with two threads: it is 10 between
+  // cores with a cache in common and 100 without. There 256 channels of two 16 x 16 images took 3.0 times as long by
+  // parts as by groups, and longer than with one thread. Sums, of which each part has its own, are read once.)
+  explicit Shares(const Conv3x3& a) {
     const int64_t threads = torch::stable::get_num_threads(), steps = num_steps(a);
     double least = std::numeric_limits<double>::infinity();
     for (int64_t groups = 1; groups <= std::min(threads, channel_steps(a)); ++groups) {
       const int64_t parts = std::clamp(threads / groups, int64_t(1), std::max(steps, int64_t(1)));
       const double tiles = double(ceil_divide(steps, parts) * Conv3x3::TILE_STEP);
       const double channels = double(ceil_divide(channel_steps(a), groups) * Conv3x3::CHANNEL_STEP);
-      const double time = tiles * (channels + 8) + (sums ? 40 : 20) * channels * double(parts - 1) / double(parts);
+      const double time = tiles * (channels + 8) + 20 * channels * double(parts - 1) / double(parts);
       if (time >= least) continue;
       least = time;
       this->groups = groups;
@@ -135,12 +137,12 @@ class Shares {
   }
 
   // first(group, part), then second(group, part), each by a thread of its own; the second once all parts of a group are
-  // through the first. A group has `copies` of transformed weights, in a row.
+  // through the first.
   template <class First, class Second>
-  void each(const Conv3x3& a, int64_t copies, First first, Second second) const {
+  void each(const Conv3x3& a, First first, Second second) const {
     const auto run = [&](auto body) {
       parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) body(group(a, t / parts, copies), t % parts);
+        for (int64_t t = begin; t < end; ++t) body(group(a, t / parts), t % parts);
       });
     };
     if (parts == 1) {
@@ -167,16 +169,17 @@ class Shares {
     return step;
   }
 
-  int64_t parts = 1;
+  int64_t parts = 1;  // each with sums of its own, those of a group in a row
 
  private:
-  Group group(const Conv3x3& a, int64_t index, int64_t copies) const {
+  Group group(const Conv3x3& a, int64_t index) const {
     const int64_t first = index * channel_steps(a) / groups * Conv3x3::CHANNEL_STEP,
                   end = (index + 1) * channel_steps(a) / groups * Conv3x3::CHANNEL_STEP,
                   bytes = a.dtype == Dtype::bfloat16 ? 2 : 4;
     Group own{a, first};
     own.out_channels = end - first;
-    own.transformed += first * copies * (a.transformed_size() / a.out_channels);
+    if (a.transformed) own.transformed += first * (a.transformed_size() / a.out_channels);
+    if (a.sums) own.sums += first * parts * (a.sums_size() / a.out_channels);
     own.y = static_cast<char*>(a.y) + first * bytes;
     own.weight = static_cast<char*>(a.weight) + first * a.weight_out * bytes;
     if (a.bias) own.bias = static_cast<const char*>(a.bias) + first * bytes;
@@ -187,14 +190,14 @@ class Shares {
 };
 
 void run(Conv3x3 a) {
-  const Shares shares(a, false);
-  a.transformed = transformed_weights(a.transformed_size());
+  const Shares shares(a);
+  const bool by_pieces = shares.parts == 1 && num_steps(a) <= Conv3x3::block_steps(a.tile);
+  a.transformed = by_pieces ? nullptr : kept(a.transformed_size());
   shares.each(
       a,
-      1,
       [&](const Group& own, int64_t part) {
         const int64_t count = channel_steps(own);
-        kernels().conv3x3_weights(own, shares.start(count, part), shares.start(count, part + 1));
+        if (!by_pieces) kernels().conv3x3_weights(own, shares.start(count, part), shares.start(count, part + 1));
       },
       [&](const Group& own, int64_t part) {
         kernels().conv3x3(own, shares.first_step(a, part), shares.first_step(a, part + 1));
@@ -225,15 +228,14 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
   if (num_steps(a) == 0)  // no tile, so nobody would write them
     return {grad_x, torch::stable::fill_(grad_weight, 0), torch::stable::fill_(grad_bias, 0)};
 
-  const Shares shares(a, true);
+  const Shares shares(a);
   const int64_t parts = shares.parts;
   std::vector<double> bias_sums(parts * a.out_channels);
-  a.transformed = transformed_weights(parts * a.transformed_size());
+  a.sums = kept(parts * a.sums_size());
   shares.each(
       a,
-      parts,
       [&](Group own, int64_t part) {
-        own.transformed += part * own.transformed_size();
+        own.sums += part * own.sums_size();
         double* sums = &bias_sums[part * a.out_channels + own.first];
         kernels().conv3x3_weight_sums(own, sums, shares.first_step(a, part), shares.first_step(a, part + 1));
       },

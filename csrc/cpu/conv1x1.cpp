@@ -33,7 +33,7 @@ void conv1x1(const Conv1x1& a, int64_t begin, int64_t end) {
     each_panel(width, [&](int64_t o, auto vectors) {
       constexpr int N = vectors;
       for (int64_t p = first; p < last; p += ROWS)
-        multiply<N>(false,
+        multiply<N>(Before::dropped,
                     p < whole ? a.x + p * depth : rest_x,
                     depth,
                     1,
@@ -60,8 +60,16 @@ void conv1x1_parameters(const Conv1x1& a, int64_t begin, int64_t end) {
     each_panel(depth, [&](int64_t i, auto vectors) {
       constexpr int N = vectors;
       for (int64_t o = begin; o < end; o += ROWS)
-        multiply<N>(
-            first > 0, grad_y + o, 1, width, x + i, depth, nullptr, a.grad_weight + o * depth + i, depth, pixels);
+        multiply<N>(first > 0 ? Before::added : Before::dropped,
+                    grad_y + o,
+                    1,
+                    width,
+                    x + i,
+                    depth,
+                    nullptr,
+                    a.grad_weight + o * depth + i,
+                    depth,
+                    pixels);
     });
     for (int64_t o = begin; o < end; ++o) sums.data[o - begin] = 0;
     for (int64_t p = 0; p < pixels; ++p)

@@ -82,7 +82,8 @@ struct Conv3x3 {
   const void* bias;    // [out_channels], or null
   void* weight;        // [out_channels, in_channels, 3, 3], strided
   void* y;             // [num_images, height, width, y_channels], of which out_channels from this one on are meant
-  float* transformed;  // [transformed_size()]: the weight, by conv3x3_weights, or sums for its gradient
+  float* transformed;  // [transformed_size()]: the weight, by conv3x3_weights; or null, and conv3x3 does that itself
+  float* sums;         // [sums_size()], for the gradient of the weight
   int64_t num_images, height, width, in_channels, out_channels, y_channels;
   int64_t weight_out, weight_in, weight_y, weight_x;
   bool flipped;  // the weight upside down and mirrored, as the gradient of the input wants it
@@ -103,9 +104,13 @@ struct Conv3x3 {
   // Of up to TILE_STEP tiles of a kind, in all images.
   int64_t steps(const Tiles& kind) const { return (num_images * kind.per_image() + TILE_STEP - 1) / TILE_STEP; }
 
+  // The steps that conv3x3 works on at once; for each so many it reads, or transforms, the weight.
+  static constexpr int64_t block_steps(int tile) { return tile == 4 ? 4 : 8; }
+
   // Rows of a matrix of a panel. One is not used: it keeps the matrices out of each other's cache lines.
   int64_t rows() const { return in_channels + 1; }
   int64_t transformed_size() const { return (tile + 2) * (tile + 2) * rows() * out_channels; }
+  int64_t sums_size() const { return 9 * in_channels * out_channels; }
 };
 
 // A 1x1 convolution of dense channels_last images, float32. Numbers of channels are multiples of Conv3x3::CHANNEL_STEP.

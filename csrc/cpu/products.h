@@ -16,8 +16,7 @@ constexpr int64_t PAD = 16;             // floats that keep matrices out of each
 
 struct Scratch {
   float* data;  // [size]
-  explicit Scratch(int64_t size)
-      : data(static_cast<float*>(std::aligned_alloc(64, size_t((size * 4 + 63) / 64 * 64)))) {
+  explicit Scratch(int64_t size) : data(static_cast<float*>(std::aligned_alloc(64, size_t(size * 4 + 64) / 64 * 64))) {
     if (!data) std::abort();
   }
   Scratch(const Scratch&) = delete;
@@ -38,11 +37,17 @@ FASTDMD_INLINE void each_panel(int64_t columns, Visit visit) {
   }
 }
 
-// c[row, :] = (c[row, :] if `add`) + (start, if there is one) + sum over k of a[row * row_step + k * step] * b[k, :],
-// for ROWS rows and N vectors of columns. The sum over k starts from 0: over many calls a running sum would lose half a
-// digit per factor of ten.
+// What becomes of the numbers that a product is written over.
+enum class Before {
+  dropped,
+  added,     // to the sum, which starts from 0: over many calls a running sum would lose half a digit per factor of ten
+  continued  // as the sum's first terms, so that pieces of a sum add up to what it is in one, bit by bit
+};
+
+// c[row, :] = (c[row, :], unless it is dropped) + (start, if there is one) + sum over k of a[row * row_step + k * step]
+// * b[k, :], for ROWS rows and N vectors of columns.
 template <int N>
-FASTDMD_INLINE void multiply(bool add,
+FASTDMD_INLINE void multiply(Before before,
                              const float* a,  // [ROWS, depth], strided
                              int64_t row_step,
                              int64_t step,
@@ -53,6 +58,13 @@ FASTDMD_INLINE void multiply(bool add,
                              int64_t c_step,
                              int64_t depth) {
   V sums[ROWS][N] = {};
+  const auto each = [&](auto body) {
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n) body(sums[row][n], c + row * c_step + n * LANES, n);
+  };
+  if (before == Before::continued) each([](V& sum, const float* at, int) { sum = load_vector(at); });
   for (int64_t k = 0; k < depth; ++k) {
     V panel[N];
 #pragma GCC unroll 3
@@ -64,15 +76,11 @@ FASTDMD_INLINE void multiply(bool add,
       for (int n = 0; n < N; ++n) sums[row][n] += value * panel[n];
     }
   }
-#pragma GCC unroll 8
-  for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) {
-      float* to = c + row * c_step + n * LANES;
-      if (add) sums[row][n] += load_vector(to);
-      if (start) sums[row][n] += load_vector(start + n * LANES);
-      store_vector(to, sums[row][n]);
-    }
+  each([&](V& sum, float* at, int n) {
+    if (before == Before::added) sum += load_vector(at);
+    if (start) sum += load_vector(start + n * LANES);
+    store_vector(at, sum);
+  });
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace {
 // F(2, 3): polynomials through 0, 1, -1 and infinity.
 struct F2 {
   static constexpr int OUT = 2, IN = 4;
-  static constexpr int64_t TILES = 64;  // of a block
+  static constexpr int64_t SUM_TILES = 128;  // of a block
 
   // Which points so many outputs need: a bit each. One does without infinity, on which it does not depend.
   static constexpr uint64_t points(int64_t outputs) { return outputs == 2 ? 0b1111 : 0b0111; }
@@ -58,7 +58,7 @@ struct F2 {
 // much as the definition (96 channels, root mean square); with the usual 1 and 2 four times.
 struct F4 {
   static constexpr int OUT = 4, IN = 6;
-  static constexpr int64_t TILES = 24;
+  static constexpr int64_t SUM_TILES = 64;
   static constexpr float a = 0.625f, b = 1.5f, a2 = a * a, b2 = b * b;
   static constexpr float at_0 = 1 / (a2 * b2), at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
 

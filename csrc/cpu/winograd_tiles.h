@@ -15,10 +15,10 @@ struct Step {
 };
 
 // The steps from `first` on that are computed at once, before step `end`: at most TILES tiles.
-template <class F>
+template <class F, int64_t TILES>
 struct Block {
-  static constexpr int64_t SIZE = Conv3x3::TILE_STEP, MAX_STEPS = F::TILES / SIZE;
-  static constexpr int64_t PRODUCTS = F::TILES * WIDTH + PAD;  // floats from a matrix of a panel's products to the next
+  static constexpr int64_t SIZE = Conv3x3::TILE_STEP, MAX_STEPS = TILES / SIZE;
+  static constexpr int64_t PRODUCTS = TILES * WIDTH + PAD;  // floats from a matrix of a panel's products to the next
   static constexpr uint64_t ALL = (uint64_t(1) << F::IN * F::IN) - 1;
   const Conv3x3& a;
   Step steps[MAX_STEPS];
@@ -86,26 +86,34 @@ struct Block {
 
 int64_t rounded_up(int64_t count) { return (count + ROWS - 1) / ROWS * ROWS; }
 
-// The IN^2 matrices [TILES, in_channels] of a block of tiles, zeros up to a whole number of ROWS of each step; of a
-// step those that it has. T: of the images.
+// The IN^2 matrices of a block of tiles, zeros up to a whole number of ROWS of each step; of a step those that it has.
+// Channels that products take at once, `group`, are beside each other. T: of the images.
 template <class F, class T>
 struct Inputs {
   static constexpr int IN = F::IN;
   const Conv3x3& a;
-  const int64_t depth, step;
-  Scratch matrices;  // [IN^2, step]
-  Scratch zeros;     // [depth], of T, whose zero is no bits
+  const int64_t group, step;  // step: from a matrix to the next
+  Scratch matrices;           // [in_channels / group, IN^2, tiles, group], but for what `step` leaves between them
+  Scratch zeros;              // [in_channels], of T, whose zero is no bits
 
-  explicit Inputs(const Conv3x3& a)
-      : a(a), depth(a.in_channels), step(F::TILES * depth + PAD), matrices(IN * IN * step), zeros(depth) {
-    for (int64_t i = 0; i < depth; ++i) zeros.data[i] = 0;
+  Inputs(const Conv3x3& a, int64_t tiles, int64_t group)
+      : a(a),
+        group(group),
+        step(tiles * group + PAD),
+        matrices((a.in_channels + group - 1) / group * IN * IN * step),
+        zeros(a.in_channels) {
+    for (int64_t i = 0; i < a.in_channels; ++i) zeros.data[i] = 0;
   }
 
-  void fill(const Block<F>& block) {
+  FASTDMD_INLINE float* at(int e, int64_t tile, int64_t channel) const {
+    return matrices.data + (channel / group * IN * IN + e) * step + tile * group + channel % group;
+  }
+
+  template <class Tiles>
+  void fill(const Tiles& block) {
     const T *x = static_cast<const T*>(a.x), *nothing = reinterpret_cast<const T*>(zeros.data);
-    float* const out = matrices.data;
-    const int64_t depth = this->depth, step = this->step, height = a.height, width = a.width;
-    block.each_tile([=](auto has, const Step& of, int64_t t, int64_t pixel, int64_t top, int64_t left) {
+    const int64_t depth = a.in_channels, height = a.height, width = a.width, group = this->group, step = this->step;
+    block.each_tile([=, this](auto has, const Step& of, int64_t t, int64_t pixel, int64_t top, int64_t left) {
       const T* from[IN][IN];
       for (int64_t y = 0; y < IN; ++y)
         for (int64_t k = 0; k < IN; ++k) {
@@ -114,7 +122,7 @@ struct Inputs {
           from[y][k] = inside ? x + (pixel + (y - 1) * width + k - 1) * depth : nothing;
         }
       const int64_t rows = of.kind->rows, columns = of.kind->columns;
-      for (int64_t c = 0; c < depth; c += LANES) {
+      const auto channels = [&](int64_t c, float* to) {
         V d[IN][IN], transformed[IN][IN];
 #pragma GCC unroll 36
         for (int e = 0; e < IN * IN; ++e) d[e / IN][e % IN] = load_vector(from[e / IN][e % IN] + c);
@@ -134,30 +142,32 @@ struct Inputs {
         on_both_axes<F::input>(d, transformed);
 #pragma GCC unroll 36
         for (int e = 0; e < IN * IN; ++e)
-          if (has(of, e)) store_vector(out + e * step + t * depth + c, transformed[e / IN][e % IN]);
+          if (has(of, e)) store_vector(to + e * step, transformed[e / IN][e % IN]);
+      };
+      for (int64_t first = 0; first < depth; first += group) {
+        float* to = at(0, t, first);
+        for (int64_t c = first; c < depth && c < first + group; c += LANES, to += LANES) channels(c, to);
       }
     });
     for (int64_t s = 0; s < block.num_steps; ++s)
       for (int64_t t = block.steps[s].count; t < rounded_up(block.steps[s].count); ++t)
         for (int e = 0; e < IN * IN; ++e)
-          for (int64_t c = 0; c < depth; c += LANES)
-            store_vector(out + e * step + (s * block.SIZE + t) * depth + c, V{});
+          for (int64_t c = 0; c < depth; c += LANES) store_vector(at(e, s * block.SIZE + t, c), V{});
   }
 };
 
 // Brings `channels` of the pixels of a block of tiles, and of as many around each as `halo` says, nearer: a few lines
 // of the cache at a time, `calls` times.
-template <class F, class T>
+template <class Tiles, class T>
 struct Prefetch {
   static constexpr int64_t LINE = 64;  // bytes
-  const Block<F> block;
+  const Tiles block;
   const char* const images;                // [.., pixel_channels], of T
   const int64_t halo, pixel_bytes, bytes;  // of a pixel, and what of it is meant
   const char* pixel = nullptr;
   int64_t step = 0, tile = 0, row = 0, column = 0, at = 0, at_once = 0;  // the next line; lines
 
-  Prefetch(
-      const Block<F>& block, const T* images, int64_t pixel_channels, int64_t channels, int64_t halo, int64_t calls)
+  Prefetch(const Tiles& block, const T* images, int64_t pixel_channels, int64_t channels, int64_t halo, int64_t calls)
       : block(block),
         images(reinterpret_cast<const char*>(images)),
         halo(halo),
@@ -201,6 +211,37 @@ struct Prefetch {
       });
   }
 };
+
+// visit(block, prefetch) for the blocks of up to TILES tiles of steps [begin, end): prefetch brings the next one nearer
+// over so many calls.
+template <class F, class T, int64_t TILES, class Visit>
+FASTDMD_INLINE void each_block(const Conv3x3& a, int64_t begin, int64_t end, int64_t calls, Visit visit) {
+  using Tiles = Block<F, TILES>;
+  for (int64_t first = begin; first < end; first += Tiles::MAX_STEPS) {
+    const Tiles next(a, first + Tiles::MAX_STEPS, end);
+    Prefetch<Tiles, T> x(next, static_cast<const T*>(a.x), a.in_channels, a.in_channels, 1, calls);
+    Prefetch<Tiles, T> y(next, static_cast<const T*>(a.y), a.y_channels, a.out_channels, 0, calls);
+    visit(Tiles(a, first, end), [&] {
+      x.lines();
+      y.lines();
+    });
+  }
+}
+
+// Calls body<F4 or F2, T>(), as the argument says.
+template <class Body>
+FASTDMD_INLINE void with_tiles(const Conv3x3& a, Body body) {
+  const auto with_filter = [&]<class F>() {
+    if (a.dtype == Dtype::bfloat16)
+      body.template operator()<F, BFloat16>();
+    else
+      body.template operator()<F, float>();
+  };
+  if (a.tile == F4::OUT)
+    with_filter.template operator()<F4>();
+  else
+    with_filter.template operator()<F2>();
+}
 
 }  // namespace
 }  // namespace fastdmd::FASTDMD_ISA

@@ -19,11 +19,12 @@ from tests.helpers import convolutions
 from tests.helpers.convolutions import results
 
 module = importlib.import_module("fastdmd.ops.conv3x3")  # behind the function of its name
-# B, C_in, C_out, H, W: whole and cut tiles, one row, all widths of a panel, more than one block, one or two threads;
-# tiles of 2x2, of 4x4 but for the gradient of the weight, of 4x4 throughout.
+# B, C_in, C_out, H, W: whole and cut tiles, one row, all widths of a panel, more than one block, one or two threads,
+# weights transformed in pieces; tiles of 2x2, of 4x4 but for the gradient of the weight, of 4x4 throughout.
 SHAPES = [
     (1, 48, 96, 8, 8),
     (1, 80, 112, 9, 8),
+    (1, 144, 48, 8, 8),
     (64, 16, 64, 1, 3),
     (20, 96, 48, 5, 6),
     (70, 32, 16, 1, 1),
@@ -128,10 +129,19 @@ def threads():
     torch.set_num_threads(before)
 
 
-# few tiles: by groups of channels; both; many tiles of one group; fewer tiles, or channels, than threads
+# few tiles: by groups of channels; both; many tiles of one group; fewer tiles, or channels, than threads; weights in
+# pieces, tiles of 2x2 and of 4x4
 @pytest.mark.parametrize(
     "shape",
-    [(2, 64, 128, 8, 8), (20, 16, 64, 16, 16), (40, 48, 48, 7, 7), (1, 16, 112, 4, 4), (3, 32, 16, 20, 20)],
+    [
+        (2, 64, 128, 8, 8),
+        (20, 16, 64, 16, 16),
+        (40, 48, 48, 7, 7),
+        (1, 16, 112, 4, 4),
+        (3, 32, 16, 20, 20),
+        (1, 144, 48, 8, 8),
+        (1, 80, 32, 16, 17),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_change_no_bit_of_outputs_and_err_no_more_in_sums(threads, shape, dtype):
@@ -151,12 +161,18 @@ EVERYWHERE = """
 import sys
 import torch
 from fastdmd import _native
-from tests.ops.test_conv3x3 import SHAPES, assert_rounded_once, worst_error
+from tests.ops.test_conv3x3 import SHAPES, assert_rounded_once, own_and_exact, worst_error
 assert _native.build_facts().endswith(sys.argv[1]), _native.build_facts()
 for weight_format in (torch.contiguous_format, torch.channels_last):
     for shape in SHAPES:
         assert worst_error(shape, weight_format=weight_format) < 3e-6
         assert_rounded_once(shape, weight_format=weight_format)
+for shape in ((1, 144, 48, 8, 8), (1, 80, 32, 16, 17)):
+    found = []
+    for threads in (1, 7):
+        torch.set_num_threads(threads)
+        found.append(own_and_exact(shape)[0])
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 """
 
 
