@@ -45,7 +45,8 @@ PYTEST = [
     "-rfE",
     "--tb=short",
 ]
-OP_TESTS = [f"tests/ops/test_{name}.py" for name in ("accuracy", "adamw_ema", "group_norm_silu", "memory", "random")]
+OP_FILES = ("accuracy", "adamw_ema", "bias_gradient", "group_norm_silu", "memory", "random")
+OP_TESTS = [f"tests/ops/test_{name}.py" for name in OP_FILES]
 STEP_FILES = (
     "distill/test_turns",
     "distill/test_steps",
@@ -71,7 +72,7 @@ class Stage:
 STAGES = {
     "tests-ops": Stage([*PYTEST, *OP_TESTS], ("pytest", "numpy", "triton")),
     "tests-steps": Stage([*PYTEST, *STEP_TESTS], ("pytest", *TRAINING)),
-    "ops": Stage(["-m", "benchmarks.bench_kernels", "--json", "{json}"], ("numpy", "triton")),
+    "ops": Stage(["-m", "benchmarks.bench_kernels", "--seconds", "450", "--json", "{json}"], ("numpy", "triton")),
     "sanitize": Stage(["-m", "benchmarks.sanitize", "--json", "{json}"], ("numpy", "triton")),
     "step": Stage(["-m", "benchmarks.bench_step", "--device", "cuda", "--suite", "--json", "{json}"], TRAINING),
     "profile": Stage(["-m", "benchmarks.timeline", "--json", "{json}"], TRAINING),
@@ -160,8 +161,11 @@ def end_on_sigterm() -> None:
 
 
 def build() -> None:
-    """Both libraries, in place; exits where one is missing then."""
-    environment = {**os.environ, "FASTDMD_NATIVE": "1"}
+    """Both libraries, in place, of this GPU's architecture alone where every nvcc knows it and CUDAARCHS says nothing
+    else; exits where one is missing then."""
+    major, minor = torch.cuda.get_device_capability()
+    own = {"CUDAARCHS": f"{major}{minor}"} if (major, minor) in ((8, 0), (8, 6), (8, 9), (9, 0)) else {}
+    environment = {**own, **os.environ, "FASTDMD_NATIVE": "1"}
     built = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=environment)
     reason = "its build failed, see above" if built.returncode else _native.load("cuda")
     if reason is not None:

@@ -56,7 +56,7 @@ def inputs(index, **wrong):
 @pytest.mark.parametrize("stops", [False, True])
 def test_compiled_accounts_find_what_is_not_finite(stops):
     compiler, eager, compiled = Compiler(None), Accounts(stops), Accounts(stops)
-    told = []
+    told, places = [], [value.data_ptr() for value in compiled.state().values()]  # a graph writes there again
     for index, wrong in enumerate(TURNS.values()):
         eager.guard.begin(index)
         compiled.guard.begin(index)
@@ -68,6 +68,7 @@ def test_compiled_accounts_find_what_is_not_finite(stops):
         told.append(tuple(answer.item() for answer in found[:2]))
     never_halted = [(True, False), (False, False), (True, False), (False, False), (True, False), (False, False)]
     assert told == ([(True, False)] + 6 * [(False, True)] if stops else [*never_halted, (True, False)])
+    assert [value.data_ptr() for value in compiled.state().values()] == places
     assert str(compiled.tally.fault()) == "NaN or infinity in generated image, iteration 2"
 
 

@@ -43,10 +43,10 @@ def make(teacher, **changes):
     others = dict(make_network(teacher.config, seed=1).to(model.device).named_parameters())
     with torch.no_grad():
         for name, parameter in model.fake_score.named_parameters():
-            other = others.get(name)  # none of codes
-            parameter.lerp_(
-                torch.linspace(-2, 2, parameter.numel()).view_as(parameter) if other is None else other, 0.1
-            )
+            other = others.get(name)
+            if other is None:  # codes
+                other = torch.linspace(-2, 2, parameter.numel(), device=model.device).view_as(parameter)
+            parameter.lerp_(other, 0.1)
     return model, make_draws(teacher, config, model.device)
 
 

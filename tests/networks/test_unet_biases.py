@@ -35,6 +35,25 @@ def test_biases_as_a_gpu_adds_them(monkeypatch, name, layout):
     assert len(asked) > 10
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_biases_as_a_gpu_adds_them_can_be_compiled(monkeypatch, name):
+    """Whole, to the gradients that autograd itself finds."""
+    network = make_network(VARIANTS[name]).to(memory_format=torch.channels_last).requires_grad_()
+    x, sigma, labels = inputs(VARIANTS[name])
+
+    def run(function):
+        given = x.clone().requires_grad_()
+        D_x = function(given, sigma, labels)
+        return D_x, *torch.autograd.grad(D_x.square().sum(), [given, *network.parameters()])
+
+    expected = run(network)
+    monkeypatch.setattr(unet_blocks, "on_gpu", lambda x: True)
+    torch.compiler.reset()
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, backend="aot_eager")
+    for got, wanted in zip(run(compiled), expected, strict=True):
+        assert_close(got, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
 LAYERS = {"Conv3x3": (Conv3x3, 3, 1), "Conv1x1": (Conv1x1, 1, 0), "Product1x1": (Product1x1, 1, 0)}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastdmd import ops
+from tests.helpers.op_cases import DEVICES
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPES = [(2, 64, 8, 8), (3, 5, 7, 9), (1, 1, 3, 3), (4, 130, 1, 1), (2, 300, 5, 3), (0, 4, 2, 2), (2, 3, 0, 4)]
@@ -11,10 +12,11 @@ SHAPES = [(2, 64, 8, 8), (3, 5, 7, 9), (1, 1, 3, 3), (4, 130, 1, 1), (2, 300, 5,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_and_budget(layout, dtype):
-    for shape in SHAPES:
-        grad_y = torch.randn(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
-        bias = torch.zeros(shape[1], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("device", DEVICES)
+def test_layouts_and_budget(layout, dtype, device):
+    for shape in SHAPES if device == "cpu" else [*SHAPES, (40, 192, 64, 64), (3, 1152, 31, 17)]:
+        grad_y = torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=LAYOUTS[layout])
+        bias = torch.zeros(shape[1], dtype=torch.float64, device=device, requires_grad=True)
         (grad_y.double() + bias[:, None, None]).backward(grad_y.double())
         found = ops.bias_gradient(grad_y)
         assert found.shape == bias.shape and found.dtype == dtype
