@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdmd.ops._math import gradient_dtype, per_sample, wide_dtype
-from fastdmd.ops._registry import define, is_unobserved, no_second_derivative
+from fastdmd.ops._observers import is_unobserved
+from fastdmd.ops._registry import define, no_second_derivative
 from fastdmd.ops._validate import has_tangent
 
 

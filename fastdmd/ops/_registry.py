@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdmd import _native
 from fastdmd.ops._devices import on_device_of_tensors
+from fastdmd.ops._observers import is_unobserved
 
 ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 BACKENDS = ("reference", "triton", "native", "emulated")
@@ -23,7 +23,6 @@ BACKENDS = ("reference", "triton", "native", "emulated")
 NATIVE_FIRST = frozenset({"group_norm_silu", "group_norm_silu_backward"})
 
 Only = Literal["native code for CPUs", "a Triton kernel"]
-PLAIN = (Tensor, nn.Parameter)  # any other class may override how torch calls an op
 
 _LIBRARY = torch.library.Library("fastdmd", "DEF")
 _OPS: dict[str, tuple[str, Callable]] = {}  # name: (module, reference)
@@ -123,40 +122,6 @@ def _caller(name: str, op: Any, remember: Callable, recall: Callable) -> Callabl
     return call
 
 
-def is_unobserved(arguments: tuple) -> bool:
-    """Whether no compiler, mode, transform, tracer or profiler, and nothing of the tensors, changes what a call means.
-
-    The public functions have seen to it that all tensors are on one device.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-        or arguments[0].device.type not in ORDER
-    ):
-        return False
-    keys = _plain_keys(arguments[0].device.type)
-    return all(
-        type(one) in PLAIN and torch._C._dispatch_keys(one).raw_repr() in keys
-        for one in arguments
-        if isinstance(one, Tensor)
-    )
-
-
-@functools.cache
-def _plain_keys(device_type: str) -> frozenset[int]:
-    """Dispatch keys of tensors that are what their memory holds: not those of a lazy negation, of a batch of vmap's, of
-    zeros without memory, which torch resolves before it calls a kernel."""
-    found = set()
-    for mode in (False, True):
-        with torch.inference_mode(mode):
-            found.add(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
-    return frozenset(found)
-
-
 def no_second_derivative(name: str) -> NotImplementedError:
     return NotImplementedError(
         f"fastdmd.{name}: expected a first derivative to be asked for, got a second one: it has no second derivative"
@@ -227,19 +192,29 @@ def require_environment(device: torch.device | str = "cpu") -> None:
 
 
 @contextlib.contextmanager
-def use_backend(backend: str, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside the block every op on this kind of device is computed by `backend`: reference, triton, native or emulated.
+def use_backend(backend: str, device: torch.device | str | None = None) -> Iterator[None]:
+    """Inside the block every op is computed by `backend`: reference, triton, native or emulated.
+
+    It holds on this kind of device, by default on each kind of this machine's that has the backend.
 
     Blocks may nest and overlap; each holds for the thread or asyncio task that it is in. The backward of an op is
     computed by what computed its forward, wherever that runs. A compiled function follows the blocks around its calls,
     and its backward those around `backward()`; on a GPU, where that runs in threads of its own, none. Emulated are the
     CUDA kernels compiled for CPUs, which the tests build.
 
-    Raises ValueError for another name and RuntimeError, with the reason, where it is not there. The environment
+    Raises ValueError for another name and RuntimeError, with the reason, where no such device has it. The environment
     variable FASTDMD_BACKEND does the same for a whole process.
     """
-    device_type = torch.device(device).type
-    block = {(name, device_type): _choose(name, device_type, backend) for name in _OPS}
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    block: dict[tuple[str, str], Callable] = {}
+    missing: _native.Unavailable | None = None
+    for device_type in here if device is None else [torch.device(device).type]:
+        try:
+            block |= {(name, device_type): _choose(name, device_type, backend) for name in _OPS}
+        except _native.Unavailable as error:
+            missing = error
+    if missing is not None and not block:
+        raise missing
     _BLOCKS.set((*_BLOCKS.get(), block))
     try:
         yield

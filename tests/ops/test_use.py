@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastdmd import _native, ops
+from fastdmd.ops import _registry
 from fastdmd.ops.__main__ import main as ops_main
 
 X, SIGMA = torch.zeros(4, 3, 32, 32), torch.ones(4)
@@ -138,7 +139,7 @@ def test_a_forced_backend_is_used_or_refused():
     assert off.returncode != 0 and "switched off by FASTDMD_NATIVE=0" in off.stderr
     wrong = run_python(USE, FASTDMD_BACKEND="fast")
     assert "expected a backend out of reference, triton, native, emulated, got fast" in wrong.stderr
-    with pytest.raises(RuntimeError, match="Triton has no cpu backend"), ops.use_backend("triton"):
+    with pytest.raises(RuntimeError, match="Triton has no cpu backend"), ops.use_backend("triton", "cpu"):
         pass
 
 
@@ -183,6 +184,27 @@ def test_backends_are_chosen_by_block_and_by_thread():
         inside = compiled(X + 1)
     assert seen == ["other"]
     assert torch.equal(inside, ops.implementations("dm_loss")["reference"](X + 1, 2 * X + 2, 3 * X + 3, 1e-6)[0])
+
+
+def test_a_block_holds_on_each_kind_of_device_that_has_the_backend(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    chosen, reference = _registry.chosen, _registry._OPS["dm_loss"][1]
+    before = chosen("dm_loss", "cpu")
+    with ops.use_backend("reference"):
+        assert chosen("dm_loss", "cpu") is chosen("dm_loss", "cuda") is reference
+    with ops.use_backend("reference", "cuda:0"):
+        assert chosen("dm_loss", "cuda") is reference and chosen("dm_loss", "cpu") is before
+    monkeypatch.setattr(_registry, "_implementation", only_on_gpus(_registry._implementation))
+    with ops.use_backend("triton"):
+        assert chosen("dm_loss", "cuda") == "triton" and chosen("dm_loss", "cpu") is before
+
+
+def only_on_gpus(implementation):
+    """As where Triton is installed, which it need not be here."""
+    return lambda name, backend, kind: (
+        "triton" if (backend, kind) == ("triton", "cuda") else implementation(name, backend, kind)
+    )
 
 
 def test_the_environment_is_checked_at_once(monkeypatch, capsys):
