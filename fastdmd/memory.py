@@ -51,9 +51,9 @@ def half(batch_size: int, accumulation_steps: int | None = None, num_processes: 
     """What to try where a batch, of each process, did not fit and nothing else is known; `accumulation_steps`, where
     there are such. `num_steps` divide every part of a batch."""
     steps, most = accumulation_steps or 1, batch_size // num_steps
-    if most // steps == 1:
+    if most // steps <= 1:
         what = "one image" if num_steps == 1 else f"an image of each of {num_steps} steps"
-        return f"{what} at a time is all that --batch-size {batch_size} leaves; use a larger device"
+        return f"{what} at a time is all that --batch-size {batch_size * num_processes} leaves; use a larger device"
     smaller = f"try --batch-size {most // 2 // steps * steps * num_steps * num_processes}"
     if accumulation_steps is None:
         return smaller

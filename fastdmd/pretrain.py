@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.pretrain"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
     config = cli.parse(PretrainConfig, "fastdmd.pretrain", arguments)
-    smaller = f"{half(config.batch_size)} or a smaller --model-channels"
+    num_processes = distributed.number()
+    own = half(config.batch_size // num_processes, num_processes=num_processes)
+    smaller = f"{own} or a smaller --model-channels"
     with cli.user_errors("fastdmd.pretrain", advice=smaller):
         config, ranks, device = distributed.begin(config)
         distributed.require_parts(config.batch_size, ranks)

@@ -45,7 +45,13 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.train"):
         arguments = resume.with_those_of_run(sys.argv[1:] if arguments is None else arguments)
     chosen = cli.parse(TrainConfig, "fastdmd.train", arguments, PRESETS)
-    smaller = half(chosen.batch_size, chosen.compute.accumulation_steps, num_steps=chosen.noise.num_steps)
+    num_processes = distributed.number()
+    smaller = half(
+        chosen.batch_size // num_processes,
+        chosen.compute.accumulation_steps,
+        num_processes,
+        num_steps=chosen.noise.num_steps,
+    )
     with cli.user_errors("fastdmd.train", advice=smaller):
         chosen, ranks, device = distributed.begin(chosen)
         distributed.require_parts(
@@ -89,9 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
             notice = unseen_classes(real, teacher.num_classes, are_judged=config.gan.is_on)
             if notice is not None:
                 terminal.say(notice)
-        budget = budget_of(config.replace(batch_size=own_batch), teacher, device)
-        if budget is not None:
-            budget = dataclasses.replace(budget, num_processes=ranks.size)
+        budget = budget_of(config, teacher, device, ranks.size)
         if config.dry_run:
             cli.print_resolved(config, teacher, budget=None if budget is None else budget.report())
             return
@@ -125,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
             loop = Loop(training, config, folder, course, watch, checkpoints, record, ranks)
     with cli.run_errors("fastdmd.train", "distilling", smaller if budget is None else budget.smaller()):
         summary = loop.run(evaluation)
-    if real is not None and summary["generator"]["frechet_distance"] is not None:
+    if real is not None and summary["floor"]["frechet_distance"] is not None:
         print(overlap(dataset, "The adversarial term" if config.gan.is_on else "The generator"))
     if summary["teacher"]["recorded"]:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
@@ -182,16 +186,19 @@ def load_teacher(config: TrainConfig, device: torch.device) -> tuple[DenoisingNe
     return teacher, metadata
 
 
-def budget_of(config: ResolvedTrainConfig, teacher: DenoisingNetwork, device: torch.device) -> Budget | None:
-    """None where the teacher is somebody's module that does not run on meta tensors, and of networks in parts."""
+def budget_of(
+    config: ResolvedTrainConfig, teacher: DenoisingNetwork, device: torch.device, num_processes: int = 1
+) -> Budget | None:
+    """Of each of so many processes; None where the teacher is somebody's module that does not run on meta tensors, and
+    of networks in parts."""
     if config.compute.shard:
         return None
     eager = config.replace(execution="eager")  # as meta tensors can be
     try:
-        return estimate(
+        found = estimate(
             teacher,
             lambda network: distillation.build(eager, network),
-            config.batch_size,
+            config.batch_size // num_processes,
             device,
             generator_inputs=config.noise.generator_inputs,
         )
@@ -199,6 +206,7 @@ def budget_of(config: ResolvedTrainConfig, teacher: DenoisingNetwork, device: to
         if not teacher.foreign_name:
             raise
         return None
+    return dataclasses.replace(found, num_processes=num_processes)
 
 
 if __name__ == "__main__":

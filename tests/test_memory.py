@@ -1,6 +1,7 @@
 """Memory that is left, from the files in which Linux tells it."""
 
 import mmap
+import re
 
 import pytest
 import torch
@@ -87,6 +88,19 @@ def test_this_machine_and_the_budget_agree(monkeypatch):
     assert 2**24 < available_memory_bytes() < 2**50
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: 12345)
     assert memory.available_bytes(torch.device("cpu")) == 12345
+
+
+@pytest.mark.parametrize("batch_size, steps, num_processes", [(40, 1, 8), (280, 7, 4), (12, 2, 3)])
+def test_advice_to_several_processes_can_be_taken(batch_size, steps, num_processes):
+    advice = memory.half(batch_size // num_processes, steps, num_processes)
+    smaller, more = map(int, re.findall(r"[0-9]+", advice))
+    assert smaller % (num_processes * steps) == 0 < smaller < batch_size
+    assert batch_size % (num_processes * more) == 0 and more > steps
+
+
+def test_advice_where_a_process_has_less_than_an_image():
+    """Which is refused elsewhere."""
+    assert memory.half(0, 1, 8).startswith("one image at a time") and memory.half(5, 8, 8).startswith("one image")
 
 
 def test_taken_bytes_grow_with_what_is_taken(monkeypatch, tmp_path):

@@ -45,8 +45,9 @@ class Evaluation:
 
     Without `dataset`, the reference is the 60,000 MNIST training digits and the floor that of the 10,000 test digits.
     With one, the reference is all of its images, and the floor is a random part of them (at most half) against the
-    rest. `reference` (a path of EDM statistics) replaces the reference. As few images are far from any reference, the
-    floor is of no more than `num_samples` either.
+    rest. `reference` (a path of EDM statistics) replaces the reference; with it and a `feature_network`, but without
+    `dataset`, there are no real images: no floor, and Fréchet distances alone. As few images are far from any
+    reference, the floor is of no more than `num_samples` either.
 
     Precision, recall and kernel distance compare as many images as there are of both sides, at most 10,000, with test
     digits or images of the dataset, drawn at random; the floor's compare a half of those at most with another.
@@ -124,6 +125,15 @@ class Evaluation:
         if reference is not None:
             self._reference = metrics.FeatureStatistics.from_npz(reference, num_features)
         is_embedded = dataset is None
+        if is_embedded and not is_digits:
+            if reference is None and tuple(self.image_shape) != (1, 28, 28):
+                raise ValueError("expected --data or --reference with --feature-network, got neither")
+            if reference is not None:  # embedded digits are nobody's choice here
+                noise = torch.rand((16, *self.image_shape), generator=torch.Generator().manual_seed(0)) * 2 - 1
+                self._features = _told(metrics.feature_statistics([(noise.to(self.device), None)], network))
+                self.notices.append("precision, recall and kernel distance need real images: --data")
+                self._note_few(self.num_samples, num_features)
+                return Measurement(None, None), self.notices
         least_images = 4 if reference is None else 2  # two have a covariance; without a reference, two halves are
         dataset = data.load() if dataset is None else dataset
         dataset = dataset.require(image_shape=self.image_shape, least_images=least_images)
@@ -138,13 +148,20 @@ class Evaluation:
         if is_digits and not is_embedded:
             self.notices += metrics.foreign_digits(whole, dataset.name)
         floor = self._measure_floor(dataset, network, whole if has_own_reference else None, order)
-        num_images = min(self.num_samples, floor.num_images)
+        self._note_few(min(self.num_samples, floor.num_images), num_features)
+        return floor, self.notices
+
+    def _note_few(self, num_images: int, num_features: int) -> None:
         if num_images <= num_features:
             self.notices.append(
                 f"the Fréchet distance of {num_images} images in {num_features} features is too large: their "
                 "covariance needs more images than features"
             )
-        return floor, self.notices
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether it measures more than speed."""
+        return self._feature_network is not None
 
     def _survey_all(self, dataset: data.Dataset, network: features.FeatureNetwork, drawn: Tensor) -> metrics.Survey:
         """All images, of which those `drawn` are to be compared with."""

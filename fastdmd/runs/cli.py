@@ -182,8 +182,9 @@ def make_evaluation(
     )
     for notice in evaluation.notices:
         terminal.say(notice)
-    if dataset is not None and evaluation.floor.num_images:
-        print(f"measured against {len(dataset)} images of {dataset.name}")
+    if evaluation.floor.num_images:
+        real = "the embedded MNIST digits" if dataset is None else f"{len(dataset)} images of {dataset.name}"
+        print(f"measured against {real}")
     return evaluation
 
 

@@ -60,7 +60,7 @@ class Course:
         self.best: Best | None = None
         self._evaluation: Evaluation | None = None
         if monitor.eval_every:
-            if evaluation is None or evaluation.floor.frechet_distance is None:
+            if evaluation is None or not evaluation.has_distance:
                 got = "none" if evaluation is None else next(iter(evaluation.notices), "none")
                 raise ValueError(f"expected a Fréchet distance for --eval-every, got {got}")
             quality_plot.require()

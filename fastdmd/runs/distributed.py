@@ -29,6 +29,12 @@ Chosen = TypeVar("Chosen", bound=Any)
 _store: Any = None  # of torch.distributed, which all processes reach
 
 
+def number() -> int:
+    """Of processes, before they have met: at least one, whatever the environment says."""
+    size = os.environ.get(SIZE, "1")
+    return int(size) if size.isdecimal() and size.strip("0") else 1
+
+
 def is_alone() -> bool:
     return os.environ.get(SIZE, "1") == "1"
 

@@ -71,6 +71,14 @@ def test_what_a_gpu_is_asked_for_is_counted_without_one(teacher):
     assert peaks[0].peak_bytes == peaks[1].peak_bytes > 0
 
 
+def test_several_processes_average_over_their_whole_batch(teacher):
+    """So half-lives may be as long as one process could have them."""
+    config = TrainConfig(batch_size=280).replace(gan_guidance_weight=0, ema_halflives=(5e7,)).for_teacher(teacher, CPU)
+    short = config.replace(ema_halflives=(5e3,))
+    found, expected = (train.budget_of(each, teacher, CPU, 8) for each in (config, short))
+    assert found.peak_bytes == expected.peak_bytes and (found.batch_size, found.num_processes) == (35, 8)
+
+
 def test_imagenet_preset_is_the_published_one():
     config = PRESETS["imagenet64"].config
     optimizer = config.optimizer

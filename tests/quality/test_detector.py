@@ -104,6 +104,23 @@ def test_distances_are_those_of_its_features_of_uint8_images(channels, refuses_f
         assert row.class_accuracy is None and row.classifier_score is None and row.precision is not None
 
 
+def test_a_reference_is_enough_for_a_distance(tmp_path):
+    real, made = np.random.default_rng(0).integers(0, 256, (2, 300, 3, 6, 6), np.uint8)
+    detector = Detector(36)
+    path = saved(detector, tmp_path / "inception.pt")
+    reference = features_of(real, detector)
+    np.savez(tmp_path / "reference.npz", mu=reference.mean(0), sigma=np.cov(reference, rowvar=False))
+    options = {"num_samples": 300, "feature_network": path}
+    evaluation = quality.Evaluation((3, 6, 6), 0, reference=str(tmp_path / "reference.npz"), **options)
+    assert evaluation.notices == ["precision, recall and kernel distance need real images: --data"]
+    row = evaluation.measure(Repeated(made), name="generator")
+    assert row.frechet_distance == pytest.approx(sum(distance(features_of(made, detector), reference)), rel=1e-5)
+    assert row.precision is row.kernel_distance is evaluation.floor.frechet_distance is None
+    assert evaluation.measure(Repeated(made), name="generator", record=evaluation.record(row)).recorded
+    with pytest.raises(ValueError, match="expected --data or --reference with --feature-network, got neither"):
+        quality.Evaluation((3, 6, 6), 0, **options)
+
+
 def test_levels_are_those_of_the_image():
     levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
     assert torch.equal(to_levels(levels.float() / 127.5 - 1), levels.expand(256, 3, 1, 1))
