@@ -16,7 +16,7 @@ from fastdmd.files import write_atomically
 from fastdmd.networks.identity import identity
 from fastdmd.quality import table
 from fastdmd.quality.evaluation import BATCH_SIZE
-from fastdmd.runs import cli, distributed, machine, outputs, terminal
+from fastdmd.runs import cli, distributed, folder, machine, terminal
 from fastdmd.runs.config import EvaluateConfig
 from fastdmd.runs.contents import contents
 from fastdmd.runs.machine import versions
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors("fastdmd.evaluate", advice=ADVICE):
         config, ranks, device = distributed.begin(config)
         if config.out is not None:
-            ranks.from_first(functools.partial(outputs.require_file, config.out))
+            ranks.from_first(functools.partial(folder.require_file, config.out))
         machine.prepare(device)
         network, metadata = teachers.read(config.weights, config.adapter, device)
         distributed.require_same(

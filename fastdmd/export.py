@@ -33,7 +33,7 @@ from fastdmd.networks.states import tensors_of
 from fastdmd.networks.unet_blocks import Conv1x1, Conv3x3, GroupNorm, GroupNormSiLU, Product1x1
 from fastdmd.networks.weights import METADATA_KEY, generator_metadata, generator_of, load_network, rounded, save_network
 from fastdmd.randomness import Stream, normals
-from fastdmd.runs import cli, distributed, outputs, terminal
+from fastdmd.runs import cli, distributed, folder, terminal
 from fastdmd.runs.config import CommandSettings
 from fastdmd.sampling import Generator, balanced_labels, step_normals
 from fastdmd.settings import Input, Positional, above
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(ExportConfig, "fastdmd.export", arguments)
     with cli.user_errors("fastdmd.export", "exporting", "it needs six times the weights"):
         cli.resolve_device("cpu")
-        outputs.require_file(config.out)
+        folder.require_file(config.out)
         network, metadata = load_network(config.weights, network=config.network)
         if metadata["kind"] != "generator":
             raise ValueError(f"expected a generator, got {config.weights}, a {metadata['kind']}")

@@ -18,7 +18,7 @@ from fastdmd import quality, teachers
 from fastdmd.data import to_uint8
 from fastdmd.files import write_atomically
 from fastdmd.memory import half, require_memory
-from fastdmd.runs import cli, distributed, machine, outputs, terminal
+from fastdmd.runs import cli, distributed, folder, machine, terminal
 from fastdmd.runs.config import SampleConfig
 from fastdmd.runs.pictures import image_grid
 from fastdmd.sampling import Sampler, balanced_labels, start_noise
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = cli.parse(SampleConfig, "fastdmd.sample", arguments)
     with cli.user_errors("fastdmd.sample", "sampling", f"{half(config.batch_size)} or a smaller --num"):
         device = cli.resolve_device(config.device, seed=config.seed, deterministic=config.deterministic)
-        outputs.require_file(config.out)
+        folder.require_file(config.out)
         machine.prepare(device, batch_size=config.batch_size)
         network, metadata = teachers.read(config.weights, config.adapter, device)
         sampler = teachers.sampler_of(network, metadata, config.teacher_steps)

@@ -137,9 +137,14 @@ def part_of(x: Tensor, like: Tensor) -> Tensor:
 
 
 def fill_parts(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """As `load_state_dict`, of a state that is whole, into a network of which each process has a part, or all."""
+    """As `load_state_dict`, of a state that is whole, into a network of which each process has a part, or all.
+
+    What modules keep by `get_extra_state`, and no file of tensors has, they are given back.
+    """
     own = network.state_dict()
-    network.load_state_dict({name: part_of(value, own.get(name, value)) for name, value in state.items()})
+    parts = {name: part_of(value, own.get(name, value)) for name, value in state.items()}
+    extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
+    network.load_state_dict(extra | parts)
 
 
 def unfilled(shape: Sequence[int], dtype: torch.dtype, group: Any) -> Tensor:

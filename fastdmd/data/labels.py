@@ -187,9 +187,14 @@ def _subfolder_labels(members: Members, images: list[str]) -> np.ndarray | None:
 def _places(names: Sequence[str], classes: Iterable[str], path: Path) -> np.ndarray:
     """The place of each name among the sorted classes."""
     ordered = sorted(set(classes))
-    if all(re.fullmatch("[0-9]{1,18}", name) for name in ordered) and ordered != sorted(ordered, key=int):
-        first = next(index for index, name in enumerate(sorted(ordered, key=int)) if ordered[index] != name)
-        _warn(f"classes are numbered in the order of their names as text, {ordered[first]} is {first}, in {path}")
+    if all(re.fullmatch("[0-9]{1,18}", name) for name in ordered):
+        by_number = sorted(ordered, key=int)
+        if other := [index for index, name in enumerate(by_number) if ordered[index] != name]:
+            first = other[0]
+            _warn(f"classes are numbered in the order of their names as text, {ordered[first]} is {first}, in {path}")
+        elif gaps := [index for index, name in enumerate(ordered) if int(name) != index]:
+            first = gaps[0]
+            _warn(f"classes are numbered from 0 without gaps, {ordered[first]} is {first}, in {path}")
     place = {name: index for index, name in enumerate(ordered)}
     return np.array([place[name] for name in names])
 

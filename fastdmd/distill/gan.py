@@ -18,6 +18,7 @@ from fastdmd.randomness import Stream, integers
 from fastdmd.settings import Settings, at_least, fail, within
 
 LARGEST_JUDGED_AS_THEY_ARE = 32  # pixels a side
+TRANSLATION_OF_BEST = 0.036  # of the preset mnist-best, where it has the term
 
 Features = Literal["fake", "teacher", "images"]
 Weight = Annotated[float, at_least(0, 1e6)]
@@ -60,7 +61,7 @@ class GANSettings(Settings):
     gan_translation: Annotated[float, within(0, 0.5)] = 0.0
     """Both kinds of images are moved, each by as many pixels as is drawn for it, before they are judged: up, down and
     sideways by up to this share of their sides, at least a pixel, with mirrored borders; 0.125 is DiffAugment's. It
-    keeps the discriminator from knowing few real images by heart."""
+    keeps the discriminator from knowing few real images by heart. mnist-best's comes and goes with its term."""
     gan_max_sigma: NoiseLevel | None = None
     """Images are judged at noise levels of the schedule up to this one. Default: twice the data's deviation with
     `--gan-features images` and reverse-kl, otherwise all of them."""
@@ -78,8 +79,9 @@ class GANSettings(Settings):
     def check(self) -> None:
         super().check()
         given = [field for field in dataclasses.fields(self) if field.default is not dataclasses.MISSING]
+        of_preset = "gan_translation" if self.gan_translation == TRANSLATION_OF_BEST else None
         for field in given:  # what `for_teacher` fills in is nobody's wish
-            if not self.is_on and getattr(self, field.name) != field.default:
+            if not self.is_on and field.name != of_preset and getattr(self, field.name) != field.default:
                 fail(self, field.name, "together with --gan-guidance-weight, which trains the discriminator")
 
     def for_teacher(self, teacher: DenoisingNetwork, noise: Noise, fake_score_lr: float, *, is_embedded: bool) -> GAN:
@@ -106,16 +108,15 @@ class GANSettings(Settings):
             "gan_lr": fake_score_lr,
         }
         gan = GAN(**{name: defaults[name] if value is None else value for name, value in vars(self).items()})
-        if gan.is_on:
-            if gan.gan_features != "images":
-                teacher.require_features()
-            num_levels, last = gan.num_levels(levels), noise.step_range[1]
-            if num_levels == 0:
-                fail(self, "gan_max_sigma", f">= {levels[0]:.9g}, the least noise level")
-            if self.divergence != "reverse-kl" and num_levels <= last:
-                fail(
-                    self, "gan_max_sigma", f">= {levels[last]:.9g}, which is matched by --divergence {self.divergence}"
-                )
+        if not gan.is_on:
+            return dataclasses.replace(gan, gan_translation=0.0)
+        if gan.gan_features != "images":
+            teacher.require_features()
+        num_levels, last = gan.num_levels(levels), noise.step_range[1]
+        if num_levels == 0:
+            fail(self, "gan_max_sigma", f">= {levels[0]:.9g}, the least noise level")
+        if self.divergence != "reverse-kl" and num_levels <= last:
+            fail(self, "gan_max_sigma", f">= {levels[last]:.9g}, which is matched by --divergence {self.divergence}")
         return gan
 
 

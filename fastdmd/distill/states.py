@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def load_state(model: DMD2, state: Mapping[str, Any], iteration: int) -> None:
         load_optimizer_state(optimizer, state[name], num_updates, name)
     for name, part in _sums(model).items():
         part.load_state_dict(state[name], name)
+    model.buffers = None  # images made ahead are of the generator that was
 
 
 def optimizer_state(optimizer: AdamWEMA) -> dict[str, Any]:
@@ -58,8 +59,10 @@ def load_optimizer_state(optimizer: AdamWEMA, state: Mapping[str, Any], num_upda
         raise ValueError(f"expected {place}.num_updates to be {num_updates}, got {got!r:.60}")
     if any(int(step) > num_updates for step in state["optimizer"]["steps"]):
         raise ValueError(f"expected {place}.steps <= {num_updates}, got {state['optimizer']['steps']!s:.60}")
-    if broken := [name for name, value in state["untrained"].items() if not value.isfinite().all()]:
-        raise ValueError(f"expected {place}.untrained.{broken[0]} to be finite, got NaN or infinity")
+    for name, value in state["untrained"].items():
+        saved, here = local(value), local(own[name])
+        if not (saved.isfinite() | (saved == here.to(saved.device))).all():  # a mask has infinity where it had it
+            raise ValueError(f"expected {place}.untrained.{name} to be finite, got NaN or infinity")
     take(f"{place}.untrained", own, state["untrained"])  # first: the averages take them from the network
     optimizer.load_state_dict(state["optimizer"])
 
@@ -82,9 +85,9 @@ def tensors_of_optimizer(optimizer: AdamWEMA) -> Iterator[Tensor]:
         yield from part.values() if isinstance(part, Mapping) else ()
 
 
-def first_not_finite(optimizers: Mapping[str, AdamWEMA]) -> str | None:
+def first_not_finite(optimizers: Mapping[str, AdamWEMA], masks: Container[str] = ()) -> str | None:
     """The name of a tensor with NaN or infinity among weights, averages, moments and buffers; waits for the device.
-    Of what is cut, in the part of this process."""
+    Of what is cut, in the part of this process. The buffers in `masks` may hold infinity, but no NaN."""
     for owner, optimizer in optimizers.items():
         state = optimizer.state_views()
         kinds = {kind: part for kind, part in state.items() if isinstance(part, Mapping)}
@@ -92,11 +95,16 @@ def first_not_finite(optimizers: Mapping[str, AdamWEMA]) -> str | None:
             own = {name: local(x) for name, x in tensors.items()}
             floating = {name: x for name, x in own.items() if x.is_floating_point() and x.numel()}
             if floating:
-                broken = torch.stack(list(map(mark, floating.values()))).isnan()
+                allowed = masks if kind == "untrained" else ()
+                broken = torch.stack([_broken(x, name in allowed) for name, x in floating.items()])
                 if broken.any():
                     what = {"param": "weights", "untrained": "buffers"}.get(kind, kind)
                     return f"{what} of the {owner.replace('_', ' ')}, {list(floating)[int(broken.int().argmax())]}"
     return None
+
+
+def _broken(x: Tensor, is_mask: bool) -> Tensor:
+    return x.isnan().any() if is_mask else mark(x).isnan()
 
 
 def digest(*tensors: Tensor | None) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdmd.networks.tensor_files import MAX_NAMED, TensorFile, listed, open_tensors, refusal
 from fastdmd.networks.user_code import user_code
+from fastdmd.shards import fill_parts
 
 COMPILED = "_orig_mod."  # what torch.compile writes before the names inside; no module of anybody's is called so
 
@@ -90,7 +91,7 @@ def fill(network: nn.Module, weights: TensorFile, names: Mapping[str, str]) -> N
     """Reads tensors into a network, by its own names, and prints the notice. Raises ValueError if one is not finite."""
     masks = infinite_buffers(network)
     with user_code("weights", f"{type(network).__name__} to take the tensors of {weights.path}"):
-        network.load_state_dict(weights.read(names))
+        fill_parts(network, weights.read(names))
     require_finite(network, weights.path, masks)
     if weights.notice:
         print(weights.notice, file=sys.stderr)

@@ -211,7 +211,7 @@ class UNet(DenoisingNetwork):
         if class_labels is None:
             raise ValueError(f"fastdmd.UNet: expected class_labels for {self.config.num_classes} classes, got None")
         table = self.map_label.weight.t()
-        labels = table[class_labels] if class_labels.dim() == 1 else class_labels.to(table.dtype) @ table
+        labels = F.embedding(class_labels, table) if class_labels.dim() == 1 else class_labels.to(table.dtype) @ table
         return labels if self.config.adm else labels * self.config.num_classes**0.5 + self.map_label.bias
 
     @torch.no_grad()

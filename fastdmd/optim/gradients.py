@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.utils.checkpoint import CheckpointFunction
 
 from fastdmd.optim.flat import places, views
 
@@ -159,7 +160,7 @@ class Gradients(FlatGradients):
             if versions != [*map(VERSION, self._views)]:
                 raise _reached("a function whose backward pass adds to gradients by itself")
         if not complete or not self._graph_is_known:
-            check_graph(loss, self._parameters)
+            check_graph(loss, self._parameters, complete=complete)
             self._graph_is_known = True
         if not in_place:
             self._store(gradients, accumulate)
@@ -179,8 +180,11 @@ class Gradients(FlatGradients):
                 (torch._foreach_add_ if accumulate else torch._foreach_copy_)(targets, sources)
 
 
-def check_graph(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Raises ValueError for somebody's autograd.Function in the graph of the loss that leads to no parameter.
+def check_graph(loss: Tensor, parameters: Sequence[nn.Parameter], *, complete: bool = False) -> None:
+    """Raises ValueError for somebody's autograd.Function in the graph of the loss that leads to none of the parameters.
+
+    One may lead to those of another network instead, such as a fake score that images pass through, if the gradients
+    are `complete`, and if it is no checkpoint.
 
     The engine runs what lies on the way to the parameters alone, so that what such a backward pass does to them inside,
     as that of a reentrant checkpoint, would be missing. Walks the whole graph: not for every pass.
@@ -198,15 +202,27 @@ def check_graph(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
             if child is not None:
                 parents[child].append(node)
     ids = set(map(id, parameters))
-    reached = {node for node in parents if id(getattr(node, "variable", None)) in ids}
-    stack = list(reached)
+    leaves = {node: leaf for node in parents if (leaf := getattr(node, "variable", None)) is not None}
+    reached = _above([node for node, leaf in leaves.items() if id(leaf) in ids], parents)
+    others = [node for node, leaf in leaves.items() if complete and isinstance(leaf, nn.Parameter)]
+    allowed = {node for node in _above(others, parents) if not _is_checkpoint(node)}
+    for node in parents.keys() - reached - allowed:
+        if isinstance(node, BackwardCFunction) and not (node.name().startswith(GENERATED) or _is_ours(node)):
+            raise _reached(f"{node.name()}, which leads to none of them")
+
+
+def _above(nodes: list[Node], parents: Mapping[Node, list[Node]]) -> set[Node]:
+    """These, and all that lead to them."""
+    reached, stack = set(nodes), nodes
     while stack:
         above = [node for node in parents[stack.pop()] if node not in reached]
         reached.update(above)
         stack += above
-    for node in parents.keys() - reached:
-        if isinstance(node, BackwardCFunction) and not (node.name().startswith(GENERATED) or _is_ours(node)):
-            raise _reached(f"{node.name()}, which leads to none of them")
+    return reached
+
+
+def _is_checkpoint(node: Node) -> bool:
+    return isinstance(node, BackwardCFunction) and type(node)._forward_cls is CheckpointFunction
 
 
 def _is_ours(node: BackwardCFunction) -> bool:

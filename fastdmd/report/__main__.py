@@ -14,7 +14,7 @@ from typing import Annotated
 from fastdmd.report import page
 from fastdmd.report.reading import read_runs
 from fastdmd.report.study import Study, study, subject_of
-from fastdmd.runs import cli, distributed, machine, outputs, terminal
+from fastdmd.runs import cli, distributed, folder, machine, outputs, terminal
 from fastdmd.runs.config import CommandSettings
 from fastdmd.runs.folder import REPORT
 from fastdmd.settings import Positional, Switch, fail
@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         found = read_runs(config.runs)
         out = config.out or (config.runs[0] / REPORT if len(found) == 1 else Path(REPORT))
         outputs.require_file(out)
+        if len(found) > 1 or out.name != REPORT or not out.parent.samefile(config.runs[0]):
+            folder.require_file(out)
         machine.prepare(device)
     with cli.run_errors("fastdmd.report", "writing"):
         computed = Study()

@@ -13,6 +13,7 @@ from fastdmd.data import Dataset
 from fastdmd.data.identity import identity
 from fastdmd.data.pairs import Pairs
 from fastdmd.diffusion import DenoisingNetwork
+from fastdmd.networks.states import tensors_of
 from fastdmd.networks.user_code import make_network
 from fastdmd.quality.features import is_script
 from fastdmd.quality.settings import EvaluationSettings
@@ -48,7 +49,7 @@ def _of_features(source: str | None) -> str | None:
     if is_script(source):
         return _of_file(source)
     with torch.random.fork_rng(devices=[]):  # training goes on with the state as it was
-        state = make_network(source, "features").state_dict()
+        state = tensors_of(make_network(source, "features"))
     return f"{source} {identity(*(tensor for _, tensor in sorted(state.items())))}"
 
 

@@ -30,7 +30,7 @@ from fastdmd.distill.states import (
 )
 from fastdmd.networks.discriminator import Discriminator, ImageDiscriminator
 from fastdmd.networks.identity import identity
-from fastdmd.networks.states import find
+from fastdmd.networks.states import find, infinite_buffers
 from fastdmd.networks.tensor_files import open_tensors
 from fastdmd.networks.weights import generator_metadata, save_network
 from fastdmd.optim.sharded import ShardedAdamWEMA
@@ -255,7 +255,9 @@ class Distillation:
         return digest(*(own for own in weights_of(self.model) if local(own) is own))  # each has its part of the others
 
     def fault(self) -> str | None:
-        found = self._writers.gather_objects(first_not_finite(optimizers_of(self.model)))
+        found = self._writers.gather_objects(
+            first_not_finite(optimizers_of(self.model), infinite_buffers(self._teacher))
+        )
         return next((fault for fault in found if fault is not None), None)
 
     def finish(self) -> None:
@@ -293,10 +295,9 @@ class Distillation:
         state = self._ranks.from_first(read)
         if self.is_in_parts:
             network = cast(ShardedAdamWEMA, self.model.generator_optimizer).sharding.like(self._teacher)
-            fill_parts(network.inner, state)
         else:
             network = copy.deepcopy(self._teacher)
-            network.inner.load_state_dict(state)
+        fill_parts(network.inner, state)
         return self._generator(network)
 
     def _save(self, name: str, iteration: int, **information: Any) -> None:

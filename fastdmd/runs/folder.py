@@ -48,6 +48,13 @@ NAMES = (
 )
 
 
+def require_file(out: Path) -> None:
+    """As `outputs.require_file`; raises FileExistsError for the name of a file that a run keeps, in its folder."""
+    outputs.require_file(out)
+    if out.name in NAMES and (out.parent / METRICS).is_file():
+        raise FileExistsError(f"expected --out apart from the files of the run in {out.parent}, got {out}")
+
+
 class RunFolder:
     """The folder of one run: settings, losses, figures, pictures, weights and `summary.json`, under `NAMES`.
 

@@ -31,6 +31,7 @@ def require_apart(out: Path, inputs: Iterable[str | Path]) -> None:
 def require_file(path: Path) -> None:
     """Raises OSError unless `write_atomically` can write there: the name of a file, new or old, in a folder that takes
     one more. Devices, pipes and sockets are refused, since a file would take their place."""
+    _require_no_home(path)
     with _naming(path):
         if path.is_dir():
             raise IsADirectoryError(f"expected --out to be a file, got the folder {path}")
@@ -46,6 +47,7 @@ def require_file(path: Path) -> None:
 def require_folder(path: Path) -> None:
     """Raises OSError unless files can be written there: in a folder, or where one can be made."""
     made: list[Path] = []
+    _require_no_home(path)
     with _naming(path):
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"fastdmd: expected a folder for --out, got the file {path}")
@@ -59,6 +61,12 @@ def require_folder(path: Path) -> None:
             for folder in reversed(made):
                 with contextlib.suppress(OSError):  # somebody else's by now
                     folder.rmdir()
+
+
+def _require_no_home(path: Path) -> None:
+    """A shell replaces `~` after a blank, and leaves it after `=`."""
+    if os.path.expanduser(path) != str(path):
+        raise FileNotFoundError(f"expected --out without ~, which the shell has left as it is, got {path}")
 
 
 def _try_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from fastdmd.distill.gan import GANSettings
+from fastdmd.distill.gan import TRANSLATION_OF_BEST, GANSettings
 from fastdmd.distill.optimization import OptimizerSettings
 from fastdmd.networks.unet_config import UNetConfig
 from fastdmd.quality.settings import EvaluationSettings
@@ -60,7 +60,7 @@ MNIST_BEST = dataclasses.replace(
     preset="mnist-best",
     batch_size=192,
     iterations=4000,
-    gan=dataclasses.replace(MNIST.gan, gan_translation=0.036),
+    gan=dataclasses.replace(MNIST.gan, gan_translation=TRANSLATION_OF_BEST),
 )
 # DMD2 on ImageNet-64 (Yin et al. 2024): learning rates, ratio, batch (there 40 on each of 7 GPUs, here in 7 parts),
 # AdamW, clipping and warm-up are published. The number of iterations and the average of the weights, which DMD2 does

@@ -25,7 +25,7 @@ from fastdmd.distill.optimization import Average
 from fastdmd.distill.states import digest
 from fastdmd.distill.step_codes import codes_of
 from fastdmd.files import write_atomically
-from fastdmd.networks.states import require_same
+from fastdmd.networks.states import require_same, tensors_of
 from fastdmd.networks.tensor_files import open_tensors
 from fastdmd.networks.weights import (
     METADATA_KEY,
@@ -181,7 +181,7 @@ def read_stage(folder: Path, teacher: DenoisingNetwork) -> Stage:
             part = f"average.{number}"
         states.setdefault(part, {})[rest] = value
     fake_score = states.get("fake_score", {})
-    expected = teacher.state_dict()
+    expected = tensors_of(teacher)
     codes = {name: fake_score.pop(name) for name in codes_of(fake_score.keys() - expected.keys())}
     of_averages = [f"average.{index}" for index in range(len(metadata["averages"]))]
     for part in ("generator", "fake_score", *of_averages):
@@ -212,7 +212,7 @@ def _from_generator(folder: Path, teacher: DenoisingNetwork) -> Stage:
         raise ValueError(f"expected a generator in {path}, got a {metadata['kind']}")
     # Code that was named is not of the network; what the file lacks of others, a description has.
     _require_network(teacher, metadata["network"] if code is not None else generator.describe(), path)
-    state = generator.state_dict()
+    state = tensors_of(generator)
     return Stage(folder, state, None, {}, None, {}, state, generator_of(generator, metadata))
 
 

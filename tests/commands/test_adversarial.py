@@ -11,6 +11,7 @@ import torch
 from fastdmd import train
 from fastdmd.data import Dataset
 from fastdmd.runs.config import TrainConfig
+from fastdmd.runs.presets import PRESETS
 from tests.helpers.adversarial import TINY
 from tests.helpers.networks import make_network
 from tests.helpers.tiny_runs import QUICK, digits, refuses, run_train
@@ -90,6 +91,24 @@ def test_defaults_depend_on_what_is_judged(size, has_features, given, expected):
     for name, value in ({"gan_lr": 7e-4} | expected).items():
         found = getattr(gan, name)
         assert found == (pytest.approx(value, rel=1e-6) if name == "gan_max_sigma" else value), name
+
+
+def test_mnist_best_moves_images_where_it_judges_them():
+    """Of another teacher, and where the term is taken back, nothing is left of it, and nothing to take back."""
+    best, teacher = PRESETS["mnist-best"].config, make_network(TINY)
+    found = {
+        name: best.replace(**given).for_teacher(teacher).gan
+        for name, given in {
+            "its own": {},
+            "another teacher": {"teacher": "another"},
+            "no term": {"gan_guidance_weight": 0.0},
+        }.items()
+    }
+    told = {name: (gan.gan_guidance_weight, gan.gan_translation) for name, gan in found.items()}
+    assert told == {"its own": (1e-2, 0.036), "another teacher": (0.0, 0.0), "no term": (0.0, 0.0)}
+    best.replace(gan_guidance_weight=0.0).check()
+    with pytest.raises(ValueError, match="expected --gan-translation together with --gan-guidance-weight"):
+        best.replace(gan_guidance_weight=0.0, gan_translation=0.1).check()
 
 
 def test_the_embedded_teacher_has_its_digits(tmp_path):

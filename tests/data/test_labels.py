@@ -94,7 +94,14 @@ def test_numbers_that_are_sorted_as_text_are_told(tmp_path):
         assert labels_of(folder_of(tmp_path / "b", "9/a.png", "10/a.png", "1/a.png")) == [0, 1, 2]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert labels_of(folder_of(tmp_path / "c", "09/a.png", "10/a.png", "01/a.png")) == [0, 1, 2]
+        assert labels_of(folder_of(tmp_path / "c", "01/a.png", "02/a.png", "00/a.png")) == [0, 1, 2]
+
+
+def test_numbers_with_gaps_are_told(tmp_path):
+    with pytest.warns(UserWarning, match="numbered from 0 without gaps, 3 is 2, in"):
+        assert labels_of(folder_of(tmp_path / "a", "3_1.png", "0_1.png", "1_1.png"), labels="prefix") == [0, 1, 2]
+    with pytest.warns(UserWarning, match="numbered from 0 without gaps, 01 is 0, in"):
+        assert labels_of(folder_of(tmp_path / "b", "01/a.png", "02/a.png")) == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastdmd.distill.states import digest, digest_of_draws, load_state, require_same_draws, state_of
+from fastdmd.distill.states import (
+    digest,
+    digest_of_draws,
+    first_not_finite,
+    load_state,
+    optimizers_of,
+    require_same_draws,
+    state_of,
+)
 from fastdmd.networks.adapted import Adapted
 from fastdmd.runs import distillation
 from fastdmd.runs.config import TrainConfig
@@ -60,6 +68,41 @@ def test_a_model_goes_on_from_the_state_of_another(name, precision):
             other.iterate(step, draws)
         leaves = zip(tree_leaves(expected), tree_leaves(saved(other)), strict=True)
         assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in leaves), start
+
+
+def test_a_model_that_has_run_takes_over_another_state():
+    """Without images that it had made ahead."""
+    teacher, device = make_network(), torch.device("cpu")
+    config = CONFIG.replace(gan_guidance_weight=0)
+    draws, others = (distillation.make_draws(config.replace(seed=seed), teacher, device) for seed in (0, 1))
+    model, other, fresh = (distillation.build(config, copy.deepcopy(teacher)) for _ in range(3))
+    for step in range(2):
+        model.iterate(step, draws)
+        other.iterate(step, others)
+    state = saved(other)
+    for each in (model, fresh):
+        load_state(each, state, 2)
+        each.iterate(2, draws)
+    leaves = zip(tree_leaves(saved(model)), tree_leaves(saved(fresh)), strict=True)
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in leaves)
+
+
+def test_a_mask_of_infinity_is_no_fault():
+    teacher = networks()["somebody's"]
+    teacher.network.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    config = CONFIG.replace(gan_guidance_weight=0)
+    model, other = (distillation.build(config, copy.deepcopy(teacher)) for _ in range(2))
+    assert first_not_finite(optimizers_of(model), {"network.mask"}) is None
+    state = saved(model)
+    load_state(other, state, 0)
+    assert other.fake_score.network.mask.isinf().tolist() == [False, True]
+    state["generator"]["untrained"]["network.mask"][0] = torch.inf
+    with pytest.raises(ValueError, match="expected generator.untrained.network.mask to be finite, got NaN or infinity"):
+        load_state(other, state, 0)
+    model.fake_score.network.mask[0] = torch.nan
+    for masks in ((), {"network.mask"}):
+        whose = "fake score" if masks else "generator"
+        assert first_not_finite(optimizers_of(model), masks) == f"buffers of the {whose}, network.mask"
 
 
 def test_a_digest_tells_draws_apart():

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 
+import pytest
 import torch
 from torch import nn
 
 from fastdmd.networks.adapted import Adapted
 from fastdmd.networks.identity import identity
-from fastdmd.networks.weights import load_network
+from fastdmd.networks.weights import load_network, save_network
+from fastdmd.shards import fill_parts
 from tests.helpers.networks import SMALL, make_network
 
 
@@ -34,6 +36,26 @@ def test_what_a_state_holds_beside_tensors_is_left_out():
         network.told = told
         found.add(identity(Adapted(network, **options)))
     assert len(found) == 1
+
+
+def test_files_have_tensors_alone(tmp_path):
+    """What a module keeps besides is as its code makes it."""
+
+    class Told(nn.Linear):
+        told = "made"
+
+        def get_extra_state(self):
+            return {"told": self.told}
+
+        def set_extra_state(self, state):
+            self.told = state["told"]
+
+    options = {"parameterization": "x0", "image_shape": (1, 8, 8), "num_classes": 0, "sigma_data": 0.5}
+    save_network(tmp_path / "a.safetensors", Adapted(Told(8, 8), **options), kind="generator", conditioning_sigma=80.0)
+    loaded, _ = load_network(tmp_path / "a.safetensors", network=Told(8, 8))
+    assert loaded.network.told == "made"
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "bias". *\n.*Unexpected key.*"b"'):
+        fill_parts(Told(8, 8), {"weight": torch.zeros(8, 8), "b": torch.zeros(8)})
 
 
 def test_any_weight_and_any_option_makes_another(teacher):

@@ -219,6 +219,15 @@ def test_pretrain_refuses_attention_at_sizes_that_are_not_there(options, sizes, 
     assert f"expected --attention-resolutions out of {sizes}, the feature-map sizes of these images, got (" in error
 
 
+def test_labels_are_classes(teacher):
+    """As an embedding has it: none counts from the end, and bytes are no mask."""
+    noise = torch.randn(4, *teacher.image_shape)
+    with pytest.raises(IndexError):
+        teacher(noise, torch.ones(4), torch.full((4,), -1))
+    with pytest.raises(RuntimeError, match="Long, Int"):
+        teacher(noise, torch.ones(4), torch.zeros(4, dtype=torch.uint8))
+
+
 def test_a_conditional_network_asks_for_labels(teacher):
     with pytest.raises(ValueError, match="expected class_labels for 10 classes, got None"):
         teacher(torch.zeros(1, 1, 28, 28), torch.ones(1))

@@ -46,6 +46,11 @@ def leaf():
     return images().requires_grad_()
 
 
+def judged():
+    return images() * JUDGE.weight.sum()
+
+
+JUDGE = nn.Linear(3, 3)  # a network of somebody else
 HIDDEN = {
     "a reentrant checkpoint at the start": lambda net: net[2](checkpoint(net[:2], leaf(), use_reentrant=True)),
     "a reentrant checkpoint behind": lambda net: net[2](checkpoint(net[1], net[0](images()), use_reentrant=True)),
@@ -53,6 +58,9 @@ HIDDEN = {
     "a function behind": lambda net: net[2](Hidden.apply(net[0](images()), net[1])),
     "all in a function": lambda net: Hidden.apply(leaf(), net),
     "the same weights outside, too": lambda net: Hidden.apply(leaf(), net) + net(images()),
+    "a reentrant checkpoint behind another network": lambda net: checkpoint(net, judged(), use_reentrant=True),
+    "and outside, too": lambda net: checkpoint(net, judged(), use_reentrant=True) + net(images()),
+    "a function behind another network": lambda net: net[2](Hidden.apply(judged(), net[:2])),
 }
 
 
@@ -94,6 +102,20 @@ def test_functions_that_hide_nothing_are_allowed():
         step.backward(loss) if step is optimizer else loss.backward()
         step.step()
     assert_alike(net, other)
+
+
+def test_functions_on_the_way_to_another_network_are_allowed():
+    """As in a fake score that a generator's images pass through."""
+    net, reference = network(), network()
+    optimizer = AdamWEMA(net, learning_rate=1e-2)
+
+    def loss(generator):
+        return (generator(images()) * Double.apply(JUDGE.weight).sum()).square().mean()
+
+    optimizer.backward(loss(net))
+    loss(reference).backward()
+    for own, exact in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, exact.grad)
 
 
 def test_hooks_run_or_are_refused():

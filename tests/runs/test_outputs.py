@@ -27,6 +27,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "file").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
     os.mkfifo(tmp_path / "pipe.json")
     os.symlink("loop", tmp_path / "loop")
     return tmp_path
@@ -40,6 +42,9 @@ UNWRITABLE_FILES = {
     "pipe.json": "expected --out to be a file, got pipe.json, a device or a pipe",
     "/dev/full": "expected --out to be a file, got /dev/full, a device or a pipe",
     "n" * 300: "expected --out to be writable, got n*: File name too long",
+    "~/a.json": "expected --out without ~, which the shell has left as it is, got ~/a.json",
+    "run/summary.json": "expected --out apart from the files of the run in run, got run/summary.json",
+    "run/samples.png": "expected --out apart from the files of the run in run, got run/samples.png",
 }
 
 
@@ -84,6 +89,7 @@ def test_files_that_can_be_written(folder):
         ("pipe.json", "expected a folder for --out, got the file pipe.json"),
         ("new/" + "n" * 300, "expected --out to be writable, got new/n+: File name too long"),
         ("/proc/run", "expected --out to be writable, got /proc/run: "),
+        ("~/run", "expected --out without ~, which the shell has left as it is, got ~/run"),
         ("done", "expected a new folder for --out, got done, which already holds a run"),
     ],
 )
