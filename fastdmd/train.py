@@ -129,7 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
             loop = Loop(training, config, folder, course, watch, checkpoints, record, ranks)
     with cli.run_errors("fastdmd.train", "distilling", smaller if budget is None else budget.smaller()):
         summary = loop.run(evaluation)
-    if real is not None and summary["floor"]["frechet_distance"] is not None:
+    measured = [summary[name]["frechet_distance"] for name in ("generator", "floor")]
+    if real is not None and None not in measured:
         print(overlap(dataset, "The adversarial term" if config.gan.is_on else "The generator"))
     if summary["teacher"]["recorded"]:
         print("The teacher's distance and accuracy are on record in its weight file; --measure-teacher repeats them.")
