@@ -13,17 +13,14 @@ using torch::stable::parallel_for;
 constexpr Convolution OP{.name = "conv3x3", .side = 3, .takes_bfloat16 = true};
 
 // A multiplication is that of a weight, for a step of tiles.
-int64_t multiplications(const Conv3x3& a, const Conv3x3::Tiles& kind) { return a.steps(kind) * kind.num_matrices(); }
-int64_t multiplications(const Conv3x3& a) {
+int64_t multiplications(const Conv3x3& a, int64_t images) {
   int64_t sum = 0;
-  for (int k = 0; k < a.num_kinds; ++k) sum += multiplications(a, a.kinds[k]);
+  for (int k = 0; k < a.num_kinds; ++k) sum += a.steps(a.kinds[k], images) * a.kinds[k].num_matrices();
   return sum;
 }
-
-int64_t num_steps(const Conv3x3& a) {
-  int64_t sum = 0;
-  for (int k = 0; k < a.num_kinds; ++k) sum += a.steps(a.kinds[k]);
-  return sum;
+int64_t multiplications(const Conv3x3& a) {
+  return a.num_images / Conv3x3::SET * multiplications(a, Conv3x3::SET) +
+         multiplications(a, a.num_images % Conv3x3::SET);
 }
 
 // Tiles of `side` x `side` outputs; at the edges of those that are left, but of few images, whose steps they do not
@@ -43,9 +40,10 @@ void set_tiles(Conv3x3& a, int side) {
   a.num_kinds = 0;
   for (const Kind& kind : exact)
     if (kind.per_image() > 0) a.kinds[a.num_kinds++] = kind;
-  if (multiplications(a) < multiplications(a, padded)) return;
-  a.kinds[0] = padded;
-  a.num_kinds = 1;
+  Conv3x3 other = a;
+  other.kinds[0] = padded;
+  other.num_kinds = 1;
+  if (multiplications(other) <= multiplications(a)) a = other;
 }
 
 // The side of the tiles that take less time, in multiplications of a weight: by 36 inputs for 4x4 outputs, each of
@@ -122,7 +120,7 @@ class Shares {
   // cores with a cache in common and 100 without. There 256 channels of two 16 x 16 images took 3.0 times as long by
   // parts as by groups, and longer than with one thread. Sums, of which each part has its own, are read once.)
   explicit Shares(const Conv3x3& a) {
-    const int64_t threads = torch::stable::get_num_threads(), steps = num_steps(a);
+    const int64_t threads = torch::stable::get_num_threads(), steps = a.steps();
     double least = std::numeric_limits<double>::infinity();
     for (int64_t groups = 1; groups <= std::min(threads, channel_steps(a)); ++groups) {
       const int64_t parts = std::clamp(threads / groups, int64_t(1), std::max(steps, int64_t(1)));
@@ -159,12 +157,14 @@ class Shares {
   // Where the share of a part begins: of so many things alike, and of the steps.
   int64_t start(int64_t count, int64_t part) const { return part * count / parts; }
   int64_t first_step(const Conv3x3& a, int64_t part) const {
-    int64_t left = start(multiplications(a), part), step = 0;
-    for (int k = 0; k < a.num_kinds; ++k) {
-      const int64_t count = std::min(ceil_divide(left, a.kinds[k].num_matrices()), a.steps(a.kinds[k]));
+    const int64_t of_set = multiplications(a, Conv3x3::SET), before = start(multiplications(a), part);
+    const int64_t sets = of_set ? before / of_set : 0, images = a.num_images - sets * Conv3x3::SET;
+    int64_t left = before - sets * of_set, step = sets * a.steps(Conv3x3::SET);
+    for (int k = 0; k < a.num_kinds && left > 0; ++k) {
+      const int64_t all = a.steps(a.kinds[k], std::min(images, Conv3x3::SET));
+      const int64_t count = std::min(ceil_divide(left, a.kinds[k].num_matrices()), all);
       step += count;
       left -= count * a.kinds[k].num_matrices();
-      if (left <= 0) break;
     }
     return step;
   }
@@ -191,7 +191,7 @@ class Shares {
 
 void run(Conv3x3 a) {
   const Shares shares(a);
-  const bool by_pieces = shares.parts == 1 && num_steps(a) <= Conv3x3::block_steps(a.tile);
+  const bool by_pieces = shares.parts == 1 && a.steps() <= Conv3x3::block_steps(a.tile);
   a.transformed = by_pieces ? nullptr : kept(a.transformed_size());
   shares.each(
       a,
@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(Tensor grad_y,  // [B, C_out
   if (of_input) run(arguments(grad_y, weight, grad_x, Of::input_gradient));
   if (!of_parameters) return {grad_x, grad_weight, grad_bias};
   Conv3x3 a = arguments(x, grad_weight, grad_y, Of::weight_gradient);
-  if (num_steps(a) == 0)  // no tile, so nobody would write them
+  if (a.steps() == 0)  // no tile, so nobody would write them
     return {grad_x, torch::stable::fill_(grad_weight, 0), torch::stable::fill_(grad_bias, 0)};
 
   const Shares shares(a);

@@ -25,15 +25,20 @@ struct Block {
   int64_t num_steps = 0;
 
   Block(const Conv3x3& a, int64_t first, int64_t end) : a(a) {
-    int64_t before = 0;  // steps of the kinds before
-    for (int k = 0; k < a.num_kinds; ++k) {
-      const Conv3x3::Tiles& kind = a.kinds[k];
-      const int64_t tiles = a.num_images * kind.per_image(), count = a.steps(kind);
-      for (int64_t step = first + num_steps; num_steps < MAX_STEPS && step < end && step < before + count; ++step) {
-        const int64_t start = (step - before) * SIZE;
-        steps[num_steps++] = {&kind, start, tiles - start < SIZE ? tiles - start : SIZE, matrices(kind)};
+    const int64_t of_set = a.steps(Conv3x3::SET);
+    int64_t image = first / of_set * Conv3x3::SET, before = first / of_set * of_set;  // steps of those before
+    for (; num_steps < MAX_STEPS && first + num_steps < end; image += Conv3x3::SET) {
+      const int64_t images = image + Conv3x3::SET < a.num_images ? Conv3x3::SET : a.num_images - image;
+      for (int k = 0; k < a.num_kinds; ++k) {
+        const Conv3x3::Tiles& kind = a.kinds[k];
+        const int64_t tiles = images * kind.per_image(), count = a.steps(kind, images);
+        for (int64_t step = first + num_steps; num_steps < MAX_STEPS && step < end && step < before + count; ++step) {
+          const int64_t start = (step - before) * SIZE;
+          steps[num_steps++] = {
+              &kind, image * kind.per_image() + start, tiles - start < SIZE ? tiles - start : SIZE, matrices(kind)};
+        }
+        before += count;
       }
-      before += count;
     }
   }
 
